@@ -331,8 +331,8 @@ fn disconnect_loses_no_client_in_the_backlog() {
     cluster(
         |master| {
             when_listening(master, 2, move |master, address| {
-                // The workers serve two clients. The others wait in the backlog when the master
-                // disconnects the workers.
+                // Each of the two workers receives at most one client. The other clients wait in
+                // the backlog when the master disconnects the workers.
                 let work = move || {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     (0..40).map(connect).collect::<Vec<_>>()
@@ -553,7 +553,8 @@ fn listener_requested_before_the_channel_closed_is_not_leaked() {
                 .fork_with([("ADDRESS", address.to_string())])
                 .unwrap();
             worker.on_online(|_, worker| {
-                // The worker sleeps only after it has sent the request.
+                // Wait until the worker sleeps, because it does so only once it has sent its bind
+                // request.
                 wait_until_asleep(worker);
                 worker.process().disconnect();
             });

@@ -301,8 +301,8 @@ fn error_in_on_error_does_not_block_the_loop() {
     cluster(
         |master| {
             let worker = master.fork().unwrap();
-            // Provoke an endless chain: while the worker runs and does not read, each error
-            // callback causes the next error.
+            // Provoke an endless chain: as long as the worker is stopped and its channel is full,
+            // each error callback causes the next error.
             worker.on_error(|_, worker, _| {
                 let _ = worker.send(&[0; 64 << 10]);
             });

@@ -444,7 +444,8 @@ fn worker_cannot_access_a_worker_of_another_user() {
     assert_eq!(entries.take(), ["2 []"]);
 }
 
-/// Sockets that the host has opened, and that workers may request.
+/// Sockets that the application has opened in the master, so that workers may request them by
+/// number.
 struct HostSockets {
     tcp: TcpListener,
     unix: UnixListener,

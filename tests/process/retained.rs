@@ -185,7 +185,7 @@ fn clients_wait_for_the_next_worker_sharded() {
 const WORKERS: u32 = 4;
 const ROUNDS: u32 = 6;
 
-/// Minimum number of clients that each generation of workers serves.
+/// Minimum number of clients that are served between two replacements of the workers.
 const SERVED: u64 = 20;
 
 /// Starts workers, and replaces all of them `rounds` times under load.

@@ -498,8 +498,8 @@ fn scheduler_may_replace_itself() {
     assert_eq!(entries.take(), ["first", "second", "second", "122"]);
 }
 
-/// Checks that the master closes connections whose clients have disconnected while they wait for a
-/// busy worker. More clients wait than the master checks in one iteration.
+/// Checks that the master closes a connection whose client disconnects while the connection waits
+/// for a busy worker. More clients wait than the master checks in one iteration.
 fn waiting_clients_that_disconnect_reach_no_worker() {
     const WAITING: usize = 12;
     let log = Log::default();

@@ -459,7 +459,8 @@ fn replacement_serves_the_clients_of_the_killed_worker() {
     assert_eq!(entries.take(), ["60"]);
 }
 
-/// Kills a worker, and disconnects all workers before a replacement starts.
+/// Checks which clients are served if a worker is killed, and all workers are disconnected before a
+/// replacement starts.
 ///
 /// The killed worker's clients are reset, and the other clients are served.
 fn clients_of_a_killed_worker_are_reset_at_a_stop() {
@@ -560,8 +561,8 @@ fn shards_have_one_port_with_ipv6() {
     one_port("[::1]:0");
 }
 
-/// Checks that all workers that request any free port receive the first worker's port, and that
-/// each of them serves this port.
+/// Checks that all workers receive the same port if each of them requests port 0, and that all of
+/// them serve it.
 fn one_port(any_port: &'static str) {
     let log = Log::default();
     let entries = log.clone();
@@ -666,7 +667,8 @@ fn sharded_port_of_another_cluster_is_an_error() {
     );
 }
 
-/// Kills one worker while another is disconnecting and still serves its shard.
+/// Checks that a sharded port is served again if one worker is killed while another is
+/// disconnecting and still serves its shard.
 ///
 /// The next worker must listen on the same port.
 fn sharded_port_serves_again_while_an_old_worker_disconnects() {

@@ -445,8 +445,8 @@ fn expect_one_thread(master: &Master) {
     assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
     drop(stop);
     thread.join().unwrap().unwrap_err();
-    // Repeat the test, because the kernel may still be releasing an exited thread when `fork` is
-    // called. The exited thread must not make `fork` fail.
+    // Provoke a race: the kernel may still be releasing an exited thread when `fork` is called.
+    // Such a thread must not make `fork` fail.
     for _ in 0..20 {
         std::thread::spawn(|| {}).join().unwrap();
         master.fork().unwrap();
@@ -600,8 +600,8 @@ fn copy_starts_with_no_signal_blocked_handled_or_pending() {
     );
 }
 
-/// Raises a signal in the worker. The worker then waits until a faulty master that also received
-/// the signal would have processed it.
+/// Checks that a signal that a copy raises does not reach the master. After each signal, the copy
+/// waits until a faulty master that also received the signal would have processed it.
 fn signal_to_a_copy_does_not_reach_the_master() {
     use nix::sys::signal::{Signal as Number, raise};
 
@@ -942,8 +942,8 @@ fn a_thousand_copies_leave_nothing_behind() {
             counted.set(counted.get() + 1);
             let has_time = Instant::now() < most && counted.get() < ALL;
             if counted.get() < 2 * BEFORE || has_time {
-                // Take the first count only now, so that memory that is allocated once does not
-                // appear as growth.
+                // Measure for the first time only after `BEFORE` workers, so that memory that the
+                // master allocates once does not appear as growth.
                 if counted.get() == BEFORE {
                     before = Some((open_descriptors().len(), anonymous_memory()));
                 }
@@ -951,8 +951,7 @@ fn a_thousand_copies_leave_nothing_behind() {
                 return;
             }
             let (descriptors, memory) = before.unwrap();
-            // Each of the two counts includes the descriptors of the worker that has just exited,
-            // and of no other worker.
+            // Both counts include the descriptors for one worker, which has just exited.
             assert_eq!(open_descriptors().len(), descriptors);
             let now = anonymous_memory();
             assert!(now <= memory + 128, "{memory} KiB, now {now}");

@@ -59,7 +59,8 @@ impl Clients {
         }
     }
 
-    /// Makes `times` connections, and returns the number of connections that received no answer.
+    /// Makes `times` connections, rounded down to a multiple of `THREADS`. Returns the number of
+    /// connections that received no answer.
     pub fn connect(&mut self, master: &Master, to: (SocketAddr, &Path), times: u64) -> u64 {
         let (tcp, unix) = (to.0, to.1.display());
         writeln!(self.orders, "{tcp} {unix} {times}").unwrap();
