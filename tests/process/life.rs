@@ -312,7 +312,7 @@ fn worker_child_is_no_worker() {
     assert_eq!(entries.take(), ["master\n"]);
 }
 
-/// Checks that a program behind wrappers cannot start itself without end. Each wrapper is a shell
+/// Checks that a program cannot start itself endlessly through wrappers. Each wrapper is a shell
 /// that forks this program. Behind the first wrapper, the program is a master. Behind the second,
 /// `init` fails.
 fn wrappers_cannot_start_the_program_recursively() {

@@ -52,7 +52,8 @@ const BEFORE_INIT: usize = 2;
 fn print_ready() {
     let mut output = std::io::stdout().lock();
     let line = format!("{} {}\n", std::process::id(), kind());
-    // Write the line by one call, so that the lines of workers that share this output do not mix.
+    // Write the whole line by one call, because all workers share this output and their lines must
+    // not mix.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }

@@ -1135,7 +1135,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
     }
 }
 
-/// Checks that a new master does not take over if it stops in the same loop iteration in which its
+/// Checks that a new master does not take over if it stops in the loop iteration in which its
 /// minimum ready time ends.
 fn new_master_that_stops_does_not_take_over() {
     const PREDECESSOR: &str = "cluster-predecessor";

@@ -271,8 +271,8 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
 }
 
 /// Checks that the next `fork` reaps a child that exits slowly. The test attaches a tracer to the
-/// child, because a child that is traced stays a zombie until the tracer exits. A child that waits
-/// for a device would exit as slowly.
+/// child, because a traced child stays a zombie until its tracer exits. In practice, a child that
+/// waits for a device can exit as slowly.
 fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
     let program = Arc::new(LeasedProgram::new());
     cluster(

@@ -213,8 +213,7 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
 /// Plays rounds of many quick requests and two slow ones. The slow requests usually keep both
 /// workers busy.
 ///
-/// The last round is the one in which connections are queued behind a slow request for the
-/// `times`th time.
+/// The rounds end once connections were queued behind a slow request in `times` of them.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
@@ -438,9 +437,9 @@ const QUEUED: usize = 5;
 /// Stops the only worker, and calls `then` once `QUEUED` connections are in its queue. The clients
 /// have not sent a request yet.
 ///
-/// The master dispatches so many connections ahead of time only to a worker that answers quickly.
-/// Therefore a burst of quick requests comes first, and everything is repeated if fewer than
-/// `QUEUED` connections were dispatched.
+/// The master dispatches `QUEUED` connections ahead of time only to a worker that answers quickly.
+/// Therefore this function first sends a burst of quick requests, and starts again if fewer
+/// connections were dispatched.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
@@ -747,8 +746,8 @@ fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'stat
     );
 }
 
-/// Checks that the master dispatches no connection again that a worker has received. The master
-/// disconnects the first worker in a callback for a message. This message arrives before, or
+/// Checks that the master does not dispatch a connection again after a worker has received it. The
+/// master disconnects the first worker in a callback for a message. This message arrives before, or
 /// together with, the report that the worker has received the connections. A faulty master would
 /// dispatch them to the second worker too.
 fn received_connection_is_not_dispatched_again() {

@@ -170,7 +170,7 @@ fn count_sockets(worker: &WorkerProcess) -> usize {
 /// Kills a worker while its application has no connection.
 ///
 /// The application has none while the worker has exactly `idle_sockets` sockets open, as an idle
-/// worker does. The worker is stopped for each count.
+/// worker does. The worker is stopped while its sockets are counted.
 fn kill_between_connections(worker: &WorkerProcess, idle_sockets: usize) {
     let pid = worker.process().id();
     wait_until("a worker without a connection", || {
