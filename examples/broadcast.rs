@@ -1,4 +1,4 @@
-//! Sends one message to all workers, and one to the worker with a given id.
+//! Sends one message to all workers, and then another to one worker that it finds by its id.
 //!
 //! Type:      cargo run --example broadcast
 

@@ -66,7 +66,7 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
             for worker in master.workers() {
                 let _ = worker.send(b"shutdown");
             }
-            // The interval would keep the master running.
+            // Clear the interval at the end, because it would keep the master running.
             master.on_all_disconnected_once(move |master| master.clear_timer(report));
             master.disconnect();
         })?;
@@ -80,7 +80,8 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
             worker.kill();
         }
     });
-    // A terminal sends SIGINT to all processes. The master disconnects its workers itself.
+    // Ignore SIGINT. A terminal sends the signal to all processes, but the master ends its workers
+    // itself.
     worker.on_signal(Signal::INT, |_, _| {})?;
     worker
         .listen(addr)?
@@ -100,7 +101,7 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
 }
 
 /// Reads and writes as much as possible without blocking. Returns the event to wait for, or `None`
-/// when the connection is finished.
+/// when the connection has ended or failed.
 fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> Option<Interest> {
     let mut buffer = [0; 4096];
     let mut ended = false;
@@ -129,7 +130,7 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
     match pending.len() {
         0 if ended => None,
         0 => Some(Interest::Readable),
-        // Too much is pending to read more.
+        // At the limit, stop reading until the client has read some bytes.
         MAX_PENDING.. => Some(Interest::Writable),
         // After end-of-file the socket stays readable, so wait only until it is writable.
         _ if ended => Some(Interest::Writable),

@@ -18,7 +18,7 @@ use lexopt::prelude::*;
 
 /// The longest time for which a silent client blocks its worker.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// The time after a disconnect at which a worker that has not exited is killed.
+/// The time after a disconnect until a worker that has not exited is killed.
 const GRACE: Duration = Duration::from_secs(10);
 
 struct Options {
@@ -105,13 +105,14 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
 }
 
 fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
-    // A terminal sends SIGINT to all processes. The master disconnects its workers itself.
+    // Ignore these signals. A terminal sends SIGINT to all processes, but the master disconnects
+    // its workers itself.
     for signal in [Signal::INT, Signal::TERM] {
         worker.on_signal(signal, |_, _| {})?;
     }
     let listener = worker.listen(options.addr.as_str())?;
     for connection in listener.incoming() {
-        // A client that disconnects or sends an invalid request does not stop the worker.
+        // Ignore an error, because a client that disconnects must not stop the worker.
         let _ = answer(connection?, worker);
     }
     Ok(ExitCode::SUCCESS)

@@ -5,10 +5,11 @@
 
 use cluster::{LogWriter, Role, Settings, Worker};
 
-/// The numbers below this limit are tested.
+/// `load` finds the primes below this limit.
 const LIMIT: usize = 10_000_000;
 
-/// Returns for each number whether it is a prime. This takes a moment, and 10 MB.
+/// Returns, for each number below `LIMIT`, whether the number is prime. Takes a moment, and 10 MB
+/// of memory.
 fn load() -> Vec<bool> {
     let mut primes = vec![true; LIMIT];
     primes[..2].fill(false);

@@ -1,5 +1,5 @@
-//! Runs any program that takes its listeners from `LISTEN_FDS` in several processes. It replaces
-//! processes that exit, and a new version of the program takes over without losing a client.
+//! Runs several processes of any program that takes its listeners from `LISTEN_FDS`. Replaces
+//! processes that exit. A reload starts a new version of the program without losing a client.
 //!
 //! Type:      cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
 //! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
@@ -186,8 +186,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     for fd in passed {
         fds.push((fd.name().unwrap_or("passed").to_owned(), fd.into()));
     }
-    // Keep these listeners open. While no process runs, clients wait in the backlogs for the next
-    // process.
+    // Keep these listeners open, so that clients wait in the backlogs while no process runs.
     let mut retained = Vec::new();
     for address in &options.listen {
         let listener = match address.contains('/') {
@@ -217,7 +216,7 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         failed.set(true);
         FailureAction::StopPool
     });
-    // There is no USR2: a new master would not get these listeners.
+    // No signal upgrades `serve` itself, because a new master would not get these listeners.
     for (signal, action) in [
         (Signal::HUP, SignalAction::Reload),
         (Signal::TTIN, SignalAction::Grow),

@@ -1,11 +1,11 @@
-//! The server of one host of several behind HAProxy. Workers learn the client's address by the PROXY
-//! protocol, and the master tells HAProxy whether its host takes requests.
+//! A server that runs on each of several hosts behind HAProxy. Workers learn the client's address
+//! by the PROXY protocol, and the master tells HAProxy whether its host takes requests.
 //!
 //! One host:  cargo run --release --example fleet -- --name east --host 127.0.0.1
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
 //! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
-//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM, at once: once more
+//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (a second one: at once)
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
 
@@ -35,7 +35,7 @@ struct Options {
     workers: usize,
     /// Each worker reads this file when it starts, so a reload brings its current contents.
     release: Option<PathBuf>,
-    /// Seconds from the answer `drain` to HAProxy until the pool stops.
+    /// Seconds for which the master answers `drain` to HAProxy before it stops the pool.
     drain_notice: u64,
 }
 
@@ -105,8 +105,8 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
             if draining.replace(true) {
                 return pool.stop_at_once(master);
             }
-            // HAProxy receives the answer `drain` during this time. When the port closes, HAProxy
-            // no longer sends requests.
+            // Stop the pool only after `notice`. By then HAProxy has received the answer `drain`
+            // and sends no more requests, so none is lost when the port closes.
             let pool = pool.clone();
             let stop = master.set_timeout(notice, move |master| pool.stop(master));
             master.unreference(stop);
@@ -136,7 +136,7 @@ fn answer_agent_check(
             (false, false) => b"down\n",
         };
         let accepted = agent.accept();
-        // A few bytes always fit into the socket's buffer.
+        // The write does not block, because a few bytes fit into a new socket's empty buffer.
         let _ = accepted.and_then(|(mut proxy, _)| proxy.write_all(answer));
         Some(Interest::Readable)
     })?;
@@ -153,14 +153,14 @@ fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
     let about = format!("host {name}, worker {id}, release {release}");
     let listener = worker.listen(SocketAddr::new(options.host, PORT))?;
     for connection in listener.incoming() {
-        // A client that disconnects or sends an invalid request does not stop the worker.
+        // Ignore an error, because a client that disconnects must not stop the worker.
         let _ = answer(connection?, &about);
     }
     Ok(())
 }
 
 fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
-    // A silent client does not block the worker for ever.
+    // Set a timeout, so that a silent client does not block the worker for ever.
     connection.set_read_timeout(Some(Duration::from_secs(5)))?;
     let (mut buffer, mut length) = ([0; 8192], 0);
     let (status, body) = loop {
@@ -177,7 +177,8 @@ fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
     connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
 }
 
-/// Returns the client's address, or `None` if the request is incomplete.
+/// Returns the address of the client, or `None` if the request is still incomplete. For a request
+/// of HAProxy's own, the address is the text `none`.
 fn parse_client(input: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
     let (header, length) = match ProxyHeader::parse(input, ParseConfig::default()) {
         Err(proxy_header::Error::BufferTooShort) => return Ok(None),
@@ -186,7 +187,7 @@ fn parse_client(input: &[u8]) -> Result<Option<String>, Box<dyn Error>> {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let request = httparse::Request::new(&mut headers).parse(&input[length..])?;
     let client = header.proxied_address();
-    // There is no address if HAProxy itself is the client.
+    // The header has no address if HAProxy itself is the client.
     let client = client.map_or("none".to_owned(), |client| client.source.ip().to_string());
     Ok(request.is_complete().then_some(client))
 }

@@ -8,7 +8,7 @@ use cluster::Connection;
 /// The longest time for which a silent client blocks its worker.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Answers one request with `body`, and closes the connection.
+/// Answers one request with `body`, or a malformed request with status 400. Closes the connection.
 pub(crate) fn answer(mut connection: Connection, body: &str) -> io::Result<()> {
     connection.set_read_timeout(Some(READ_TIMEOUT))?;
     let mut request = [0; 4096];
