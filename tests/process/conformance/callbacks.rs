@@ -25,7 +25,7 @@ crate::scenarios! {
     unreferenced_worker_does_not_keep_the_loop_running
 }
 
-/// The cell from which a callback reads its own ID.
+/// The cell from which a callback reads an ID that is known only after the callback is registered.
 type OwnId = Rc<Cell<Option<CallbackId>>>;
 
 fn once_callbacks_of_the_cluster_run_once() {
@@ -423,8 +423,8 @@ fn unref_lets_run_return_in_the_master() {
             master.run().unwrap();
             master.clear_timer(interval);
 
-            // Check that unreferenced timers and watches still fire while something else keeps the
-            // loop running.
+            // Check that an unreferenced interval still fires while a referenced watch keeps the
+            // loop running. The third tick closes the watched socket's peer, so the watch ends.
             let (ticks, ready) = (log.clone(), log.clone());
             let count = Cell::new(0);
             let other = Rc::new(RefCell::new(None));
@@ -515,7 +515,7 @@ fn unref_lets_run_return_in_the_worker() {
             listener.set_connection_callback(|_, _| {});
             if worker.id().get() == 1 {
                 // After the worker has disconnected, the unreferenced timer and watch must not keep
-                // it running.
+                // its loop running.
                 worker.run().unwrap();
                 assert_eq!(worker.exited_after_disconnect(), Some(true));
             } else {
@@ -525,7 +525,7 @@ fn unref_lets_run_return_in_the_worker() {
                 listener.unreference();
                 worker.run().unwrap();
                 assert!(worker.is_connected());
-                // The referenced timer keeps the loop running.
+                // A new timer is referenced, so it must keep the loop running until it fires.
                 worker.set_timeout(Duration::from_millis(1), |worker| {
                     worker.process().reference();
                     worker.disconnect();
@@ -559,8 +559,8 @@ fn unreferenced_worker_does_not_keep_the_loop_running() {
             let worker = master.fork().unwrap();
             worker.process().unreference();
             worker.process().unreference();
-            // Only the unreferenced worker is left, so `run` must emit the pending events and
-            // return.
+            // Nothing but the unreferenced worker is left, so `run` must emit the pending events
+            // and return.
             master.run().unwrap();
             assert_eq!(master.workers(), std::slice::from_ref(&worker));
             assert!(!worker.is_dead());

@@ -1,5 +1,5 @@
-//! Calls every method of a worker twice in each state. Only `send` to a closed channel fails, no
-//! event is emitted twice, and no `error` event is emitted.
+//! Calls every method of a worker twice in each state. Checks that only `send` to a closed channel
+//! fails, that no event is emitted twice, and that no `error` event is emitted.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -98,8 +98,8 @@ fn assert_sends_fail(worker: &WorkerProcess) {
 
 /// Forks one worker for each way of stopping it. Returns the `disconnect` and `exit` events.
 ///
-/// `reach` receives a closure that stops the worker twice. In the state under test, `reach` must
-/// call this closure.
+/// `reach` receives a closure that stops the worker twice. `reach` must arrange that the closure
+/// runs when the worker is in the state under test.
 fn ways(reach: impl Fn(&Master, &WorkerProcess, Box<dyn FnOnce(&WorkerProcess)>)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -156,8 +156,8 @@ fn check(entries: &[String], expected: impl Fn(&str) -> (bool, &'static [&'stati
     }
 }
 
-/// Returns `exited_after_disconnect` and the possible exit statuses for a worker that is stopped
-/// before it disconnects.
+/// Returns the expected `exited_after_disconnect` and the possible exit statuses of a worker that
+/// is still connected when it is stopped in this way.
 fn expected_outcome(way: &str) -> (bool, &'static [&'static str]) {
     match way {
         "disconnect" => (true, &["0"]),
@@ -179,7 +179,7 @@ fn calls_are_idempotent_before_online() {
     check(&entries, expected_outcome);
 }
 
-/// Wraps `then` in a closure that calls it once.
+/// Wraps `then` in a closure that calls `then` only the first time.
 fn once(then: Box<dyn FnOnce(&WorkerProcess)>) -> impl FnMut(&WorkerProcess) {
     let mut then = Some(then);
     move |worker| {
@@ -306,7 +306,7 @@ fn calls_are_idempotent_after_the_master_has_finished() {
         },
         |_| {},
     );
-    // The harness has dropped the master by now, but the workers' handles remain valid.
+    // The harness has dropped the master by now. Check that the workers' handles are still valid.
     let workers = workers.take();
     assert_ne!(workers[0], workers[1]);
     for worker in &workers {
@@ -318,8 +318,8 @@ fn calls_are_idempotent_after_the_master_has_finished() {
     }
 }
 
-/// Checks a worker's handle after the master has been dropped. The worker exits because its channel
-/// closes.
+/// Checks a worker's handle after the master has been dropped with the worker still running. The
+/// worker exits because dropping the master closes the channel.
 fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -386,8 +386,8 @@ fn check_own_state(worker: &Worker) {
     }
 }
 
-/// Calls each way twice before the disconnect completes, and also inside and after the `disconnect`
-/// callback.
+/// Makes a worker stop itself in each way: twice or more before the disconnect completes, inside
+/// the `disconnect` callback, and afterwards.
 fn calls_in_the_worker_are_idempotent() {
     let log = Log::default();
     let entries = log.clone();
@@ -460,7 +460,8 @@ fn calls_in_the_worker_are_idempotent() {
     }
 }
 
-/// Calls each way after the master has closed the channel and before the worker has noticed.
+/// Makes a worker stop itself in each way after the master has closed the channel, but before the
+/// worker has noticed.
 fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
     let log = Log::default();
     let entries = log.clone();
@@ -489,12 +490,12 @@ fn calls_in_the_worker_are_idempotent_after_the_channel_closes() {
             let _ = worker
                 .send_with_fds(b"close the channel", vec![theirs.into()])
                 .unwrap();
-            // The master closes this descriptor after the channel, so end-of-file means that the
-            // channel is closed.
+            // The master closes its copy of `theirs` after the channel, so end-of-file on `ours`
+            // means that the channel is closed.
             assert_eq!(ours.read(&mut [0]).unwrap(), 0);
             stop_itself_by(&worker, &way);
             stop_itself_by(&worker, &way);
-            // Sending fails either at once or later through `on_written`.
+            // Either `send_with` fails at once, or `on_written` receives an error later.
             let reported = Rc::new(std::cell::Cell::new(0));
             let count = Rc::clone(&reported);
             let options = SendOptions::new().on_written(move |_, outcome| {

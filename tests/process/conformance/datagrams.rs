@@ -73,8 +73,8 @@ fn assert_closed(socket: &UdpSocket) {
     assert_unbound(socket);
 }
 
-/// Asserts that a socket is closed. Callbacks use this function, because they may not call
-/// `recv_from`.
+/// Asserts that a socket is closed. Unlike `assert_closed`, this function can be called in
+/// callbacks, where `recv_from` fails.
 fn assert_unbound(socket: &UdpSocket) {
     let error = socket.send_to(b"x", ("127.0.0.1", 9)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotConnected);
@@ -89,9 +89,9 @@ fn child_index_dgram() {
         let closed = Rc::new(Cell::new(0));
         for socket in first {
             let closed = Rc::clone(&closed);
-            // Provoke the reuse of an index. Closing the first socket frees its index while the
-            // second socket is open. When the second socket closes, the socket that replaced the
-            // first is open.
+            // Provoke the reuse of an index, the number that distinguishes a worker's sockets on
+            // port 0. Closing the first socket frees its index while the second socket is open.
+            // When the second socket closes, the replacement of the first is already open.
             worker.set_timeout(Duration::ZERO, move |worker| {
                 socket.close();
                 assert_unbound(&socket);
@@ -286,7 +286,7 @@ fn dgram_2() {
     assert_eq!(received.get(), 40);
     let mut entries = entries.take();
     assert_eq!(entries.pop().unwrap(), "all exited");
-    // The worker may be disconnected before it has bound its socket, because the other workers may
+    // A worker may be disconnected before it has bound its socket, because the other workers may
     // already have sent all 40 datagrams.
     entries.retain(|entry| !entry.ends_with(" listening"));
     let expected = [
@@ -315,13 +315,13 @@ fn send_until_disconnect(worker: &Worker, socket: &Rc<UdpSocket>, port: u16) {
 
 fn dgram_ipv6only() {
     let events = events_of_one_worker(|worker| {
-        // Bind the IPv4 socket first, because another process's IPv4 socket may use the port that
-        // an IPv6-only socket receives by chance. The reverse cannot happen.
+        // Bind the IPv4 socket first and let the kernel choose its port. A port that the kernel
+        // chose for an IPv6-only socket might already be in use by another process's IPv4 socket,
+        // and the second bind would fail.
         let v4 = worker.bind(("0.0.0.0", 0)).unwrap();
         let port = v4.local_addr().unwrap().port();
         let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        // A dual-stack socket needs the port in both families, but the IPv4 socket uses the port
-        // already.
+        // A dual-stack socket needs the port in both families, so its bind must fail.
         let error = worker.bind(address).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::EADDRINUSE as i32));
         let v6 = worker.bind(BindOptions::from(address).ipv6_only(true));
@@ -365,7 +365,7 @@ fn dgram_reuse() {
 
 fn dgram_reuseport() {
     let events = events_of_one_worker(|worker| {
-        // Stop the master, because binding with `reuse_port` must not need an answer from it.
+        // Stop the master to check that binding with `reuse_port` needs no answer from the master.
         let master = StoppedMaster::new();
         let bind = |port| worker.bind(BindOptions::from(port).reuse_port(true));
         let first = bind(0).unwrap();
@@ -460,8 +460,8 @@ fn disconnect_unshared_udp() {
     assert_eq!(entries, expected);
 }
 
-/// Runs `worker` in one worker process with a port that is in use. A socket of the master holds the
-/// port until the worker exits. Returns all events.
+/// Runs `worker` in one worker process and passes it a port that is in use. A socket of the master
+/// holds the port until the worker exits. Returns all events.
 fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     let log = Log::default();
     let entries = log.clone();
@@ -481,8 +481,8 @@ fn with_port_in_use(worker: impl FnOnce(&Worker, u16)) -> Vec<String> {
     entries.take()
 }
 
-/// Checks that a socket is closed if a disconnect precedes the bind request. The master processes
-/// the disconnect first and does not answer the bind request.
+/// Checks that `bind` returns a closed socket if a disconnect precedes the bind request. The master
+/// processes the disconnect first and does not answer the bind request.
 ///
 /// Node's test closes the socket before the answer arrives. Here `bind` waits for the answer, so
 /// the application cannot close the socket earlier.
@@ -554,7 +554,8 @@ fn dgram_unref_in_cluster() {
         worker.process().unreference();
         worker.run().unwrap();
         assert!(worker.is_connected());
-        // The socket must still be open. A referenced socket keeps the loop running.
+        // The socket must still be open: referenced again, it must keep the loop running until it
+        // receives a datagram.
         socket.reference();
         socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
         worker.run().unwrap();
@@ -581,8 +582,8 @@ fn dgram_unref_in_cluster() {
     assert_eq!(events, expected);
 }
 
-/// Checks a disconnect that follows the answer to a bind request. While the worker waits for the
-/// answer, the master sends the bound socket and then disconnects the worker.
+/// Checks that a disconnect closes a socket that has just arrived. While the worker waits for the
+/// answer to its bind request, the master sends the bound socket and then disconnects the worker.
 fn socket_that_arrives_just_before_a_disconnect_is_closed() {
     let log = Log::default();
     let entries = log.clone();
@@ -614,8 +615,8 @@ fn socket_that_arrives_just_before_a_disconnect_is_closed() {
             worker.on_error(|_, error| panic!("{error}"));
             let (mut here, there) = UnixStream::pair().unwrap();
             let _ = worker.send_with_fds(b"ready", vec![there.into()]).unwrap();
-            // Do not sleep here, because `stop` treats the worker's first sleep as the wait for the
-            // answer.
+            // Do not sleep here, because `stop` waits until the worker sleeps, and the worker must
+            // then be waiting for the answer to its bind request.
             here.set_nonblocking(true).unwrap();
             while here.read(&mut [0]).is_err() {
                 std::thread::yield_now();

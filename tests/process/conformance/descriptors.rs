@@ -20,7 +20,8 @@ crate::scenarios! {
     too_many_descriptors_are_an_error
 }
 
-/// Returns the descriptor's link, in the form that `open_fds` returns.
+/// Returns the target of the descriptor's link in `/proc/self/fd`, in the form in which `open_fds`
+/// lists it.
 fn link_of(fd: &impl AsFd) -> PathBuf {
     let number = fd.as_fd().as_raw_fd();
     std::fs::read_link(format!("/proc/self/fd/{number}")).unwrap()
@@ -54,8 +55,8 @@ impl Ends {
         options.fd(self.moved.take().unwrap())
     }
 
-    /// Checks which ends are still open after the message has been processed. The receiver must not
-    /// have taken the descriptors.
+    /// Checks which ends are still open after the receiver has processed the message without taking
+    /// the descriptors.
     fn check(mut self) {
         assert!(open_fds().contains(&link_of(&self.kept)));
         assert!(

@@ -140,7 +140,8 @@ fn disconnect_idle_worker() {
             });
             master.disconnect();
         },
-        // Keep the worker running, because Node's empty worker also keeps running.
+        // Keep the worker running until the disconnect, because in Node an idle worker keeps
+        // running, too.
         |worker| worker.run().unwrap(),
     );
     let entries = entries.take();
@@ -166,7 +167,8 @@ fn disconnect_leak() {
             let (at_disconnect, at_exit) = (log.clone(), log.clone());
             worker.on_disconnect(move |_, _| at_disconnect.add("worker disconnect"));
             worker.on_exit(move |_, _, _| at_exit.add("worker exit"));
-            // The callback runs only after all listeners have closed.
+            // Check that the disconnect completes although a worker requests a listener meanwhile.
+            // The callback runs only when all listeners are closed.
             master.on_all_disconnected_once(move |_| log.add("all exited"));
             master.disconnect();
         },
@@ -304,8 +306,8 @@ fn disconnect() {
     assert_eq!(exited.get(), 16);
 }
 
-/// Forks eight workers, connects to each port, and disconnects all workers. Calls `then` after the
-/// disconnect.
+/// Forks eight workers, connects once to each port on which they listen, and disconnects all
+/// workers. Calls `then` when the disconnect is complete.
 fn round(master: &Master, log: Log, then: impl FnOnce(&Master) + 'static) {
     let listening: Rc<RefCell<BTreeMap<_, Vec<u16>>>> = Rc::default();
     let then = Rc::new(RefCell::new(Some(then)));

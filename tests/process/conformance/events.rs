@@ -45,15 +45,16 @@ scenarios! {
     primary_kill
 }
 
-/// All events of the only worker, at both levels.
+/// The events of a test's only worker at two levels: as the callbacks of the cluster (registered
+/// with the master) and those of the worker's handle receive them.
 #[derive(Default)]
 struct Events {
     by_cluster: Log,
     by_worker: Log,
 }
 
-/// Logs the events that are emitted at both levels. Asserts that the worker's state agrees with
-/// each event.
+/// Registers callbacks with `$reason`, the master or the worker's handle, for all events that both
+/// emit. The callbacks log each event with the worker's state, and check it.
 macro_rules! listen_to {
     ($reason:expr, $log:expr, $worker:expr) => {{
         let (log, own) = ($log.clone(), $worker.clone());
@@ -102,7 +103,7 @@ impl Events {
     }
 
     /// Returns the events that follow `fork` and `online`. Asserts that both levels have logged the
-    /// same events. Only the cluster level emits `fork`.
+    /// same events, except `fork`, because only the cluster level emits `fork`.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -112,7 +113,7 @@ impl Events {
     }
 }
 
-/// Exits with a code that contains the worker's ID. `init` returns only when the ID is known.
+/// Exits with the code 42 plus the worker's ID. The ID must be known as soon as `init` returns.
 fn exit_with_own_id(worker: Worker) {
     assert!(cluster::is_worker());
     std::process::exit(42 + i32::try_from(worker.id().get()).unwrap());
@@ -147,7 +148,7 @@ fn cluster_preload_test() {
 
 fn cluster_preload() {
     let events = Events::default();
-    // Check the role before `init`, because an application may ask for it at any time.
+    // Determine the role before `init`, because an application may call `is_worker` at any time.
     let is_worker = cluster::is_worker();
     cluster(
         |master| {
@@ -422,8 +423,8 @@ fn worker_death() {
     assert_eq!(events.take(), expected);
 }
 
-/// Checks that all message callbacks of a worker run. Node emits the event on both the process and
-/// the worker object.
+/// Checks that all message callbacks of a worker run. The worker registers two, because Node emits
+/// the event on both the process and the worker object.
 fn worker_events() {
     let events = Events::default();
     cluster(
@@ -541,7 +542,7 @@ fn worker_kill() {
 
 /// Checks that `kill` disconnects the worker first, so the exit is treated as intended.
 ///
-/// Node: its documentation describes this behaviour, but newer versions of Node behave differently.
+/// Node's documentation describes this behaviour, but newer versions of Node behave differently.
 fn worker_kill_signal() {
     let expected = [
         "listening Listening",
@@ -692,8 +693,8 @@ fn accept_fail() {
             listener.set_connection_callback(|_, _| panic!("no connection is accepted"));
             let log = Log::default();
             let all = log.clone();
-            // Connect one client after the other, because the master must continue to accept after
-            // a failure.
+            // Connect one client after the other, to check that the master continues to accept
+            // after a failure.
             for _ in 0..CLIENTS {
                 let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
                 let log = log.clone();

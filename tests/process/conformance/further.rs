@@ -98,7 +98,7 @@ fn second_cluster(address: &str) {
 
 /// Checks sockets that are closed right after `bind`, and `bind` after a disconnect. Node's test
 /// closes a socket during `bind`. Here `bind` waits for the answer, so no callback can close the
-/// socket before.
+/// socket before `bind` returns.
 fn dgram_cluster_close_during_bind() {
     let log = Log::default();
     let entries = log.clone();
@@ -305,7 +305,7 @@ fn server_restart_rr() {
             for _ in 0..2 {
                 let listener = worker.listen("127.0.0.1:0").unwrap();
                 listener.close();
-                // The first worker still listens on the address, so it serves the client.
+                // The first worker still listens on the address, so it must serve the client.
                 assert_eq!(talk(listener.local_addr().unwrap(), b"").unwrap(), "1");
             }
             worker.process().disconnect();

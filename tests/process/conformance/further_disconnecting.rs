@@ -118,8 +118,9 @@ fn note_completion(master: &Master, log: &Log) {
     });
 }
 
-/// Disconnects the second worker while the first worker is also disconnecting. The first worker has
-/// the listener, and the second worker may have requested it shortly before.
+/// Checks that the disconnect completes if a second worker is disconnected while the first is still
+/// disconnecting. The first worker has the listener, and the second worker may just have requested
+/// the same listener.
 fn disconnect_race() {
     for_both_policies(|| {
         let log = Log::default();
@@ -144,7 +145,8 @@ fn disconnect_race() {
             },
         );
         let mut entries = entries.take();
-        // The second worker may process the disconnect before or after it requests the listener.
+        // The second worker may process the disconnect before it requests the listener, so its
+        // `listening` event may be missing.
         entries.retain(|entry| entry != "2 listening");
         let mut listened = DISCONNECTED.to_vec();
         listened.insert(2, "listening");
@@ -154,8 +156,8 @@ fn disconnect_race() {
     });
 }
 
-/// Checks that a worker exits at once when the master closes its channel, even if the worker still
-/// waits for a timer.
+/// Checks that a worker exits at once when the master closes its channel, even if a timer is set.
+/// After a disconnect request, in contrast, the worker waits for its timer, so its exit code is 42.
 fn forced_exit() {
     let log = Log::default();
     let entries = log.clone();

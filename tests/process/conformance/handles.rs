@@ -27,7 +27,8 @@ crate::scenarios! {
     borrowed_listener_stays_with_the_master
 }
 
-/// Returns the events of a worker whose listeners the master does not know.
+/// Returns the expected events of a worker whose listeners the master does not know: there is no
+/// `listening` event.
 fn events_without_listening(exited_after_disconnect: bool) -> [String; 4] {
     let flag = Some(exited_after_disconnect);
     [
@@ -166,8 +167,9 @@ fn net_listen_handle_in_cluster_2() {
     assert_eq!(entries.take(), events_without_listening(false));
 }
 
-/// Plays a master whose standard input is the listener and whose standard output is a socket to the
-/// driver. The master disconnects when the driver closes its end of the socket.
+/// Plays a master whose standard input is the listener. Its standard output is a socket to the
+/// driver, the test process that starts the master. The master disconnects when the driver closes
+/// its end of the socket.
 fn master_with_a_listener() {
     cluster(
         |master| {

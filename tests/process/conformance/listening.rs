@@ -35,7 +35,8 @@ crate::scenarios! {
     worker_cannot_listen_on_a_port_twice
 }
 
-/// Asserts that listening on the address fails with `errno` and reports the failure to the master.
+/// Asserts that listening on the address fails with `errno`. Sends the message `refused` to the
+/// master.
 fn report_refusal(worker: &Worker, address: &str, errno: i32) {
     expect_listen_error(worker, address, errno);
     let _ = worker.send(b"refused").unwrap();
@@ -341,8 +342,8 @@ fn backlog(listener: RawFd) -> u32 {
 /// Forks one worker after the other. Each worker listens with the next backlog in `requested`,
 /// where 0 stands for the default backlog.
 ///
-/// Returns, in the order in which they were logged, the backlogs of the master's listeners at each
-/// `listening` event, the backlogs that each worker reports for its own listeners, and the exit
+/// Returns a log with three kinds of entries: at each `listening` event the backlogs of the
+/// master's listeners, the backlogs that each worker reports for its own listeners, and the exit
 /// statuses.
 fn listen_with_backlogs(requested: &'static [u32], before: impl FnOnce(&Master)) -> Vec<String> {
     let log = Log::default();
@@ -392,8 +393,8 @@ fn shared_listener_has_the_requested_backlog() {
 }
 
 fn first_listen_call_sets_the_backlog() {
-    // 511 is the default backlog. The first worker uses it, and the second worker's value has no
-    // effect.
+    // The first worker listens with the default backlog, 511. The second worker's value must have
+    // no effect.
     let mut seen = listen_with_backlogs(&[0, 127], |_| {});
     let exits = seen.split_off(4);
     let expected = ["master [511]", "1 []", "master [511]", "2 []"];
@@ -528,9 +529,10 @@ fn net_listen() {
     assert_eq!(entries.take(), expected);
 }
 
-/// Checks that closing one port-0 listener does not affect another.
+/// Checks that closing one listener on port 0 does not affect the worker's other listener on port
+/// 0.
 ///
-/// Node: `child-index-net` tests this behaviour.
+/// Node's test of this behaviour is `child-index-net`.
 fn closing_a_port_zero_listener_leaves_the_other_open() {
     for_both_policies(|| {
         let log = Log::default();
@@ -568,7 +570,7 @@ fn closing_a_port_zero_listener_leaves_the_other_open() {
 /// Checks that a worker cannot listen on its own port twice but can listen there after closing its
 /// listener.
 ///
-/// Node: `port-reuse-between-workers` tests this behaviour.
+/// Node's test of this behaviour is `port-reuse-between-workers`.
 fn worker_cannot_listen_on_a_port_twice() {
     for_both_policies(|| {
         let log = Log::default();

@@ -16,7 +16,7 @@ crate::scenarios! {
     send_handle_large_payload
 }
 
-/// Returns the only socket that came with a message.
+/// Takes the only descriptor of a message, and returns it as a socket.
 fn socket(message: &Message) -> TcpStream {
     let [fd]: [OwnedFd; 1] = message.take_fds().try_into().unwrap();
     fd.into()
@@ -98,8 +98,8 @@ fn send_deadlock() {
                 (accepted < 2).then_some(Interest::Readable)
             };
             master.watch(server, Interest::Readable, pass_on).unwrap();
-            // Take only the first socket that comes back. The second socket must be closed although
-            // no callback takes it.
+            // Take only the first socket that the worker returns. The second socket must be closed
+            // although no callback takes it.
             let mut first = true;
             worker.on_message(move |_, _, message| {
                 log.add(String::from_utf8_lossy(message.bytes()));

@@ -47,8 +47,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
 
 const LIST: &str = include_str!("../../CONFORMANCE.md");
 
-/// Checks that each row in the list names a test, and that the list has the expected number of
-/// rows.
+/// Checks that each row in the list is well-formed and names a test, and that the list has 75 rows.
 pub fn list_and_tests_agree() -> Result<(), libtest_mimic::Failed> {
     let rows = LIST.lines().filter_map(|line| line.strip_prefix("| "));
     let rows = rows.map(|row| row.split(" | ").collect::<Vec<_>>());
@@ -76,7 +75,7 @@ pub fn list_and_tests_agree() -> Result<(), libtest_mimic::Failed> {
     Ok(())
 }
 
-/// Returns the test name for one of Node's files.
+/// Returns the name of the test for one of Node's files: without prefix, and in snake case.
 fn test_name(file: &str) -> String {
     let plain = match file.strip_prefix("test-") {
         Some(rest) => rest.strip_prefix("cluster-").unwrap_or(rest),

@@ -71,8 +71,8 @@ fn rr_handle_close() {
     assert_eq!(events, LISTENED_AND_EXITED);
 }
 
-/// Checks that a listener keeps the worker's loop running. The worker sleeps between its answers to
-/// several messages, so the loop must keep running while nothing happens.
+/// Checks that a listener keeps the worker's loop running while nothing happens. The master waits
+/// until the worker sleeps before it sends each message, and each message is answered.
 ///
 /// Node's test waits for three seconds instead.
 fn rr_handle_keep_loop_alive() {
@@ -156,7 +156,7 @@ fn rr_ref() {
                 own.close();
             });
             // Only the listener keeps the loop running now. `run` must return after the connection
-            // callback has closed it.
+            // callback has closed the listener.
             worker.process().unreference();
             listener.unreference();
             listener.reference();
@@ -199,8 +199,8 @@ fn process_disconnect() {
 }
 
 fn http_server_drop_connections_in_cluster() {
-    // The master counts the connection as received, because the worker dropped it only after
-    // receiving it.
+    // The master counts the dropped connection as received, because the worker received the
+    // connection before dropping it.
     connection_beyond_the_limit_is_dropped(SchedulingPolicy::RoundRobin, "(1, 1, 0)");
 }
 
@@ -342,9 +342,9 @@ fn workers_receive_connections_up_to_a_late_limit_none() {
     workers_receive_connections_up_to_their_limit(SchedulingPolicy::Shared, true);
 }
 
-/// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. Each worker
-/// sets its limit after it has set the connection callback. Unless `late`, the worker sets its
-/// limit before that, too.
+/// Lets three workers with the limits 0, 1 and 9 serve ten clients that stay connected. If `late`,
+/// a worker sets its limit only after it has set the connection callback. Otherwise, it sets the
+/// same limit before and after.
 fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late: bool) {
     let log = Log::default();
     let entries = log.clone();
@@ -403,8 +403,8 @@ fn workers_receive_connections_up_to_their_limit(policy: SchedulingPolicy, late:
     assert_each(3, &entries.take(), &expected);
 }
 
-/// Connects ten clients and returns their answers. All clients stay connected until the last
-/// answer.
+/// Connects ten clients and returns the workers' answers. All clients stay connected until the last
+/// answer has arrived.
 fn talk_to_ten(address: SocketAddr) -> Vec<String> {
     let clients = [(); 10].map(|()| TcpStream::connect(address).unwrap());
     let answer = |mut client: &TcpStream| {

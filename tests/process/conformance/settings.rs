@@ -107,7 +107,7 @@ fn setup_primary_multiple() {
                 assert_eq!(master.settings().get_exec(), exec);
                 setups.add(set.get());
             });
-            // Call `setup_master` in three different iterations of the loop.
+            // Call `setup_master` three times, each time in another timer's callback.
             for (delay, exec) in (0..).zip(["exec-a", "exec-b", "exec-c"]) {
                 let (setups, expected) = (log.clone(), Rc::clone(&expected));
                 master.set_timeout(Duration::from_millis(delay), move |master| {

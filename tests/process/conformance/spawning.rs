@@ -106,8 +106,8 @@ fn relative_program_path_is_resolved_in_the_masters_directory() {
 /// Checks that a silent worker and its master exit successfully. Node's test also passes an option
 /// that hides windows, which Unix does not have.
 ///
-/// As in Node's test, the master has its own process group, which the driver of all scenarios
-/// ensures.
+/// As in Node's test, the master has its own process group. The driver, the process that starts the
+/// scenarios, ensures this.
 fn fork_windows_hide() {
     let log = Log::default();
     let entries = log.clone();
@@ -208,7 +208,7 @@ fn exec_args_precede_args() {
     assert_eq!(entries.take(), ["1 a b c d"]);
 }
 
-/// Returns the worker's end of the pipe with this descriptor number.
+/// Returns the pipe end that this worker has inherited as descriptor `number`.
 fn pipe(number: RawFd) -> UnixStream {
     #[allow(unsafe_code)]
     // SAFETY: the descriptor is open because it was passed to this process, and no other value owns
@@ -217,7 +217,8 @@ fn pipe(number: RawFd) -> UnixStream {
     end.into()
 }
 
-/// Logs everything that arrives through the worker's pipe as one entry that starts with `number`.
+/// Reads the worker's pipe until end-of-file. Then logs everything as one entry that starts with
+/// `number`.
 fn note_output(master: &Master, stream: UnixStream, number: usize, log: &Log) {
     let log = log.clone();
     let mut all = Vec::new();

@@ -176,7 +176,8 @@ fn each_permission_is_set_independently() {
     ];
     let own = std::env::var(CASE).ok();
     for (name, (readable, writable), mode) in cases {
-        // Each child process plays one case, and this process starts all of them.
+        // The test process starts a child process for each case. In a child process, only the
+        // child's case runs.
         if own.as_ref().is_none_or(|own| own == name) {
             with_env(CASE, name, || {
                 assert_eq!(permissions(readable, writable, 0o077), mode);
@@ -282,8 +283,8 @@ fn connections_arrive_over_a_unix_path() {
     });
 }
 
-/// Checks that the file disappears with the second of two listeners. The workers close their
-/// listeners one after the other.
+/// Checks that the socket file is removed only when the second of two workers has closed its
+/// listener.
 fn socket_file_is_removed_after_the_last_close() {
     for_both_policies(|| {
         let log = Log::default();
@@ -409,8 +410,8 @@ fn foreign_socket_file_is_not_removed() {
             fork_for(master, &path);
             note_file(master, &path, &log);
             master.on_listening(move |_, worker, _| {
-                // Keep the workers' file under another name, so that the new file cannot have the
-                // same inode.
+                // Keep the worker's socket file under another name, so that the new file cannot
+                // have the same inode.
                 std::fs::rename(&path, directory.join("away")).unwrap();
                 drop(UnixListener::bind(&path).unwrap());
                 worker.disconnect();
