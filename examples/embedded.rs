@@ -57,7 +57,7 @@ fn host(master: &Master, status: &str) -> Outcome {
             PollFd::new(status.as_fd(), PollFlags::POLLIN),
             PollFd::new(master.as_fd(), PollFlags::POLLIN),
         ];
-        // Rounded up to the next millisecond, so that `poll` does not return before a timer is due.
+        // Round up to the next millisecond, so that `poll` does not return before a timer is due.
         let wait = master
             .time_left()
             .map(|time| time + Duration::from_micros(999));

@@ -109,7 +109,8 @@ fn dgram_cluster_close_during_bind() {
         },
         |worker| {
             let before = open_fds();
-            // Check that a socket that is closed at once releases its descriptor and its index.
+            // Check that a socket that is closed at once releases its descriptor, and that the
+            // worker can then bind another socket.
             for _ in 0..2 {
                 let socket = worker.bind("127.0.0.1:0").unwrap();
                 socket.set_message_callback(|_, _, _, _| panic!("the socket is closed"));

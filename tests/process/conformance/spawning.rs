@@ -298,8 +298,8 @@ fn stdio_can_be_null_a_file_or_inherited() {
     cluster(
         |master| {
             let mut file = tempfile::tempfile().unwrap();
-            // The settings own a copy of the file, so a later file with the same descriptor number
-            // has no effect.
+            // Pass a copy to the settings, because they take ownership and the test needs `file` to
+            // read what the workers have written.
             let copy = file.try_clone().unwrap();
             writeln!(file, "master").unwrap();
             let number = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -319,7 +319,8 @@ fn stdio_can_be_null_a_file_or_inherited() {
             let first = master.fork().unwrap();
             first.on_exit(|master, _, _| {
                 master.fork().unwrap();
-                // The settings keep the file open until `setup_master` replaces their `stdio`.
+                // Replace the settings' `stdio`, because the settings keep their copy of the file
+                // open until then.
                 master.setup_master(Settings::default().stdio([]));
             });
             master.on_exit(move |_, worker, _| {
