@@ -417,7 +417,10 @@ impl std::fmt::Display for Error {
                 )
             }
             Self::AlreadyRunning => {
-                write!(f, "run, dispatch or accept was called inside a callback")
+                write!(
+                    f,
+                    "run, dispatch, accept or recv_from was called inside a callback"
+                )
             }
             Self::ForeignProcess => write!(f, "this handle belongs to the process that created it"),
             Self::Fork {

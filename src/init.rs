@@ -250,7 +250,7 @@ fn policy() -> Result<SchedulingPolicy> {
     value.parse().map_err(|_| Error::Environment {
         variable: SCHED_POLICY,
         value,
-        expected: "\"rr\" or \"none\"",
+        expected: "\"rr\", \"none\" or \"sharded\"",
     })
 }
 

@@ -74,7 +74,7 @@ pub(super) struct MasterCallbacks {
 
 /// The methods that add and remove callbacks.
 ///
-/// Each method adds a callback to the existing ones, and returns its id for
+/// Each `on_…` method adds a callback to the existing ones, and returns its id for
 /// [`remove_callback`](Master::remove_callback). For every event except `message`, the worker's own
 /// callbacks are called before the cluster's callbacks.
 impl Master {

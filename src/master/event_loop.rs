@@ -243,8 +243,8 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // A `limit` of `None` means that no event was pending and no timer was set before the wait.
-        // If `tick` reports no work either, there is nothing to settle.
+        // Skip `settle` if the loop could have slept forever (`limit` is `None`) and `tick` did
+        // nothing, because nothing then waited to be settled.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }

@@ -231,8 +231,8 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // Count a worker as failed if it exited although no disconnect was requested, or if it
-            // was stopped and continued.
+            // Count a worker as failed if it exited although no disconnect was requested. If a
+            // signal has stopped the worker, `failed` is already set.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);

@@ -394,8 +394,9 @@ fn unknown_policy_is_an_error() {
         return;
     }
     let unknown = "environment variable CLUSTER_SCHED_POLICY is \"roundrobin\", \
-                   expected \"rr\" or \"none\"\n";
-    let cases = [("roundrobin", unknown), ("rr", "rr\n"), ("none", "none\n")];
+                   expected \"rr\", \"none\" or \"sharded\"\n";
+    let valid = [("rr", "rr\n"), ("none", "none\n"), ("sharded", "sharded\n")];
+    let cases = [("roundrobin", unknown)].into_iter().chain(valid);
     for (value, expected) in cases {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let output = command

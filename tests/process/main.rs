@@ -95,7 +95,6 @@ fn main() -> ExitCode {
         pool::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
-        public_api::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();

@@ -14,7 +14,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use cluster::{
-    Error, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker, WorkerProcess,
+    Error, InspectPort, Interest, Master, Role, SchedulingPolicy, Settings, Signal, Stdio, Worker,
+    WorkerProcess,
 };
 use nix::libc;
 use nix::sys::signal::{SigHandler, signal};
@@ -34,6 +35,7 @@ crate::scenarios! {
     copy_has_no_connection_that_waits_in_the_master
     stale_handles_in_a_copy_refer_to_no_new_descriptor
     master_with_threads_cannot_be_copied
+    thread_started_by_the_inspect_port_closure_is_detected
     master_with_threads_cannot_be_copied_in_a_sandbox
     copy_cannot_affect_other_workers
     master_handle_is_inert_in_a_copy
@@ -425,6 +427,17 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
     });
 }
 
+/// Asserts that the master cannot be copied, because it has more than one thread.
+fn expect_threads_found(error: Error) {
+    match error {
+        Error::Fork { step, reason, .. } => {
+            assert_eq!(step.to_string(), "copy the master");
+            assert_eq!(reason.kind(), std::io::ErrorKind::Deadlock);
+        }
+        error => panic!("{error}"),
+    }
+}
+
 /// Asserts that `fork` fails while the master has a second thread, and succeeds after that thread
 /// has exited.
 ///
@@ -433,13 +446,7 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
 fn expect_one_thread(master: &Master) {
     let (stop, stopped) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::spawn(move || stopped.recv());
-    match master.fork().unwrap_err() {
-        Error::Fork { step, reason, .. } => {
-            assert_eq!(step.to_string(), "copy the master");
-            assert_eq!(reason.kind(), std::io::ErrorKind::Deadlock);
-        }
-        error => panic!("{error}"),
-    }
+    expect_threads_found(master.fork().unwrap_err());
     assert!(master.workers().is_empty());
     let result = nix::sys::wait::waitpid(None, Some(nix::sys::wait::WaitPidFlag::__WALL));
     assert_eq!(result, Err(nix::Error::ECHILD), "no zombie is left");
@@ -458,6 +465,24 @@ fn master_with_threads_cannot_be_copied() {
         master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         set_main(master, |_| {});
         expect_one_thread(master);
+    });
+}
+
+/// Checks that a thread is detected that starts as late as possible: in the closure that chooses
+/// the inspect port, which `fork` calls.
+fn thread_started_by_the_inspect_port_closure_is_detected() {
+    cluster_without_exec(|master| {
+        set_main(master, |_| {});
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let stopped = Cell::new(Some(stopped));
+        let port = InspectPort::new(move || {
+            let stopped = stopped.take().unwrap();
+            std::thread::spawn(move || stopped.recv());
+            9000
+        });
+        master.setup_master(Settings::default().inspect_port(port));
+        expect_threads_found(master.fork().unwrap_err());
+        drop(stop);
     });
 }
 

@@ -30,9 +30,9 @@ impl<C, F> MasterCore<C, F> {
         }
         let workers_accept = !listener.master_accepts();
         match listener.key.endpoint.kind {
-            // Keep the socket open until the last worker has released it, so that a new worker can
-            // have it. No grace period is needed, because no client waits for an answer to a queued
-            // datagram.
+            // Leave the key in place, so that a new worker can still have the socket. The socket
+            // closes when the last worker has released it. UDP has no handshakes, so no grace
+            // period is needed.
             Kind::Udp => self.finish_drain(handle),
             Kind::Tcp | Kind::Unix if listener.key.endpoint.is_borrowed() => {
                 self.return_borrowed(handle);

@@ -154,8 +154,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Ends a listener's pause if its workers have received all accepted connections. The listener
-    /// ends for these workers and opens for new ones.
+    /// Reopens a paused listener for new workers once its disconnecting workers have received all
+    /// accepted connections, and tells these workers that the listener has ended for them.
+    /// Otherwise, updates the count of connections in the workers' queues.
     pub(super) fn resume_if_served(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

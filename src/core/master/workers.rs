@@ -198,7 +198,8 @@ impl<C, F> MasterCore<C, F> {
             self.deadlines.remove(&(deadline, worker));
         }
         if entry.is_connected() {
-            // Process the final frames that the worker sent before it exited.
+            // Close the channel first. The shell then processes the worker's final frames, and
+            // `exit` is emitted after them.
             self.close_for_writing(worker, Some(status));
         } else {
             entry.life = Life::Exited(status);

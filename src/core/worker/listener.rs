@@ -297,7 +297,8 @@ impl<F> WorkerCore<F> {
             return;
         };
         match entry.stage {
-            // Keep the index in use, because the master may already have bound the listener.
+            // Do not release the key's index yet, because the master may already have bound a
+            // listener under it. The reply releases the index.
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) => {
                 entry.stage = Stage::Closed;

@@ -90,8 +90,8 @@ impl MasterShell {
         receipt: Option<ReceiptId>,
     ) -> Result<bool, SendError> {
         match worker.channel.send(message, fds, receipt)? {
-            Sent::Settled => Ok(true),
-            Sent::Queued => {
+            Sent::Done { has_capacity } => Ok(has_capacity),
+            Sent::FlushNeeded => {
                 self.unflushed.borrow_mut().push_back(worker.id);
                 self.act();
                 Ok(worker.channel.has_capacity())

@@ -75,16 +75,17 @@ impl MasterShell {
         watch_children: impl FnOnce() -> io::Result<()>,
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<WorkerIo>, Failure> {
-        if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
-            let reason = "the master has other threads, whose locks the copy would hold for ever";
-            let error = io::Error::new(io::ErrorKind::Deadlock, reason);
-            return Err((ForkStep::CopyMaster, error));
-        }
         self.unreaped.reap();
         // Call the application's closure first, because the closure may itself fork a worker.
         let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
         let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
+        // Check only now, because the closure may have started a thread.
+        if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
+            let reason = "the master has other threads, whose locks the copy would hold for ever";
+            let error = io::Error::new(io::ErrorKind::Deadlock, reason);
+            return Err((ForkStep::CopyMaster, error));
+        }
         let id = self.core.borrow().next_worker_id();
         let used_up = || io::Error::other("all worker ids have been used");
         let id = id.ok_or_else(|| (ForkStep::Number, used_up()))?;

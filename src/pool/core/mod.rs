@@ -178,8 +178,8 @@ impl Core {
         self.reload_requested || self.rollout.as_ref().is_some_and(Rollout::is_reload)
     }
 
-    /// Returns whether workers may still be forked with this generation's settings after a newer
-    /// generation has begun.
+    /// Returns whether workers may still be forked with this generation's settings. This is so for
+    /// the current generation, and for an older one while a slot belongs to it.
     pub(super) fn uses(&self, generation: u64) -> bool {
         let has_generation = |slot: &Slot| slot.generation == generation;
         self.generation == generation || self.slots.iter().any(has_generation)

@@ -92,7 +92,7 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
         .metric(
             Kind::Counter,
             "pool_failures_total",
-            "Workers that have failed.",
+            "Failed workers and failed forks, without those of replacements.",
         )
         .sample(&[], status.failures);
 }
@@ -101,7 +101,7 @@ fn slot_metrics(metrics: &mut Metrics, slots: &[SlotStatus]) {
     let mut restarts = metrics.metric(
         Kind::Counter,
         "slot_restarts_total",
-        "Workers that were forked to replace failed ones.",
+        "Forks and failed forks after a failure.",
     );
     for slot in slots {
         restarts.sample(&[("slot", &slot.slot)], slot.restarts);

@@ -233,6 +233,14 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.is_empty() && !self.outbox.has_receipts()
     }
 
+    /// Returns whether frames are queued and a flush would write none of them. The poller reports
+    /// when the socket has capacity again.
+    pub(crate) fn is_blocked(&self) -> bool {
+        let is_watched = matches!(self.interest, Some(Interest::Writable | Interest::Both));
+        let queued = self.outbox.len();
+        is_watched && queued > 0 && queued <= self.retry_above()
+    }
+
     /// Returns whether frames are queued that can still be written.
     pub(crate) fn is_writing(&self) -> bool {
         !self.outbox.is_empty() && self.write_state != WriteState::Closed

@@ -40,8 +40,8 @@ impl WorkerShell {
             reason,
         };
         match self.channel.send(message, fds, receipt).map_err(failed)? {
-            Sent::Settled => Ok(true),
-            Sent::Queued => {
+            Sent::Done { has_capacity } => Ok(has_capacity),
+            Sent::FlushNeeded => {
                 self.flush();
                 Ok(self.channel.has_capacity())
             }
