@@ -239,6 +239,7 @@ const ENOUGH: [(&str, usize); 8] = [
 const SCRIPTS: u32 = 1024;
 
 #[test]
+#[cfg_attr(miri, ignore = "plays long scripts; slow")]
 fn any_script_survives_the_master_input_target() {
     let config = ProptestConfig::default();
     let config = ProptestConfig {
