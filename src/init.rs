@@ -1,5 +1,6 @@
 //! Determines whether this process is a master or a worker.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -44,16 +45,23 @@ pub enum Role {
 /// Call `init` once, early in `main`, before any code that a worker must not run. In a worker, the
 /// call makes the master emit the `online` event.
 ///
-/// A process is a worker if `CLUSTER_WORKER_PID` is its own process id. `init` does not remove the
-/// variables that a master sets from the worker's environment. Programs that a worker starts
-/// inherit the variables, but have other process ids and are therefore masters.
+/// Only the process that a master has executed is a worker. `init` does not remove the variables
+/// that a master sets from the worker's environment. All programs that a worker starts inherit the
+/// variables, but are masters, and may have workers of their own. This holds at any depth, and also
+/// in a nested PID namespace, where a program may have the worker's process id.
 ///
-/// If a master starts a program through a forking wrapper, such as `sh -c 'program; true'`, the
-/// wrapper is the master's child, and `init` makes the program a master. If that program starts its
-/// own workers through a forking wrapper too, `init` fails in their programs. Otherwise, masters
-/// would start masters without end. A wrapper that replaces itself with the program, such as `env`,
-/// `nice` or `sh -c 'exec program'`, changes nothing. If a worker executes its own program once
-/// more, `init` fails, because the process has lost its channel.
+/// A wrapper that replaces itself with the program, such as `env`, `nice` or `sh -c 'exec program'`,
+/// changes nothing: the process is the same. If a master starts a program through a forking wrapper,
+/// such as `sh -c 'program; true'`, the wrapper is the master's child, and the program is a master.
+/// If that program starts the same program with the same arguments through a forking wrapper again,
+/// `init` fails there. Otherwise, masters would start masters without end.
+///
+/// If a worker executes its own program once more, `init` fails, because the process has lost its
+/// channel.
+///
+/// In a master, `init` also determines the path of the master's program, which is the default of
+/// [`Settings::exec`](crate::Settings::exec()). Call `init` before the process changes its working
+/// directory.
 ///
 /// On Linux, the kernel kills a worker when its master exits. For a program with file capabilities
 /// or a set-user-ID bit, `execve` clears the request for that signal, so `init` repeats the request
@@ -77,8 +85,8 @@ pub enum Role {
 /// - [`Error::Environment`] in a worker if `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
 ///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
 ///   to a master stays unchanged;
-/// - [`Error::Environment`] if both this program and its master's program were started through
-///   forking wrappers;
+/// - [`Error::Environment`] if this program and its master's program have the same command line, and
+///   both were started through forking wrappers;
 /// - [`Error::Frame`] if the master was built with a version of this crate that has another
 ///   protocol;
 /// - [`Error::Io`] if the system has no descriptors left for the event loop, or if the channel to
@@ -103,7 +111,7 @@ pub enum Role {
 pub fn init() -> Result<Role> {
     let identity = identity()?;
     let role = match identity {
-        Identity::Master | Identity::WrappedMaster => MASTER,
+        Identity::Master | Identity::WrappedMaster { .. } => MASTER,
         Identity::Worker { .. } => WORKER,
     };
     let first = ROLE.compare_exchange(UNKNOWN, role, Ordering::SeqCst, Ordering::SeqCst);
@@ -111,13 +119,8 @@ pub fn init() -> Result<Role> {
         return Err(Error::AlreadyInitialized);
     }
     match identity {
-        Identity::Master | Identity::WrappedMaster => {
-            let launch = Launch {
-                become_worker,
-                marks_wrapped: matches!(identity, Identity::WrappedMaster),
-            };
-            Ok(Role::Master(Master::new(policy()?, launch)?))
-        }
+        Identity::Master => new_master(None),
+        Identity::WrappedMaster { command } => new_master(Some(command)),
         Identity::Worker { id, number } => {
             let port = inspect_port()?;
             let channel = channel(id, number)?;
@@ -125,6 +128,15 @@ pub fn init() -> Result<Role> {
             Ok(Role::Worker(Worker::new(id, port, channel)?))
         }
     }
+}
+
+fn new_master(wrapped: Option<u64>) -> Result<Role> {
+    let launch = Launch {
+        own_program: sys::own_program::own_program(),
+        become_worker,
+        wrapped,
+    };
+    Ok(Role::Master(Master::new(policy()?, launch)?))
 }
 
 /// Makes this process a worker. The process is a child that its master forked and that executes no
@@ -169,8 +181,11 @@ fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
 enum Identity {
     Master,
     /// A master that a forking wrapper has started. Another master started the wrapper as a worker,
-    /// and this process has inherited the wrapper's channel.
-    WrappedMaster,
+    /// and this process has inherited the wrapper's channel. `command` is a hash of this process's
+    /// command line.
+    WrappedMaster {
+        command: u64,
+    },
     /// A worker. `number` is the descriptor number of its channel.
     Worker {
         id: WorkerId,
@@ -180,8 +195,9 @@ enum Identity {
 
 /// Reads the variables that a master sets, and returns the role of this process.
 ///
-/// The variables apply only to the process that `CLUSTER_WORKER_PID` names. Programs that the named
-/// process starts inherit the variables and must not act on them.
+/// All programs below a worker inherit the variables, but the variables apply only to the process
+/// that the master has executed. A process id alone does not identify that process, because a
+/// program in a nested PID namespace may have the same one.
 fn identity() -> Result<Identity> {
     let number = |variable| {
         let value = std::env::var_os(variable).unwrap_or_default();
@@ -202,28 +218,48 @@ fn identity() -> Result<Identity> {
     // A value that is too large for a descriptor number becomes `RawFd::MAX`. No descriptor has
     // that number, so `peek_preamble` finds nothing.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
-    if pid == std::process::id() {
-        let id = WorkerId::new(number(UNIQUE_ID)?);
-        let number = descriptor(number(CHANNEL_FD)?);
-        return Ok(Identity::Worker { id, number });
-    }
+    let id = number(UNIQUE_ID).map(WorkerId::new);
+    let channel = number(CHANNEL_FD).map(descriptor);
     // A worker that calls `init` removes the preamble from its channel and makes the channel
-    // close-on-exec. If the preamble is still there, the worker is only a wrapper, such as a shell,
-    // and has started this program without calling `init`.
-    let (Ok(id), Ok(channel)) = (number(UNIQUE_ID), number(CHANNEL_FD)) else {
-        return Ok(Identity::Master);
+    // close-on-exec. If the preamble is still there, but another process owns the channel, that
+    // process is only a wrapper, such as a shell, and has started this program.
+    let owns_unread = match channel {
+        Ok(number) => peek_preamble(number)
+            .and_then(preamble_version)
+            .map(|_| sys::fd::is_owned(number)),
+        Err(_) => None,
     };
-    if peek_preamble(descriptor(channel)) != Some(preamble(WorkerId::new(id))) {
-        return Ok(Identity::Master);
+    // A worker that has lost its channel is recognized by the request for a signal when its master
+    // exits, because its children do not inherit the request.
+    let is_executed = || pid == std::process::id() && sys::parent_death_signal::is_requested();
+    match owns_unread {
+        Some(false) => wrapped_master(pid),
+        None if !is_executed() => Ok(Identity::Master),
+        Some(true) | None => Ok(Identity::Worker {
+            id: id?,
+            number: channel?,
+        }),
     }
-    if std::env::var_os(WRAPPED).is_some() {
+}
+
+/// Returns the role of a program behind a wrapper that forks.
+///
+/// # Errors
+///
+/// Returns an error if a master with the same command line is behind such a wrapper, too, and has
+/// started the wrapper of this program. Each further master would do the same.
+fn wrapped_master(wrapper: u32) -> Result<Identity> {
+    let mut hasher = DefaultHasher::new();
+    std::env::args_os().for_each(|argument| argument.hash(&mut hasher));
+    let command = hasher.finish();
+    if std::env::var_os(WRAPPED).is_some_and(|mark| mark == *command.to_string()) {
         return Err(Error::Environment {
             variable: WORKER_PID,
-            value: pid.to_string(),
+            value: wrapper.to_string(),
             expected: "the process id of this program: its wrapper must execute it and not fork",
         });
     }
-    Ok(Identity::WrappedMaster)
+    Ok(Identity::WrappedMaster { command })
 }
 
 /// Reads the worker's inspect port from the environment.
@@ -285,7 +321,7 @@ pub fn is_master() -> bool {
 #[must_use]
 pub fn is_worker() -> bool {
     match ROLE.load(Ordering::SeqCst) {
-        UNKNOWN => std::env::var(WORKER_PID).is_ok_and(|pid| pid.parse() == Ok(std::process::id())),
+        UNKNOWN => matches!(identity(), Ok(Identity::Worker { .. })),
         role => role == WORKER,
     }
 }

@@ -131,8 +131,13 @@ impl Settings {
     /// Sets the path of the workers' program. A relative path starts at the master's working
     /// directory.
     ///
-    /// `PATH` is not searched. The default is the master's own program. This method cancels an
-    /// earlier [`main`](Self::main).
+    /// `PATH` is not searched. The path is resolved each time that a worker starts. This method
+    /// cancels an earlier [`main`](Self::main).
+    ///
+    /// The default is the path by which the master itself was called, made absolute by
+    /// [`init`](crate::init()). Its symbolic links are not resolved. If a link is changed to a new
+    /// release, or the file at the path is replaced, workers that start later run the new program.
+    /// If no path leads to the master's program, `fork` fails unless this method sets one.
     ///
     /// Node: `settings.exec`.
     ///
@@ -617,17 +622,13 @@ impl Settings {
         self.main.get()
     }
 
-    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`.
-    pub(crate) fn complete(mut self) -> Self {
-        self.exec.fill(|| {
-            // If `current_exe` fails because `/proc` is missing, use the name with which the
-            // program was started.
-            let name = || std::env::args_os().next().map(PathBuf::from);
-            std::env::current_exe()
-                .ok()
-                .or_else(name)
-                .unwrap_or_default()
-        });
+    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`. If the
+    /// path of the master's own program is unknown, `exec` stays without a value.
+    pub(crate) fn complete(mut self, own_program: Option<&Path>) -> Self {
+        match own_program {
+            Some(path) => self.exec.fill(|| path.to_owned()),
+            None => self.exec.settle(),
+        }
         self.args.fill(|| std::env::args_os().skip(1).collect());
         self.exec_args.fill(Vec::new);
         self.silent.fill(|| false);
@@ -811,8 +812,11 @@ mod tests {
     #[test]
     fn unset_settings_get_their_defaults_on_completion() {
         let settings = every_setting();
-        let unset = ALL.into_iter().fold(settings, Settings::unset).complete();
-        let fresh = Settings::default().complete();
+        let unset = ALL
+            .into_iter()
+            .fold(settings, Settings::unset)
+            .complete(None);
+        let fresh = Settings::default().complete(None);
         assert_eq!(unset, fresh);
         assert_eq!(unset.get_silent(), Some(false));
     }

@@ -21,6 +21,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -126,14 +127,15 @@ pub struct Master {
 
 /// The inputs from `init` that are needed to start a worker. `init` passes them in, so the master
 /// does not depend on `init`.
-#[derive(Clone, Copy)]
 pub(crate) struct Launch {
+    /// The path of this process's program, or `None` if it is unknown.
+    pub(crate) own_program: Option<PathBuf>,
     /// Turns the calling process, a forked copy of the master, into a worker. The arguments are the
     /// worker's id, its inspect port, and its channel's descriptor.
     pub(crate) become_worker: fn(WorkerId, Option<u16>, RawFd) -> Result<Worker>,
-    /// Whether the master sets `CLUSTER_WRAPPED` for its workers' programs, because the master is a
-    /// wrapped program itself (see `WRAPPED`).
-    pub(crate) marks_wrapped: bool,
+    /// The value of `CLUSTER_WRAPPED` in the environment of the workers' programs, if the master is
+    /// a wrapped program itself (see `WRAPPED`).
+    pub(crate) wrapped: Option<u64>,
 }
 
 impl std::fmt::Debug for Master {
@@ -142,6 +144,14 @@ impl std::fmt::Debug for Master {
             .field("workers", &self.workers())
             .finish_non_exhaustive()
     }
+}
+
+/// Returns the workers' program for an error message. If the path of the master's own program is
+/// unknown, this is the name by which the master was called.
+fn program_name(settings: &Settings) -> PathBuf {
+    let own_name = || std::env::args_os().next().map(PathBuf::from);
+    let program = settings.get_exec().map(Path::to_owned);
+    program.or_else(own_name).unwrap_or_default()
 }
 
 type Scheduler = dyn FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId>;
@@ -268,7 +278,7 @@ impl Master {
     pub fn fork_as(&self, options: impl Into<SpawnOptions>) -> Result<WorkerProcess> {
         let SpawnOptions { settings, env } = options.into();
         self.spawn(SpawnOptions {
-            settings: settings.complete(),
+            settings: settings.complete(self.launch.own_program.as_deref()),
             env,
         })
     }
@@ -278,11 +288,15 @@ impl Master {
         let SpawnOptions { settings, env } = options;
         let watch_children = || self.watch_children();
         let abandon_watches = || self.event_loop.abandon_watches();
-        let forked = self
-            .shell
-            .fork(&settings, env, self.launch, watch_children, abandon_watches);
+        let forked = self.shell.fork(
+            &settings,
+            env,
+            &self.launch,
+            watch_children,
+            abandon_watches,
+        );
         let worker_io = forked.map_err(|(step, reason)| Error::Fork {
-            program: settings.get_exec().unwrap_or("".as_ref()).to_owned(),
+            program: program_name(&settings),
             step,
             reason,
         })?;
@@ -330,9 +344,10 @@ impl Master {
     pub fn setup_master(&self, settings: Settings) {
         let mut current = self.settings();
         current.update(settings);
+        let current = current.complete(self.launch.own_program.as_deref());
         // Drop the previous settings only after the borrow has ended, because dropping a closure
         // may run code of the application that calls this method again.
-        let previous = self.settings.replace(current.complete());
+        let previous = self.settings.replace(current);
         drop(previous);
         self.shell.core.borrow_mut().setup();
     }

@@ -67,7 +67,7 @@ use generations::Generations;
 pub use options::{Canary, PoolOptions, Readiness};
 pub use signals::{SignalAction, ignore_pool_signals};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
-use upgrade::{OldMaster, OwnProgram};
+use upgrade::OldMaster;
 
 /// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
 ///
@@ -146,7 +146,6 @@ struct Inner {
     failure_limit_callback: RefCell<Option<Rc<RefCell<FailureLimitCallback>>>>,
     generations: RefCell<Generations<Settings>>,
     listeners: RefCell<Vec<PoolListener>>,
-    program: OwnProgram,
     /// The old master, until this process has taken over. Always `None` if no old master started
     /// this process for an upgrade.
     old_master: RefCell<Option<OldMaster>>,
@@ -201,7 +200,6 @@ impl Pool {
             failure_limit_callback: RefCell::default(),
             generations: RefCell::new(Generations::new()),
             listeners: RefCell::default(),
-            program: OwnProgram::new(),
             old_master: RefCell::default(),
             new_masters: RefCell::default(),
             upgrade_channel: Cell::new(None),

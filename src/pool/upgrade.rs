@@ -7,12 +7,10 @@
 //! channel, and the old master's pool stops. If the new master exits early or misses the deadline,
 //! the upgrade fails and the old master continues.
 
-use std::ffi::OsString;
-use std::io::{self, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 
 use cluster::systemd::ListenFd;
 use cluster::{
@@ -36,28 +34,6 @@ const UNNAMED_LISTENER: &str = "listener";
 
 /// The byte with which a new master reports that it has taken over.
 const TOOK_OVER: u8 = b'S';
-
-/// The path and arguments of this process's program, from the time when the pool was created. The
-/// file at the path may have been replaced since then.
-#[derive(Debug)]
-pub(super) struct OwnProgram {
-    path: io::Result<PathBuf>,
-    args: Vec<OsString>,
-}
-
-impl OwnProgram {
-    pub(super) fn new() -> Self {
-        let mut args = std::env::args_os();
-        let name = args.next().map(PathBuf::from);
-        // Keep the path of the command line unresolved, because its symbolic links may lead to a
-        // new release at the time of the upgrade.
-        let path = name.filter(|name| name.parent() != Some(Path::new("")));
-        Self {
-            path: path.map_or_else(std::env::current_exe, std::path::absolute),
-            args: args.collect(),
-        }
-    }
-}
 
 /// The old master's channel and this process's takeover state, in a process that has not yet taken
 /// over.
@@ -186,10 +162,10 @@ impl Pool {
     /// Starts a new master from the program's file, which may contain a new release. When the new
     /// master has taken over, this pool stops. No client is refused in the meantime.
     ///
-    /// The new master runs this process's program with the same arguments. If this process's
-    /// command line contained a path to the program, that path is used. The new master must call
-    /// [`adopt`](Self::adopt) to receive this master's listeners. The new master forks its own
-    /// workers.
+    /// The new master runs this process's program with the same arguments. The path of the program
+    /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved
+    /// when the new master starts. The new master must call [`adopt`](Self::adopt) to receive this
+    /// master's listeners. The new master forks its own workers.
     ///
     /// The new master takes over when it has had a [quorum](super::PoolOptions::quorum) for
     /// [`min_ready_time`](super::PoolOptions::min_ready_time). The upgrade then ends with
@@ -217,7 +193,7 @@ impl Pool {
     /// # Errors
     ///
     /// Returns the same errors as [`Master::fork`]. Also returns [`Error::Io`] if this process has
-    /// no descriptors left or its program is unknown.
+    /// no descriptors left.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -228,11 +204,6 @@ impl Pool {
         if !self.0.core.borrow().can_upgrade() {
             return Ok(());
         }
-        let program = self.0.program.path.as_ref();
-        let program = program.map_err(|error| {
-            // Create a new error from the kind, because an `io::Error` cannot be cloned.
-            Error::io("find the program of this process")(error.kind().into())
-        })?;
         let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
         let listeners = self.copy_listeners()?;
@@ -248,8 +219,6 @@ impl Pool {
             .map_err(Error::io("write to a new master"))?;
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let settings = Settings::default()
-            .exec(program)
-            .args(self.0.program.args.clone())
             .listen_fds([channel].into_iter().chain(listeners))
             .detached(true)
             // Keep the new master in this process group, so that a signal to the group stops both

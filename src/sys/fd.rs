@@ -27,6 +27,17 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
+/// Returns whether this process is the socket's owner (`F_SETOWN` in fcntl(2)).
+///
+/// The owner does not change when the owner executes another program, or when other processes
+/// inherit the socket. Linux stores the owner as a process and not as a number. A process in
+/// another PID namespace is therefore not the owner, even if its process id is the same.
+pub(crate) fn is_owned(number: RawFd) -> bool {
+    // SAFETY: F_GETOWN changes no memory and accepts any number.
+    let owner = unsafe { libc::fcntl(number, libc::F_GETOWN) };
+    u32::try_from(owner) == Ok(std::process::id())
+}
+
 /// Takes ownership of the channel that the master left open for this process, and removes the
 /// preamble from it. The caller has already found the preamble with [`peek`], so this read does not
 /// wait.

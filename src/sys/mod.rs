@@ -7,7 +7,7 @@
 //! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a handle
 //!   after a fork)
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
-//! - processes: `process`, `threads`, `env`
+//! - processes: `process`, `threads`, `env`, `own_program` (its path)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
 //! - logs: `log` (writes to descriptors that other processes share)
@@ -23,6 +23,7 @@ pub(crate) mod file;
 pub(crate) mod listen;
 pub(crate) mod log;
 mod option;
+pub(crate) mod own_program;
 pub(crate) mod owner;
 pub(crate) mod poll;
 pub(crate) mod process;

@@ -38,6 +38,9 @@ pub enum ForkStep {
     WaitForStart,
     /// Watching the process for its exit.
     Watch,
+    /// Finding the master's own program, which is the default of
+    /// [`Settings::exec`](crate::Settings::exec).
+    FindProgram,
     /// Executing the program.
     Execute,
     /// Resetting the signal dispositions, or requesting a signal that kills the worker when the
@@ -69,6 +72,7 @@ impl std::fmt::Display for ForkStep {
             Self::MakeProcess => "make a process",
             Self::WaitForStart => "wait until it starts",
             Self::Watch => "watch it",
+            Self::FindProgram => "find it",
             Self::Execute => "execute it",
             Self::Signals => "prepare its signals",
             Self::Directory => "enter its directory",

@@ -88,6 +88,12 @@ pub const PID_NAMESPACE: Need = Need {
     is_met: has_pid_namespaces,
 };
 
+/// Dynamic loader that can also be started with this program as its argument.
+pub const LOADER: Need = Need {
+    name: "a dynamically linked test program",
+    is_met: || loader().is_some(),
+};
+
 pub const SYSTEMD: Need = Need {
     name: "systemd-socket-activate and systemd-notify",
     is_met: || {
@@ -168,6 +174,18 @@ impl Need {
 
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
+}
+
+/// Returns the dynamic loader of this process.
+pub fn loader() -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let files = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5));
+    files.map(PathBuf::from).find(|file| {
+        let name = file.file_name().unwrap_or_default();
+        name.as_encoded_bytes().starts_with(b"ld-")
+    })
 }
 
 /// Returns whether executing a file in the temporary directory can grant privileges to its user.

@@ -313,8 +313,8 @@ fn worker_child_is_no_worker() {
 }
 
 /// Checks that a program cannot start itself endlessly through wrappers. Each wrapper is a shell
-/// that forks this program. Behind the first wrapper, the program is a master. Behind the second,
-/// `init` fails.
+/// that forks this program with the same arguments. Behind the first wrapper, the program is a
+/// master. Behind the second, `init` fails.
 fn wrappers_cannot_start_the_program_recursively() {
     const REFUSED: i32 = 42;
     let depth = std::env::var(CHILD).map_or(0, |depth| depth.parse().unwrap());

@@ -33,6 +33,7 @@ mod listener_owners;
 mod loads;
 mod logs;
 mod messages;
+mod nested;
 mod old_kernels;
 mod orphans;
 mod pool;
@@ -41,6 +42,7 @@ mod pool;
 #[path = "../../src/pool/mod.rs"]
 mod pool_elsewhere;
 mod privileges;
+mod program_path;
 mod public_api;
 mod retained;
 mod round_robin;
@@ -80,10 +82,12 @@ fn main() -> ExitCode {
         hand_off::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
+        nested::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
         forked::SCENARIOS,
         privileges::SCENARIOS,
+        program_path::SCENARIOS,
         sharded::SCENARIOS,
         retained::SCENARIOS,
         listener_owners::SCENARIOS,

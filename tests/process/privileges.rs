@@ -562,6 +562,8 @@ fn flags(number: RawFd) -> Option<(i32, i32)> {
 fn print_error_of_init() {
     let state = || (0..8).map(flags).collect::<Vec<_>>();
     let before = (state(), open_fds());
+    // Request the signal that each worker has requested. Otherwise the process is a master.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
     let error = cluster::init().unwrap_err();
     assert!(matches!(error, Error::Environment { .. }), "{error}");
     assert_eq!((state(), open_fds()), before);

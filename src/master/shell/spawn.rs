@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::rc::Rc;
 
 use super::{MasterShell, WorkerIo};
@@ -46,7 +47,7 @@ impl Drop for Reset<'_> {
 struct NewProcess<'a> {
     id: WorkerId,
     settings: &'a Settings,
-    launch: Launch,
+    launch: &'a Launch,
     /// The additional environment variables.
     extra: Vec<(OsString, OsString)>,
     inspect_port: Option<u16>,
@@ -71,7 +72,7 @@ impl MasterShell {
         &self,
         settings: &Settings,
         extra: Vec<(OsString, OsString)>,
-        launch: Launch,
+        launch: &Launch,
         watch_children: impl FnOnce() -> io::Result<()>,
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<WorkerIo>, Failure> {
@@ -234,8 +235,8 @@ impl MasterShell {
         let passed = settings.passed_fds();
         let mut env = systemd::inherited_environment();
         env.extend(std::mem::take(&mut new.extra));
-        if new.launch.marks_wrapped {
-            env.insert(WRAPPED.into(), "1".into());
+        if let Some(command) = new.launch.wrapped {
+            env.insert(WRAPPED.into(), command.to_string().into());
         }
         if !passed.is_empty() {
             let announced = systemd::set_listen_variables(&mut env, passed);
@@ -249,7 +250,14 @@ impl MasterShell {
         if let Some(port) = new.inspect_port {
             env.insert(INSPECT_PORT.into(), port.to_string().into());
         }
-        let mut program = program(settings, env).map_err(failed(ForkStep::Prepare))?;
+        let exec = settings.get_exec().ok_or_else(|| {
+            let reason = "no path leads to this program: set `Settings::exec`";
+            let error = io::Error::new(io::ErrorKind::NotFound, reason);
+            (ForkStep::FindProgram, error)
+        })?;
+        let is_own = new.launch.own_program.as_deref() == Some(exec);
+        let program = program(settings, exec, is_own, env);
+        let mut program = program.map_err(failed(ForkStep::Prepare))?;
         program.stdio(std::mem::take(&mut new.stdio.worker));
         if settings.is_detached() {
             program.detach();
@@ -275,10 +283,15 @@ impl MasterShell {
     }
 }
 
-/// Returns the program of a worker, without the worker's descriptors.
-fn program(settings: &Settings, env: SortedMap<OsString, OsString>) -> io::Result<Program> {
-    let mut exec = settings.get_exec().unwrap_or("".as_ref()).to_owned();
-    let is_own = std::env::current_exe().is_ok_and(|own| own == exec);
+/// Returns the program of a worker, without the worker's descriptors. A worker that executes the
+/// master's own program has the master's name.
+fn program(
+    settings: &Settings,
+    exec: &Path,
+    is_own: bool,
+    env: SortedMap<OsString, OsString>,
+) -> io::Result<Program> {
+    let mut exec = exec.to_owned();
     let own_name = std::env::args_os().next().filter(|_| is_own);
     let name = own_name.unwrap_or_else(|| exec.clone().into());
     if settings.get_cwd().is_some() {

@@ -13,6 +13,7 @@ mod system;
 pub(super) mod child;
 pub(crate) mod filter;
 pub(crate) mod interruptible_accept;
+pub(super) mod own_program;
 pub(super) mod pidfd;
 pub(super) mod socket;
 
@@ -97,6 +98,11 @@ pub(crate) mod parent_death_signal {
     /// Does nothing, because the child notices end-of-file on its channel.
     pub(in crate::sys) fn request(_parent: u32) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Returns `true`, because no other process has the worker's process id while the worker runs.
+    pub(crate) fn is_requested() -> bool {
+        true
     }
 
     /// Does nothing, because the worker notices end-of-file on its channel.

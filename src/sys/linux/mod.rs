@@ -9,6 +9,7 @@ pub(super) mod epoll;
 pub(super) mod file;
 pub(crate) mod filter;
 pub(crate) mod interruptible_accept;
+pub(super) mod own_program;
 pub(crate) mod parent_death_signal;
 pub(super) mod pidfd;
 pub(super) mod socket;

@@ -48,6 +48,16 @@ pub(crate) fn renew(channel: BorrowedFd<'_>) {
     }
 }
 
+/// Returns whether the kernel kills this process when its parent exits. The answer stays the same
+/// if the process executes another program without further privileges. A child of the process does
+/// not inherit the request.
+pub(crate) fn is_requested() -> bool {
+    let mut signal: libc::c_int = 0;
+    // SAFETY: the pointer is valid for writes of one `c_int`.
+    let result = unsafe { libc::prctl(libc::PR_GET_PDEATHSIG, &raw mut signal) };
+    result == 0 && signal == libc::SIGKILL
+}
+
 fn request_kill() -> io::Result<()> {
     let signal = libc::c_ulong::from(libc::SIGKILL.unsigned_abs());
     // SAFETY: PR_SET_PDEATHSIG accesses no memory of this process.

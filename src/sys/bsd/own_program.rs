@@ -1,0 +1,27 @@
+//! The paths by which this process's program may be known.
+
+use std::fs::Metadata;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Returns the status of the file that this process executes.
+pub(in crate::sys) fn status() -> io::Result<Metadata> {
+    std::env::current_exe().and_then(std::fs::metadata)
+}
+
+/// Returns the paths that may lead to this process's program, the preferred one first.
+pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
+    let name = std::env::args_os().next().map(PathBuf::from);
+    let paths = [name.and_then(find), std::env::current_exe().ok()];
+    paths.into_iter().flatten().collect()
+}
+
+/// Searches `PATH` for a name without a slash.
+fn find(name: PathBuf) -> Option<PathBuf> {
+    if name.parent() != Some(Path::new("")) {
+        return Some(name);
+    }
+    let path = std::env::var_os("PATH")?;
+    let mut candidates = std::env::split_paths(&path).map(|directory| directory.join(&name));
+    candidates.find(|candidate| candidate.is_file())
+}

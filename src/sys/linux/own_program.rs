@@ -1,0 +1,54 @@
+//! The paths by which the kernel knows this process's program.
+
+use std::ffi::{CStr, OsStr};
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
+
+/// Returns the status of the file that this process executes, even if the file has been deleted.
+///
+/// # Errors
+///
+/// Returns an error if `/proc` is not mounted.
+pub(in crate::sys) fn status() -> io::Result<Metadata> {
+    std::fs::metadata("/proc/self/exe")
+}
+
+/// Returns the paths that may lead to this process's program, the preferred one first.
+pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
+    // The loader maps the program, but the kernel executes the loader. The loader's path does not
+    // lead to the program.
+    if is_run_by_loader() {
+        return Vec::new();
+    }
+    let paths = [called_path(), std::env::current_exe().ok()];
+    paths.into_iter().flatten().collect()
+}
+
+/// Returns the pathname that was passed to execve(2), with `PATH` already searched.
+///
+/// For a script's interpreter, the pathname is that of the script.
+fn called_path() -> Option<PathBuf> {
+    // SAFETY: getauxval has no preconditions.
+    let address = unsafe { libc::getauxval(libc::AT_EXECFN) };
+    let address = usize::try_from(address)
+        .ok()
+        .filter(|address| *address != 0)?;
+    // SAFETY: the kernel has written a zero-terminated string to this address. The string is part of
+    // the process's initial stack, which is never freed.
+    let path = unsafe { CStr::from_ptr(std::ptr::with_exposed_provenance(address)) };
+    let path = PathBuf::from(OsStr::from_bytes(path.to_bytes()));
+    // These paths have another meaning in each process. The kernel also reports such a path for a
+    // program that was executed by its descriptor (execveat(2)).
+    let is_relative_to_process = path.starts_with("/proc") || path.starts_with("/dev/fd");
+    (!is_relative_to_process).then_some(path)
+}
+
+/// Returns whether the dynamic loader was executed with this program as its argument, as in
+/// `ld.so ./program`. The kernel has then loaded no loader for another program (`AT_BASE` in
+/// getauxval(3)).
+fn is_run_by_loader() -> bool {
+    // SAFETY: getauxval has no preconditions.
+    !cfg!(target_feature = "crt-static") && unsafe { libc::getauxval(libc::AT_BASE) } == 0
+}

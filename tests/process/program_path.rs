@@ -1,0 +1,405 @@
+//! Tests which file workers and new masters execute if the program's path changes its meaning.
+
+use std::fs::Permissions;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
+use cluster::{Role, Settings, Signal};
+use nix::sys::signal::{Signal as Number, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::harness::{Group, WATCHED, is_alive, is_watched, loader, wait_until, watched};
+
+crate::scenarios! {
+    release_behind_a_switched_link_is_started
+    program_found_by_its_name_is_started
+    program_called_by_another_name_is_started
+    replaced_program_is_started
+    missing_program_is_started_when_it_is_back
+    program_is_found_without_proc: ROOT
+    interpreter_of_a_script_is_started
+    program_that_the_loader_runs_is_unknown: LOADER
+    unlinked_program_is_unknown
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Runs a pool with one worker. The master and the worker print which program they execute.
+///
+/// SIGUSR1 reloads with settings that have no path. The master leaves the directory in which it was
+/// started, and changes `PATH`.
+fn server() {
+    let own = std::fs::read_link("/proc/self/exe").unwrap_or_default();
+    let pid = std::process::id();
+    let passed = cluster::systemd::listen_fds().unwrap();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            println!("master {pid} {}", own.display());
+            std::env::set_current_dir("/").unwrap();
+            let options = PoolOptions::default().workers(1).jitter(0);
+            let pool = Pool::new(&master, options.back_off(20 * MS).min_ready_time(20 * MS));
+            pool.adopt(&master, passed).unwrap();
+            pool.on_event(|_, _, event| println!("{event}"));
+            pool.on_default_signals(&master).unwrap();
+            let reload = master.on_signal(Signal::USR1, move |master, _| {
+                pool.reload_with(master, Settings::default().args(["new"]));
+            });
+            reload.unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            ignore_pool_signals(&worker).unwrap();
+            println!("worker {pid} {}", own.display());
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.incoming().for_each(|client| drop(client.unwrap()));
+        }
+    }
+}
+
+/// Makes this program available under another path. The file is copied only if it cannot be linked,
+/// because it is large.
+fn link_program(path: &Path) {
+    let own = std::env::current_exe().unwrap();
+    std::fs::hard_link(&own, path)
+        .or_else(|_| std::fs::copy(&own, path).map(drop))
+        .unwrap();
+}
+
+/// A directory with the releases `r1` and `r2`, and the symbolic link `current` to `r1`. Each
+/// release contains the program `app`.
+struct Releases(TempDir);
+
+impl Releases {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        for release in ["r1", "r2"] {
+            let release = directory.path().join(release);
+            std::fs::create_dir(&release).unwrap();
+            link_program(&release.join("app"));
+        }
+        symlink("r1", directory.path().join("current")).unwrap();
+        Self(directory)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        // Resolve the path, because the temporary directory may be behind a symbolic link.
+        self.0.path().canonicalize().unwrap().join(name)
+    }
+
+    /// Starts the server by a shell script in this directory.
+    fn start(&self, script: &str) -> Server {
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", script]).current_dir(self.0.path());
+        shell.envs(
+            watched()
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+        Server(Group::start(&mut shell).unwrap())
+    }
+
+    /// Replaces the link `current` in one step, as `ln -sfn` followed by `mv -T`.
+    fn switch(&self, release: &str) {
+        symlink(release, self.path("next")).unwrap();
+        std::fs::rename(self.path("next"), self.path("current")).unwrap();
+    }
+}
+
+/// A process that plays [`server`], with its successors.
+struct Server(Group);
+
+/// A line that [`server`] has printed about a process.
+#[derive(Debug)]
+struct Started {
+    pid: Pid,
+    program: PathBuf,
+}
+
+impl Server {
+    /// Waits until the output has more than `count` complete lines that begin with `prefix`, and
+    /// returns the rest of the line after these. The first master may have exited.
+    fn line_after(&self, prefix: &str, count: usize) -> String {
+        wait_until(&format!("{prefix:?} after {count}"), || {
+            let output = self.0.output();
+            let (complete, _) = output.rsplit_once('\n')?;
+            let mut rest = complete
+                .lines()
+                .filter_map(|line| line.strip_prefix(prefix));
+            rest.nth(count).map(str::to_owned)
+        })
+    }
+
+    fn line(&self, prefix: &str) -> String {
+        self.line_after(prefix, 0)
+    }
+
+    /// Returns the master or worker that started after `count` others of its kind.
+    fn started(&self, kind: &str, count: usize) -> Started {
+        let line = self.line_after(kind, count);
+        let (pid, program) = line.split_once(' ').unwrap();
+        Started {
+            pid: Pid::from_raw(pid.parse().unwrap()),
+            program: program.into(),
+        }
+    }
+
+    fn master(&self, count: usize) -> Started {
+        self.started("master ", count)
+    }
+
+    fn worker(&self, count: usize) -> Started {
+        self.started("worker ", count)
+    }
+
+    /// Kills a worker that is ready, and returns the worker that replaces it.
+    fn replace(&self, count: usize) -> Started {
+        self.0
+            .line(&format!("slot 0: worker {} is ready", count + 1));
+        kill(self.worker(count).pid, Number::SIGKILL).unwrap();
+        self.worker(count + 1)
+    }
+
+    /// Stops the newest master, and waits until all processes have exited.
+    fn stop(self, master: Pid) {
+        kill(master, Number::SIGTERM).unwrap();
+        wait_until("the exit of the master", || {
+            (!is_alive(master.as_raw().unsigned_abs())).then_some(())
+        });
+        assert!(self.0.finish().unwrap().success());
+    }
+}
+
+/// Starts a server, switches the link to another release, and deletes the first release.
+///
+/// A reload, an upgrade and a replacement after a crash must all start the new release.
+fn follow_the_link(script: &str) {
+    // Adopt the new master when the old one exits.
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let releases = Releases::new();
+    let [old, new] = ["r1/app", "r2/app"].map(|program| releases.path(program));
+    let server = releases.start(script);
+    let master = server.master(0);
+    assert_eq!(
+        (&master.program, server.worker(0).program),
+        (&old, old.clone()),
+        "{script}"
+    );
+    server.line("ready");
+    releases.switch("r2");
+    kill(master.pid, Number::SIGHUP).unwrap();
+    assert_eq!(server.worker(1).program, new, "{script}: reload");
+    server.line("generation 1 serves");
+    std::fs::remove_dir_all(releases.path("r1")).unwrap();
+    assert_eq!(server.replace(1).program, new, "{script}: after a crash");
+    server.line("slot 0: worker 3 is ready");
+    kill(master.pid, Number::SIGUSR1).unwrap();
+    assert_eq!(
+        server.worker(3).program,
+        new,
+        "{script}: reload with settings"
+    );
+    server.line("generation 2 serves");
+    kill(master.pid, Number::SIGUSR2).unwrap();
+    let successor = server.master(1);
+    assert_eq!(successor.program, new, "{script}: upgrade");
+    server.line("this master has taken over");
+    wait_until("the exit of the old master", || {
+        (!is_alive(master.pid.as_raw().unsigned_abs())).then_some(())
+    });
+    assert_eq!(
+        server.worker(4).program,
+        new,
+        "{script}: worker of the new master"
+    );
+    server.stop(successor.pid);
+}
+
+fn release_behind_a_switched_link_is_started() {
+    if is_watched() {
+        return server();
+    }
+    for script in [
+        "exec current/app",
+        "exec \"$PWD/current/app\"",
+        "cd current && exec ./app",
+        "cd r2 && exec ../current/../current/app",
+    ] {
+        follow_the_link(script);
+    }
+}
+
+/// Starts the program by a search of `PATH`, also with relative directories.
+fn program_found_by_its_name_is_started() {
+    if is_watched() {
+        return server();
+    }
+    for script in [
+        "PATH=$PWD/current; exec app",
+        "PATH=current; exec app",
+        "cd current && PATH=:/bin && exec app",
+    ] {
+        follow_the_link(script);
+    }
+}
+
+fn program_called_by_another_name_is_started() {
+    if is_watched() {
+        return server();
+    }
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let releases = Releases::new();
+    let old = releases.path("r1/app");
+    let mut command = Command::new(releases.path("current/app"));
+    let server =
+        Server(Group::start(command.arg0("/bin/false").env(WATCHED.0, WATCHED.1)).unwrap());
+    let master = server.master(0);
+    assert_eq!(server.worker(0).program, old);
+    server.line("ready");
+    kill(master.pid, Number::SIGUSR2).unwrap();
+    let successor = server.master(1);
+    assert_eq!(successor.program, old);
+    server.line("this master has taken over");
+    server.stop(successor.pid);
+}
+
+fn replaced_program_is_started() {
+    if is_watched() {
+        return server();
+    }
+    let releases = Releases::new();
+    let server = releases.start("cd r1 && exec ./app");
+    let master = server.master(0);
+    let app = releases.path("r1/app");
+    server.line("ready");
+    // Copy the program, because a rename does nothing if both paths lead to the same file.
+    std::fs::copy(&app, releases.path("new")).unwrap();
+    std::fs::rename(releases.path("new"), &app).unwrap();
+    assert_eq!(server.replace(0).program, app);
+    server.line("slot 0: worker 2 is ready");
+    kill(master.pid, Number::SIGUSR1).unwrap();
+    assert_eq!(server.worker(2).program, app);
+    server.line("generation 1 serves");
+    server.stop(master.pid);
+}
+
+fn missing_program_is_started_when_it_is_back() {
+    if is_watched() {
+        return server();
+    }
+    let releases = Releases::new();
+    let server = releases.start("exec r1/app");
+    let master = server.master(0);
+    let [app, elsewhere] = ["r1/app", "r1/elsewhere"].map(|name| releases.path(name));
+    server.line("ready");
+    std::fs::rename(&app, &elsewhere).unwrap();
+    kill(server.worker(0).pid, Number::SIGKILL).unwrap();
+    let error = server.line("slot 0: worker could not be forked: ");
+    assert!(error.contains("r1/app: cannot execute it: "), "{error}");
+    // Reload and upgrade while the program is missing. Both fail, and the pool goes on.
+    kill(master.pid, Number::SIGUSR2).unwrap();
+    server.line("the new master failed: ");
+    std::fs::rename(&elsewhere, &app).unwrap();
+    assert_eq!(server.worker(1).program, app);
+    server.stop(master.pid);
+}
+
+/// Starts the program in a directory that contains another program with the same name.
+fn program_is_found_without_proc() {
+    if is_watched() {
+        return server();
+    }
+    for script in [
+        "cd r2 && PATH=../current && exec app",
+        "cd r2 && exec ../current/app",
+        "cd current && exec ./app",
+    ] {
+        let releases = Releases::new();
+        let other = releases.path("r2/app");
+        std::fs::remove_file(&other).unwrap();
+        std::fs::copy("/bin/false", &other).unwrap();
+        let server = releases.start(&format!(
+            "exec unshare -m sh -c 'umount -l /proc; {script}'"
+        ));
+        let master = server.master(0);
+        server.line("ready");
+        let replacement = server.replace(0);
+        assert_ne!(replacement.pid, master.pid);
+        server.stop(master.pid);
+    }
+}
+
+/// Returns settings' path of the program in the process that the closure has started.
+fn report_program() {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            master.on_exit(|_, _, status| println!("{status}"));
+            match master.fork() {
+                Ok(_) => master.run().unwrap(),
+                Err(error) => println!("{error}"),
+            }
+            let settings = Settings::default().exec("/bin/sh").args(["-c", "exit 3"]);
+            master.fork_as(settings).unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(_) => {
+            let own = std::fs::read_link("/proc/self/exe").unwrap();
+            println!("{} {:?}", own.display(), std::env::args_os().nth(1));
+        }
+    }
+}
+
+fn output_of(command: &mut Command) -> String {
+    let output = command.env(WATCHED.0, WATCHED.1).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn interpreter_of_a_script_is_started() {
+    if is_watched() {
+        return report_program();
+    }
+    let releases = Releases::new();
+    let [app, script] = ["r1/app", "script"].map(|name| releases.path(name));
+    std::fs::write(&script, format!("#!{}\n", app.display())).unwrap();
+    std::fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+    let expected = format!(
+        "{} Some({script:?})\nexit status: 0\nexit status: 3\n",
+        app.display()
+    );
+    assert_eq!(output_of(&mut Command::new(&script)), expected);
+}
+
+const UNKNOWN: &str = "cannot find it: no path leads to this program: set `Settings::exec`\n";
+
+fn program_that_the_loader_runs_is_unknown() {
+    if is_watched() {
+        return report_program();
+    }
+    let mut command = Command::new(loader().unwrap());
+    let output = output_of(command.arg(std::env::current_exe().unwrap()));
+    assert!(
+        output.ends_with(&format!("{UNKNOWN}exit status: 3\n")),
+        "{output}"
+    );
+}
+
+/// Executes a program that has no path, and a program whose file is deleted before `init`.
+fn unlinked_program_is_unknown() {
+    if is_watched() {
+        if let Some(path) = std::env::args_os().nth(1) {
+            std::fs::remove_file(path).unwrap();
+        }
+        return report_program();
+    }
+    let releases = Releases::new();
+    let app = releases.path("r1/app");
+    let output = output_of(Command::new(&app).arg(&app));
+    assert!(
+        output.ends_with(&format!("{UNKNOWN}exit status: 3\n")),
+        "{output}"
+    );
+}
