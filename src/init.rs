@@ -193,24 +193,26 @@ enum Identity {
     },
 }
 
+/// Reads a number that a master sets.
+fn number(variable: &'static str) -> Result<u32> {
+    let value = std::env::var_os(variable).unwrap_or_default();
+    let value = value.to_string_lossy().into_owned();
+    match value.parse() {
+        Ok(number) => Ok(number),
+        Err(_) => Err(Error::Environment {
+            variable,
+            value,
+            expected: "a number set by a master",
+        }),
+    }
+}
+
 /// Reads the variables that a master sets, and returns the role of this process.
 ///
 /// All programs below a worker inherit the variables, but the variables apply only to the process
 /// that the master has executed. A process id alone does not identify that process, because a
 /// program in a nested PID namespace may have the same one.
 fn identity() -> Result<Identity> {
-    let number = |variable| {
-        let value = std::env::var_os(variable).unwrap_or_default();
-        let value = value.to_string_lossy().into_owned();
-        match value.parse::<u32>() {
-            Ok(number) => Ok(number),
-            Err(_) => Err(Error::Environment {
-                variable,
-                value,
-                expected: "a number set by a master",
-            }),
-        }
-    };
     if std::env::var_os(WORKER_PID).is_none() {
         return Ok(Identity::Master);
     }

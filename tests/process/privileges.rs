@@ -15,6 +15,7 @@ use cluster::{BindOptions, Error, ListenOptions, Master, Settings, Worker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 

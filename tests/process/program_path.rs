@@ -158,8 +158,7 @@ impl Server {
 
     /// Kills a worker that is ready, and returns the worker that replaces it.
     fn replace(&self, count: usize) -> Started {
-        self.0
-            .line(&format!("slot 0: worker {} is ready", count + 1));
+        self.line(&format!("slot 0: worker {} is ready", count + 1));
         kill(self.worker(count).pid, Number::SIGKILL).unwrap();
         self.worker(count + 1)
     }

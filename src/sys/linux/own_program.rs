@@ -12,7 +12,9 @@ use std::path::PathBuf;
 ///
 /// Returns an error if `/proc` is not mounted.
 pub(in crate::sys) fn status() -> io::Result<Metadata> {
-    std::fs::metadata("/proc/self/exe")
+    // Prefer the path in the link, because qemu's user mode replaces the link only for readlink(2).
+    let linked = std::env::current_exe().and_then(std::fs::metadata);
+    linked.or_else(|_| std::fs::metadata("/proc/self/exe"))
 }
 
 /// Returns the paths that may lead to this process's program, the preferred one first.
