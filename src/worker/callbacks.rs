@@ -229,10 +229,10 @@ impl Inner {
         drop(replaced);
     }
 
-    /// Drops a listener's callbacks if the listener has been closed.
+    /// Drops a listener's callbacks if the listener has ended.
     pub(super) fn forget_callbacks(&self, listener: ListenerId) {
         let core = self.shell.core.borrow();
-        if !core.is_known(listener) {
+        if core.has_ended(listener) {
             drop(core);
             let callbacks = self.listener_callbacks.borrow_mut().remove(&listener);
             drop(callbacks);

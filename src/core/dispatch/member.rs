@@ -43,12 +43,15 @@ enum State {
 ///            idle were reclaimed
 /// any        the worker reports that it received a connection      Prompt
 /// ```
+///
+/// Connections that are reclaimed because the worker pauses, or because the listener ends for the
+/// worker, do not make the worker stalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Response {
     Prompt,
-    /// The worker is chosen only if no prompt worker is idle. The value is the length of the
-    /// penalty. The penalty began when the first of the reclaimed connections was dispatched.
-    Stalled(Time),
+    /// The worker is chosen only if no prompt worker is idle. The penalty began when the first of
+    /// the reclaimed connections was dispatched.
+    Stalled { penalty: Time, until: Time },
     /// The worker takes turns again, but has not reported any received connection since its last
     /// penalty. The value is the length of that penalty.
     Retried(Time),
@@ -132,7 +135,7 @@ impl Member {
     }
 
     fn is_stalled(&self) -> bool {
-        matches!(self.response, Response::Stalled(_))
+        matches!(self.response, Response::Stalled { .. })
     }
 
     /// Returns whether the scheduler may choose the worker.
@@ -237,9 +240,7 @@ impl Member {
 
     /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
     /// number of connections that are still on their way to the queue.
-    ///
-    /// Returns the end of the penalty if this makes the worker stalled.
-    pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) -> Option<Time> {
+    pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
         self.recent_load = self.recent_load.saturating_sub(count);
@@ -248,28 +249,29 @@ impl Member {
             None => self.received.min(self.dispatched),
         };
         self.received_at_idle = self.received_at_idle.min(self.received);
-        if count == 0 {
-            return None;
+        if count == 0 || !self.is_ready() {
+            return;
         }
         if self.load() > 0 {
-            if self.state == State::Ready {
-                self.state = State::Slow;
-            }
-            return None;
+            self.state = State::Slow;
+        } else {
+            self.stall();
         }
-        // The worker reported that it was idle and has received nothing since, so treat it as
-        // stalled. A responsive worker would usually have received a connection.
+    }
+
+    /// Records that all connections that were dispatched while the worker was idle were reclaimed.
+    fn stall(&mut self) {
         let penalty = match self.response {
             Response::Prompt => PENALTY_MIN,
             Response::Retried(previous) => (previous * 2).clamp(PENALTY_MIN, PENALTY_MAX),
-            Response::Stalled(_) => return None,
+            Response::Stalled { .. } => return,
         };
-        self.response = Response::Stalled(penalty);
-        Some(self.busy_since.saturating_add(penalty))
+        let until = self.busy_since.saturating_add(penalty);
+        self.response = Response::Stalled { penalty, until };
     }
 
-    pub(super) fn penalty_over(&mut self) {
-        if let Response::Stalled(penalty) = self.response {
+    pub(super) fn end_penalty(&mut self) {
+        if let Response::Stalled { penalty, .. } = self.response {
             self.response = Response::Retried(penalty);
         }
     }
@@ -279,6 +281,10 @@ impl Member {
         let is_busy = self.is_available() && self.load() > 0 && !self.is_stalled();
         let is_unresponsive = self.load() > 0 && self.received == self.received_at_idle;
         let is_assignable = self.is_ready() && self.queued() < MAX_WINDOW;
+        let penalty_end = match self.response {
+            Response::Stalled { until, .. } if self.is_candidate() => Some(until),
+            Response::Stalled { .. } | Response::Prompt | Response::Retried(_) => None,
+        };
         Ranks {
             idle: self.is_idle().then_some(IdleRank {
                 is_stalled: self.is_stalled(),
@@ -291,6 +297,7 @@ impl Member {
             }),
             queued_behind: (self.queued_behind() > 0).then_some((self.busy_since, worker)),
             unresponsive: is_unresponsive.then_some((self.busy_since, worker)),
+            penalized: penalty_end.map(|until| (until, worker)),
             assigned: (is_assignable && !self.assigned.is_empty()).then_some(worker),
         }
     }
@@ -320,5 +327,6 @@ pub(super) struct Ranks {
     pub(super) busy: Option<BusyRank>,
     pub(super) queued_behind: Option<(Time, WorkerId)>,
     pub(super) unresponsive: Option<(Time, WorkerId)>,
+    pub(super) penalized: Option<(Time, WorkerId)>,
     pub(super) assigned: Option<WorkerId>,
 }

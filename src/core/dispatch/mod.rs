@@ -228,8 +228,8 @@ pub(crate) struct Dispatcher<C> {
     /// The busy workers that are not known to have received a connection since their last idle
     /// report, sorted by the time at which each worker became busy.
     unresponsive: BTreeSet<(Time, WorkerId)>,
-    /// The end times of penalties, including those of workers that are no longer stalled.
-    penalties: BTreeSet<(Time, WorkerId)>,
+    /// The stalled workers, sorted by the time at which each worker's penalty ends.
+    penalized: BTreeSet<(Time, WorkerId)>,
     /// The maximum number of connections that a worker may have before it reports that it is idle.
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
@@ -271,7 +271,7 @@ impl<C> Dispatcher<C> {
             busy: BTreeSet::new(),
             queued_behind: BTreeSet::new(),
             unresponsive: BTreeSet::new(),
-            penalties: BTreeSet::new(),
+            penalized: BTreeSet::new(),
             window: 1,
             waiting: BTreeMap::new(),
             unassigned: SortedMap::new(),
@@ -451,6 +451,7 @@ impl<C> Dispatcher<C> {
             new.queued_behind,
         );
         replace(&mut self.unresponsive, old.unresponsive, new.unresponsive);
+        replace(&mut self.penalized, old.penalized, new.penalized);
         replace(&mut self.assignable, old.assigned, new.assigned);
         Some((result, received))
     }
@@ -531,11 +532,7 @@ impl<C> Dispatcher<C> {
         let count = connections.len() as u64;
         let reclaimed = self.update(worker, |member| member.reclaimed(count, queued));
         self.push_back(connections);
-        reclaimed.map_or(0, |(penalty_end, received)| {
-            self.penalties
-                .extend(penalty_end.map(|time| (time, worker)));
-            received
-        })
+        reclaimed.map_or(0, |((), received)| received)
     }
 
     /// Takes back a connection that could not be put into the worker's queue. If the queue
@@ -573,8 +570,7 @@ impl<C> Dispatcher<C> {
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
         let received = self.reclaimed(worker, connections, Some(queued));
-        // The worker has ended and its queue is empty, so no ordered set except `penalties` can
-        // contain it.
+        // The worker has ended and its queue is empty, so no ordered set contains it.
         let member = self.members.remove(&worker);
         let load = member.map(|member| WorkerLoad {
             open: 0,
@@ -668,13 +664,9 @@ impl<C> Dispatcher<C> {
     }
 
     /// Ends the penalties that have expired.
-    fn end_penalties(&mut self, now: Time) {
-        while let Some(&(end, worker)) = self.penalties.first() {
-            if end > now {
-                break;
-            }
-            self.penalties.pop_first();
-            self.update(worker, Member::penalty_over);
+    pub(crate) fn end_penalties(&mut self, now: Time) {
+        while let Some(&(_, worker)) = self.penalized.first().filter(|(until, _)| *until <= now) {
+            self.update(worker, Member::end_penalty);
         }
     }
 
@@ -709,7 +701,8 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// Returns how many connections to reclaim for an idle worker now, and from which worker.
+    /// Returns how many connections to reclaim for an idle worker now, and from which worker. Call
+    /// `end_penalties` first.
     ///
     /// A worker that became busy recently keeps its connections, because it may only be waiting for
     /// a core. Without this rule, the workers that happen to run would take all connections.
@@ -723,13 +716,26 @@ impl<C> Dispatcher<C> {
         Some((worker, member.queued_behind().max(1) as usize))
     }
 
-    /// Returns the earliest time at which `reclaimable` can return a worker, provided that no event
-    /// changes the dispatcher before.
+    /// Returns the latest time at which `end_penalties` and `reclaimable` must be called, provided
+    /// that no event changes the dispatcher before.
     ///
     /// Returns `None` if only an event can make connections reclaimable.
     pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
-        let times = self.reclaim_times().into_iter().flatten();
-        times.map(|(time, _)| time).min()
+        if self.is_prompt_worker_idle() {
+            let times = self.reclaim_times().into_iter().flatten();
+            return times.map(|(time, _)| time).min();
+        }
+        // If all idle workers are stalled, connections become reclaimable when a penalty ends. The
+        // end may be the only event, because a busy worker reports nothing during a long request.
+        let is_awaited = !self.idle.is_empty() && self.may_have_reclaimable();
+        let first = self.penalized.first().filter(|_| is_awaited)?;
+        Some(first.0)
+    }
+
+    /// Returns whether connections may become reclaimable while a prompt worker is idle.
+    pub(crate) fn may_have_reclaimable(&self) -> bool {
+        let has_queued = !self.queued_behind.is_empty() || !self.unresponsive.is_empty();
+        has_queued && !self.has_scheduler
     }
 
     /// Returns when connections can be reclaimed, and from which worker. The first entry is for

@@ -279,6 +279,75 @@ fn connections_of_a_stalled_worker_go_to_others() {
 }
 
 #[test]
+fn pausing_worker_is_not_stalled() {
+    let mut dispatcher = with_idle_workers(2);
+    dispatcher.push(5);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
+    dispatcher.pause(id(1)).unwrap();
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], Some(0));
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
+    dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    dispatcher.push(6);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 6)], "its turn");
+}
+
+/// Dispatches a connection to the first of two idle workers and reclaims it, so that the worker is
+/// stalled. The second worker receives the connection, and is idle again.
+fn stall_first(dispatcher: &mut Dispatcher<u32>, now: Time) {
+    dispatcher.push(0);
+    let dispatched = dispatcher.dispatch_next(now).unwrap();
+    assert_eq!(dispatched.worker, id(1));
+    dispatcher.reclaimed(id(1), vec![dispatched.connection], Some(0));
+    serve_by(dispatcher, 2, now);
+}
+
+/// Dispatches the waiting connection, which must go to `worker`. The worker receives it, and is
+/// idle again.
+fn serve_by(dispatcher: &mut Dispatcher<u32>, worker: u32, now: Time) {
+    let dispatched = dispatcher.dispatch_next(now).unwrap();
+    assert_eq!(dispatched.worker, id(worker));
+    let received = dispatcher.members[&id(worker)].dispatched;
+    dispatcher
+        .idle_reported(id(worker), received, 0, now)
+        .unwrap();
+}
+
+#[test]
+fn penalty_of_a_worker_that_recovered_does_not_end_its_next_penalty() {
+    let mut dispatcher = with_idle_workers(2);
+    stall_first(&mut dispatcher, NOW);
+    dispatcher.pause(id(2)).unwrap();
+    dispatcher.push(1);
+    serve_by(&mut dispatcher, 1, NOW);
+    dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
+    dispatcher.push(2);
+    serve_by(&mut dispatcher, 2, NOW);
+    let later = PENALTY_MIN - Time::from_millis(1);
+    stall_first(&mut dispatcher, later);
+    dispatcher.push(3);
+    serve_by(&mut dispatcher, 2, PENALTY_MIN);
+    dispatcher.push(4);
+    serve_by(&mut dispatcher, 1, later + PENALTY_MIN);
+}
+
+#[test]
+fn connection_queued_behind_a_slow_request_is_reclaimed_when_a_penalty_ends() {
+    let mut dispatcher = with_idle_workers(2);
+    stall_first(&mut dispatcher, NOW);
+    dispatcher.pause(id(1)).unwrap();
+    dispatcher.window = MAX_WINDOW;
+    (1..3).for_each(|c| dispatcher.push(c));
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 1), (2, 2)]);
+    assert_eq!(dispatcher.rebalance_deadline(), None, "no worker is idle");
+    dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
+    assert_eq!(dispatcher.reclaimable(QUICK), None, "a penalty");
+    assert_eq!(dispatcher.rebalance_deadline(), Some(PENALTY_MIN));
+    dispatcher.end_penalties(PENALTY_MIN);
+    assert_eq!(dispatcher.reclaimable(PENALTY_MIN), Some((id(2), 1)));
+}
+
+#[test]
 #[cfg_attr(miri, ignore = "simulates four seconds in steps of 1 ms; slow")]
 fn stalled_worker_is_retried_after_penalties_that_double() {
     let mut dispatcher = with_idle_workers(2);

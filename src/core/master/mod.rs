@@ -516,13 +516,16 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns whether a worker has capacity for a connection, but the connection waits in the
-    /// master, is reclaimable, or may be in a backlog that the master has not checked.
-    pub(crate) fn has_stuck_connection(&self) -> bool {
+    /// master, was reclaimable at the last tick, can become reclaimable without a deadline, or may
+    /// be in a backlog that the master has not checked.
+    pub(crate) fn has_stuck_connection(&self, last_tick: Time) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;
             let is_unchecked =
                 listener.accept_state == AcceptState::Ready && listener.stage != Stage::Pausing;
-            let is_reclaimable = dispatcher.reclaimable(Time::ZERO).is_some();
+            let is_forgotten =
+                dispatcher.may_have_reclaimable() && listener.deadline().is_none();
+            let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
             let is_stuck = dispatcher.has_waiting() || is_unchecked || is_reclaimable;
             listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck
         })

@@ -160,10 +160,11 @@ impl<C, F> MasterCore<C, F> {
     /// Reclaims connections from a busy or unresponsive worker's queue for an idle worker. Returns
     /// whether there are any to reclaim.
     pub(super) fn rebalance(&mut self, handle: HandleId) -> bool {
-        let listener = self.listeners.get(&handle);
+        let listener = self.listeners.get_mut(&handle);
         let Some(listener) = listener.filter(|listener| listener.may_dispatch()) else {
             return false;
         };
+        listener.dispatcher.end_penalties(self.now);
         let Some((worker, at_most)) = listener.dispatcher.reclaimable(self.now) else {
             return false;
         };

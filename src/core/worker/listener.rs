@@ -30,7 +30,7 @@ pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 /// | (none) | `listen` or `listen_privately`, while the worker is disconnecting | `Closed` |
 /// | `Requested` | reply | `Open(Some(_))` or `Failed` |
 /// | `Requested` | `close`, `forget`, or the worker disconnects | `Abandoned` |
-/// | `Abandoned` | reply | removed and released, or `Failed` |
+/// | `Abandoned` | reply | removed, and released if it was bound |
 /// | `Open` | the master ends and drains it, or the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
 /// | `Open`, `Draining` | `close`, `forget`, or the master ends it without a drain | `Closed` |
 /// | all but `Failed` | the channel closes | `Closed` |
@@ -106,7 +106,8 @@ impl<F> WorkerCore<F> {
                     ListenStatus::Done(entry.address)
                 }
             },
-            None => ListenStatus::Pending,
+            // The reply has removed an abandoned listener.
+            None => ListenStatus::Done(None),
         }
     }
 
@@ -121,13 +122,6 @@ impl<F> WorkerCore<F> {
             },
             None => true,
         }
-    }
-
-    /// Returns whether the worker has an entry for the listener. The entry stays until the
-    /// application drops the listener. If the listener was abandoned, the entry is removed when the
-    /// master replies that it is bound.
-    pub(crate) fn is_known(&self, listener: ListenerId) -> bool {
-        self.listeners.contains_key(&listener)
     }
 
     pub(crate) fn is_datagram(&self, listener: ListenerId) -> bool {
@@ -271,6 +265,9 @@ impl<F> WorkerCore<F> {
             Err(errno) => {
                 entry.stage = Stage::Failed(errno);
                 self.release_index(listener);
+                if is_abandoned {
+                    self.forget(listener);
+                }
                 Ok(None)
             }
         }
@@ -313,7 +310,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Closes a listener that the application has dropped, and removes it. If the master has not
-    /// replied, the listener is removed when the master replies that it is bound.
+    /// replied, the reply removes it.
     pub(crate) fn forget(&mut self, listener: ListenerId) {
         self.close(listener);
         let is_settled = |entry: &Entry| entry.stage != Stage::Abandoned;

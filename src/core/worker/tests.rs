@@ -177,6 +177,45 @@ fn listener_without_its_descriptor_is_released() {
     assert_eq!(core.listen_status(listener), failed);
 }
 
+/// Returns the two results that a master's reply can have.
+fn replies() -> [Result<Bound, i32>; 2] {
+    let bound = Bound {
+        handle: HANDLE,
+        policy: SchedulingPolicy::RoundRobin,
+        address: None,
+    };
+    [Ok(bound), Err(errno::EADDRINUSE)]
+}
+
+/// Requests a listener, and carries out `abandon` before the master's reply arrives.
+fn abandoned(result: Result<Bound, i32>, abandon: impl Fn(&mut Core, ListenerId)) -> Core {
+    let mut core = Core::new();
+    let path = Place::Path("/path".into());
+    let listener = core.listen(Endpoint::new(Kind::Unix, path), BindFlags::default());
+    abandon(&mut core, listener);
+    let request = listener.0;
+    core.frame(ToWorker::Reply { request, result }).unwrap();
+    let status = core.listen_status(listener);
+    assert_eq!(status, ListenStatus::Done(None), "`listen` must not wait");
+    assert!(core.has_ended(listener));
+    core
+}
+
+#[test]
+fn dropped_listener_is_removed_by_the_masters_reply() {
+    for result in replies() {
+        let core = abandoned(result, Core::forget);
+        assert!(core.listeners.is_empty() && core.indices.is_empty());
+    }
+}
+
+#[test]
+fn listen_ends_although_a_reply_follows_the_disconnect() {
+    for result in replies() {
+        abandoned(result, |core, _| core.frame(ToWorker::Disconnect).map(drop).unwrap());
+    }
+}
+
 #[test]
 fn disconnecting_worker_ignores_its_connection_limit() {
     let mut core = Core::new();

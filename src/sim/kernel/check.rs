@@ -63,7 +63,7 @@ impl World {
 
     /// Checks conditions that hold only while the master has no action to carry out.
     fn check_at_rest(&self) {
-        let waits = self.master.has_stuck_connection();
+        let waits = self.master.has_stuck_connection(self.ticked);
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.is_unbound());
