@@ -10,6 +10,8 @@
 //! CLUSTER_SIMULATION_SEED=7 cargo test a_million_steps # this schedule only
 //! ```
 
+mod keep_alive;
+mod preemption;
 mod shrink;
 mod step;
 mod tests;
@@ -20,6 +22,7 @@ use super::kernel::{Call, Config, Ending, World};
 use crate::types::ledger::Ledger;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
+use preemption::Preemption;
 use step::{Step, Trouble, step};
 
 /// The total number of steps in all schedules, unless `CLUSTER_SIMULATION_STEPS` is set. A test run
@@ -33,6 +36,7 @@ struct Schedule {
     world: World,
     /// The call that the master's application makes in its next callback, and the call's number.
     callback: Option<(Call, u8)>,
+    preemption: Preemption,
 }
 
 impl Schedule {
@@ -45,6 +49,7 @@ impl Schedule {
         Self {
             world: World::new(config),
             callback: None,
+            preemption: Preemption::default(),
         }
     }
 

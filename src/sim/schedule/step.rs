@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use fastrand::Rng;
 
 use super::Schedule;
+use super::preemption::Runner;
 use crate::sim::kernel::process::Detached;
 use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
@@ -60,6 +61,9 @@ pub(super) enum StepKind {
     Stop,
     /// Resumes a suspended worker, as SIGCONT does.
     Continue,
+    /// Keeps the processor from a worker for its next `choice` steps. If no worker has the number
+    /// `process`, keeps the processor from the master.
+    Preempt,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
     Forge(Forgery),
@@ -99,6 +103,8 @@ pub(super) struct Trouble {
     calls: bool,
     /// Whether the applications frequently change their connection limits.
     limits: bool,
+    /// Whether processes do not get the processor for a while.
+    preemption: bool,
 }
 
 impl Trouble {
@@ -108,6 +114,7 @@ impl Trouble {
             faults: rng.u8(0..4) > 0,
             calls: rng.u8(0..4) > 0,
             limits: rng.u8(0..8) == 0,
+            preemption: rng.bool(),
         }
     }
 }
@@ -122,6 +129,7 @@ impl Step {
             23..=25 if trouble.calls => random_call(rng),
             26..=28 if trouble.faults => random_fault(rng),
             29 if trouble.forgeries => StepKind::Forge(random_forgery(rng)),
+            30..=31 if trouble.preemption => StepKind::Preempt,
             30..=79 => StepKind::WorkerCall(random_worker_call(rng, trouble)),
             80..=159 => StepKind::Worker,
             _ => StepKind::Master,
@@ -230,6 +238,15 @@ impl Schedule {
         let (process, choice) = (step.process, step.choice);
         let world = &mut self.world;
         let living = world.living(process);
+        let runner = match step.kind {
+            StepKind::Master | StepKind::Call(_) => Some(Runner::Master),
+            StepKind::Worker => world.busy(process).map(Runner::Worker),
+            StepKind::WorkerCall(_) => living.map(Runner::Worker),
+            _ => None,
+        };
+        if let Some(time) = self.preemption.instead(runner) {
+            return world.pass(time);
+        }
         match step.kind {
             StepKind::Connect => world.connect(choice),
             StepKind::HangUp => world.hang_up(choice),
@@ -256,6 +273,11 @@ impl Schedule {
             StepKind::Kill => each(living, |id| world.exit(id, ExitStatus::from_raw(9))),
             StepKind::Stop => each(living, |id| world.stop(id)),
             StepKind::Continue => each(living, |id| world.resume(id)),
+            StepKind::Preempt => {
+                let nth = world.processes.keys().nth(process.into());
+                let runner = nth.copied().map_or(Runner::Master, Runner::Worker);
+                self.preemption.begin(runner, choice);
+            }
             StepKind::CutChannel => each(living, |id| world.process(id).close_end()),
             StepKind::Forge(forgery) => each(living, |id| world.forge_frame(id, forgery, choice)),
         }
