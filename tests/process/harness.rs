@@ -6,6 +6,7 @@
 //! environment and run the same scenario.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -493,26 +494,51 @@ pub fn when_listening(
     });
 }
 
-/// Calls `then` once every worker has answered a ping in `accept`. Workers must call
-/// `answer_pings`.
+/// Calls `then` once every worker has answered two pings, one after the other. Workers must call
+/// `answer_pings`, and no client may connect in the meantime.
 ///
-/// Before a worker answers a ping in `accept`, it has reported to the master that it is idle. The
-/// master therefore knows that all workers are idle when it calls `then`.
+/// A worker that enters `accept` handles messages before it reports to the master that it is idle.
+/// The answer to the first ping may therefore come before the report, but the second ping arrives
+/// after the report has been sent. The master therefore knows that all workers are idle when it
+/// calls `then`.
 pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
-    let mut missing = master.workers().len();
+    let workers = master.workers();
+    let mut unanswered: BTreeMap<_, _> = workers.iter().map(|worker| (worker.id(), 2)).collect();
     let mut then = Some(then);
     let own = Rc::new(Cell::new(None));
     let id = Rc::clone(&own);
-    own.set(Some(master.on_message(move |master, _, _| {
-        missing -= 1;
-        if missing == 0 {
+    own.set(Some(master.on_message(move |master, worker, _| {
+        match unanswered.get_mut(&worker.id()) {
+            Some(2) => {
+                unanswered.insert(worker.id(), 1);
+                ping(worker);
+            }
+            _ => drop(unanswered.remove(&worker.id())),
+        }
+        if unanswered.is_empty() {
             master.remove_callback(id.get().unwrap());
             then.take().unwrap()(master);
         }
     })));
-    for worker in master.workers() {
-        let _ = worker.send(b"ping").unwrap();
-    }
+    workers.iter().for_each(ping);
+}
+
+fn ping(worker: &WorkerProcess) {
+    let _ = worker.send(b"ping").unwrap();
+}
+
+/// Returns how often connections were returned to the master because a worker had not received
+/// them.
+///
+/// A worker that does not receive its connection within 20 ms, for instance because it has to wait
+/// for a core, loses its turn in the rotation.
+pub fn count_returned(master: &Master) -> u64 {
+    master
+        .loads()
+        .workers
+        .iter()
+        .map(|load| load.returned)
+        .sum()
 }
 
 pub fn answer_pings(worker: &Worker) {

@@ -50,6 +50,7 @@ mod running;
 mod scheduler;
 mod serve;
 mod sharded;
+mod stalled;
 mod systemd;
 mod without_exec;
 
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         life::SCENARIOS,
         listen::SCENARIOS,
         round_robin::SCENARIOS,
+        stalled::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
         hostile::SCENARIOS,

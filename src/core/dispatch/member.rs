@@ -51,7 +51,10 @@ enum Response {
     Prompt,
     /// The worker is chosen only if no prompt worker is idle. The penalty began when the first of
     /// the reclaimed connections was dispatched.
-    Stalled { penalty: Time, until: Time },
+    Stalled {
+        penalty: Time,
+        until: Time,
+    },
     /// The worker takes turns again, but has not reported any received connection since its last
     /// penalty. The value is the length of that penalty.
     Retried(Time),

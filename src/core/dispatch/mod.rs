@@ -67,7 +67,7 @@
 //!
 //! # Reclaiming
 //!
-//! Connections are reclaimed only while a prompt worker is idle and there is no scheduler:
+//! Connections are reclaimed for an idle worker only if it is prompt and there is no scheduler:
 //!
 //! 1. If a worker has been busy for `QUICK`, everything queued behind its current request is
 //!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
@@ -75,6 +75,12 @@
 //!    of them was dispatched, they are reclaimed. If the worker has none left, it becomes stalled.
 //!    The first penalty lasts `PENALTY_MIN`. Each further penalty is twice as long, up to
 //!    `PENALTY_MAX`, until the worker receives a connection.
+//!
+//! If all idle workers are stalled, the end of the first penalty is a deadline, because it makes a
+//! worker prompt without any event.
+//!
+//! Connections are also reclaimed when a worker pauses or leaves the listener. The worker does not
+//! become stalled then.
 //!
 //! # Fairness
 //!

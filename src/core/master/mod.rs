@@ -523,8 +523,7 @@ impl<C, F> MasterCore<C, F> {
             let dispatcher = &listener.dispatcher;
             let is_unchecked =
                 listener.accept_state == AcceptState::Ready && listener.stage != Stage::Pausing;
-            let is_forgotten =
-                dispatcher.may_have_reclaimable() && listener.deadline().is_none();
+            let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
             let is_stuck = dispatcher.has_waiting() || is_unchecked || is_reclaimable;
             listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck

@@ -212,7 +212,9 @@ fn dropped_listener_is_removed_by_the_masters_reply() {
 #[test]
 fn listen_ends_although_a_reply_follows_the_disconnect() {
     for result in replies() {
-        abandoned(result, |core, _| core.frame(ToWorker::Disconnect).map(drop).unwrap());
+        abandoned(result, |core, _| {
+            core.frame(ToWorker::Disconnect).map(drop).unwrap()
+        });
     }
 }
 

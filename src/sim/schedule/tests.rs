@@ -370,3 +370,38 @@ fn idle_worker_gets_queued_connections_after_accepting_fails() {
     .concat();
     replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
 }
+
+/// The connection is in the queue of the second worker that does not run. The first one is idle
+/// again, but stalled, and the master was not woken at the end of its penalty.
+#[test]
+fn end_of_a_penalty_wakes_the_master() {
+    let m = step(StepKind::Master, 0, 0);
+    let w = step(StepKind::Worker, 0, 0);
+    let steps = [
+        &[step(StepKind::Call(Call::Fork), 0, 0)][..],
+        &[w, w, m],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[w, w, w],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[m, w, m, w, m, m],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[step(StepKind::WorkerCall(WorkerCall::Listen), 0, 8)],
+        &[w, w, m, m, m, m, m, m, m, w, m, m, m],
+        &[step(StepKind::Connect, 0, 0)],
+        &[m, w, m, m, w],
+        &[step(StepKind::WorkerCall(WorkerCall::Listen), 1, 8)],
+        &[w, w, w, m, w, w, m, m, m, m, m, m, w],
+        &[step(StepKind::Call(Call::Fork), 0, 0)],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 1, 0)],
+        &[m, w],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 0, 0)],
+        &[w, w, w, w, w, m, w, w],
+        &[step(StepKind::Preempt, 4, 2)],
+        &[w, w],
+        &[step(StepKind::Pass, 0, 17)],
+        &[step(StepKind::Preempt, 1, 1)],
+        &[step(StepKind::WorkerCall(WorkerCall::Accept), 1, 0)],
+    ]
+    .concat();
+    replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
+}
