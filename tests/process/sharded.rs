@@ -508,23 +508,34 @@ fn read_answer(mut client: TcpStream) -> Option<String> {
     }
 }
 
+/// Checks that no worker receives more than 1.2 times as many connections as another.
+///
+/// With 10,000 clients, chance alone exceeds this ratio in less than one of 10,000 runs. More
+/// clients would take longer than the test's deadline on an emulated machine.
 fn shards_receive_equal_shares() {
-    const CLIENTS: u32 = 20_000;
+    const CLIENTS: u32 = 10_000;
     let log = Log::default();
     let entries = log.clone();
     cluster(
         |master| {
             shard(master);
             when_listening(master, 8, move |master, address| {
+                let has_failed = Arc::new(AtomicBool::new(false));
                 let part = move || {
                     let mut parts = BTreeMap::new();
                     for _ in 0..CLIENTS / 4 {
-                        *parts.entry(ask(address).unwrap()).or_insert(0) += 1;
+                        let answer = ask(address);
+                        // End the other threads too, so that the first failure ends the test.
+                        if has_failed.fetch_or(answer.is_err(), Ordering::SeqCst) {
+                            break;
+                        }
+                        *parts.entry(answer.unwrap()).or_insert(0) += 1;
                     }
                     parts
                 };
                 let work = move || {
-                    let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(part)).collect();
+                    let threads = (0..4).map(|_| std::thread::spawn(part.clone()));
+                    let threads: Vec<_> = threads.collect();
                     let mut sum = BTreeMap::new();
                     for thread in threads {
                         for (worker, count) in thread.join().unwrap() {
