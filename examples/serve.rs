@@ -33,7 +33,7 @@ Runs several processes of a program that takes its listeners from LISTEN_FDS.
   --readiness TIME    a process is ready when it has run for this time [default: 1s]
   --drain TIME        a process that has not exited this long after SIGTERM is killed [default: 30s]
   --max-age TIME      a process that has run for this time is replaced [default: never]
-  --max-memory SIZE   a process with more resident memory is replaced [default: no limit]
+  --max-memory SIZE   a process that holds more memory alone is replaced [default: no limit]
 
 A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. SIGTERM ends a process.
 

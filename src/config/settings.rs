@@ -427,11 +427,18 @@ impl Settings {
     }
 
     /// Sets the user id of the workers. `fork` fails unless the master has the permission to change
-    /// its user, for example as root.
+    /// its user, for example as root, or already runs as that user.
     ///
     /// Node: `settings.uid`.
     ///
-    /// The worker has no supplementary groups. Unless the user is root (0), the worker has no
+    /// The worker has no supplementary groups, with one exception. A master without the permission
+    /// to change its groups (setgroups(2)) passes them on if the real, effective and saved ids of
+    /// the master are already those that `uid` and [`gid`](Self::gid) set. Otherwise, `fork` fails
+    /// with [`ForkStep::Groups`](crate::ForkStep::Groups) if such a master has a supplementary
+    /// group other than the worker's group. In a user namespace, this concerns root, too, unless
+    /// `/proc/PID/setgroups` allows the change (user_namespaces(7)).
+    ///
+    /// Unless the user is root (0), the worker has no
     /// capabilities, even if the master has some. The permitted, effective, inheritable and ambient
     /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the
     /// securebits and `no_new_privs` do not change. See capabilities(7).
@@ -459,11 +466,12 @@ impl Settings {
     }
 
     /// Sets the group id of the workers. `fork` fails unless the master has the permission to
-    /// change its groups, for example as root.
+    /// change its groups, for example as root, or already runs with that group.
     ///
     /// Node: `settings.gid`.
     ///
-    /// The worker has no supplementary groups. Without [`uid`](Self::uid), the worker keeps the
+    /// The worker has no supplementary groups, with the exception that [`uid`](Self::uid)
+    /// describes. Without [`uid`](Self::uid), the worker keeps the
     /// master's user and capabilities. With this setting, `fork` waits at most one second for the
     /// worker to start. See `uid` for an example.
     #[must_use]

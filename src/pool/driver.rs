@@ -7,7 +7,8 @@ use cluster::{CallbackId, Master, Settings, Signal, SpawnOptions, WorkerId, Work
 
 use super::core::{Action, Core, Time};
 use super::event::PoolEvent;
-use super::failure::{FailureAction, WorkerFailure};
+use super::failure::{FailureAction, FailureCause, WorkerFailure};
+use super::memory::own_memory;
 use super::options::Readiness;
 use super::{HEARTBEAT, Notification, Pool, READY, SLOT};
 
@@ -205,20 +206,27 @@ impl Pool {
             Some(settings) => settings.get_detached(),
             None => master.settings().get_detached(),
         };
-        let forked = match settings {
-            // Reject a detached process, because the master emits no `exit` event for it. A
-            // pool that is stopping would wait forever for the exit.
-            _ if is_detached == Some(true) => Err("a detached process is not a worker".to_owned()),
-            Some(settings) => master
-                .fork_as(SpawnOptions::new(settings).envs(env))
-                .map_err(|e| e.to_string()),
-            None => master.fork_with(env).map_err(|e| e.to_string()),
+        let failed = |cause, error| {
+            let mut core = self.0.core.borrow_mut();
+            core.fork_failed(slot, generation, cause, error, self.now());
         };
-        let now = self.now();
-        let mut core = self.0.core.borrow_mut();
+        if is_detached == Some(true) {
+            // Reject a detached process, because the master emits no `exit` event for it. A pool
+            // that is stopping would wait forever for the exit.
+            let error = "a detached process is not a worker".to_owned();
+            return failed(FailureCause::ForkFailed, error);
+        }
+        let forked = match settings {
+            Some(settings) => master.fork_as(SpawnOptions::new(settings).envs(env)),
+            None => master.fork_with(env),
+        };
         match forked {
-            Ok(worker) => core.forked(slot, generation, worker.id(), worker.process().id(), now),
-            Err(error) => core.fork_failed(slot, generation, error, now),
+            Ok(worker) => {
+                let (id, pid) = (worker.id(), worker.process().id());
+                let mut core = self.0.core.borrow_mut();
+                core.forked(slot, generation, id, pid, self.now());
+            }
+            Err(error) => failed(FailureCause::of_fork_error(&error), error.to_string()),
         }
     }
 
@@ -262,23 +270,12 @@ impl Pool {
         let mut core = self.0.core.borrow_mut();
         let workers = core.workers().iter();
         let workers: Vec<(WorkerId, u32)> = workers.map(|(id, worker)| (*id, worker.pid)).collect();
-        let measures_memory = core.options().max_memory.is_some();
+        let max_memory = core.options().max_memory;
         let now = self.now();
         for (id, pid) in workers {
             let load = loads.iter().find(|load| load.worker == id);
-            let memory = measures_memory.then(|| resident_memory(pid)).flatten();
+            let memory = max_memory.and_then(|max| own_memory(pid, max));
             core.measured(id, load.map(|load| load.received), memory, now);
         }
     }
-}
-
-/// Returns a process's resident memory in bytes. Returns `None` if it cannot be read, for example
-/// outside Linux.
-fn resident_memory(pid: u32) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::process::ExitStatus;
+use std::time::Duration;
 
 use cluster::WorkerId;
 
@@ -48,6 +49,20 @@ pub enum PoolEvent {
         worker: WorkerId,
         /// The limit that the worker has reached.
         limit: Limit,
+    },
+    /// A worker has reached the memory limit soon after its fork, as its predecessor did. The pool
+    /// replaces it later, because a new worker would reach the limit again. This event is emitted
+    /// once for each worker. See [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
+    #[non_exhaustive]
+    RecyclingPostponed {
+        /// The worker's slot.
+        slot: usize,
+        /// The worker's id.
+        worker: WorkerId,
+        /// The limit that the worker has reached.
+        limit: Limit,
+        /// The time until the worker is replaced if it still exceeds the limit then.
+        by: Duration,
     },
     /// A worker has reached a limit, but its replacement has failed. The old worker stays.
     RecyclingFailed(WorkerFailure),
@@ -112,7 +127,7 @@ pub enum Limit {
     /// The maximum number of connections,
     /// [`PoolOptions::max_connections`](super::PoolOptions::max_connections).
     Connections,
-    /// The maximum resident memory, [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
+    /// The maximum memory, [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
     Memory,
 }
 
@@ -206,6 +221,17 @@ impl fmt::Display for PoolEvent {
             } => write!(
                 f,
                 "slot {slot}: worker {worker} is being replaced ({limit})"
+            ),
+            Self::RecyclingPostponed {
+                slot,
+                worker,
+                limit,
+                by,
+            } => write!(
+                f,
+                "slot {slot}: worker {worker} has reached its limit ({limit}) soon after its start \
+                 and is replaced in {:.1} s",
+                by.as_secs_f64()
             ),
             Self::RecyclingFailed(failure) => write!(f, "replacement failed: {failure}"),
             Self::FailureLimitReached { slot } => write!(f, "slot {slot}: too many failures"),

@@ -46,8 +46,13 @@ pub struct WorkerFailure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureCause {
-    /// The worker could not be forked.
+    /// The worker could not be forked for another reason than `OutOfResources`, for example because
+    /// its program does not exist.
     ForkFailed,
+    /// The worker could not be forked, because the system lacked processes, memory or descriptors.
+    /// Such a failure does not count towards the slot's failure limit. The pool tries again after
+    /// [`PoolOptions::back_off`](super::PoolOptions::back_off), which doubles with each attempt.
+    OutOfResources,
     /// The worker exited before it was ready.
     ExitedBeforeReady,
     /// The worker was killed because it was not ready within
@@ -76,10 +81,31 @@ pub enum FailureAction {
     StopPool,
 }
 
+impl FailureCause {
+    /// Returns the cause of a failure for an error of `fork`.
+    ///
+    /// The numbers are those with which fork(2), execve(2), socketpair(2), pidfd_open(2) and
+    /// epoll_ctl(2) report a limit of the process, the user, the control group or the system.
+    pub(super) fn of_fork_error(error: &cluster::Error) -> Self {
+        match error.raw_os_error() {
+            Some(
+                libc::EAGAIN
+                | libc::ENOMEM
+                | libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOBUFS
+                | libc::ENOSPC,
+            ) => Self::OutOfResources,
+            _ => Self::ForkFailed,
+        }
+    }
+}
+
 impl fmt::Display for FailureCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ForkFailed => "could not be forked",
+            Self::OutOfResources => "could not be forked for lack of resources",
             Self::ExitedBeforeReady => "exited before it was ready",
             Self::StartupTimeout => "was not ready in time",
             Self::Exited => "exited",

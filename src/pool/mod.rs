@@ -42,6 +42,7 @@ mod driver;
 mod event;
 mod failure;
 mod generations;
+mod memory;
 mod options;
 mod signals;
 mod status;

@@ -209,7 +209,8 @@ accessors! {
     get_jitter: u32;
 
     /// Sets how many workers of one slot may fail within the
-    /// [`failure_window`](Self::failure_window). With one more failure, the slot reaches its
+    /// [`failure_window`](Self::failure_window). Failures of the cause
+    /// [`OutOfResources`](super::FailureCause::OutOfResources) do not count. With one more failure, the slot reaches its
     /// failure limit. The callback set with
     /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) then decides
     /// what happens to the slot. The default is 8.
@@ -289,12 +290,25 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_max_connections: Option<u64>;
 
-    /// Sets the resident memory, in bytes, at which a worker is replaced. This option has an effect
+    /// Sets the memory, in bytes, at which a worker is replaced. Only memory that the worker holds
+    /// alone counts, not the pages that it shares with the master or with other workers
+    /// (`Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`). This option has an effect
     /// only on Linux. The pool checks the memory every [`check_interval`](Self::check_interval).
     /// The default, `None`, sets no limit. See [`PoolOptions`] for an example.
+    ///
+    /// The kernel counts this memory only for workers whose resident memory is above the limit, with
+    /// some 30 ms for each GiB, in which the master does nothing else. Before Linux 4.14, and for workers that the master has no permission to trace
+    /// (`PTRACE_MODE_READ` in ptrace(2)), all anonymous memory counts, including pages that the
+    /// worker shares with the master. Memory that was swapped out does not count.
+    ///
+    /// If a worker reaches the limit before the age of [`back_off_cap`](Self::back_off_cap), its
+    /// successor must reach an age before it is replaced for its memory, too. That age is the check
+    /// interval at first. It doubles with each such replacement, up to `back_off_cap`, until a
+    /// worker has run for `back_off_cap` longer than it had to. The pool reports a worker that has
+    /// to wait with [`PoolEvent::RecyclingPostponed`](super::PoolEvent::RecyclingPostponed).
     max_memory,
-    /// Returns the resident memory, in bytes, at which the pool replaces a worker. See
-    /// [`PoolOptions`] for an example.
+    /// Returns the memory, in bytes, at which the pool replaces a worker. See [`PoolOptions`] for
+    /// an example.
     get_max_memory: Option<u64>;
 
     /// Sets the interval at which the pool checks [`max_connections`](Self::max_connections) and
@@ -316,7 +330,9 @@ accessors! {
 
     /// Sets how many workers must be ready for the pool to be ready. A value outside the range from
     /// 1 to the number of slots is replaced by the nearer bound. The default is `None`, which
-    /// stands for more than half of the slots. See [`PoolOptions`] for an example.
+    /// stands for more than half of the slots. If a slot is added after the pool has become ready
+    /// for the first time, it counts only from the moment at which its first worker is ready. A
+    /// pool that grows therefore stays ready. See [`PoolOptions`] for an example.
     quorum,
     /// Returns how many workers must be ready for the pool to be ready. See [`PoolOptions`] for an
     /// example.

@@ -257,6 +257,13 @@ pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// Returns whether a socket has something to receive: a connection, a datagram or an error. Returns
+/// true if the check itself fails.
+pub(crate) fn has_input(socket: BorrowedFd<'_>) -> bool {
+    let ready = super::poll::wait_readable([socket], Some(Duration::ZERO));
+    !matches!(ready, Ok([false]))
+}
+
 /// Returns whether the error means that the machine has no addresses of the requested family.
 pub(crate) fn is_family_missing(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
@@ -266,6 +273,25 @@ pub(crate) fn is_family_missing(error: &io::Error) -> bool {
 /// Returns whether an `accept` error means that the listener was shut down.
 pub(crate) fn is_shutdown_error(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Returns whether an error of `accept` or of receiving means that the descriptor is no socket for
+/// this purpose, so that later calls fail as well. Other errors may pass, such as a lack of
+/// descriptors or memory.
+pub(crate) fn is_permanent_error(errno: i32) -> bool {
+    matches!(errno, libc::EBADF | libc::EINVAL | libc::ENOTSOCK)
+}
+
+/// Returns whether an error of receiving from a UDP socket concerns only an earlier datagram, so
+/// that the next call may succeed.
+///
+/// A socket with the option `IP_RECVERR` (ip(7)) reports an ICMP answer at the next call.
+pub(crate) fn is_datagram_error(error: &io::Error) -> bool {
+    is_connection_error(error)
+        || matches!(
+            error.raw_os_error(),
+            Some(libc::ECONNREFUSED | libc::EMSGSIZE)
+        )
 }
 
 /// Returns whether an `accept` error concerns only one connection, so that the next call may

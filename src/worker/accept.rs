@@ -7,7 +7,9 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::core::worker::ListenerId;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::runtime::backoff::Backoff;
+use crate::sys::listen::is_permanent_error;
 use crate::types::time::earlier;
 use crate::worker::connection::Connection;
 use crate::worker::shell::Accepted;
@@ -129,6 +131,20 @@ enum Attempt<T> {
     /// Nothing was available for the application, but the attempt waited or handled other input, so
     /// try again.
     Retry,
+    /// The attempt failed with an error that may pass, such as a lack of descriptors.
+    Failed(Error),
+}
+
+impl<T> Attempt<T> {
+    /// # Errors
+    ///
+    /// Returns the error if it is permanent.
+    fn failed(error: Error) -> Result<Self> {
+        match error.raw_os_error() {
+            Some(errno) if !is_permanent_error(errno) => Ok(Self::Failed(error)),
+            Some(_) | None => Err(error),
+        }
+    }
 }
 
 impl<T> From<Option<T>> for Attempt<T> {
@@ -162,13 +178,14 @@ impl Worker {
                     pause *= 2;
                     Ok(Attempt::Retry)
                 }
-                Err(error) => Err(error),
+                Err(error) => Attempt::failed(error),
                 Ok(attempt) => {
                     pause = FIRST_PAUSE;
                     match attempt {
                         Attempt::Received(accepted) => worker.accepted(listener, accepted),
                         Attempt::Nothing => Ok(Attempt::Nothing),
                         Attempt::Retry => Ok(Attempt::Retry),
+                        Attempt::Failed(error) => Ok(Attempt::Failed(error)),
                     }
                 }
             }
@@ -222,14 +239,19 @@ impl Worker {
         }
         wait_state.channel_checked();
         let deadline = event_loop.deadline(shell.deadline());
-        let accepted = shell.accept_blocking(listener, deadline)?;
-        Ok(match accepted {
-            Some(accepted) => Attempt::Received(accepted),
-            None => {
+        match shell.accept_blocking(listener, deadline) {
+            Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
+            Ok(None) => {
                 wait_state.interrupted();
-                Attempt::Retry
+                Ok(Attempt::Retry)
             }
-        })
+            Err(error) => match Attempt::failed(error)? {
+                // Without a free descriptor, accept(2) fails even if no connection waits. Poll
+                // until one does.
+                Attempt::Failed(_) if !shell.has_input(listener) => Ok(Attempt::Nothing),
+                failed => Ok(failed),
+            },
+        }
     }
 
     /// Waits for the next datagram of a socket without a callback.
@@ -239,13 +261,14 @@ impl Worker {
         buffer: &mut [u8],
     ) -> Result<Option<(usize, SocketAddr)>> {
         Self::wait_for(inner, listener, |_| {
-            let received = inner.shell.try_receive(listener, buffer)?;
-            Ok(received.into())
+            let received = inner.shell.try_receive(listener, buffer);
+            received.map_or_else(Attempt::failed, |received| Ok(received.into()))
         })
     }
 
     /// Repeats `attempt`, and runs the loop in between, until the attempt receives something or the
-    /// listener has ended.
+    /// listener has ended. An error that may pass is passed to the error callbacks, and the next
+    /// attempt waits for `BACKOFF`.
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,
@@ -264,15 +287,21 @@ impl Worker {
         if !shell.is_blocking(listener) && wait_state.last_wait.get().elapsed() >= CHECK_INTERVAL {
             worker.wait(listener, Some(Duration::ZERO))?;
         }
+        let mut backoff = Backoff::default();
         loop {
             // Deliver pending notifications first, because the attempt may wait.
             if wait_state.take_poller() || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
             }
-            let may_wait = match attempt(&worker)? {
+            let may_wait = match worker.attempt_after(&mut backoff, &mut attempt)? {
                 Attempt::Received(received) => return Ok(Some(received)),
                 Attempt::Nothing => true,
                 Attempt::Retry => false,
+                Attempt::Failed(error) => {
+                    shell.report(error);
+                    backoff.start(shell.now());
+                    false
+                }
             };
             let core = shell.core.borrow();
             let (ended, events) = (core.has_ended(listener), core.has_events());
@@ -284,6 +313,24 @@ impl Worker {
                 worker.wait(listener, worker.time_left())?;
             }
         }
+    }
+
+    /// Makes an attempt, unless the back-off after a failed one has not ended. In that case, waits
+    /// for the end of the back-off or for other input.
+    fn attempt_after<T>(
+        &self,
+        backoff: &mut Backoff,
+        attempt: &mut impl FnMut(&Self) -> Result<Attempt<T>>,
+    ) -> Result<Attempt<T>> {
+        if let Some(deadline) = backoff.deadline() {
+            let left = deadline.saturating_sub(self.inner.shell.now());
+            if !left.is_zero() {
+                self.wait_without_listener(left)?;
+                return Ok(Attempt::Retry);
+            }
+            *backoff = Backoff::default();
+        }
+        attempt(self)
     }
 
     /// Waits for the channel and the poller, but not for a listener, for at most `limit`. Reads

@@ -41,7 +41,7 @@ const SHORTAGE: Duration = Duration::from_secs(1);
 /// Maximum CPU time that the master may use during `SHORTAGE`. The limit is a tenth of that period.
 const CPU_TIME_MAX: Duration = Duration::from_millis(100);
 /// Returns a user id that no other test uses, so that each user's limits affect only one test.
-fn unique_user() -> u32 {
+pub fn unique_user() -> u32 {
     100_000 + std::process::id()
 }
 
@@ -66,7 +66,7 @@ fn after_shortage(master: &Master, then: impl FnOnce(&Master) + 'static) {
 
 /// Limits this process to `more` additional descriptors, and returns a closure that restores the
 /// limit.
-fn leave_free(more: usize) -> impl Fn() + Copy {
+pub fn leave_free(more: usize) -> impl Fn() + Copy {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     // The kernel assigns the lowest free number. Open `more` files. The number of the next file is
     // then the limit to set, because exactly `more` numbers below it become free when these files
@@ -82,7 +82,7 @@ fn leave_free(more: usize) -> impl Fn() + Copy {
 }
 
 /// Reads all clients' answers, and calls `then` with them.
-fn read_all(
+pub fn read_all(
     master: &Master,
     clients: Vec<TcpStream>,
     then: impl FnOnce(&Master, Vec<String>) + 'static,
@@ -96,7 +96,7 @@ fn read_all(
     in_background(master, work, then);
 }
 
-fn connect_some(address: SocketAddr) -> Vec<TcpStream> {
+pub fn connect_some(address: SocketAddr) -> Vec<TcpStream> {
     let connect = |_| TcpStream::connect(address).unwrap();
     (0..10).map(connect).collect()
 }
@@ -348,7 +348,7 @@ fn refused_fork_names_the_failed_step() {
 }
 
 /// Makes this process run as another user. The process can still read its own entries in `/proc`.
-fn become_user(user: u32) {
+pub fn become_user(user: u32) {
     setgroups(&[]).unwrap();
     setgid(Gid::from_raw(user)).unwrap();
     setuid(Uid::from_raw(user)).unwrap();

@@ -84,6 +84,14 @@ pub const SET_USER_ID: Need = Need {
     name: "root, and set-user-ID bits that take effect",
     is_met: || is_root() && files_can_grant_privileges(),
 };
+pub const USER_NAMESPACE: Need = Need {
+    name: "unshare and user namespaces",
+    is_met: || {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--user", "--map-root-user", "true"]);
+        unshare.output().is_ok_and(|run| run.status.success())
+    },
+};
 pub const PID_NAMESPACE: Need = Need {
     name: "PID namespace",
     is_met: has_pid_namespaces,

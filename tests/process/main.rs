@@ -11,6 +11,7 @@
     unreachable_pub
 )]
 
+mod accept_errors;
 mod blocking;
 mod callbacks;
 mod conformance;
@@ -36,11 +37,13 @@ mod messages;
 mod nested;
 mod old_kernels;
 mod orphans;
+mod own_user;
 mod pool;
 /// The pool's source, compiled a second time to check that it uses only the crate's public API.
 #[allow(dead_code, unused_imports)]
 #[path = "../../src/pool/mod.rs"]
 mod pool_elsewhere;
+mod pool_limits;
 mod privileges;
 mod program_path;
 mod public_api;
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         leave::SCENARIOS,
         hostile::SCENARIOS,
         exhaustion::SCENARIOS,
+        accept_errors::SCENARIOS,
         old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
         forked::SCENARIOS,
         privileges::SCENARIOS,
         program_path::SCENARIOS,
+        own_user::SCENARIOS,
         sharded::SCENARIOS,
         retained::SCENARIOS,
         listener_owners::SCENARIOS,
@@ -99,6 +104,7 @@ fn main() -> ExitCode {
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
         pool::SCENARIOS,
+        pool_limits::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];

@@ -52,7 +52,7 @@ fn settings_of_nobody() -> Settings {
 }
 
 /// Returns the lines of `/proc/self/status` about users, groups and capabilities.
-fn credentials() -> Vec<String> {
+pub fn credentials() -> Vec<String> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let fields = [
         "Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapAmb:",

@@ -30,6 +30,7 @@ use std::time::Duration;
 use cluster::WorkerId;
 
 use self::rollout::{LimitReached, Rollout};
+use self::slots::QuorumShare;
 pub(super) use self::slots::Slot;
 use self::stop::StopState;
 use self::upgrade::{RejectedMaster, Upgrade};
@@ -79,6 +80,19 @@ pub(super) enum Action {
     EmittedEvent(PoolEvent),
 }
 
+/// Whether enough workers are ready.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | `NotYetReached`, `Lost` | enough workers are ready | `Reached` |
+/// | `Reached` | too few workers are ready, or the pool stops | `Lost` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Quorum {
+    NotYetReached,
+    Reached,
+    Lost,
+}
+
 /// The state of a pool, with its options.
 #[derive(Debug)]
 pub(super) struct Core {
@@ -97,7 +111,7 @@ pub(super) struct Core {
     upgrade: Upgrade,
     /// The new masters whose upgrade has failed and that have not exited.
     rejected_masters: BTreeMap<WorkerId, RejectedMaster>,
-    has_quorum: bool,
+    quorum: Quorum,
     failures: u64,
     /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
@@ -133,7 +147,7 @@ impl Core {
             stop: StopState::Running,
             upgrade: Upgrade::Idle,
             rejected_masters: BTreeMap::new(),
-            has_quorum: false,
+            quorum: Quorum::NotYetReached,
             failures: 0,
             next_check,
             next_tick: None,
@@ -167,7 +181,7 @@ impl Core {
     }
 
     pub(super) fn has_quorum(&self) -> bool {
-        self.has_quorum
+        self.quorum == Quorum::Reached
     }
 
     pub(super) fn failures(&self) -> u64 {
@@ -215,15 +229,17 @@ impl Core {
     /// this call.
     fn settle(&mut self, now: Time) {
         self.advance_rollout(now);
-        let quorum = self.options.quorum_of(self.slots.len());
-        let has_quorum = !self.is_stopping() && self.ready_workers() >= quorum;
-        if has_quorum != self.has_quorum {
-            self.has_quorum = has_quorum;
-            self.emit(if has_quorum {
-                PoolEvent::QuorumReached
-            } else {
-                PoolEvent::QuorumLost
-            });
+        let slots = self.slots.iter();
+        let counted = slots.filter(|slot| slot.quorum_share == QuorumShare::Counted);
+        let needed = self.options.quorum_of(counted.count());
+        let has_quorum = !self.is_stopping() && self.ready_workers() >= needed;
+        if has_quorum != self.has_quorum() {
+            let (quorum, event) = match has_quorum {
+                true => (Quorum::Reached, PoolEvent::QuorumReached),
+                false => (Quorum::Lost, PoolEvent::QuorumLost),
+            };
+            self.quorum = quorum;
+            self.emit(event);
         }
     }
 }

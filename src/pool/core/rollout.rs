@@ -7,6 +7,7 @@
 //! rollout fails.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use cluster::WorkerId;
 
@@ -120,8 +121,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// Checks a worker's received connections and its resident memory, in bytes, against the
-    /// limits.
+    /// Checks a worker's received connections and its own memory, in bytes, against the limits.
     pub(in super::super) fn measured(
         &mut self,
         id: WorkerId,
@@ -135,18 +135,62 @@ impl Core {
         let reaches = |value: Option<u64>, max: Option<u64>| {
             value.zip(max).is_some_and(|(value, max)| value >= max)
         };
-        let limit = if reaches(connections, worker.max_connections) {
-            Limit::Connections
+        if reaches(connections, worker.max_connections) {
+            self.limit_reached(id, Limit::Connections, now);
         } else if reaches(memory, self.options.max_memory) {
-            Limit::Memory
-        } else {
-            return;
-        };
-        self.limit_reached(id, limit, now);
+            self.memory_limit_reached(id, now);
+        }
         self.settle(now);
     }
 
-    /// Schedules a worker for the next recycling, unless its slot's last recycling failed recently.
+    /// Schedules a worker that has reached the memory limit for the next recycling. If the slot's
+    /// workers keep reaching the limit soon after their fork, the worker must first reach an age,
+    /// which doubles with each replacement up to `PoolOptions::back_off_cap`.
+    fn memory_limit_reached(&mut self, id: WorkerId, now: Time) {
+        let Some(worker) = self.workers.get(&id) else {
+            return;
+        };
+        let (number, forked_at) = (worker.slot, worker.forked_at);
+        let slot = self.slots.get_mut(number);
+        let Some(slot) = slot.filter(|slot| slot.worker() == Some(id)) else {
+            return;
+        };
+        let due = forked_at.saturating_add(slot.memory_age);
+        if now < due {
+            if slot.recycle_from < due && !self.is_stopping() {
+                self.slots[number].recycle_from = due;
+                self.emit(PoolEvent::RecyclingPostponed {
+                    slot: number,
+                    worker: id,
+                    limit: Limit::Memory,
+                    by: due - now,
+                });
+            }
+        } else {
+            self.limit_reached(id, Limit::Memory, now);
+        }
+    }
+
+    /// Sets the age that the successor of a worker must reach before it is replaced for its memory.
+    fn recycled_for_memory(&mut self, number: usize, worker: WorkerId, now: Time) {
+        let (Some(slot), Some(worker)) = (self.slots.get_mut(number), self.workers.get(&worker))
+        else {
+            return;
+        };
+        let cap = self.options.back_off_cap;
+        let age = now.saturating_sub(worker.forked_at);
+        // A worker that had to wait is a little older than the required age.
+        slot.memory_age = if age >= slot.memory_age.saturating_add(cap) {
+            Duration::ZERO
+        } else {
+            // Begin with the interval of the checks, because the pool does not replace workers
+            // faster anyway.
+            let doubled = slot.memory_age.saturating_mul(2);
+            doubled.max(self.options.check_interval).min(cap)
+        };
+    }
+
+    /// Schedules a worker for the next recycling, unless the slot must wait.
     fn limit_reached(&mut self, id: WorkerId, limit: Limit, now: Time) {
         let Some(number) = self.workers.get(&id).map(|worker| worker.slot) else {
             return;
@@ -205,7 +249,7 @@ impl Core {
                     rollout.phase = Phase::Observing { until };
                 }
                 Phase::Observing { until } if *until <= now => self.promote_batch(now),
-                Phase::Retiring { workers } if workers.is_empty() => self.start_batch(),
+                Phase::Retiring { workers } if workers.is_empty() => self.start_batch(now),
                 Phase::Observing { .. } | Phase::Retiring { .. } => return,
             }
         }
@@ -240,7 +284,7 @@ impl Core {
     }
 
     /// Forks the next batch's successors, or ends the rollout if no slots remain.
-    fn start_batch(&mut self) {
+    fn start_batch(&mut self, now: Time) {
         let Some(rollout) = &mut self.rollout else {
             return;
         };
@@ -253,7 +297,7 @@ impl Core {
         let kind = rollout.kind;
         let (batch, events) = match kind {
             Kind::Reload { generation } => (self.next_reloads(generation, size), Vec::new()),
-            Kind::Recycling => self.next_recyclings(size),
+            Kind::Recycling => self.next_recyclings(size, now),
         };
         if batch.is_empty() {
             self.rollout = None;
@@ -282,7 +326,7 @@ impl Core {
 
     /// Returns the next slots for a recycling, each with its successor's generation, and the events
     /// to emit.
-    fn next_recyclings(&mut self, size: usize) -> (Vec<(usize, u64)>, Vec<PoolEvent>) {
+    fn next_recyclings(&mut self, size: usize, now: Time) -> (Vec<(usize, u64)>, Vec<PoolEvent>) {
         let (mut batch, mut events) = (Vec::new(), Vec::new());
         while batch.len() < size {
             let Some((number, reached)) = self.limits_reached.pop_first() else {
@@ -299,6 +343,9 @@ impl Core {
                     worker,
                     limit,
                 });
+                if limit == Limit::Memory {
+                    self.recycled_for_memory(number, worker, now);
+                }
             }
         }
         (batch, events)

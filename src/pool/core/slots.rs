@@ -10,7 +10,7 @@ use super::super::event::{PoolEvent, ReloadFailure};
 use super::super::failure::{FailureAction, FailureCause, WorkerFailure};
 use super::super::options::PoolOptions;
 use super::worker::{Worker, WorkerState};
-use super::{Action, Core, MIN_PAUSE, Time};
+use super::{Action, Core, MIN_PAUSE, Quorum, Time};
 
 /// A slot. The pool keeps one worker running for each slot.
 #[derive(Debug)]
@@ -27,9 +27,15 @@ pub(in super::super) struct Slot {
     /// The times of the failures within `PoolOptions::failure_window` that count towards the
     /// failure limit.
     recent_failures: VecDeque<Time>,
+    pub(super) quorum_share: QuorumShare,
+    /// The number of consecutive forks that have failed for lack of resources.
+    shortages: u32,
     /// The earliest time for the slot's next recycling. After a failed recycling, the next one must
     /// wait.
     pub(super) recycle_from: Time,
+    /// The age before which the slot's worker is not replaced for the memory limit. The age grows
+    /// while workers reach the limit soon after their fork, because new workers then do not help.
+    pub(super) memory_age: Duration,
     pub(in super::super) restarts: u64,
     pub(in super::super) last_failure: Option<WorkerFailure>,
 }
@@ -42,6 +48,7 @@ pub(in super::super) struct Slot {
 /// | `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` |
 /// | `Vacant`, `Occupied` | the worker failed while a successor exists | `Occupied` by the successor |
 /// | `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit |
+/// | `Vacant` | the system lacked resources for the fork | `Waiting` |
 /// | `Waiting` | the pause has ended, no rollout fills the slot, and a worker is forked | `Vacant` |
 /// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` |
 /// | any | the rollout promotes the successor | `Occupied` by the successor |
@@ -62,15 +69,33 @@ pub(super) enum Occupancy {
     },
 }
 
+/// Whether a slot counts towards the quorum.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | the slot is added before the pool has become ready for the first time | `Counted` |
+/// | | the slot is added later | `Pending` |
+/// | `Pending` | a worker of the slot has become ready | `Counted` |
+///
+/// A pool that grows thus stays ready, because the workers that it had still serve all clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QuorumShare {
+    Pending,
+    Counted,
+}
+
 impl Slot {
-    fn new(generation: u64) -> Self {
+    fn new(generation: u64, quorum_share: QuorumShare) -> Self {
         Self {
             occupancy: Occupancy::Vacant,
             successor: None,
             generation,
             consecutive_failures: 0,
             recent_failures: VecDeque::new(),
+            quorum_share,
+            shortages: 0,
             recycle_from: Time::ZERO,
+            memory_age: Duration::ZERO,
             restarts: 0,
             last_failure: None,
         }
@@ -137,18 +162,30 @@ impl Slot {
         is_reached
     }
 
-    /// Returns the pause before the next worker is forked, without jitter. Returns `None` after the
-    /// first failure, which needs no pause.
-    fn back_off(&self, options: &PoolOptions) -> Option<Duration> {
-        if self.consecutive_failures <= 1 {
-            return None;
+    /// Returns the pause after a failure of the slot's worker, without jitter. The first failure
+    /// needs no pause.
+    fn failure_pause(&self, options: &PoolOptions) -> Duration {
+        match self.consecutive_failures.checked_sub(2) {
+            Some(doublings) => pause(options, doublings),
+            None => Duration::ZERO,
         }
-        // Limit the shift, because `1 << 32` would overflow. A back-off of 2^31 times the first
-        // pause is beyond any useful cap.
-        let doublings = (self.consecutive_failures - 2).min(31);
-        let pause = options.back_off.saturating_mul(1 << doublings);
-        Some(pause.min(options.back_off_cap).max(MIN_PAUSE))
     }
+
+    /// Counts a fork that failed for lack of resources. Returns the pause before the next attempt,
+    /// without jitter.
+    fn count_shortage(&mut self, options: &PoolOptions) -> Duration {
+        let pause = pause(options, self.shortages);
+        self.shortages = self.shortages.saturating_add(1);
+        pause
+    }
+}
+
+/// Returns the first pause of the back-off, doubled this number of times, up to the cap.
+fn pause(options: &PoolOptions, doublings: u32) -> Duration {
+    // Limit the shift, because `1 << 32` would overflow. A back-off of 2^31 times the first pause
+    // is beyond any useful cap.
+    let pause = options.back_off.saturating_mul(1 << doublings.min(31));
+    pause.min(options.back_off_cap).max(MIN_PAUSE)
 }
 
 // Application calls.
@@ -159,7 +196,11 @@ impl Core {
         }
         while self.slots.len() < workers {
             let (slot, generation) = (self.slots.len(), self.generation);
-            self.slots.push(Slot::new(generation));
+            let share = match self.quorum {
+                Quorum::NotYetReached => QuorumShare::Counted,
+                Quorum::Reached | Quorum::Lost => QuorumShare::Pending,
+            };
+            self.slots.push(Slot::new(generation, share));
             self.actions.push_back(Action::Fork { slot, generation });
         }
         while self.slots.len() > workers {
@@ -244,6 +285,7 @@ impl Core {
             Some(slot) if is_successor => slot.successor = Some(id),
             Some(slot) if slot.needs(generation) => {
                 slot.occupancy = Occupancy::Occupied { worker: id };
+                slot.shortages = 0;
             }
             // The worker is not needed, because the slot was removed or filled, or the rollout was
             // cancelled, during the fork.
@@ -255,6 +297,7 @@ impl Core {
         &mut self,
         slot: usize,
         generation: u64,
+        cause: FailureCause,
         error: String,
         now: Time,
     ) {
@@ -263,7 +306,7 @@ impl Core {
             worker: None,
             pid: None,
             generation,
-            cause: FailureCause::ForkFailed,
+            cause,
             error: Some(error),
             status: None,
             age: Duration::ZERO,
@@ -325,7 +368,8 @@ impl Core {
 
     /// Records a slot's failure. The slot's successor becomes its worker. If the slot has no
     /// successor, a new worker is forked after the back-off, unless the slot has reached its
-    /// failure limit.
+    /// failure limit. A lack of resources does not count towards that limit, because it is no fault
+    /// of the worker.
     fn worker_failed(&mut self, failure: WorkerFailure, ready_since: Option<Time>, now: Time) {
         self.failures += 1;
         self.emit(PoolEvent::WorkerFailed(failure.clone()));
@@ -337,7 +381,8 @@ impl Core {
             return;
         };
         slot.last_failure = Some(failure.clone());
-        let is_limit_reached = slot.count_failure(ready_since, &self.options, now);
+        let is_shortage = failure.cause == FailureCause::OutOfResources;
+        let is_limit_reached = !is_shortage && slot.count_failure(ready_since, &self.options, now);
         if let Some(worker) = slot.successor.take() {
             slot.occupancy = Occupancy::Occupied { worker };
         } else if is_limit_reached {
@@ -345,9 +390,11 @@ impl Core {
             self.emit(PoolEvent::FailureLimitReached { slot: number });
             self.actions.push_back(Action::RequestDecision(failure));
         } else {
-            let pause = slot.back_off(&self.options);
-            let pause = pause.map_or(Duration::ZERO, |pause| self.jittered_time(pause));
-            let restart_at = now.saturating_add(pause);
+            let pause = match is_shortage {
+                true => slot.count_shortage(&self.options),
+                false => slot.failure_pause(&self.options),
+            };
+            let restart_at = now.saturating_add(self.jittered_time(pause));
             self.slots[number].occupancy = Occupancy::Waiting { restart_at };
             self.restart(now);
         }

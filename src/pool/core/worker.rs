@@ -6,6 +6,7 @@ use super::super::event::PoolEvent;
 use super::super::failure::FailureCause;
 use super::super::options::PoolOptions;
 use super::super::status::WorkerPhase;
+use super::slots::QuorumShare;
 use super::{Action, Core, Time};
 
 /// A worker whose process has not exited.
@@ -173,8 +174,14 @@ impl Core {
                 since: now,
                 last_heartbeat: now,
             };
-            let slot = worker.slot;
-            self.emit(PoolEvent::WorkerReady { slot, worker: id });
+            let number = worker.slot;
+            if let Some(slot) = self.slots.get_mut(number) {
+                slot.quorum_share = QuorumShare::Counted;
+            }
+            self.emit(PoolEvent::WorkerReady {
+                slot: number,
+                worker: id,
+            });
             self.settle(now);
         }
     }

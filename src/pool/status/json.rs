@@ -179,6 +179,7 @@ impl Json for FailureCause {
     fn write(&self, out: &mut String) {
         let name = match self {
             Self::ForkFailed => "fork_failed",
+            Self::OutOfResources => "out_of_resources",
             Self::ExitedBeforeReady => "exited_before_ready",
             Self::StartupTimeout => "startup_timeout",
             Self::Exited => "exited",

@@ -111,6 +111,7 @@ fn status_is_rendered_as_json() {
 fn causes_of_failures_have_names_in_json() {
     for (cause, name) in [
         (FailureCause::ForkFailed, "fork_failed"),
+        (FailureCause::OutOfResources, "out_of_resources"),
         (FailureCause::ExitedBeforeReady, "exited_before_ready"),
         (FailureCause::StartupTimeout, "startup_timeout"),
         (FailureCause::Exited, "exited"),

@@ -12,6 +12,21 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
     check(unsafe { libc::setgroups(0, std::ptr::null()) }).map(drop)
 }
 
+/// Returns whether the real and the effective ids of this process are the given ones. `None` stands
+/// for any id. macOS does not report the saved ids.
+pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
+    // SAFETY: getuid has no preconditions.
+    let real_user = unsafe { libc::getuid() };
+    // SAFETY: geteuid has no preconditions.
+    let effective_user = unsafe { libc::geteuid() };
+    // SAFETY: getgid has no preconditions.
+    let real_group = unsafe { libc::getgid() };
+    // SAFETY: getegid has no preconditions.
+    let effective_group = unsafe { libc::getegid() };
+    uid.is_none_or(|uid| [real_user, effective_user] == [uid; 2])
+        && gid.is_none_or(|gid| [real_group, effective_group] == [gid; 2])
+}
+
 pub(in crate::sys) fn set_group(gid: libc::gid_t) -> io::Result<()> {
     // SAFETY: setgid accesses no memory of this process.
     check(unsafe { libc::setgid(gid) }).map(drop)

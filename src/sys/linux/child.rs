@@ -44,6 +44,23 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
     check(unsafe { libc::syscall(SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) })
 }
 
+/// Returns whether the real, the effective and the saved ids of this process are the given ones.
+/// `None` stands for any id.
+pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
+    let (mut users, mut groups) = ([0; 3], [0; 3]);
+    let [real, effective, saved] = users.each_mut().map(std::ptr::from_mut);
+    // The functions of the C library only make the system calls.
+    // SAFETY: the pointers are valid for writes of one id each.
+    let has_users = unsafe { libc::getresuid(real, effective, saved) } == 0;
+    let [real, effective, saved] = groups.each_mut().map(std::ptr::from_mut);
+    // SAFETY: the pointers are valid for writes of one id each.
+    let has_groups = unsafe { libc::getresgid(real, effective, saved) } == 0;
+    has_users
+        && has_groups
+        && uid.is_none_or(|uid| users == [uid; 3])
+        && gid.is_none_or(|gid| groups == [gid; 3])
+}
+
 pub(in crate::sys) fn set_group(gid: libc::gid_t) -> io::Result<()> {
     // SAFETY: setresgid accesses no memory of this process.
     check(unsafe { libc::syscall(SYS_setresgid, gid, gid, gid) })

@@ -223,7 +223,11 @@ impl Child<'_> {
         // Change the groups before the user, because a process that is no longer root cannot change
         // its groups.
         if self.changes_identity() {
-            platform::drop_groups().map_err(at(Step::Groups))?;
+            match platform::drop_groups() {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EPERM) && self.may_keep_groups() => {}
+                dropped => dropped.map_err(at(Step::Groups))?,
+            }
         }
         if let Some(gid) = self.gid {
             platform::set_group(gid).map_err(at(Step::Groups))?;
@@ -240,6 +244,16 @@ impl Child<'_> {
             return Ok(());
         }
         parent_death_signal::request(self.parent).map_err(at(Step::Signals))
+    }
+
+    /// Returns whether the child may go on although it cannot drop its supplementary groups. Either
+    /// its parent already has the requested identity, or there is no group to drop. In any other
+    /// case, the child would take groups along to another identity.
+    ///
+    /// A process cannot drop groups without CAP_SETGID, or in a user namespace that forbids it
+    /// (`/proc/PID/setgroups` in user_namespaces(7)).
+    fn may_keep_groups(&self) -> bool {
+        platform::has_ids(self.uid, self.gid) || has_only_group(self.gid)
     }
 
     fn arrange_stdio(&self) -> io::Result<()> {
@@ -298,6 +312,18 @@ fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
         // SAFETY: this child no longer uses the descriptor.
         unsafe { libc::close(number) };
     }
+}
+
+/// Returns whether this process has no supplementary group other than `gid`, or than its effective
+/// group if `gid` is `None`.
+fn has_only_group(gid: Option<libc::gid_t>) -> bool {
+    // SAFETY: getegid has no preconditions.
+    let own = gid.unwrap_or_else(|| unsafe { libc::getegid() });
+    let mut group = own;
+    // SAFETY: the pointer is valid for writes of one group. With more than one group, the call
+    // fails.
+    let count = unsafe { libc::getgroups(1, &raw mut group) };
+    matches!(count, 0 | 1) && group == own
 }
 
 fn is_ignored(signal: libc::c_int) -> bool {

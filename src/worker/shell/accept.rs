@@ -74,6 +74,8 @@ impl WorkerShell {
         self.core.borrow_mut().connection_closed(listener);
     }
 
+    /// Accepts a connection from a shared listener, or returns `None` if none waits. Without a free
+    /// descriptor, accept(2) fails even if none waits.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
             // Make the listener non-blocking again, because any process with a copy may have made
@@ -85,8 +87,12 @@ impl WorkerShell {
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(reason) => {
-                    let is_ending = self.core.borrow().is_draining(listener);
-                    if is_ending && sys::listen::is_shutdown_error(&reason) {
+                    let is_empty = if sys::listen::is_shutdown_error(&reason) {
+                        self.core.borrow().is_draining(listener)
+                    } else {
+                        !sys::listen::has_input(shared.as_fd())
+                    };
+                    if is_empty {
                         return Ok(None);
                     }
                     let attempt = "accept a connection";
@@ -186,6 +192,12 @@ impl WorkerShell {
         }
     }
 
+    /// Returns whether a connection waits in the listener's backlog, or the listener has an error.
+    pub(crate) fn has_input(&self, listener: ListenerId) -> bool {
+        let socket = self.socket(listener);
+        socket.is_some_and(|socket| sys::listen::has_input(socket.as_fd()))
+    }
+
     /// Returns whether accepting failed because another process shut down one of the master's TCP
     /// listeners. The master makes such a listener listen again.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
@@ -216,12 +228,15 @@ impl WorkerShell {
         let Some(Socket::Datagrams(socket)) = socket.as_deref().map(|socket| &**socket) else {
             return Ok(None);
         };
-        match socket.recv_from(buffer) {
-            Ok(received) => Ok(Some(received)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(reason) => {
-                let attempt = "receive a datagram";
-                Err(Error::Io { attempt, reason })
+        loop {
+            match socket.recv_from(buffer) {
+                Ok(received) => return Ok(Some(received)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if sys::listen::is_datagram_error(&error) => {}
+                Err(reason) => {
+                    let attempt = "receive a datagram";
+                    return Err(Error::Io { attempt, reason });
+                }
             }
         }
     }

@@ -122,10 +122,14 @@ impl WorkerShell {
         self.report(Error::Io { attempt, reason });
     }
 
+    pub(crate) fn now(&self) -> Time {
+        self.start.elapsed()
+    }
+
     /// Schedules a retry of the steps for which the system lacks resources.
     fn back_off(&self) {
         let mut backoff = self.backoff.get();
-        backoff.start(self.start.elapsed());
+        backoff.start(self.now());
         self.backoff.set(backoff);
     }
 
@@ -136,7 +140,7 @@ impl WorkerShell {
 
     /// Carries out the retries that are due.
     pub(crate) fn tick(&self) {
-        if self.deadline().is_some() && self.backoff.get().is_due(self.start.elapsed()) {
+        if self.deadline().is_some() && self.backoff.get().is_due(self.now()) {
             self.backoff.take();
             self.core.borrow_mut().backoff_elapsed();
             self.act();

@@ -1,5 +1,6 @@
 //! Tests of the core in a simulated pool, in which the tests control the processes and the time.
 
+mod limits;
 mod schedules;
 
 use std::collections::BTreeSet;
@@ -36,7 +37,8 @@ struct World {
     killed: Vec<u32>,
     /// The slots for which a failure action was requested.
     limits_reached: Vec<usize>,
-    forks_fail: bool,
+    /// The cause of the failure of all later forks, or `None` if they succeed.
+    fork_failure: Option<FailureCause>,
     measurements: u32,
     /// The settings of the generations that still exist. In these tests, settings are numbers.
     generations: Generations<u32>,
@@ -62,7 +64,7 @@ impl World {
             disconnected: Vec::new(),
             killed: Vec::new(),
             limits_reached: Vec::new(),
-            forks_fail: false,
+            fork_failure: None,
             measurements: 0,
             generations: Generations::new(),
             settings: BTreeMap::from([(0, None)]),
@@ -93,9 +95,9 @@ impl World {
                     if let Some(call) = self.during_fork.take() {
                         self.input(call);
                     }
-                    if self.forks_fail {
-                        let error = "no memory".to_owned();
-                        self.core.fork_failed(slot, generation, error, self.now);
+                    if let Some(cause) = self.fork_failure {
+                        let (error, now) = ("why".to_owned(), self.now);
+                        self.core.fork_failed(slot, generation, cause, error, now);
                     } else {
                         self.last_id += 1;
                         let pid = 1000 + self.last_id;
@@ -228,7 +230,7 @@ fn slots_are_filled_and_no_deadline_is_left() {
         [(Time::ZERO, 0, 0), (Time::ZERO, 1, 0), (Time::ZERO, 2, 0)]
     );
     world.ready(1);
-    assert!(!world.core.has_quorum);
+    assert!(!world.core.has_quorum());
     world.ready(2);
     assert_eq!(world.events.last(), Some(&PoolEvent::QuorumReached));
     world.ready(3);
@@ -241,7 +243,7 @@ fn startup_timeout_spares_a_worker_that_time_proves_ready() {
     let mut world = World::new(options(1).readiness(readiness).startup_timeout(30 * SECOND));
     world.advance(60 * SECOND);
     assert_eq!(world.killed, []);
-    assert!(world.core.has_quorum);
+    assert!(world.core.has_quorum());
 }
 
 #[test]
@@ -334,7 +336,7 @@ fn jitter_lengthens_pauses_up_to_its_percentage() {
 #[test]
 fn failed_fork_is_a_worker_failure() {
     let mut world = World::new(options(0));
-    world.forks_fail = true;
+    world.fork_failure = Some(FailureCause::ForkFailed);
     world.input(|core, now| core.scale(1, now));
     let PoolEvent::WorkerFailed(failure) = &world.events[0] else {
         panic!("{:?}", world.events)
@@ -343,7 +345,7 @@ fn failed_fork_is_a_worker_failure() {
         (failure.cause, failure.worker),
         (FailureCause::ForkFailed, None)
     );
-    world.forks_fail = false;
+    world.fork_failure = None;
     world.advance(100 * MS);
     assert!(world.core.slots[0].worker().is_some());
 }

@@ -24,8 +24,8 @@ enum Step {
     ReloadWith(u32),
     Cancel,
     Retry,
-    /// Sets whether later forks fail.
-    ForksFail(bool),
+    /// Sets the cause of the failure of later forks, or `None` if they succeed.
+    ForksFail(Option<FailureCause>),
     /// Reports that the worker at this index has received five connections, which is the limit.
     Measured(usize),
     Upgrade,
@@ -62,6 +62,11 @@ fn step_of_generations() -> impl Strategy<Value = Step> {
     ]
 }
 
+fn fork_failure() -> impl Strategy<Value = Option<FailureCause>> {
+    let causes = [FailureCause::ForkFailed, FailureCause::OutOfResources];
+    prop::option::of(prop::sample::select(causes.to_vec()))
+}
+
 /// Returns a strategy for application calls and events that do not stop the pool.
 fn step_before_a_stop() -> impl Strategy<Value = Step> {
     prop_oneof![
@@ -73,7 +78,7 @@ fn step_before_a_stop() -> impl Strategy<Value = Step> {
         2 => any::<u32>().prop_map(Step::ReloadWith),
         1 => Just(Step::Cancel),
         1 => Just(Step::Retry),
-        1 => any::<bool>().prop_map(Step::ForksFail),
+        1 => fork_failure().prop_map(Step::ForksFail),
         2 => any::<usize>().prop_map(Step::Measured),
         2 => Just(Step::Upgrade),
         1 => any::<usize>().prop_map(Step::NewMasterExits),
@@ -109,12 +114,17 @@ impl World {
             Step::Ready(at) => pick(self, at).into_iter().for_each(|w| self.ready(w)),
             Step::Exits(at) => pick(self, at).into_iter().for_each(|w| self.exit(w)),
             Step::Advance(time) => self.advance(u32::from(time) * MS),
-            Step::Scale(workers) => self.input(|core, now| core.scale(workers, now)),
+            Step::Scale(workers) => {
+                let grows = workers >= self.core.slots.len() && self.during_fork.is_none();
+                let stays_ready = grows && self.core.has_quorum();
+                self.input(|core, now| core.scale(workers, now));
+                assert!(self.core.has_quorum() || !stays_ready);
+            }
             Step::Reload => self.input(Core::reload),
             Step::ReloadWith(settings) => self.reload_with(settings),
             Step::Cancel => self.cancel_reload(),
             Step::Retry => self.input(Core::retry),
-            Step::ForksFail(forks_fail) => self.forks_fail = forks_fail,
+            Step::ForksFail(cause) => self.fork_failure = cause,
             Step::Measured(at) => {
                 if let Some(worker) = pick(self, at) {
                     self.input(|core, now| core.measured(id(worker), Some(5), None, now));
@@ -183,7 +193,7 @@ proptest! {
             world.check(world.core.slots.len() + surge.max(canary.unwrap_or(0)));
         }
         world.during_fork = None;
-        world.forks_fail = false;
+        world.fork_failure = None;
         let is_stopped = world.core.is_stopping();
         world.core.options.max_age = None;
         for worker in world.core.workers.values_mut() {
@@ -248,7 +258,7 @@ proptest! {
         for step in &before {
             world.step(step);
         }
-        world.forks_fail = false;
+        world.fork_failure = None;
         world.step(&stop);
         if let Step::DuringFork(_) = stop {
             // Fork one more worker, because the chosen function is called only during a fork, and

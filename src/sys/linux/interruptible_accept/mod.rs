@@ -141,6 +141,8 @@ impl InterruptibleAccept {
     /// # Errors
     ///
     /// Returns the errors of accept(2), for example `WouldBlock` if the listener is non-blocking.
+    /// Also returns `WouldBlock` if the process's descriptor limit has been lowered so far that it
+    /// excludes the slot. The caller must then poll the listener.
     pub(crate) fn accept(
         &self,
         listener: BorrowedFd<'_>,
@@ -151,7 +153,10 @@ impl InterruptibleAccept {
         }
         let number = listener.as_raw_fd();
         if self.listener.get() != Some(number) {
-            self.fill_slot(number)?;
+            // The call fails only if the slot's number is not below the limit (EBADF in dup(2)).
+            if self.fill_slot(number).is_err() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
             self.listener.set(Some(number));
         }
         // Check for a signal that arrived when the last call already had its connection. If
