@@ -35,7 +35,8 @@ Runs several processes of a program that takes its listeners from LISTEN_FDS.
   --max-age TIME      a process that has run for this time is replaced [default: never]
   --max-memory SIZE   a process that holds more memory alone is replaced [default: no limit]
 
-A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. SIGTERM ends a process.
+A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. SIGTERM ends a process, and then
+what it has started, such as a server behind a shell.
 
 HUP replaces all processes, one after the other; each one ends when its replacement is ready. TTIN and
 TTOU add and remove a process. TERM and INT stop, and a second one stops at once; QUIT stops at once.
@@ -225,7 +226,10 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         (Signal::INT, SignalAction::Stop),
         (Signal::QUIT, SignalAction::StopAtOnce),
     ] {
-        pool.on_signal(&master, signal, action)?;
+        // Under nohup, SIGHUP comes from a terminal that is closed.
+        if signal != Signal::HUP || !master.is_signal_ignored(signal) {
+            pool.on_signal(&master, signal, action)?;
+        }
     }
     pool.notify_systemd(&master)?;
     if screen.is_terminal {

@@ -112,7 +112,9 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
             master.unreference(stop);
         })?;
     }
-    pool.on_signal(master, Signal::HUP, SignalAction::Reload)?;
+    if !master.is_signal_ignored(Signal::HUP) {
+        pool.on_signal(master, Signal::HUP, SignalAction::Reload)?;
+    }
     pool.on_signal(master, Signal::USR2, SignalAction::Upgrade)?;
     Ok(())
 }

@@ -294,6 +294,18 @@ impl Settings {
     /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, which kills the worker
     /// at its deadline.
     ///
+    /// The worker leads its own process group, because such a program may start further processes.
+    /// The group ends with the worker:
+    ///
+    /// - When the worker's process has exited, the master kills the rest of the group.
+    /// - If the master has sent SIGTERM, SIGINT or SIGQUIT to the worker before, it sends the same
+    ///   signal to the rest of the group instead. The worker's `exit` event then waits for the
+    ///   processes that still have the channel. On Linux before 5.3, the group is killed.
+    /// - SIGKILL, which also ends a worker at its deadline, kills the whole group.
+    ///
+    /// A terminal's Ctrl-C therefore reaches the master, but not the worker. If the master itself
+    /// is killed, only the worker's process ends with it, and the rest of the group goes on.
+    ///
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
@@ -553,8 +565,9 @@ impl Settings {
     /// threads is not checked outside Linux, nor in a sandbox that forbids unshare(2) and has no
     /// `/proc`.
     ///
-    /// *Signals.* All signals have their default effect in the worker, with one exception. If the
-    /// master ignores SIGPIPE, as Rust programs do by default, the worker also ignores it.
+    /// *Signals.* Signals have the same effect in the worker as in a worker that executes a program
+    /// ([`Master::fork`](crate::Master::fork)), with one exception. If the master ignores SIGPIPE,
+    /// as Rust programs do by default, the worker also ignores it.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -710,6 +723,12 @@ impl Settings {
 
     pub(crate) fn is_detached(&self) -> bool {
         self.get_detached() == Some(true)
+    }
+
+    /// Returns whether a worker with these settings may be several processes that do not use this
+    /// crate. Such a worker leads a process group.
+    pub(crate) fn leads_group(&self) -> bool {
+        !self.is_detached() && !self.passed_fds().is_empty()
     }
 
     pub(crate) fn leads_session(&self) -> bool {

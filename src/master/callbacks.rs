@@ -220,6 +220,15 @@ impl Master {
     /// application installed earlier still runs. If the same signal arrives several times in a
     /// short period, the callback may be called only once.
     ///
+    /// The callback is also called if the process was started with the signal ignored, as nohup(1)
+    /// does with SIGHUP, or blocked. See [`is_signal_ignored`](Self::is_signal_ignored). The call
+    /// unblocks the signal on the calling thread until the master is dropped. Each thread has its
+    /// own mask (pthread_sigmask(3)), so other threads may block the signal or not.
+    ///
+    /// Neither the callback nor the default effect follows when the kernel sends SIGTTIN or SIGTTOU
+    /// because a background job reads from its terminal or writes to it. If this process has made
+    /// the call, a write succeeds and a read fails with EIO.
+    ///
     /// # Errors
     ///
     /// Returns [`Error::Io`] if the signal cannot be handled, for instance `KILL` or `STOP`.
@@ -257,6 +266,30 @@ impl Master {
         callback: impl FnOnce(&Self, Signal) + 'static,
     ) -> Result<CallbackId> {
         self.event_loop.on_signal_once(signal, callback)
+    }
+
+    /// Returns whether the process ignored `signal` when [`init`](crate::init()) returned the
+    /// master. Workers ignore the same signals.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// A process inherits ignored signals from the process that starts it. For example, nohup(1)
+    /// ignores SIGHUP, and a shell without job control ignores SIGINT and SIGQUIT for its background
+    /// jobs. The result is always `false` for SIGPIPE, which the runtime of every Rust program
+    /// ignores, and for SIGCHLD.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Signal;
+    ///
+    /// if !master.is_signal_ignored(Signal::HUP) {
+    ///     master.on_signal(Signal::HUP, |_, _| println!("the terminal is gone"))?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn is_signal_ignored(&self, signal: Signal) -> bool {
+        self.shell.ignored_signals.contains(signal.number())
     }
 
     /// Removes a callback, whether it was added for the cluster, for a worker, or for a signal.

@@ -612,6 +612,7 @@ impl Master {
         for signal in self.event_loop.take_signals() {
             if signal.number() == sys::signal::CHLD {
                 self.reap.set(true);
+                self.check_orphans();
             }
             self.event_loop.call_signal(self, signal);
             self.settle();

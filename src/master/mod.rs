@@ -10,6 +10,7 @@
 pub(crate) mod callbacks;
 mod event_loop;
 pub(crate) mod listener;
+mod orphans;
 pub(crate) mod process;
 pub(crate) mod shard_group;
 pub(crate) mod shell;
@@ -32,6 +33,7 @@ use crate::config::spawn::SpawnOptions;
 use crate::error::{Error, Result};
 use crate::master::callbacks::{MasterCallbacks, WorkerCallbacks};
 use crate::master::listener::MasterListener;
+use crate::master::orphans::Orphans;
 use crate::master::shell::{MasterShell, RetainedListener};
 use crate::master::worker_process::WorkerProcess;
 use crate::runtime::callbacks::Shared;
@@ -113,11 +115,13 @@ pub struct Master {
     worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
-    /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts.
+    /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts,
+    /// or until the master reaps orphans.
     child_signal: RefCell<Option<InstalledHandler>>,
     /// Whether all workers without a process descriptor must be checked for their exit, because
     /// SIGCHLD has arrived or its handler has just been installed.
     reap: Cell<bool>,
+    orphans: RefCell<Orphans>,
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
@@ -171,6 +175,7 @@ impl Master {
             launch,
             child_signal: RefCell::default(),
             reap: Cell::new(false),
+            orphans: RefCell::default(),
             last_exit_check: Cell::new(Instant::now()),
             logs: AttachedLogs::default(),
             debug_log: debug.then(LogWriter::stderr),
@@ -192,7 +197,9 @@ impl Master {
     /// Node: `cluster.fork()`.
     ///
     /// The worker inherits the master's environment, except the variables that
-    /// [`systemd`](crate::systemd) sets for the master only. When the call returns,
+    /// [`systemd`](crate::systemd) sets for the master only. No signal is blocked in the worker.
+    /// The worker ignores the signals that were ignored when [`init`](crate::init()) returned the
+    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect. When the call returns,
     /// [`workers`](Self::workers) contains the worker. The events `setup` and `fork` are emitted in
     /// the next iteration of the loop. The calling thread waits until the program has started, or
     /// until `main` is about to be called.

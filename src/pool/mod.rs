@@ -190,6 +190,9 @@ impl Pool {
     /// See the [module](self) for an example.
     #[must_use]
     pub fn new(master: &Master, options: PoolOptions) -> Self {
+        if options.reap_orphans && std::process::id() == 1 {
+            master.reap_orphans();
+        }
         let seed = RandomState::new().hash_one(std::process::id());
         let core = Core::new(options, Time::ZERO, seed);
         let pool = Self(Rc::new(Inner {

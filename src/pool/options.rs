@@ -44,6 +44,7 @@ pub struct PoolOptions {
     pub(super) heartbeat_timeout: Option<Duration>,
     pub(super) quorum: Option<usize>,
     pub(super) disconnect_signal: Option<Signal>,
+    pub(super) reap_orphans: bool,
 }
 
 /// The sign that a worker is ready, for [`PoolOptions::readiness`].
@@ -115,6 +116,7 @@ impl Default for PoolOptions {
             heartbeat_timeout: None,
             quorum: None,
             disconnect_signal: None,
+            reap_orphans: true,
         }
     }
 }
@@ -345,6 +347,23 @@ accessors! {
     /// Returns the signal that the pool sends to a worker instead of a disconnect request. See
     /// [`PoolOptions`] for an example.
     get_disconnect_signal: Option<Signal>;
+
+    /// Sets whether a pool that is process 1, for example in a container, reaps the orphans that
+    /// the kernel gives to process 1. Set `false` if the application waits for its own children
+    /// later than one second after their exit, or reaps orphans itself. In any other process, this
+    /// option has no effect. See [`Master::reap_orphans`](cluster::Master::reap_orphans). The
+    /// default is `true`.
+    ///
+    /// ```
+    /// use cluster::pool::PoolOptions;
+    ///
+    /// let options = PoolOptions::default().reap_orphans(false);
+    /// assert!(!options.get_reap_orphans());
+    /// ```
+    reap_orphans,
+    /// Returns whether a pool that is process 1 reaps orphans. See
+    /// [`reap_orphans`](Self::reap_orphans) for an example.
+    get_reap_orphans: bool;
 }
 
 impl PoolOptions {

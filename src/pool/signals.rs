@@ -38,6 +38,11 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
     (Signal::TTOU, SignalAction::Shrink),
 ];
 
+/// The signals that [`Pool::on_default_signals`] leaves ignored if the process was started so. A
+/// terminal or its driver also sends these signals. The others come only from an operator, who must
+/// be able to stop a pool that a shell script has started in the background with SIGINT ignored.
+const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
+
 impl Pool {
     /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
@@ -51,6 +56,11 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
+    /// If the process was started with SIGHUP, SIGTTIN or SIGTTOU ignored, that signal stays
+    /// ignored ([`Master::is_signal_ignored`]). Under nohup(1), the pool therefore does not reload
+    /// when its terminal is closed. To reload at SIGHUP even then, call
+    /// [`on_signal`](Self::on_signal).
+    ///
     /// Other callbacks for these signals are still called. To change a signal's effect, call
     /// [`on_signal`](Self::on_signal) for each signal instead of this method. Use
     /// [`Master::remove_callback`] to remove the callbacks.
@@ -61,7 +71,11 @@ impl Pool {
     ///
     /// See the [module](super) for an example.
     pub fn on_default_signals(&self, master: &Master) -> Result<Vec<CallbackId>> {
-        let signals = DEFAULTS.into_iter();
+        let stays_ignored =
+            |signal: Signal| LEFT_IGNORED.contains(&signal) && master.is_signal_ignored(signal);
+        let signals = DEFAULTS
+            .into_iter()
+            .filter(|(signal, _)| !stays_ignored(*signal));
         let ids = signals.map(|(signal, action)| self.on_signal(master, signal, action));
         ids.collect()
     }

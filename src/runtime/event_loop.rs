@@ -148,7 +148,7 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
     /// The guard whose `Drop` restores the previous handler.
-    _installed: InstalledHandler,
+    installed: InstalledHandler,
 }
 
 pub(crate) struct EventLoop<R> {
@@ -496,7 +496,7 @@ impl<R> EventLoop<R> {
         let installed = self.install(signal);
         let interest = Rc::new(SignalInterest {
             callbacks: Callbacks::default(),
-            _installed: installed.map_err(Error::io("handle a signal"))?,
+            installed: installed.map_err(Error::io("handle a signal"))?,
         });
         let mut signals = self.signals.borrow_mut();
         signals.insert(signal, Rc::clone(&interest));
@@ -513,6 +513,9 @@ impl<R> EventLoop<R> {
     pub(crate) fn take_signals(&self) -> Vec<Signal> {
         let pipe = self.signal_pipe.borrow();
         let numbers = pipe.as_ref().map(|pipe| pipe.take()).unwrap_or_default();
+        for interest in self.signals.borrow().values() {
+            interest.installed.resume();
+        }
         numbers.into_iter().map(Signal::from_number).collect()
     }
 

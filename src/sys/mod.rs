@@ -29,7 +29,7 @@ pub(crate) mod poll;
 pub(crate) mod process;
 pub(crate) mod queue;
 pub(crate) mod signal;
-mod signal_mask;
+pub(crate) mod signal_mask;
 pub(crate) mod socket;
 pub(crate) mod socket_file;
 pub(crate) mod threads;

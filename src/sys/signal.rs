@@ -6,6 +6,9 @@
 //!
 //! The previously installed handler still runs, after ours. The previous handler is restored when
 //! the last `InstalledHandler` of the signal is dropped.
+//!
+//! A handled signal is unblocked on the thread that installs the handler, because the process that
+//! started this one may have blocked it.
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
@@ -15,7 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::check;
 use super::owner::AtomicOwner;
-use super::platform::{MAX_SIGNAL, errno_location};
+use super::platform::{MAX_SIGNAL, SI_KERNEL, errno_location};
+use super::signal_mask::SignalSet;
 
 pub(crate) use libc::SIGCHLD as CHLD;
 
@@ -35,6 +39,9 @@ static PIPE: OnceLock<Pipe> = OnceLock::new();
 struct SignalState {
     /// Whether the signal has arrived since the last read.
     is_pending: AtomicBool,
+    /// Whether the handler has made the process ignore the signal, until
+    /// [`InstalledHandler::resume`] is called.
+    is_suspended: AtomicBool,
     replaced: ReplacedHandler,
 }
 
@@ -42,6 +49,7 @@ impl SignalState {
     const fn new() -> Self {
         Self {
             is_pending: AtomicBool::new(false),
+            is_suspended: AtomicBool::new(false),
             replaced: ReplacedHandler::none(),
         }
     }
@@ -119,7 +127,14 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         return;
     };
     state.replaced.call_after(signal, info, context, || {
-        state.is_pending.store(true, Ordering::SeqCst);
+        // SAFETY: the system passes a valid structure, or null if another handler calls this one.
+        let code = unsafe { info.as_ref() }.map(|info| info.si_code);
+        let is_terminals = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
+        if is_terminals && code == Some(SI_KERNEL) {
+            suspend(signal, state);
+        } else {
+            state.is_pending.store(true, Ordering::SeqCst);
+        }
         if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
             let byte = [0u8];
             let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
@@ -128,6 +143,20 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
         }
     });
+}
+
+/// Makes the process ignore a signal that the kernel has sent because a background job, to which
+/// this process belongs, reads from its terminal or writes to it. Async-signal-safe.
+///
+/// After the handler, the kernel repeats the call that reads or writes. If the signal were still
+/// handled, the kernel would send it again, without end. Once it is ignored, a write succeeds, and
+/// a read fails with EIO (see `tty_check_change` in Linux).
+fn suspend(signal: libc::c_int, state: &SignalState) {
+    let mut ignore = empty_action();
+    ignore.sa_sigaction = libc::SIG_IGN;
+    state.is_suspended.store(true, Ordering::SeqCst);
+    // SAFETY: the action has no handler.
+    let _ = unsafe { set_action(signal, &ignore) };
 }
 
 /// The end of the pipe that the poller waits for.
@@ -181,6 +210,7 @@ impl AsFd for SignalPipe {
 pub(super) fn replace_pipe() -> io::Result<()> {
     for state in &SIGNALS {
         state.is_pending.store(false, Ordering::SeqCst);
+        state.is_suspended.store(false, Ordering::SeqCst);
     }
     let Some(pipe) = PIPE.get() else {
         return Ok(());
@@ -198,7 +228,10 @@ pub(super) fn replace_pipe() -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) struct InstalledHandler {
     signal: libc::c_int,
+    own: Action,
     previous: Action,
+    /// Whether this thread had blocked the signal before the handler was installed.
+    was_blocked: bool,
 }
 
 /// The system's action for a signal, with a `Debug` implementation.
@@ -238,6 +271,24 @@ pub(super) unsafe fn set_action(signal: libc::c_int, action: &libc::sigaction) -
     Ok(())
 }
 
+pub(super) fn is_ignored(signal: libc::c_int) -> bool {
+    current_action(signal).is_ok_and(|action| action.sa_sigaction == libc::SIG_IGN)
+}
+
+/// Returns the signals that this process ignores, except SIGPIPE and SIGCHLD.
+///
+/// The runtime of a Rust program ignores SIGPIPE, so it does not matter whether the process
+/// inherited this. A process that ignores SIGCHLD cannot wait for its children.
+pub(crate) fn ignored() -> SignalSet {
+    let mut ignored = SignalSet::empty();
+    let all = 1..=libc::c_int::from(MAX_SIGNAL);
+    let inherited = all.filter(|signal| ![libc::SIGPIPE, CHLD].contains(signal));
+    inherited
+        .filter(|signal| is_ignored(*signal))
+        .for_each(|signal| ignored.add(signal));
+    ignored
+}
+
 fn is_function(action: &libc::sigaction) -> bool {
     action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
 }
@@ -258,8 +309,9 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
     action
 }
 
-/// Installs the handler that marks `signal` as pending and writes to the pipe. Dropping the result
-/// restores the previous action.
+/// Installs the handler that marks `signal` as pending and writes to the pipe, and unblocks the
+/// signal on this thread. Dropping the result restores the previous action, and blocks the signal
+/// again if it was blocked.
 ///
 /// # Errors
 ///
@@ -282,14 +334,36 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
     }
     // SAFETY: the handler makes only async-signal-safe calls.
     unsafe { set_action(signal, &action) }?;
-    let previous = Action(previous);
-    Ok(InstalledHandler { signal, previous })
+    Ok(InstalledHandler {
+        signal,
+        own: Action(action),
+        previous: Action(previous),
+        was_blocked: SignalSet::only(signal).unblock().contains(signal),
+    })
+}
+
+impl InstalledHandler {
+    /// Handles the signal again if the handler has suspended it.
+    pub(crate) fn resume(&self) {
+        let state = state(self.signal);
+        let was_suspended =
+            state.is_some_and(|state| state.is_suspended.swap(false, Ordering::SeqCst));
+        // Keep an action that the application has set in the meantime.
+        if was_suspended && is_ignored(self.signal) {
+            // SAFETY: the handler makes only async-signal-safe calls.
+            let _ = unsafe { set_action(self.signal, &self.own.0) };
+        }
+    }
 }
 
 impl Drop for InstalledHandler {
     fn drop(&mut self) {
+        self.resume();
         // Keep a handler that the application has installed over ours.
         if is_handled(self.signal) {
+            if self.was_blocked {
+                SignalSet::only(self.signal).block();
+            }
             // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(self.signal, &self.previous.0) };
         }

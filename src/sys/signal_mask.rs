@@ -1,8 +1,10 @@
 //! Sets of signals, and the signal mask of the calling thread.
 
+use super::platform::MAX_SIGNAL;
+
 /// A set of signal numbers.
 #[derive(Clone, Copy)]
-pub(super) struct SignalSet(libc::sigset_t);
+pub(crate) struct SignalSet(libc::sigset_t);
 
 impl SignalSet {
     pub(super) fn empty() -> Self {
@@ -33,7 +35,8 @@ impl SignalSet {
         unsafe { libc::sigaddset(&raw mut self.0, signal) };
     }
 
-    pub(super) fn contains(&self, signal: libc::c_int) -> bool {
+    /// Returns whether the set contains the signal. Async-signal-safe.
+    pub(crate) fn contains(&self, signal: libc::c_int) -> bool {
         // SAFETY: the set is initialised.
         let result = unsafe { libc::sigismember(&raw const self.0, signal) };
         result == 1
@@ -57,7 +60,6 @@ impl SignalSet {
     }
 
     /// Unblocks the signals of this set on the calling thread. Returns the previous mask.
-    #[allow(dead_code, reason = "only Linux interrupts `accept`")]
     pub(super) fn unblock(&self) -> Self {
         self.change_mask(libc::SIG_UNBLOCK)
     }
@@ -72,5 +74,20 @@ impl SignalSet {
         // SAFETY: both sets are initialised. The call fails only if `how` is invalid.
         unsafe { libc::pthread_sigmask(how, self.as_ptr(), &raw mut previous.0) };
         previous
+    }
+}
+
+impl Default for SignalSet {
+    fn default() -> Self {
+        Self::empty()
+    }
+}
+
+impl std::fmt::Debug for SignalSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let all = 1..=libc::c_int::from(MAX_SIGNAL);
+        f.debug_set()
+            .entries(all.filter(|signal| self.contains(*signal)))
+            .finish()
     }
 }

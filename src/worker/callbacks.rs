@@ -93,7 +93,8 @@ impl Worker {
     /// The signal loses its default effect until the worker is dropped. A terminal sends `INT` to
     /// both the master and its workers, and some supervisors send `TERM` to all of them. A worker
     /// that should finish its work ignores these signals and lets the master react. See
-    /// [`Master::on_signal`](crate::Master::on_signal) for other handlers and repeated signals.
+    /// [`Master::on_signal`](crate::Master::on_signal) for other handlers, repeated, ignored and
+    /// blocked signals, and the signals of a terminal.
     ///
     /// # Errors
     ///

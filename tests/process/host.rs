@@ -599,7 +599,7 @@ const PROCESS_1: &str = "FIRST";
 
 /// Starts this scenario again as process 1 of a new PID namespace, with `how` as the value of
 /// [`PROCESS_1`].
-fn start_as_process_1(how: &str) -> Child {
+pub fn start_as_process_1(how: &str) -> Child {
     use nix::sched::{CloneFlags, setns, unshare};
 
     let namespace = File::open("/proc/self/ns/pid").unwrap();
@@ -612,7 +612,7 @@ fn start_as_process_1(how: &str) -> Child {
     first.unwrap()
 }
 
-fn is_process_1() -> bool {
+pub fn is_process_1() -> bool {
     std::env::var_os(PROCESS_1).is_some()
 }
 
@@ -1004,7 +1004,7 @@ fn worker_inherits_only_its_own_descriptors_on_old_kernels() {
 }
 
 /// Returns the output of the process and its workers, which share a pipe.
-fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
+pub fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
     BufReader::new(process.stdout.take().unwrap())
 }
 

@@ -12,6 +12,7 @@
 )]
 
 mod accept_errors;
+mod adopted;
 mod blocking;
 mod callbacks;
 mod conformance;
@@ -23,10 +24,12 @@ mod examples;
 mod exhaustion;
 mod fleet;
 mod forked;
+mod groups;
 mod hand_off;
 mod harness;
 mod host;
 mod hostile;
+mod inherited;
 mod leave;
 mod life;
 mod listen;
@@ -91,6 +94,9 @@ fn main() -> ExitCode {
         nested::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
+        adopted::SCENARIOS,
+        groups::SCENARIOS,
+        inherited::SCENARIOS,
         forked::SCENARIOS,
         privileges::SCENARIOS,
         program_path::SCENARIOS,
@@ -112,7 +118,11 @@ fn main() -> ExitCode {
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         old_kernels::become_old();
-        let mut known = scenarios.iter().copied().chain(serve::PROGRAMS);
+        let mut known = scenarios
+            .iter()
+            .copied()
+            .chain(serve::PROGRAMS)
+            .chain(groups::PROGRAMS);
         let scenario = known.find(|scenario| scenario.name == name);
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
@@ -125,6 +135,8 @@ fn main() -> ExitCode {
     trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
     trials.extend(serve::trials());
+    trials.extend(groups::trials());
+    trials.extend(inherited::trials());
     trials.extend(fleet::trials());
     trials.extend(logs::trials());
     trials.push(Trial::test(

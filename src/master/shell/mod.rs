@@ -7,6 +7,7 @@
 
 mod abandon;
 mod channels;
+mod group;
 mod listeners;
 mod queues;
 mod reap;
@@ -33,6 +34,7 @@ use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Pid, Unreaped, Usage};
 use crate::sys::queue::Queue;
+use crate::sys::signal_mask::SignalSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
@@ -45,6 +47,7 @@ use crate::wire::fault;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 use crate::wire::message::UnclaimedFds;
 use crate::wire::receipts::Receipt;
+use group::GroupState;
 use listeners::MasterSocket;
 
 pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
@@ -74,6 +77,7 @@ pub(crate) struct WorkerIo {
     pub(crate) usage: Cell<Option<Usage>>,
     /// The worker's exit. `None` until the master delivers the `exit` event.
     pub(crate) exit_report: Cell<Option<ExitReport>>,
+    group: Cell<GroupState>,
 }
 
 impl WorkerIo {
@@ -89,6 +93,8 @@ pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
     poller: Poller,
     start: Instant,
+    /// The signals that were ignored when the master was created. Workers ignore them, too.
+    pub(crate) ignored_signals: SignalSet,
     workers: RefCell<BTreeMap<WorkerId, Rc<WorkerIo>>>,
     unreaped: Unreaped,
     sockets: RefCell<SortedMap<HandleId, MasterSocket>>,
@@ -140,6 +146,7 @@ impl MasterShell {
             core: RefCell::new(MasterCore::new(policy)),
             poller,
             start,
+            ignored_signals: sys::signal::ignored(),
             workers: RefCell::default(),
             unreaped: Unreaped::default(),
             sockets: RefCell::default(),
@@ -328,6 +335,7 @@ impl MasterShell {
             let process = process.as_ref().map(|process| process.as_fd());
             // Ignore the error. If the process has exited, the master notices that by other means.
             let _ = worker_io.pid.signal(process, signal.number());
+            self.leader_signalled(&worker_io, signal);
         }
     }
 }

@@ -1,10 +1,12 @@
 //! Reaps processes that have exited, and lists the workers whose exit the system may not report.
 
+use std::collections::BTreeSet;
+
 use super::{MasterShell, WorkerIo};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::poll::Interest;
-use crate::sys::process::Exit;
+use crate::sys::process::{Exit, Pid, exited_children};
 use crate::types::worker_id::WorkerId;
 
 impl MasterShell {
@@ -18,6 +20,9 @@ impl MasterShell {
         };
         let is_reaped = self.core.borrow().exit_status(worker).is_some();
         if is_reaped || worker_io.exit_report.get().is_some() {
+            return;
+        }
+        if self.drain_group(&worker_io) {
             return;
         }
         let process = worker_io.process.borrow();
@@ -83,6 +88,13 @@ impl MasterShell {
     /// Returns the workers without a channel whose exits only SIGCHLD reports.
     pub(crate) fn unwatched_exits(&self) -> Vec<WorkerId> {
         self.unwatched_exits.borrow().iter().copied().collect()
+    }
+
+    /// Returns the exited children of this process that the master has not started.
+    pub(crate) fn exited_orphans(&self) -> Vec<Pid> {
+        let workers = self.workers.borrow();
+        let own: BTreeSet<_> = workers.values().map(|worker_io| worker_io.pid).collect();
+        exited_children(|child| own.contains(&child) || self.unreaped.contains(child))
     }
 
     /// Returns the workers without a process descriptor.

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
 
+use super::group::GroupState;
 use super::{MasterShell, WorkerIo};
 use crate::config::env::{CHANNEL_FD, INSPECT_PORT, UNIQUE_ID, WORKER_PID, WRAPPED};
 use crate::config::inspect_port::InspectPort;
@@ -150,6 +151,10 @@ impl MasterShell {
             stdio: RefCell::new(new.stdio.master),
             usage: Cell::new(None),
             exit_report: Cell::new(None),
+            group: Cell::new(match new.settings.leads_group() {
+                true => GroupState::Running,
+                false => GroupState::None,
+            }),
         });
         self.workers.borrow_mut().insert(id, Rc::clone(&worker_io));
         worker_io
@@ -192,6 +197,7 @@ impl MasterShell {
         }
         let mut child = Program::default();
         apply_cwd_and_ids(&mut child, settings).map_err(failed(ForkStep::Prepare))?;
+        child.ignore(self.ignored_signals);
         child.stdio(std::mem::take(&mut new.stdio.worker));
         // Flush standard output first, because the worker would otherwise print the buffered output
         // a second time.
@@ -259,6 +265,7 @@ impl MasterShell {
         let program = program(settings, exec, is_own, env);
         let mut program = program.map_err(failed(ForkStep::Prepare))?;
         program.stdio(std::mem::take(&mut new.stdio.worker));
+        program.ignore(self.ignored_signals);
         if settings.is_detached() {
             program.detach();
         } else {
@@ -307,7 +314,7 @@ fn program(
     Ok(program)
 }
 
-/// Sets a worker's directory, user, group and session.
+/// Sets a worker's directory, user and group, and its session or process group.
 fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<()> {
     if let Some(cwd) = settings.get_cwd() {
         program.cwd(cwd.to_owned().into())?;
@@ -315,6 +322,8 @@ fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<(
     program.identity(settings.get_uid(), settings.get_gid());
     if settings.leads_session() {
         program.setsid();
+    } else if settings.leads_group() {
+        program.setpgid();
     }
     Ok(())
 }

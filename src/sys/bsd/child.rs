@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use crate::sys::check;
-pub(in crate::sys) use crate::sys::process::child::reset_signal_by_libc as reset_signal;
+pub(in crate::sys) use crate::sys::process::child::set_disposition_by_libc as set_disposition;
 
 /// Drops all supplementary groups.
 pub(in crate::sys) fn drop_groups() -> io::Result<()> {

@@ -4,6 +4,9 @@ use std::os::fd::RawFd;
 
 pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
 
+/// The `si_code` of a signal that the kernel itself sends.
+pub(in crate::sys) const SI_KERNEL: libc::c_int = 0x1_0006;
+
 /// The unit of `ru_maxrss` in bytes.
 pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1024;
 

@@ -17,7 +17,7 @@ pub(super) mod own_program;
 pub(super) mod pidfd;
 pub(super) mod socket;
 
-pub(super) use system::MAX_RSS_UNIT;
+pub(super) use system::{MAX_RSS_UNIT, SI_KERNEL};
 
 /// The highest signal number that the crate handles.
 pub(super) const MAX_SIGNAL: u8 = 64;
@@ -26,6 +26,13 @@ pub(super) const MAX_SIGNAL: u8 = 64;
 pub(super) fn errno_location() -> *mut libc::c_int {
     // SAFETY: __error has no preconditions.
     unsafe { libc::__error() }
+}
+
+pub(super) mod children {
+    /// Returns `None`, because there is no portable call that lists children.
+    pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
+        None
+    }
 }
 
 pub(super) mod clone {

@@ -28,3 +28,10 @@ pub(in crate::sys) fn signal(
 ) -> Option<io::Result<()>> {
     None
 }
+
+pub(in crate::sys) fn signal_group(
+    _process: BorrowedFd<'_>,
+    _signal: libc::c_int,
+) -> Option<io::Result<()>> {
+    None
+}

@@ -24,15 +24,18 @@ fn check(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-/// Resets a signal to its default disposition. Bypasses the C library, because its function may
-/// wait for a lock that another thread held when this child was forked.
-pub(in crate::sys) fn reset_signal(signal: libc::c_int) {
-    /// The kernel's structure for the default disposition, which is all zeroes. The kernel reads
-    /// fewer bytes on every architecture.
-    const DEFAULT: [u64; 8] = [0; 8];
+/// Sets a signal's disposition, `SIG_DFL` or `SIG_IGN`. Bypasses the C library, because its
+/// function may wait for a lock that another thread held when this child was forked.
+pub(in crate::sys) fn set_disposition(signal: libc::c_int, disposition: libc::sighandler_t) {
+    /// The index of the disposition in the kernel's structure. On MIPS, the flags come first.
+    const DISPOSITION: usize = cfg!(any(target_arch = "mips", target_arch = "mips64")) as usize;
     /// The length of the kernel's signal set in bytes.
     const SET_LENGTH: usize = MAX_SIGNAL as usize / 8;
-    let (new, old) = (DEFAULT.as_ptr(), std::ptr::null_mut::<u64>());
+    // The kernel's structure, without flags and with an empty mask. The kernel reads fewer bytes on
+    // every architecture.
+    let mut action = [0usize; 16];
+    action[DISPOSITION] = disposition;
+    let (new, old) = (action.as_ptr(), std::ptr::null_mut::<usize>());
     // SAFETY: the pointer is valid for reads of the new action, and the old action is not
     // requested.
     unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old, SET_LENGTH) };

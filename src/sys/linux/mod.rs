@@ -4,6 +4,7 @@
 //! architectures and C libraries also belong here. `bsd` has a counterpart of each item.
 
 pub(super) mod child;
+pub(super) mod children;
 pub(super) mod clone;
 pub(super) mod epoll;
 pub(super) mod file;
@@ -22,6 +23,10 @@ pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch 
 } else {
     64
 };
+
+/// The `si_code` of a signal that the kernel itself sends, for instance to a background job (see
+/// sigaction(2)).
+pub(super) const SI_KERNEL: libc::c_int = 0x80;
 
 /// The unit of `ru_maxrss` in bytes.
 pub(super) const MAX_RSS_UNIT: u64 = 1024;

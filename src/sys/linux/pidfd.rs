@@ -105,14 +105,34 @@ pub(in crate::sys) fn signal(
     process: BorrowedFd<'_>,
     signal: libc::c_int,
 ) -> Option<io::Result<()>> {
+    send_signal(process, signal, 0)
+}
+
+/// Sends a signal to the process group that the process leads, even if the process has been reaped.
+/// Returns `None` if the kernel does not support this (before Linux 6.9), or if a sandbox rejects
+/// it.
+pub(in crate::sys) fn signal_group(
+    process: BorrowedFd<'_>,
+    signal: libc::c_int,
+) -> Option<io::Result<()>> {
+    const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 1 << 2;
+    send_signal(process, signal, PIDFD_SIGNAL_PROCESS_GROUP)
+}
+
+fn send_signal(
+    process: BorrowedFd<'_>,
+    signal: libc::c_int,
+    flags: libc::c_uint,
+) -> Option<io::Result<()>> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
-    let number = process.as_raw_fd();
+    let (call, number) = (libc::SYS_pidfd_send_signal, process.as_raw_fd());
     // SAFETY: the call accepts a null pointer, and then accesses no memory of this process.
-    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, number, signal, no_info, 0) };
+    let sent = unsafe { libc::syscall(call, number, signal, no_info, flags) };
     if sent == 0 {
         return Some(Ok(()));
     }
     let error = io::Error::last_os_error();
-    let refused = [libc::ENOSYS, libc::EPERM].map(Some);
+    // The kernel rejects flags that it does not know with EINVAL.
+    let refused = [libc::ENOSYS, libc::EPERM, libc::EINVAL].map(Some);
     (!refused.contains(&error.raw_os_error())).then_some(Err(error))
 }

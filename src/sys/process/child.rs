@@ -45,6 +45,17 @@ pub(super) fn pid_variable(name: &str) -> PidVariable {
     text
 }
 
+/// What a child leads besides itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Leads {
+    #[default]
+    Nothing,
+    /// The child leads its own process group.
+    Group,
+    /// The child leads its own session and process group, without a terminal.
+    Session,
+}
+
 /// The settings of a child, as plain values that the child can use without allocating.
 pub(in crate::sys) struct Child<'a> {
     pub(super) path: *const libc::c_char,
@@ -62,8 +73,9 @@ pub(in crate::sys) struct Child<'a> {
     /// Whether the child may outlive its parent. A detached child is not killed with its parent,
     /// and its channel is closed on exec.
     pub(super) is_detached: bool,
-    /// Whether the child leads its own session and process group, without a terminal.
-    pub(super) leads_session: bool,
+    pub(super) leads: Leads,
+    /// The signals that the child ignores.
+    pub(super) ignored: SignalSet,
     /// The descriptor to which the child writes reports.
     pub(super) reports: Cell<RawFd>,
     pub(super) parent: u32,
@@ -99,7 +111,7 @@ impl Child<'_> {
             Ok(main) => {
                 self.report(Report::Started);
                 self.wait_for_parent();
-                set_stop_handlers(libc::SIG_DFL);
+                set_stop_handlers(libc::SIG_DFL, &self.ignored);
                 main()
             }
             Err((step, error)) => self.fail(step, &error),
@@ -131,8 +143,8 @@ impl Child<'_> {
         };
         // Check SIGPIPE before the reset, because this child must continue to ignore SIGPIPE if its
         // parent does. The runtime of a Rust program ignores SIGPIPE by default.
-        let ignores_pipe = is_ignored(libc::SIGPIPE);
-        self.prepare(reset_signal_by_libc, descriptors)?;
+        let ignores_pipe = signal::is_ignored(libc::SIGPIPE);
+        self.prepare(set_disposition_by_libc, descriptors)?;
         if ignores_pipe {
             // SAFETY: SIG_IGN is always a valid disposition.
             unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
@@ -195,7 +207,7 @@ impl Child<'_> {
             }
             Ok(())
         };
-        self.prepare(platform::reset_signal, descriptors)?;
+        self.prepare(platform::set_disposition, descriptors)?;
         self.pid_variables.iter().for_each(append_own_pid);
         // SAFETY: the parent built path, arguments and environment as zero-terminated strings in
         // arrays that end with a null pointer. All of them are alive in this process.
@@ -206,15 +218,19 @@ impl Child<'_> {
     /// Takes the steps that children with and without a program have in common.
     fn prepare(
         &self,
-        reset_signal: fn(libc::c_int),
+        set_disposition: fn(libc::c_int, libc::sighandler_t),
         arrange_descriptors: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), StepFailure> {
         let at = |step| move |error| (step, error);
-        reset_signals(reset_signal).map_err(at(Step::Signals))?;
-        if self.leads_session {
+        reset_signals(set_disposition, &self.ignored).map_err(at(Step::Signals))?;
+        let led = match self.leads {
+            Leads::Nothing => Ok(0),
+            // SAFETY: setpgid accesses no memory of this process.
+            Leads::Group => check(unsafe { libc::setpgid(0, 0) }),
             // SAFETY: setsid has no preconditions.
-            check(unsafe { libc::setsid() }).map_err(at(Step::Session))?;
-        }
+            Leads::Session => check(unsafe { libc::setsid() }),
+        };
+        led.map_err(at(Step::Session))?;
         arrange_descriptors().map_err(at(Step::Descriptors))?;
         if !self.cwd.is_null() {
             // SAFETY: the path is zero-terminated and alive in this process.
@@ -326,10 +342,6 @@ fn has_only_group(gid: Option<libc::gid_t>) -> bool {
     matches!(count, 0 | 1) && group == own
 }
 
-fn is_ignored(signal: libc::c_int) -> bool {
-    signal::current_action(signal).is_ok_and(|action| action.sa_sigaction == libc::SIG_IGN)
-}
-
 /// Appends this child's process id. If the child shares the parent's memory, the write is harmless,
 /// because the parent made the variable for this child and does not read it again.
 fn append_own_pid(variable: &Cell<PidVariable>) {
@@ -343,23 +355,32 @@ fn append_own_pid(variable: &Cell<PidVariable>) {
     variable.set(text);
 }
 
-/// Resets all signals to their default and unblocks them, because ignored signals would otherwise
-/// stay ignored through `execve`. The system rejects the reset of some signals, such as SIGKILL.
-/// These errors are ignored. The signals by which a terminal stops a process receive a handler that
-/// does nothing (see [`set_stop_handlers`]).
-fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
+/// Ignores the signals in `ignored`, resets all others to their default, and unblocks all signals.
+/// Signals that only the application ignores would otherwise stay ignored through `execve`. The
+/// system rejects the change of some signals, such as SIGKILL. These errors are ignored. The
+/// signals by which a terminal stops a process receive a handler that does nothing (see
+/// [`set_stop_handlers`]).
+fn reset_signals(
+    set_disposition: fn(libc::c_int, libc::sighandler_t),
+    ignored: &SignalSet,
+) -> io::Result<()> {
     for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
-        reset_signal(signal);
+        let disposition = match ignored.contains(signal) {
+            true => libc::SIG_IGN,
+            false => libc::SIG_DFL,
+        };
+        set_disposition(signal, disposition);
     }
     extern "C" fn do_nothing(_: libc::c_int) {}
-    set_stop_handlers(do_nothing as extern "C" fn(_) as libc::sighandler_t);
+    let do_nothing = do_nothing as extern "C" fn(_) as libc::sighandler_t;
+    set_stop_handlers(do_nothing, ignored);
     let mask = SignalSet::empty();
     // SAFETY: the set is initialised, and the old mask is not requested.
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask.as_ptr(), std::ptr::null_mut()) })?;
     Ok(())
 }
 
-/// Sets the handler of the signals by which a terminal stops a process.
+/// Sets the handler of the signals by which a terminal stops a process, unless they are ignored.
 ///
 /// Ctrl-Z reaches both the child and its parent. If the child stopped before `execve`, a parent
 /// that the kernel has suspended until then could neither stop nor continue. The shell would wait
@@ -367,8 +388,12 @@ fn reset_signals(reset_signal: fn(libc::c_int)) -> io::Result<()> {
 ///
 /// A handler that does nothing prevents this without a gap, because `execve` resumes the parent
 /// before it resets the handlers. A child has its own table of handlers, even if it shares memory.
-fn set_stop_handlers(handler: libc::sighandler_t) {
-    for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+fn set_stop_handlers(handler: libc::sighandler_t, ignored: &SignalSet) {
+    let signals = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+    for signal in signals
+        .into_iter()
+        .filter(|signal| !ignored.contains(*signal))
+    {
         // Use the C library, because it takes no lock for these signals, in contrast to SIGABRT in
         // some C libraries.
         // SAFETY: the handler does nothing, or is the default.
@@ -376,11 +401,14 @@ fn set_stop_handlers(handler: libc::sighandler_t) {
     }
 }
 
-/// Resets a signal to its default through the C library. The library rejects the signals that it
-/// uses itself, because it would not notice the loss of its own handlers.
-pub(in crate::sys) fn reset_signal_by_libc(signal: libc::c_int) {
-    // SAFETY: SIG_DFL is always a valid disposition.
-    unsafe { libc::signal(signal, libc::SIG_DFL) };
+/// Sets a signal's disposition, `SIG_DFL` or `SIG_IGN`, through the C library. The library rejects
+/// the signals that it uses itself, because it would not notice the loss of its own handlers.
+pub(in crate::sys) fn set_disposition_by_libc(
+    signal: libc::c_int,
+    disposition: libc::sighandler_t,
+) {
+    // SAFETY: both dispositions are always valid.
+    unsafe { libc::signal(signal, disposition) };
 }
 
 /// Closes the descriptors from `first` to `last` on systems without close_range(2). Stops at this

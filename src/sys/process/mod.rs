@@ -4,12 +4,15 @@
 //! - `child`: the child's steps between `fork` and `execve`
 //! - `report`: the child's reports to its parent during these steps
 //! - `pid`: the child's identity, its signals and its exit
+//! - `children`: the children that have exited, including those that other code has started
 
 pub(super) mod child;
+mod children;
 pub(super) mod pid;
 mod program;
 mod report;
 
+pub(crate) use children::exited_children;
 pub use pid::Usage;
 pub(crate) use pid::{Exit, Pid, Unreaped};
 pub(super) use program::Started;

@@ -71,7 +71,7 @@ pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
 }
 
 /// The process id of a child. The id is valid until this process has waited for the child.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Pid(libc::pid_t);
 
 impl Pid {
@@ -115,6 +115,34 @@ impl Pid {
             });
             exit.map(Some).ok_or(error)
         })
+    }
+
+    /// Returns whether the child has exited and has not been reaped. Also returns `false` if the
+    /// process is not a child, for instance because other code has reaped it.
+    pub(crate) fn has_exited(self, process: Option<&impl AsFd>) -> bool {
+        let options = libc::WNOHANG | libc::WNOWAIT;
+        match process.and_then(|process| pidfd::wait(process.as_fd(), options)) {
+            Some(waited) => matches!(waited, Ok(Some(_))),
+            None => self.wait_without_reaping() == Some(true),
+        }
+    }
+
+    /// Returns whether the child has exited, or `None` if this process has no such child.
+    fn wait_without_reaping(self) -> Option<bool> {
+        // SAFETY: all zeroes is a valid `siginfo_t`.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        let waited = retry(|| {
+            // SAFETY: the pointer is valid for writes.
+            check(unsafe { libc::waitid(libc::P_PID, self.number(), &raw mut info, options) })
+        });
+        // SAFETY: the call has filled in the structure for a child, or left it zero.
+        waited.ok().map(|_| unsafe { info.si_pid() } == self.0)
+    }
+
+    /// Reaps a child that has exited, and discards its status.
+    pub(crate) fn reap(self) {
+        let _ = self.wait_by_number(libc::WNOHANG);
     }
 
     /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100
@@ -171,6 +199,32 @@ impl Pid {
     }
 }
 
+impl Pid {
+    /// Sends a signal to the process group that the child leads.
+    ///
+    /// # Errors
+    ///
+    /// Returns ESRCH if the group has no process, or if the child has been reaped and the kernel
+    /// cannot find its group by the process descriptor (before Linux 6.9). Its id may then belong
+    /// to another group.
+    pub(crate) fn signal_group(
+        self,
+        process: Option<&impl AsFd>,
+        signal: libc::c_int,
+    ) -> io::Result<()> {
+        let by_fd = process.and_then(|process| pidfd::signal_group(process.as_fd(), signal));
+        if let Some(sent) = by_fd {
+            return sent;
+        }
+        if self.wait_without_reaping().is_none() {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        // SAFETY: kill accesses no memory of this process.
+        check(unsafe { libc::kill(-self.0, signal) })?;
+        Ok(())
+    }
+}
+
 /// Killed children that had not exited after 100 ms. They are reaped before the next fork.
 #[derive(Debug, Default)]
 pub(crate) struct Unreaped(RefCell<Vec<(Pid, Option<OwnedFd>)>>);
@@ -181,6 +235,10 @@ impl Unreaped {
             matches!(pid.try_wait(process.as_ref()), Ok(None))
         };
         self.0.borrow_mut().retain(is_running);
+    }
+
+    pub(crate) fn contains(&self, child: Pid) -> bool {
+        self.0.borrow().iter().any(|(pid, _)| *pid == child)
     }
 
     /// Removes all children and returns their descriptors. A forked child that executes no program

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use super::child::{Child, ParentWait, PidVariable, pid_variable};
+use super::child::{Child, Leads, ParentWait, PidVariable, pid_variable};
 use super::pid::{Pid, Unreaped};
 use super::report::{read_failure, wait_for_start};
 use crate::sys::check;
@@ -40,7 +40,8 @@ pub(crate) struct Program {
     /// Names of variables whose value is the child's process id.
     pid_variables: Vec<&'static str>,
     is_detached: bool,
-    leads_session: bool,
+    leads: Leads,
+    ignored: SignalSet,
     uid: Option<libc::uid_t>,
     gid: Option<libc::gid_t>,
 }
@@ -127,7 +128,17 @@ impl Program {
 
     /// Makes the child lead its own session and process group, without a terminal.
     pub(crate) fn setsid(&mut self) {
-        self.leads_session = true;
+        self.leads = Leads::Session;
+    }
+
+    /// Makes the child lead its own process group.
+    pub(crate) fn setpgid(&mut self) {
+        self.leads = Leads::Group;
+    }
+
+    /// Makes the child ignore these signals.
+    pub(crate) fn ignore(&mut self, signals: SignalSet) {
+        self.ignored = signals;
     }
 
     /// Sets the child's user and group.
@@ -140,7 +151,8 @@ impl Program {
     ///
     /// The child inherits only the descriptors of `stdio` (or 0, 1 and 2 of this process) and
     /// `channel`. The number of `channel` must be higher than the others. A detached child does not
-    /// inherit `channel`. The child's signals have their default dispositions, and none is blocked.
+    /// inherit `channel`. The child's signals have their default dispositions, except those that
+    /// [`ignore`](Self::ignore) sets, and none is blocked.
     /// On Linux, a child that is not detached is killed when the calling thread exits.
     ///
     /// # Errors
@@ -227,7 +239,8 @@ impl Program {
             gid: self.gid,
             channel,
             is_detached: self.is_detached,
-            leads_session: self.leads_session,
+            leads: self.leads,
+            ignored: self.ignored,
             reports: Cell::new(childs_end.as_raw_fd()),
             parent: std::process::id(),
         };

@@ -1,0 +1,213 @@
+//! Tests workers that do not use this crate and consist of several processes, such as a server
+//! behind a shell.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, FromRawFd as _};
+
+use cluster::Settings;
+use libtest_mimic::{Failed, Trial};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::{Pid, getpgid, getpgrp, getppid};
+
+use crate::harness::{Group, SCENARIO, Scenario, cluster, example, is_alive, wait_until};
+
+crate::scenarios! {
+    worker_with_passed_descriptors_leads_a_process_group
+}
+
+/// The scenarios that `serve` runs as its program. They do not use this crate.
+pub const PROGRAMS: &[Scenario] = &[
+    Scenario {
+        name: "server_that_drains",
+        play: || serve(Some(Signal::SIGTERM)),
+        need: None,
+    },
+    Scenario {
+        name: "server_that_ignores_signals",
+        play: || serve(None),
+        need: None,
+    },
+];
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("server_behind_a_shell_drains_at_a_reload", drains_at_reload),
+        Trial::test(
+            "server_behind_a_shell_is_killed_at_the_deadline",
+            killed_at_the_deadline,
+        ),
+        Trial::test(
+            "server_behind_a_shell_is_killed_by_a_stop_at_once",
+            killed_at_once,
+        ),
+        Trial::test(
+            "server_behind_a_shell_is_killed_when_the_shell_fails",
+            killed_after_the_shell,
+        ),
+    ]
+}
+
+/// Answers each connection with the id of this process, after the client has written. Exits at the
+/// signal `end`, but not while a client is connected.
+fn serve(end: Option<Signal>) {
+    #[allow(unsafe_code)]
+    // SAFETY: the descriptor was passed to this process, and no other value owns it.
+    let listener = unsafe { TcpListener::from_raw_fd(3) };
+    listener.set_nonblocking(true).unwrap();
+    SigSet::all().thread_block().unwrap();
+    let end = SignalFd::new(&end.into_iter().collect()).unwrap();
+    loop {
+        let fds = [listener.as_fd(), end.as_fd()];
+        let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        poll(&mut fds, PollTimeout::NONE).unwrap();
+        if fds[1].any().unwrap() {
+            return;
+        }
+        if let Ok((mut client, _)) = listener.accept() {
+            client.set_nonblocking(false).unwrap();
+            let _ = client.read(&mut [0; 64]);
+            let _ = write!(client, "{}", std::process::id());
+        }
+    }
+}
+
+/// Starts `serve` with a program that runs behind a shell.
+fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
+    let mut command = example("serve");
+    command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
+    command.args(["--workers", "1"]).args(options);
+    // A shell executes its last command itself, so this is not the last one.
+    command.args(["--", "sh", "-c", "\"$0\"; true"]);
+    command.arg(std::env::current_exe().unwrap());
+    let serve = Group::start(command.env(SCENARIO, program)).unwrap();
+    let address = wait_until("the address", || {
+        let output = serve.output();
+        let (_, rest) = output.split_once(" listening on ")?;
+        rest.split_once('\n').map(|(address, _)| address.to_owned())
+    });
+    (serve, address.parse().unwrap())
+}
+
+/// Connects a client. Its server waits until [`ask`] sends the request.
+fn connect(address: SocketAddr) -> TcpStream {
+    TcpStream::connect(address).unwrap()
+}
+
+/// Sends a request, and returns the id of the process that answers it.
+fn ask(mut client: TcpStream) -> u32 {
+    client.write_all(b"?").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    answer.parse().unwrap()
+}
+
+fn wait_for_line(serve: &Group, text: &str) {
+    wait_until(text, || serve.output().contains(text).then_some(()));
+}
+
+fn wait_for_end(pid: u32) {
+    wait_until("the end of a server", || (!is_alive(pid)).then_some(()));
+}
+
+/// Returns the id of the process that started `pid`.
+fn parent(pid: u32) -> Pid {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let parent = fields.split(' ').nth(1).unwrap();
+    Pid::from_raw(parent.parse().unwrap())
+}
+
+fn assert_refused(address: SocketAddr) {
+    let error = TcpStream::connect(address).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+fn drains_at_reload() -> Result<(), Failed> {
+    let (serve, address) = start("server_that_drains", &[]);
+    let old = ask(connect(address));
+    let client = connect(address);
+    wait_until("accept", || {
+        let fds = std::fs::read_dir(format!("/proc/{old}/fd")).unwrap();
+        let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+        let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
+        // The listener, the channel to the master, and the connection.
+        (sockets.count() >= 3).then_some(())
+    });
+    kill(serve.pid(), Signal::SIGHUP)?;
+    wait_for_line(&serve, "worker 2 is ready");
+    wait_until("the end of the shell", || {
+        (!is_child_of_a_shell(old)).then_some(())
+    });
+    assert_eq!(ask(client), old);
+    wait_for_line(&serve, "generation 1 serves");
+    wait_for_end(old);
+    let new = ask(connect(address));
+    assert_ne!(new, old);
+    kill(serve.pid(), Signal::SIGTERM)?;
+    assert_eq!(serve.finish()?.code(), Some(0));
+    assert!(!is_alive(new));
+    assert_refused(address);
+    assert!(!serve.output().contains("killed"), "{}", serve.output());
+    Ok(())
+}
+
+/// Returns whether the process that started `pid` is still a shell. An orphan has another parent.
+fn is_child_of_a_shell(pid: u32) -> bool {
+    let parent = parent(pid).as_raw();
+    let name = std::fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
+    name.trim_end() == "sh"
+}
+
+fn killed_at_the_deadline() -> Result<(), Failed> {
+    let (serve, address) = start("server_that_ignores_signals", &["--drain", "300ms"]);
+    let pid = ask(connect(address));
+    kill(serve.pid(), Signal::SIGTERM)?;
+    assert_eq!(serve.finish()?.code(), Some(0));
+    wait_for_end(pid);
+    assert_refused(address);
+    Ok(())
+}
+
+fn killed_at_once() -> Result<(), Failed> {
+    let (serve, address) = start("server_that_ignores_signals", &[]);
+    let pid = ask(connect(address));
+    kill(serve.pid(), Signal::SIGQUIT)?;
+    assert_eq!(serve.finish()?.code(), Some(0));
+    wait_for_end(pid);
+    assert_refused(address);
+    Ok(())
+}
+
+fn killed_after_the_shell() -> Result<(), Failed> {
+    let (serve, address) = start("server_that_ignores_signals", &[]);
+    let old = ask(connect(address));
+    kill(parent(old), Signal::SIGKILL)?;
+    wait_for_line(&serve, "worker 2 is ready");
+    wait_for_end(old);
+    assert_ne!(ask(connect(address)), old);
+    kill(serve.pid(), Signal::SIGQUIT)?;
+    assert_eq!(serve.finish()?.code(), Some(0));
+    Ok(())
+}
+
+fn worker_with_passed_descriptors_leads_a_process_group() {
+    cluster(
+        |master| {
+            assert_eq!(getpgid(None).unwrap(), getpgrp());
+            let null = std::fs::File::open("/dev/null").unwrap();
+            let sleep = Settings::default().exec("/bin/sleep").args(["1000"]);
+            let worker = master.fork_as(sleep.listen_fds([("null", null)])).unwrap();
+            let pid = Pid::from_raw(i32::try_from(worker.process().id()).unwrap());
+            assert_eq!(getpgid(Some(pid)).unwrap(), pid);
+            worker.process().kill(cluster::Signal::KILL);
+            master.fork().unwrap();
+        },
+        |worker| {
+            assert_eq!(getpgrp(), getpgid(Some(getppid())).unwrap());
+            worker.disconnect().run().unwrap();
+        },
+    );
+}
