@@ -1,6 +1,8 @@
 //! Sends one message to all workers, and then another to one worker that it finds by its id.
 //!
-//! Type:      cargo run --example broadcast
+//! Usage:     cargo run --example broadcast
+
+mod usage;
 
 use cluster::{LogWriter, Master, Role, WorkerProcess};
 
@@ -11,6 +13,7 @@ fn each_worker(master: &Master, call: impl Fn(&WorkerProcess)) {
 }
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("broadcast.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let first = master.fork()?.id();

@@ -1,7 +1,9 @@
 //! Sends messages in two formats over one channel: JSON, which people can read, and a compact format
 //! for frequent messages. A message is bytes; the application chooses their format.
 //!
-//! Type:      cargo run --example codecs
+//! Usage:     cargo run --example codecs
+
+mod usage;
 
 use std::error::Error;
 
@@ -65,6 +67,7 @@ fn worker(worker: &Worker) -> Result<(), Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let [] = usage::arguments(include_str!("codecs.rs"), []);
     match cluster::init()? {
         Role::Master(role) => Ok(master(&role)?),
         Role::Worker(role) => worker(&role),

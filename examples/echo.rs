@@ -1,10 +1,13 @@
 //! A worker that sends each message back.
 //!
-//! Type:      cargo run --example echo
+//! Usage:     cargo run --example echo
+
+mod usage;
 
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("echo.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let worker = master.fork()?;

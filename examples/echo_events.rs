@@ -1,23 +1,28 @@
 //! An echo server whose workers hold many connections at once, with callbacks. The master counts
 //! the requests.
 //!
-//! Type:      cargo run --release --example echo_events
+//! Usage:     cargo run --release --example echo_events
 //! then:      nc 127.0.0.1 8007       and type something
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8007   --workers 4
 
+mod usage;
+
 use std::cell::{Cell, RefCell};
 use std::io::{ErrorKind, Read, Write};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker};
+use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, WatchId, Worker};
 use lexopt::prelude::*;
 
 /// If at least this number of bytes waits to be written to a client, the worker stops reading from
 /// that client.
 const MAX_PENDING: usize = 64 << 10;
+/// Time after which a client that neither sends nor receives is disconnected. Without a limit,
+/// silent clients would use up the worker's descriptors.
+const IDLE_MAX: Duration = Duration::from_secs(30);
 
 fn options() -> Result<(String, usize), lexopt::Error> {
     let mut addr = "127.0.0.1:8007".to_owned();
@@ -86,18 +91,33 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
     worker
         .listen(addr)?
         .set_connection_callback(|worker, connection| {
-            let watched = connection.set_nonblocking(true).is_ok();
-            let mut pending = Vec::new();
+            let is_nonblocking = connection.set_nonblocking(true).is_ok();
+            let last_event = Rc::new(Cell::new(Instant::now()));
+            let (latest, mut pending) = (Rc::clone(&last_event), Vec::new());
             let echo = move |worker: &Worker, connection: &Connection| {
+                latest.set(Instant::now());
                 echo(worker, connection, &mut pending)
             };
-            if watched {
+            if is_nonblocking {
                 // If no descriptor is left, `watch` fails and drops the connection, which closes
                 // it.
-                let _ = worker.watch(connection, Interest::Readable, echo);
+                if let Ok(watch) = worker.watch(connection, Interest::Readable, echo) {
+                    close_when_idle(worker, watch, last_event);
+                }
             }
         });
     worker.run()
+}
+
+/// Closes the connection when the client has neither sent nor received anything for `IDLE_MAX`.
+fn close_when_idle(worker: &Worker, watch: WatchId, last_event: Rc<Cell<Instant>>) {
+    let left = IDLE_MAX.saturating_sub(last_event.get().elapsed());
+    if left.is_zero() {
+        return worker.unwatch(watch);
+    }
+    let again = move |worker: &Worker| close_when_idle(worker, watch, last_event);
+    // The connection, not this timer, keeps the worker running.
+    worker.unreference(worker.set_timeout(left, again));
 }
 
 /// Reads and writes as much as possible without blocking. Returns the event to wait for, or `None`
@@ -139,12 +159,8 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
 }
 
 fn main() -> cluster::Result<()> {
-    let role = cluster::init()?;
-    let (addr, workers) = options().unwrap_or_else(|usage| {
-        LogWriter::stderr().line(usage);
-        std::process::exit(2);
-    });
-    match role {
+    let (addr, workers) = usage::or_exit(include_str!("echo_events.rs"), options());
+    match cluster::init()? {
         Role::Master(role) => master(&role, workers),
         Role::Worker(role) => worker(&role, &addr),
     }

@@ -1,21 +1,26 @@
 //! An application with its own `poll` loop that hosts a master. The loop also serves a status port,
 //! which reports the number of workers and the ledger.
 //!
-//! Type:      cargo run --release --example embedded
+//! Usage:     cargo run --release --example embedded
 //! then:      nc 127.0.0.1 8008       (a worker answers)
 //!            nc 127.0.0.1 8009       (the host answers)
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8008   --status 127.0.0.1:8009
 
-use std::io::{ErrorKind, Write};
-use std::net::TcpListener;
+mod usage;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use cluster::{LogWriter, Master, Role, Signal, Worker};
+use cluster::{Interest, LogWriter, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Time after which a client of the status port is disconnected.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -80,6 +85,7 @@ fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
                 let text = format!("{} workers, {:?}\n", workers.len(), master.ledger());
                 // The write fails if the client has disconnected.
                 let _ = client.write_all(text.as_bytes());
+                let _ = finish(client, master);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error),
@@ -87,18 +93,35 @@ fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
     }
 }
 
+/// Lets the loop discard what the client still sends. Otherwise TCP would reset the connection, and
+/// the client might lose the answer. In a worker, `Connection::finish` does this.
+fn finish(client: TcpStream, master: &Master) -> Outcome {
+    client.shutdown(Shutdown::Write)?;
+    client.set_nonblocking(true)?;
+    let discard = |_: &Master, mut client: &TcpStream| {
+        let read = client.read(&mut [0; 4096]);
+        read.is_ok_and(|length| length > 0)
+            .then_some(Interest::Readable)
+    };
+    let watch = master.watch(client, Interest::Readable, discard)?;
+    master.set_timeout(FINISH_TIMEOUT, move |master| master.unwatch(watch));
+    Ok(())
+}
+
 fn worker(worker: &Worker, addr: &str) -> Outcome {
     worker.on_signal(Signal::INT, |_, _| {})?;
     for connection in worker.listen(addr)?.incoming() {
+        let mut connection = connection?;
         let answer = format!("hello from worker {}\n", worker.id());
-        let _ = connection?.write_all(answer.as_bytes());
+        let _ = connection.write_all(answer.as_bytes());
+        connection.finish();
     }
     Ok(())
 }
 
 fn main() -> Outcome {
+    let (addr, status) = usage::or_exit(include_str!("embedded.rs"), options());
     let role = cluster::init()?;
-    let (addr, status) = options()?;
     match role {
         Role::Master(master) => host(&master, &status),
         Role::Worker(role) => worker(&role, &addr),

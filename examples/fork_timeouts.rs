@@ -1,7 +1,9 @@
 //! Sets a timeout for each worker, from its fork until it listens. Worker 1 listens, worker 2 never
 //! listens, and worker 3 exits.
 //!
-//! Type:      cargo run --example fork_timeouts
+//! Usage:     cargo run --example fork_timeouts
+
+mod usage;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -66,6 +68,7 @@ fn worker(worker: &Worker) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("fork_timeouts.rs"), []);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role),

@@ -1,10 +1,13 @@
 //! A web server on every core, with workers that block.
 //!
-//! Type:      cargo run --release --example http_server
+//! Usage:     cargo run --release --example http_server
 //! then:      curl -i http://127.0.0.1:8000/
 //! and stop:  Ctrl-C
 //!
 //! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none|sharded
+
+mod timed;
+mod usage;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -15,9 +18,8 @@ use std::time::Duration;
 
 use cluster::{Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker};
 use lexopt::prelude::*;
+use timed::Timed;
 
-/// The longest time for which a silent client blocks its worker.
-const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// The time after a disconnect until a worker that has not exited is killed.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -118,8 +120,8 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn answer(mut connection: Connection, worker: &Worker) -> io::Result<()> {
-    connection.set_read_timeout(Some(READ_TIMEOUT))?;
+fn answer(connection: Connection, worker: &Worker) -> io::Result<()> {
+    let mut connection = Timed::new(connection);
     let mut buffer = [0; 8192];
     let mut length = 0;
     let status = loop {
@@ -142,20 +144,17 @@ fn answer(mut connection: Connection, worker: &Worker) -> io::Result<()> {
     let answer = format!(
         "HTTP/1.1 {status}\r\nX-Worker: {id}\r\nContent-Length: {length}\r\n{head}\r\n\r\n{body}"
     );
-    connection.write_all(answer.as_bytes())
+    connection.write_all(answer.as_bytes())?;
+    connection.finish();
+    Ok(())
 }
 
 fn main() -> ExitCode {
-    let outcome = cluster::init().map(|role| (role, options()));
-    let outcome = match outcome {
-        Ok((_, Err(usage))) => {
-            LogWriter::stderr().line(usage);
-            return ExitCode::from(2);
-        }
-        Ok((Role::Master(role), Ok(options))) => master(&role, &options),
-        Ok((Role::Worker(role), Ok(options))) => worker(&role, &options),
-        Err(error) => Err(error),
-    };
+    let options = usage::or_exit(include_str!("http_server.rs"), options());
+    let outcome = cluster::init().and_then(|role| match role {
+        Role::Master(role) => master(&role, &options),
+        Role::Worker(role) => worker(&role, &options),
+    });
     outcome.unwrap_or_else(|error| {
         LogWriter::stderr().line(error);
         ExitCode::FAILURE

@@ -1,11 +1,12 @@
 //! Workers that kill themselves after one request, and a master that checks whether they are dead.
 //!
-//! Type:      cargo run --example is_dead
+//! Usage:     cargo run --example is_dead
 //! then:      curl http://127.0.0.1:8000/     once for each worker
 //!
 //! Optional argument: another address, as in `-- 127.0.0.1:8001`
 
 mod hello;
+mod usage;
 
 use cluster::{LogWriter, Master, Role, Worker};
 use nix::sys::signal::{Signal, raise};
@@ -39,9 +40,9 @@ fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let address = std::env::args().nth(1);
+    let [address] = usage::arguments(include_str!("is_dead.rs"), ["127.0.0.1:8000"]);
     match cluster::init()? {
         Role::Master(role) => master(&role),
-        Role::Worker(role) => worker(&role, address.as_deref().unwrap_or("127.0.0.1:8000")),
+        Role::Worker(role) => worker(&role, &address),
     }
 }

@@ -1,7 +1,9 @@
 //! The master loads a large table once, and all workers share it: they are copies of the master that
 //! execute no program.
 //!
-//! Type:      cargo run --example preload
+//! Usage:     cargo run --example preload
+
+mod usage;
 
 use cluster::{LogWriter, Role, Settings, Worker};
 
@@ -27,6 +29,7 @@ fn load() -> Vec<bool> {
 }
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("preload.rs"), []);
     // Workers start in the closure below and never call `main`, so this process is the master.
     let Role::Master(master) = cluster::init()? else {
         return Ok(());

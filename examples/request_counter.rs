@@ -1,12 +1,13 @@
 //! The workers answer requests, and the master counts them.
 //!
-//! Type:      cargo run --release --example request_counter
+//! Usage:     cargo run --release --example request_counter
 //! then:      curl http://127.0.0.1:8000/
 //! and stop:  Ctrl-C
 //!
 //! Optional argument: another address, as in `-- 127.0.0.1:8001`
 
 mod hello;
+mod usage;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -47,9 +48,9 @@ fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let address = std::env::args().nth(1);
+    let [address] = usage::arguments(include_str!("request_counter.rs"), ["127.0.0.1:8000"]);
     match cluster::init()? {
         Role::Master(role) => master(&role),
-        Role::Worker(role) => worker(&role, address.as_deref().unwrap_or("127.0.0.1:8000")),
+        Role::Worker(role) => worker(&role, &address),
     }
 }

@@ -1,10 +1,13 @@
 //! Replaces workers that exit. Each worker exits at once; the fifth is not replaced.
 //!
-//! Type:      cargo run --example restart
+//! Usage:     cargo run --example restart
+
+mod usage;
 
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("restart.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let log = LogWriter::stdout().attached_to(&master);

@@ -1,7 +1,7 @@
 //! Runs several processes of any program that takes its listeners from `LISTEN_FDS`. Replaces
 //! processes that exit. A reload starts a new version of the program without losing a client.
 //!
-//! Type:      cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
+//! Usage:     cargo run --release --example serve -- --listen 127.0.0.1:8000 -- gunicorn app
 //! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
 //! and read:  cargo run --release --example serve -- --help
 
@@ -73,7 +73,7 @@ fn options() -> Result<Options, lexopt::Error> {
             Long("drain") => pool = pool.drain_timeout(time(&mut args)?),
             Long("max-age") => pool = pool.max_age(Some(time(&mut args)?)),
             Long("max-memory") => pool = pool.max_memory(Some(amount(&mut args, BYTES)?)),
-            Long("help") => {
+            Short('h') | Long("help") => {
                 LogWriter::stdout().line(USAGE.trim_end());
                 std::process::exit(0);
             }
@@ -245,9 +245,12 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
 
 fn main() -> ExitCode {
     serve().unwrap_or_else(|error| {
-        let is_usage = error.is::<lexopt::Error>();
-        let hint = if is_usage { "; see --help" } else { "" };
-        LogWriter::stderr().line(format_args!("serve: {error}{hint}"));
-        ExitCode::from(if is_usage { 2 } else { 1 })
+        let log = LogWriter::stderr();
+        log.line(format_args!("serve: {error}"));
+        if !error.is::<lexopt::Error>() {
+            return ExitCode::FAILURE;
+        }
+        log.line(format_args!("\n{}", USAGE.trim_end()));
+        ExitCode::from(2)
     })
 }

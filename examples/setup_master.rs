@@ -1,7 +1,9 @@
 //! Two kinds of workers of one program: the first uses https, the second http. The master prints the
 //! output of both.
 //!
-//! Type:      cargo run --example setup_master
+//! Usage:     cargo run --example setup_master
+
+mod usage;
 
 use std::io::{Read, Write};
 
@@ -25,6 +27,7 @@ fn show(master: &Master, log: LogWriter) -> cluster::Result<()> {
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
+            let [] = usage::arguments(include_str!("setup_master.rs"), []);
             let log = LogWriter::stdout().attached_to(&master);
             master.setup_master(Settings::default().args(["--use", "https"]).silent(true));
             show(&master, log.clone())?; // https worker

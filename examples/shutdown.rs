@@ -1,8 +1,10 @@
 //! Disconnects a worker with a connection that never ends, and kills the worker after a timeout. With
 //! the argument `polite` the worker closes its connections when the master sends `shutdown`.
 //!
-//! Type:      cargo run --example shutdown
+//! Usage:     cargo run --example shutdown
 //!            cargo run --example shutdown -- polite
+
+mod usage;
 
 use std::cell::RefCell;
 use std::net::TcpStream;
@@ -63,9 +65,9 @@ fn worker(worker: &Worker, polite: bool) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let polite = std::env::args().nth(1).as_deref() == Some("polite");
+    let [manner] = usage::arguments(include_str!("shutdown.rs"), ["rude"]);
     match cluster::init()? {
         Role::Master(role) => master(&role),
-        Role::Worker(role) => worker(&role, polite),
+        Role::Worker(role) => worker(&role, manner == "polite"),
     }
 }

@@ -1,18 +1,21 @@
 //! Sticky sessions: a client always gets the same worker while that worker runs, so the worker can
 //! keep the client's session in memory. When a worker exits, only its own clients move.
 //!
-//! Type:      cargo run --release --example sticky
+//! Usage:     cargo run --release --example sticky
 //! then:      curl http://127.0.0.1:8000/ (again and again, and from elsewhere)
 //! and stop:  Ctrl-C
 //!
 //! Optional arguments: another address and the number of workers, as in `-- 127.0.0.1:8001 4`
 
 mod hello;
+mod usage;
 
+use std::ffi::OsString;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 
 use cluster::{LogWriter, Role, WorkerId};
+use lexopt::ValueExt;
 
 /// Returns a pseudo-random score that is always the same for one worker and client. Each client gets
 /// the worker with the highest score (rendezvous hashing), so a worker that starts or exits moves no
@@ -24,9 +27,10 @@ fn score(worker: WorkerId, client: IpAddr) -> u64 {
 }
 
 fn main() -> cluster::Result<()> {
-    let mut args = std::env::args().skip(1);
-    let address = args.next().unwrap_or_else(|| "127.0.0.1:8000".to_owned());
-    let workers = args.next().and_then(|count| count.parse().ok());
+    let (source, cores) = (include_str!("sticky.rs"), cluster::available_parallelism());
+    let defaults = ["127.0.0.1:8000", &cores.to_string()];
+    let [address, workers] = usage::arguments(source, defaults);
+    let workers: usize = usage::or_exit(source, OsString::from(workers).parse());
     match cluster::init()? {
         Role::Master(master) => {
             master.set_scheduler(|peer, workers| {
@@ -43,7 +47,7 @@ fn main() -> cluster::Result<()> {
             master.on_exit(move |_, worker, status| {
                 at_exit.line(format_args!("worker {} died ({status})", worker.id()));
             });
-            for _ in 0..workers.unwrap_or_else(cluster::available_parallelism) {
+            for _ in 0..workers {
                 master.fork()?;
             }
             master.run()

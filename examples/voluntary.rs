@@ -1,11 +1,14 @@
 //! Shows which workers exited voluntarily: three workers end in three ways, and the master kills a
 //! fourth.
 //!
-//! Type:      cargo run --example voluntary
+//! Usage:     cargo run --example voluntary
+
+mod usage;
 
 use cluster::{LogWriter, Role, Signal};
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("voluntary.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let log = LogWriter::stdout().attached_to(&master);

@@ -1,7 +1,9 @@
 //! Prints the events of four workers: one succeeds, one exits with an error code, one is killed by a
 //! signal, and one listens and is disconnected.
 //!
-//! Type:      cargo run --example worker_events
+//! Usage:     cargo run --example worker_events
+
+mod usage;
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -58,6 +60,7 @@ fn worker(worker: &Worker) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("worker_events.rs"), []);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role),

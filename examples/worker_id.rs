@@ -1,10 +1,13 @@
 //! A master and two workers that print their ids.
 //!
-//! Type:      cargo run --example worker_id
+//! Usage:     cargo run --example worker_id
+
+mod usage;
 
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
+    let [] = usage::arguments(include_str!("worker_id.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             LogWriter::stdout().line("I am master");

@@ -1,13 +1,18 @@
 //! A server that runs on each of several hosts behind HAProxy. Workers learn the client's address
 //! by the PROXY protocol, and the master tells HAProxy whether its host takes requests.
 //!
-//! One host:  cargo run --release --example fleet -- --name east --host 127.0.0.1
+//! Usage:     cargo run --release --example fleet -- --name east --host 127.0.0.1
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
 //! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
 //! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (a second one: at once)
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
+
+#[path = "../timed/mod.rs"]
+mod timed;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use std::cell::Cell;
 use std::error::Error;
@@ -22,6 +27,7 @@ use cluster::pool::{Pool, PoolEvent, PoolOptions, SignalAction, ignore_pool_sign
 use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker, systemd};
 use lexopt::prelude::*;
 use proxy_header::{ParseConfig, ProxyHeader};
+use timed::Timed;
 
 /// The port for requests that HAProxy forwards. Protect it from other clients, because any client
 /// that reaches it can claim any address.
@@ -62,9 +68,9 @@ fn options() -> Result<Options, lexopt::Error> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let options = usage::or_exit(include_str!("main.rs"), options());
     let passed = systemd::listen_fds()?;
     let role = cluster::init()?;
-    let options = options()?;
     match role {
         Role::Master(master) => {
             let pool = Pool::new(&master, PoolOptions::default().workers(options.workers));
@@ -161,9 +167,8 @@ fn serve(worker: &Worker, options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
-    // Set a timeout, so that a silent client does not block the worker for ever.
-    connection.set_read_timeout(Some(Duration::from_secs(5)))?;
+fn answer(connection: Connection, about: &str) -> std::io::Result<()> {
+    let mut connection = Timed::new(connection);
     let (mut buffer, mut length) = ([0; 8192], 0);
     let (status, body) = loop {
         let read = connection.read(&mut buffer[length..])?;
@@ -176,7 +181,9 @@ fn answer(mut connection: Connection, about: &str) -> std::io::Result<()> {
     };
     let length = body.len();
     let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}");
-    connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())
+    connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
+    connection.finish();
+    Ok(())
 }
 
 /// Returns the address of the client, or `None` if the request is still incomplete. For a request

@@ -234,6 +234,12 @@ impl<R> EventLoop<R> {
         Ok(Running(&self.running))
     }
 
+    /// Returns whether a callback of the event loop is being called in this process. The result is
+    /// `false` in a child that a callback has forked.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.get() && self.poller.is_own()
+    }
+
     /// Returns the time left until the first timer is due or until `other`, whichever is earlier.
     /// Returns `None` if there is neither.
     pub(crate) fn time_left(&self, other: Option<Time>) -> Option<Duration> {

@@ -15,6 +15,13 @@ use super::platform::socket::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SCM_PIDFD, abstrac
 use super::signal_mask::SignalSet;
 use super::{option, retry};
 
+/// Shuts down the sending direction. The peer reads end-of-file after everything that was written.
+pub(crate) fn shutdown_write(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: shutdown changes no memory of this process.
+    super::check(unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) })?;
+    Ok(())
+}
+
 /// The flags of a send that never waits, and that raises no SIGPIPE if the system has a flag for
 /// that.
 pub(super) const SEND_FLAGS: libc::c_int = MSG_NOSIGNAL | libc::MSG_DONTWAIT;

@@ -206,7 +206,7 @@ impl Worker {
             return Ok(Attempt::Nothing);
         }
         shell.fault("worker.after_receive");
-        let connection = Connection::new(accepted.fd, shell, Some(listener));
+        let connection = Connection::new(accepted.fd, &self.inner, Some(listener));
         Ok(Attempt::Received(connection))
     }
 

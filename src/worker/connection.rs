@@ -8,7 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 
 use crate::core::worker::ListenerId;
-use crate::worker::shell::WorkerShell;
+use crate::sys;
+use crate::worker::{Inner, finish};
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
 ///
@@ -17,6 +18,10 @@ use crate::worker::shell::WorkerShell;
 /// Like any new stream, a connection blocks. In [`Worker::run`](crate::Worker::run) and
 /// [`Worker::dispatch`](crate::Worker::dispatch), a worker that is disconnecting waits until all of
 /// its connections are dropped.
+///
+/// Dropping a connection closes it. If the client has sent bytes that the worker has not read, the
+/// system then resets the connection, and the client may lose the answer.
+/// [`finish`](Self::finish) closes it without this loss.
 ///
 /// A connection is not `Send`, because the worker counts it on its own thread. To use the stream
 /// for longer than the worker exists, or on another thread, take it out with
@@ -31,6 +36,7 @@ use crate::worker::shell::WorkerShell;
 /// let mut request = [0; 512];
 /// let length = connection.read(&mut request)?;
 /// connection.write_all(&request[..length])?;
+/// connection.finish();
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
@@ -44,20 +50,20 @@ pub struct Connection<S = TcpStream> {
 /// A guard that notifies the worker when its connection is dropped.
 #[derive(Debug)]
 struct Counted {
-    worker: Weak<WorkerShell>,
+    worker: Weak<Inner>,
     listener: Option<ListenerId>,
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(worker) = self.worker.upgrade() {
-            worker.connection_closed(self.listener);
+            worker.shell.connection_closed(self.listener);
         }
     }
 }
 
 impl<S> Connection<S> {
-    pub(super) fn new(stream: S, worker: &Rc<WorkerShell>, listener: Option<ListenerId>) -> Self {
+    pub(super) fn new(stream: S, worker: &Rc<Inner>, listener: Option<ListenerId>) -> Self {
         let worker = Rc::downgrade(worker);
         let counted = Counted { worker, listener };
         Self { stream, counted }
@@ -76,6 +82,53 @@ impl<S> Connection<S> {
     #[must_use]
     pub fn into_stream(self) -> S {
         self.stream
+    }
+}
+
+impl<S: AsFd + 'static> Connection<S> {
+    /// Closes the connection once the client has closed it, so that the client receives everything
+    /// that was written.
+    ///
+    /// Node: `socket.end()`.
+    ///
+    /// The method shuts down the sending direction: after the answer, the client reads end-of-file.
+    /// The method then reads and discards what the client still sends, such as the body of a
+    /// request, until the client closes the connection (RFC 9112, section 9.6). This takes one
+    /// round trip if the client closes at the end of the answer. The connection is closed in any
+    /// case when
+    ///
+    /// - the client has sent nothing for 1 second,
+    /// - 5 seconds have passed since the call, or
+    /// - 64 MiB have been discarded.
+    ///
+    /// A call in a callback of the worker returns at once, and the worker's loop does the work. The
+    /// limit of 1 second does not apply there. Any other call waits, so that a worker that blocks
+    /// serves no other client meanwhile. Neither call depends on the stream's timeouts, or on
+    /// whether the stream blocks.
+    ///
+    /// There is no error to handle, because the connection has ended for the worker in any case.
+    ///
+    /// ```no_run
+    /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {
+    /// use std::io::Write;
+    ///
+    /// for connection in listener.incoming() {
+    ///     let mut connection = connection?;
+    ///     let _ = connection.write_all(b"hello world\n");
+    ///     connection.finish();
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn finish(self) {
+        // The client has already closed or reset the connection if this fails.
+        if sys::socket::shutdown_write(self.as_fd()).is_err() {
+            return;
+        }
+        let worker = self.counted.worker.upgrade();
+        match worker.filter(|worker| worker.event_loop.is_running()) {
+            Some(worker) => finish::in_loop(&worker.event_loop, self),
+            None => finish::blocking(self.as_fd()),
+        }
     }
 }
 

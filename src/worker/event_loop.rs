@@ -309,7 +309,7 @@ impl Worker {
     /// connection.
     pub(super) fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
         self.inner.shell.fault("worker.after_receive");
-        let connection = Connection::new(fd, &self.inner.shell, Some(listener));
+        let connection = Connection::new(fd, &self.inner, Some(listener));
         let all = self.inner.listener_callbacks.borrow();
         let callback = all.get(&listener).and_then(|callbacks| {
             let callback = if is_excess {

@@ -11,6 +11,7 @@ mod bind;
 mod callbacks;
 pub(crate) mod connection;
 mod event_loop;
+mod finish;
 pub(crate) mod listener;
 pub(crate) mod own_process;
 pub(crate) mod shell;
@@ -263,7 +264,7 @@ impl Worker {
     /// ```
     pub fn adopt<S>(&self, stream: S) -> Connection<S> {
         self.inner.shell.core.borrow_mut().connection_adopted();
-        Connection::new(stream, &self.inner.shell, None)
+        Connection::new(stream, &self.inner, None)
     }
 
     /// Returns whether the channel to the master is open.

@@ -789,6 +789,7 @@ const WORKER_CALLS: &[Call<Own>] = &[
         let stream = UnixStream::pair().unwrap().0;
         drop(o.worker.adopt(stream));
         drop(o.worker.adopt(UnixStream::pair().unwrap().0).into_stream());
+        o.worker.adopt(UnixStream::pair().unwrap().0).finish();
     }),
     ("connections", |o| drop(o.connections.take())),
     ("send", |o| {

@@ -72,6 +72,10 @@ fn hosts() -> Result<(), Failed> {
         client.inside(|| ask(CLIENTS[0]).ok().flatten().map(drop))
     });
 
+    let posts = client.inside(|| [(); 40].map(|()| post(CLIENTS[0])));
+    let failed: Vec<_> = posts.iter().filter(|p| !matches!(p, Ok(Some(_)))).collect();
+    assert!(failed.is_empty(), "{} of 40: {failed:?}", failed.len());
+
     let load = Load::start(&client);
     (0..2).for_each(|host| load.wait_for(host));
 
@@ -302,6 +306,21 @@ impl Drop for Load {
 /// Sends a request to HAProxy from one of the clients' addresses. Returns `None` if the answer is
 /// not from a host, for example if HAProxy itself reports an error.
 fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
+    let mut client = connect_to_proxy(source)?;
+    client.write_all(b"GET / HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n\r\n")?;
+    read_answer(client)
+}
+
+/// Sends a request with a body of 1 MiB, which the hosts do not read, and reads the answer.
+fn post(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
+    let mut client = connect_to_proxy(source)?;
+    let head = "POST / HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\nContent-Length: 1048576";
+    client.write_all(format!("{head}\r\n\r\n").as_bytes())?;
+    client.write_all(&[b'x'; 1 << 20])?;
+    read_answer(client)
+}
+
+fn connect_to_proxy(source: Ipv4Addr) -> std::io::Result<TcpStream> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;
     let seconds = CLIENT_TIMEOUT.as_secs().try_into().unwrap();
@@ -314,8 +333,10 @@ fn ask(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
         socket.as_raw_fd(),
         &SockaddrIn::from(SocketAddrV4::new(PROXY, 8080)),
     )?;
-    let mut client = TcpStream::from(socket);
-    client.write_all(b"GET / HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n\r\n")?;
+    Ok(socket.into())
+}
+
+fn read_answer(mut client: TcpStream) -> std::io::Result<Option<Answer>> {
     let mut text = String::new();
     client.read_to_string(&mut text)?;
     Ok(parse(&text))

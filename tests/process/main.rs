@@ -15,6 +15,7 @@ mod accept_errors;
 mod adopted;
 mod blocking;
 mod callbacks;
+mod clients;
 mod conformance;
 mod counting;
 mod deadlines;
@@ -22,6 +23,7 @@ mod detached;
 mod edges;
 mod examples;
 mod exhaustion;
+mod finish;
 mod fleet;
 mod forked;
 mod groups;
@@ -58,6 +60,7 @@ mod serve;
 mod sharded;
 mod stalled;
 mod systemd;
+mod usage;
 mod without_exec;
 
 /// Stands in for the function with which the pool's unit tests make worker ids.
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         hostile::SCENARIOS,
         exhaustion::SCENARIOS,
         accept_errors::SCENARIOS,
+        finish::SCENARIOS,
         old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
@@ -134,6 +138,8 @@ fn main() -> ExitCode {
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();
     trials.extend(old_kernels::trials(&scenarios));
     trials.extend(examples::trials());
+    trials.extend(clients::trials());
+    trials.extend(usage::trials());
     trials.extend(serve::trials());
     trials.extend(groups::trials());
     trials.extend(inherited::trials());
