@@ -38,14 +38,14 @@ pub(crate) fn or_exit<T>(source: &str, parsed: Result<T, lexopt::Error>) -> T {
         .collect();
     let usage = lines.join("\n");
     match parsed {
-        Ok(options) => return options,
+        Ok(options) => options,
         Err(lexopt::Error::UnexpectedOption(option)) if option == "--help" || option == "-h" => {
             LogWriter::stdout().line(usage);
-            exit(0);
+            exit(0)
         }
         Err(error) => {
             LogWriter::stderr().line(format_args!("{error}\n\n{usage}"));
-            exit(2);
+            exit(2)
         }
     }
 }

@@ -30,8 +30,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of bytes that are discarded.
 ///
-/// The limit bounds the CPU time that a fast client can cost. A smaller limit would cut off clients
-/// with large requests.
+/// The limit bounds the CPU time that a fast client can cost: over loopback on x86-64, 60 MB take
+/// about 0.1 seconds. A smaller limit would cut off clients with large requests.
 const DISCARD_MAX: usize = 64 << 20;
 /// Number of bytes that one call reads. The buffer is on the stack, which is small on some threads.
 const READ_SIZE: usize = 16 << 10;
