@@ -99,12 +99,18 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let (server, address) = start_server(policy, "4");
     let pids = (1..=4).map(|id| server.line(&format!("worker {id} ")));
     let pids: Vec<_> = pids.collect();
+    let master = server.pid().to_string();
+    let sleep = || pids.iter().chain([&master]).all(|pid| sleeps(pid));
+    wait_until("idle processes", || sleep().then_some(()));
+    let count_fds = || -> Vec<_> { pids.iter().map(|pid| open_fds_of(pid)).collect() };
+    let without_connection = count_fds();
     let mut count = [0; 5];
     for _ in 0..200 {
-        // Connect only when all workers sleep. A worker that still handles its last connection
-        // would lose its turn, and the counts below would differ.
-        wait_until("idle workers", || {
-            pids.iter().all(|pid| sleeps(pid)).then_some(())
+        // Connect only when all workers have closed their last connection and sleep, and the master
+        // has processed their frames. A worker that is not idle would lose its turn, and the counts
+        // below would differ.
+        wait_until("idle processes", || {
+            (count_fds() == without_connection && sleep()).then_some(())
         });
         let answer = talk(address, REQUEST)?;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
@@ -126,6 +132,12 @@ fn http_server(policy: &str) -> Result<(), Failed> {
 fn sleeps(pid: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     stat.contains(") S ")
+}
+
+fn open_fds_of(pid: &str) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .count()
 }
 
 fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
