@@ -51,6 +51,12 @@ fn host(master: &Master, status: &str) -> Outcome {
             worker.id()
         ));
     });
+    master.on_exit(|master, worker, status| {
+        if worker.exited_after_disconnect() != Some(true) {
+            // No worker is replaced. When the last one has exited, `dispatch` returns this error.
+            master.give_up(format!("worker {} died ({status})", worker.id()));
+        }
+    });
     for signal in [Signal::INT, Signal::TERM] {
         master.on_signal(signal, |master, _| master.disconnect())?;
     }

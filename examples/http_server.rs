@@ -9,7 +9,7 @@
 mod timed;
 mod usage;
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -47,7 +47,7 @@ fn options() -> Result<Options, lexopt::Error> {
     Ok(options)
 }
 
-fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
+fn master(master: &Master, options: &Options) -> cluster::Result<()> {
     if let Some(policy) = options.policy {
         master.set_scheduling_policy(policy)?;
     }
@@ -55,7 +55,6 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
         LogWriter::stdout().attached_to(master),
         LogWriter::stderr().attached_to(master),
     );
-    let failed = Rc::new(Cell::new(false));
     let listening = Rc::new(RefCell::new(BTreeSet::new()));
 
     let log = output.clone();
@@ -75,16 +74,16 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
             hints.line(format_args!("try: curl -i http://{address}/"));
         }
     });
-    let failure = Rc::clone(&failed);
     let replace = master.on_exit(move |master, worker, status| {
         if worker.exited_after_disconnect() == Some(true) {
             return;
         }
         errors.line(format_args!("worker {} died ({status})", worker.id()));
         // A worker that exited before it listened is not replaced: its replacement would fail, too.
-        let gave_up = status.code().is_some() && !listening.borrow().contains(&worker.id());
-        if gave_up || master.fork().is_err() {
-            failure.set(true);
+        let is_hopeless = status.code().is_some() && !listening.borrow().contains(&worker.id());
+        if is_hopeless || master.fork().is_err() {
+            // `run` returns an error when the other workers have exited.
+            master.give_up(format!("worker {} died ({status})", worker.id()));
             master.disconnect();
         }
     });
@@ -98,15 +97,10 @@ fn master(master: &Master, options: &Options) -> cluster::Result<ExitCode> {
     for _ in 0..options.workers {
         master.fork()?;
     }
-    master.run()?;
-    Ok(if failed.get() {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    master.run()
 }
 
-fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
+fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
     // Ignore these signals. A terminal sends SIGINT to all processes, but the master disconnects
     // its workers itself.
     for signal in [Signal::INT, Signal::TERM] {
@@ -117,7 +111,7 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<ExitCode> {
         // Ignore an error, because a client that disconnects must not stop the worker.
         let _ = answer(connection?, worker);
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 fn answer(connection: Connection, worker: &Worker) -> io::Result<()> {
@@ -155,8 +149,11 @@ fn main() -> ExitCode {
         Role::Master(role) => master(&role, &options),
         Role::Worker(role) => worker(&role, &options),
     });
-    outcome.unwrap_or_else(|error| {
-        LogWriter::stderr().line(error);
-        ExitCode::FAILURE
-    })
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            LogWriter::stderr().line(error);
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //! reload:    kill -HUP, scale: kill -TTIN and -TTOU, stop: Ctrl-C
 //! and read:  cargo run --release --example serve -- --help
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::pool::{FailureAction, Pool, PoolOptions, Readiness, SignalAction, Status};
+use cluster::pool::{Pool, PoolOptions, Readiness, SignalAction, Status};
 use cluster::{LogWriter, Master, Role, SchedulingPolicy, Settings, Signal, systemd};
 use lexopt::prelude::*;
 
@@ -163,7 +163,7 @@ fn describe(status: &Status) -> String {
     format!("{ready} of {slots} ready  gen {generation}  restarts {restarts}  up {up}")
 }
 
-fn serve() -> Result<ExitCode, Box<dyn Error>> {
+fn serve() -> Result<(), Box<dyn Error>> {
     let passed = systemd::listen_fds()?;
     let options = options()?;
     if passed.is_empty() && options.listen.is_empty() {
@@ -207,16 +207,6 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
         shown.log(event);
         shown.show(describe(&pool.status(master)));
     });
-    let gave_up = Rc::new(Cell::new(false));
-    let (shown, failed) = (Rc::clone(&screen), Rc::clone(&gave_up));
-    pool.set_failure_limit_callback(move |pool, master, death| {
-        if pool.status(master).ready_workers() > 0 {
-            return FailureAction::GiveUp;
-        }
-        shown.log(format_args!("gives up: {death}"));
-        failed.set(true);
-        FailureAction::StopPool
-    });
     // No signal upgrades `serve` itself, because a new master would not get these listeners.
     for (signal, action) in [
         (Signal::HUP, SignalAction::Reload),
@@ -239,18 +229,18 @@ fn serve() -> Result<ExitCode, Box<dyn Error>> {
     }
     let outcome = master.run();
     screen.show(String::new());
-    outcome?;
-    Ok(ExitCode::from(u8::from(gave_up.get())))
+    Ok(outcome?)
 }
 
 fn main() -> ExitCode {
-    serve().unwrap_or_else(|error| {
-        let log = LogWriter::stderr();
-        log.line(format_args!("serve: {error}"));
-        if !error.is::<lexopt::Error>() {
-            return ExitCode::FAILURE;
-        }
-        log.line(format_args!("\n{}", USAGE.trim_end()));
-        ExitCode::from(2)
-    })
+    let Err(error) = serve() else {
+        return ExitCode::SUCCESS;
+    };
+    let log = LogWriter::stderr();
+    log.line(format_args!("serve: {error}"));
+    if !error.is::<lexopt::Error>() {
+        return ExitCode::FAILURE;
+    }
+    log.line(format_args!("\n{}", USAGE.trim_end()));
+    ExitCode::from(2)
 }

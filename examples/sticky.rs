@@ -44,8 +44,10 @@ fn main() -> cluster::Result<()> {
                 let (id, pid) = (worker.id(), worker.process().id());
                 log.line(format_args!("worker {id} {pid} listening on {address}"));
             });
-            master.on_exit(move |_, worker, status| {
+            master.on_exit(move |master, worker, status| {
                 at_exit.line(format_args!("worker {} died ({status})", worker.id()));
+                // No worker is replaced. When the last one has exited, `run` returns this error.
+                master.give_up(format!("worker {} died ({status})", worker.id()));
             });
             for _ in 0..workers {
                 master.fork()?;

@@ -73,6 +73,31 @@ pub enum Error {
     /// child that the application forked, or a worker that executes no program
     /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
+    /// The init process of a container or system, which has the process id 1, cannot be upgraded.
+    /// Its process id cannot change, and the kernel kills the whole PID namespace when it exits
+    /// (pid_namespaces(7)).
+    InitProcess,
+    /// The workers failed repeatedly, and their supervisor has stopped
+    /// ([`Master::give_up`](crate::Master::give_up)).
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// use cluster::{Error, pool::WorkerFailure};
+    ///
+    /// if let Err(Error::GaveUp { reason, .. }) = master.run() {
+    ///     // A pool passes the last failure.
+    ///     let failure = reason.downcast_ref::<WorkerFailure>();
+    ///     let status = failure.and_then(|failure| failure.status);
+    /// #   let _ = status;
+    /// }
+    /// # }
+    /// ```
+    #[non_exhaustive]
+    GaveUp {
+        /// The reason, as the supervisor gave it. A [`Pool`](crate::pool::Pool) gives a
+        /// [`WorkerFailure`](crate::pool::WorkerFailure).
+        reason: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A worker could not be started.
     #[non_exhaustive]
     Fork {
@@ -347,6 +372,8 @@ impl Error {
             | Self::PolicyFrozen
             | Self::AlreadyRunning
             | Self::ForeignProcess
+            | Self::InitProcess
+            | Self::GaveUp { .. }
             | Self::Misdirected { .. }
             | Self::Send { .. }
             | Self::Frame { .. } => None,
@@ -423,6 +450,11 @@ impl std::fmt::Display for Error {
                 )
             }
             Self::ForeignProcess => write!(f, "this handle belongs to the process that created it"),
+            Self::InitProcess => write!(
+                f,
+                "process 1 cannot be upgraded: the kernel kills the new master when process 1 exits"
+            ),
+            Self::GaveUp { reason } => write!(f, "gave up after repeated failures: {reason}"),
             Self::Fork {
                 program,
                 step,

@@ -5,7 +5,7 @@
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
 //! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
-//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (a second one: at once)
+//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (a second one after a second or more: at once)
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
 
@@ -21,7 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolEvent, PoolOptions, SignalAction, ignore_pool_signals};
 use cluster::{Connection, Interest, LogWriter, Master, Role, Signal, Worker, systemd};
@@ -85,20 +85,26 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
-    let draining = Rc::new(Cell::new(false));
+    // The time of the first signal to stop.
+    let draining_since = Rc::new(Cell::new(None::<Instant>));
     // No worker uses this listener. It belongs to the pool so that an upgrade passes it to the new master.
     let address = SocketAddr::new(options.host, AGENT_PORT);
     pool.listen(master, address)?;
     let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
-    let (mut agent, is_draining) = (Some(TcpListener::from(agent)), Rc::clone(&draining));
+    let (mut agent, since) = (Some(TcpListener::from(agent)), Rc::clone(&draining_since));
+    let upgraded = Rc::new(Cell::new(false));
+    let was_upgraded = Rc::clone(&upgraded);
     let log = LogWriter::stderr().attached_to(master);
     pool.on_event(move |pool, master, event| {
         log.line(event);
+        if *event == PoolEvent::Upgraded {
+            was_upgraded.set(true);
+        }
         // Until this event, in an upgrade, the old master answers for this host.
         if *event == PoolEvent::QuorumReached {
             let agent = agent.take().into_iter();
             agent.for_each(|agent| {
-                if let Err(error) = answer_agent_check(master, pool, agent, &is_draining) {
+                if let Err(error) = answer_agent_check(master, pool, agent, &since) {
                     log.line(format_args!("cannot answer the agent-check: {error}"));
                 }
             });
@@ -106,11 +112,18 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
     });
     let notice = Duration::from_secs(options.drain_notice);
     for signal in [Signal::TERM, Signal::INT] {
-        let (pool, draining) = (pool.clone(), Rc::clone(&draining));
+        let (pool, since) = (pool.clone(), Rc::clone(&draining_since));
+        let upgraded = Rc::clone(&upgraded);
         master.on_signal(signal, move |master, _| {
-            if draining.replace(true) {
-                return pool.stop_at_once(master);
+            if let Some(since) = since.get() {
+                // One Ctrl-C may arrive twice, so a second signal counts after one second. After an
+                // upgrade this master ends by itself.
+                if since.elapsed() >= Duration::from_secs(1) && !upgraded.get() {
+                    pool.stop_at_once(master);
+                }
+                return;
             }
+            since.set(Some(Instant::now()));
             // Stop the pool only after `notice`. By then HAProxy has received the answer `drain`
             // and sends no more requests, so none is lost when the port closes.
             let pool = pool.clone();
@@ -129,16 +142,16 @@ fn answer_agent_check(
     master: &Master,
     pool: &Pool,
     agent: TcpListener,
-    draining: &Rc<Cell<bool>>,
+    draining_since: &Rc<Cell<Option<Instant>>>,
 ) -> cluster::Result<()> {
-    let (pool, draining) = (pool.clone(), Rc::clone(draining));
+    let (pool, since) = (pool.clone(), Rc::clone(draining_since));
     let watch = master.watch(agent, Interest::Readable, move |_, agent| {
         // Stop answering. After an upgrade, the new master answers for this host. After a stop, no
         // process answers, and HAProxy keeps the last answer.
         if pool.is_stopping() {
             return None;
         }
-        let answer: &[u8] = match (draining.get(), pool.has_quorum()) {
+        let answer: &[u8] = match (since.get().is_some(), pool.has_quorum()) {
             (true, _) => b"drain\n",
             (false, true) => b"ready up\n",
             (false, false) => b"down\n",

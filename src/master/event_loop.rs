@@ -188,6 +188,8 @@ impl Master {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
+    /// - [`Error::GaveUp`] if a supervisor, such as a [`Pool`](crate::pool::Pool), has called
+    ///   [`give_up`](Self::give_up) and nothing is left to wait for;
     /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`Master`] for an example.
@@ -196,7 +198,47 @@ impl Master {
         while self.has_work() {
             self.dispatch(None)?;
         }
-        Ok(())
+        self.outcome()
+    }
+
+    /// Lets [`run`](Self::run) or [`dispatch`](Self::dispatch) return [`Error::GaveUp`] when nothing
+    /// is left to wait for.
+    ///
+    /// Node: `process.exitCode = 1`.
+    ///
+    /// A supervisor calls this method when it stops because its workers fail. The application then
+    /// exits with an error, so that a service manager does not take the exit for a normal stop. A
+    /// [`Pool`](crate::pool::Pool) calls this method itself. If several calls give a reason, the
+    /// first reason is returned, and it is returned once.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// master.on_exit(|master, worker, status| {
+    ///     if worker.exited_after_disconnect() != Some(true) {
+    ///         master.give_up(format!("worker {} exited ({status})", worker.id()));
+    ///         master.disconnect();
+    ///     }
+    /// });
+    /// master.fork()?;
+    /// master.run() // an error if the worker exits by itself
+    /// # }
+    /// ```
+    #[doc(alias = "exitCode")]
+    pub fn give_up(&self, reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) {
+        let reason = reason.into();
+        let mut gave_up = self.gave_up.borrow_mut();
+        if gave_up.is_none() {
+            *gave_up = Some(reason);
+        }
+    }
+
+    /// Returns the error of `give_up` if nothing is left to wait for.
+    fn outcome(&self) -> Result<()> {
+        if self.gave_up.borrow().is_none() || self.has_work() {
+            return Ok(());
+        }
+        let reason = self.gave_up.take();
+        reason.map_or(Ok(()), |reason| Err(Error::GaveUp { reason }))
     }
 
     fn has_work(&self) -> bool {
@@ -279,7 +321,7 @@ impl Master {
             self.settle();
         }
         event_loop.fire_timers(self, || self.settle());
-        Ok(())
+        self.outcome()
     }
 
     /// Returns how long the application may wait before it calls [`dispatch`](Self::dispatch) if

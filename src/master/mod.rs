@@ -125,6 +125,8 @@ pub struct Master {
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
+    /// The reason of the first call of `give_up`, until `run` or `dispatch` has returned it.
+    gave_up: RefCell<Option<Box<dyn std::error::Error + Send + Sync>>>,
     /// The log for the lines that `CLUSTER_DEBUG=1` requests. `None` without that variable.
     debug_log: Option<LogWriter>,
 }
@@ -178,6 +180,7 @@ impl Master {
             orphans: RefCell::default(),
             last_exit_check: Cell::new(Instant::now()),
             logs: AttachedLogs::default(),
+            gave_up: RefCell::default(),
             debug_log: debug.then(LogWriter::stderr),
         };
         if let Some(log) = &master.debug_log {

@@ -52,9 +52,10 @@ impl Pool {
         }
     }
 
+    /// Emits an event, which the loop delivers in its next iteration.
     pub(super) fn emit(&self, master: &Master, event: PoolEvent) {
         self.notify(Notification::Event(event));
-        self.act(master);
+        self.schedule(master, Duration::ZERO);
     }
 
     fn notify(&self, notification: Notification) {
@@ -123,6 +124,7 @@ impl Pool {
             }
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
             Action::MeasureWorkers => self.measure_workers(master),
+            Action::GiveUp(failure) => master.give_up(failure),
             Action::EmittedEvent(event) => self.notify(Notification::Event(event)),
             Action::RequestDecision(failure) => {
                 self.notify(Notification::FailureLimitReached(failure));
@@ -154,9 +156,8 @@ impl Pool {
                 Some(Notification::Event(event)) => self.deliver_event(master, &event),
                 Some(Notification::FailureLimitReached(failure)) => {
                     let action = self.choose_failure_action(master, &failure);
-                    let slot = failure.slot;
                     self.input(master, |core, now| {
-                        core.failure_action_chosen(slot, action, now);
+                        core.failure_action_chosen(failure, action, now);
                     });
                 }
                 None => return,

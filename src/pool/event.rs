@@ -106,6 +106,13 @@ pub enum PoolEvent {
     TookOver,
     /// A new master has taken over. This pool stops.
     Upgraded,
+    /// systemd could not be notified ([`Pool::notify_systemd`](super::Pool::notify_systemd)). The
+    /// pool continues. If consecutive notifications fail, only the first failure is reported.
+    #[non_exhaustive]
+    NotificationFailed {
+        /// The text of the error.
+        reason: String,
+    },
     /// An upgrade has failed. This pool continues unless it is stopping.
     #[non_exhaustive]
     UpgradeFailed {
@@ -157,6 +164,10 @@ pub enum UpgradeFailure {
     /// this failure as an event. The text is the error returned by
     /// [`Pool::upgrade`](super::Pool::upgrade).
     NotStarted(String),
+    /// This process has the process id 1
+    /// ([`Error::InitProcess`](cluster::Error::InitProcess)). Only upgrades that were requested by a
+    /// signal report this failure as an event.
+    InitProcess,
     /// The new master exited before taking over.
     Exited(ExitStatus),
     /// The new master did not take over in time.
@@ -192,6 +203,7 @@ impl fmt::Display for UpgradeFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotStarted(error) => f.write_str(error),
+            Self::InitProcess => cluster::Error::InitProcess.fmt(f),
             Self::Exited(status) => status.fmt(f),
             Self::Timeout => f.write_str("not ready in time"),
             Self::PoolStopped => f.write_str("the pool is stopping"),
@@ -249,6 +261,7 @@ impl fmt::Display for PoolEvent {
             Self::QuorumLost => f.write_str("not ready"),
             Self::TookOver => f.write_str("this master has taken over"),
             Self::Upgraded => f.write_str("a new master has taken over"),
+            Self::NotificationFailed { reason } => f.write_str(reason),
             Self::UpgradeFailed { reason } => write!(f, "the new master failed: {reason}"),
         }
     }

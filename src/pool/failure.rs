@@ -73,11 +73,14 @@ pub enum FailureCause {
 #[non_exhaustive]
 pub enum FailureAction {
     /// The slot stays empty until the next reload or a call of [`Pool::retry`](super::Pool::retry).
+    /// The pool keeps running, even if it has given up all slots.
     GiveUp,
     /// The pool forks a new worker for the slot after this time, and counts the slot's failures
     /// from 0 again.
     RetryAfter(Duration),
-    /// The pool stops, as if the application had called [`Pool::stop`](super::Pool::stop).
+    /// The pool stops, as if the application had called [`Pool::stop`](super::Pool::stop), and
+    /// [`Master::run`](cluster::Master::run) then returns [`Error::GaveUp`](cluster::Error::GaveUp)
+    /// with the [`WorkerFailure`].
     StopPool,
 }
 
@@ -100,6 +103,8 @@ impl FailureCause {
         }
     }
 }
+
+impl std::error::Error for WorkerFailure {}
 
 impl fmt::Display for FailureCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

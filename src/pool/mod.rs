@@ -42,6 +42,7 @@ mod driver;
 mod event;
 mod failure;
 mod generations;
+mod handover;
 mod memory;
 mod options;
 mod signals;
@@ -351,7 +352,7 @@ impl Pool {
     ///
     /// The limit is [`PoolOptions::max_failures`]. Without a callback, the pool chooses
     /// [`FailureAction::GiveUp`] if at least one worker is ready. If no worker is ready, the pool
-    /// chooses [`FailureAction::StopPool`].
+    /// chooses [`FailureAction::StopPool`], and [`Master::run`] returns an error.
     ///
     /// Node has no counterpart.
     ///
@@ -403,7 +404,8 @@ impl Pool {
     /// Changes the number of slots.
     ///
     /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
-    /// the last slots and disconnects their workers.
+    /// the last slots and disconnects their workers. If the pool has given up all remaining slots, it
+    /// forks workers for them. An [`upgrade`](Self::upgrade) keeps the number.
     ///
     /// Node has no counterpart.
     ///

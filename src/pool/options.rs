@@ -215,7 +215,9 @@ accessors! {
     /// [`OutOfResources`](super::FailureCause::OutOfResources) do not count. With one more failure, the slot reaches its
     /// failure limit. The callback set with
     /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) then decides
-    /// what happens to the slot. The default is 8.
+    /// what happens to the slot. Without a callback, the slot stays empty if another worker is
+    /// ready. If no worker is ready, the pool stops, and [`Master::run`](cluster::Master::run)
+    /// returns [`Error::GaveUp`](cluster::Error::GaveUp). The default is 8.
     ///
     /// ```
     /// use std::time::Duration;

@@ -1,8 +1,9 @@
 //! The signals with which an operator controls a pool.
 
-use cluster::{CallbackId, Master, Result, Signal, Worker};
+use cluster::{CallbackId, Error, Master, Result, Signal, Worker};
 
 use super::Pool;
+use super::core::Core;
 use super::event::{PoolEvent, UpgradeFailure};
 
 /// The effect of a signal on a pool. See [`Pool::on_signal`] for an example.
@@ -11,7 +12,8 @@ use super::event::{PoolEvent, UpgradeFailure};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SignalAction {
-    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the pool is already stopping.
+    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the pool has been stopping for at least
+    /// one second. Has no effect if the pool stops because a new master has taken over.
     Stop,
     /// Calls [`Pool::stop_at_once`].
     StopAtOnce,
@@ -46,8 +48,10 @@ const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
 impl Pool {
     /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
-    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool is already stopping, these
-    ///   signals call [`stop_at_once`](Self::stop_at_once).
+    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool has been stopping for at least
+    ///   one second, these signals call [`stop_at_once`](Self::stop_at_once). Within the first
+    ///   second they have no effect, because one Ctrl-C may arrive twice. They also have no effect
+    ///   if the pool stops because a new master has taken over.
     /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
     /// - SIGHUP calls [`reload`](Self::reload).
     /// - SIGUSR2 calls [`upgrade`](Self::upgrade).
@@ -112,13 +116,15 @@ impl Pool {
 
     fn signal_received(&self, master: &Master, action: SignalAction) {
         match action {
-            SignalAction::Stop if self.is_stopping() => self.stop_at_once(master),
-            SignalAction::Stop => self.stop(master),
+            SignalAction::Stop => self.input(master, Core::stop_signal_received),
             SignalAction::StopAtOnce => self.stop_at_once(master),
             SignalAction::Reload => self.reload(master),
             SignalAction::Upgrade => {
                 if let Err(error) = self.upgrade(master) {
-                    let reason = UpgradeFailure::NotStarted(error.to_string());
+                    let reason = match error {
+                        Error::InitProcess => UpgradeFailure::InitProcess,
+                        error => UpgradeFailure::NotStarted(error.to_string()),
+                    };
                     self.emit(master, PoolEvent::UpgradeFailed { reason });
                 }
             }

@@ -1,12 +1,27 @@
 //! Notifications from a pool to systemd.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::rc::Rc;
+use std::time::Duration;
 
-use cluster::{Master, Result, systemd};
+use cluster::{Error, Master, Result, systemd};
 
 use super::Pool;
 use super::event::PoolEvent;
+
+pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+
+/// The pause before a state that found systemd's queue full is sent again.
+///
+/// A shorter pause costs more attempts while systemd is busy. A longer pause delays the service's
+/// state. The value is an estimate without a benchmark.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// The maximum number of states that wait for space in systemd's queue. If more states wait, the
+/// oldest is dropped. A reload needs two states, so 16 states are 8 reloads.
+const MAX_WAITING: usize = 16;
 
 impl Pool {
     /// Keeps systemd informed of the pool's state and feeds the watchdog.
@@ -16,17 +31,20 @@ impl Pool {
     /// reported. If systemd's watchdog is enabled, the pool feeds the watchdog four times per
     /// timeout while the pool has a quorum.
     ///
-    /// After an [upgrade](Self::upgrade), the new master reports that it is now the main process.
-    /// Set `NotifyAccess=all` in the unit file, because systemd otherwise ignores this report.
+    /// After an [upgrade](Self::upgrade), the old master reports that the new master is now the main
+    /// process. So `NotifyAccess=main`, which is systemd's default, suffices.
     ///
     /// Node has no counterpart.
     ///
-    /// Call this method before the loop runs. If `NOTIFY_SOCKET` is not set, nothing happens. A
-    /// later notification is dropped if it cannot be sent.
+    /// Call this method before the loop runs, and after [`adopt`](Self::adopt). If `NOTIFY_SOCKET`
+    /// is not set, nothing happens. The pool never waits for systemd. If systemd cannot be notified,
+    /// the pool emits [`PoolEvent::NotificationFailed`] and continues. If systemd's queue is full,
+    /// the pool sends the service's state again later, but not status lines and watchdog
+    /// notifications.
     ///
     /// # Errors
     ///
-    /// Returns the same errors as [`systemd::watchdog`] and [`systemd::notify`].
+    /// Returns the same errors as [`systemd::watchdog`].
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -35,15 +53,18 @@ impl Pool {
     /// ```
     pub fn notify_systemd(&self, master: &Master) -> Result<()> {
         let watchdog_timeout = systemd::watchdog()?;
-        if !systemd::status("starting")? {
+        if std::env::var_os(NOTIFY_SOCKET).is_none() {
             return Ok(());
         }
-        let is_ready = Rc::new(Cell::new(false));
+        let notifier = Rc::new(Notifier::default());
+        if self.is_main_process() {
+            notifier.send_if_possible(self, master, || systemd::status("starting"));
+        }
         if let Some(timeout) = watchdog_timeout {
-            let is_ready = Rc::clone(&is_ready);
-            let timer = master.set_interval(timeout / 4, move |_| {
-                if is_ready.get() {
-                    let _ = systemd::notify("WATCHDOG=1");
+            let (pool, notifier) = (self.clone(), Rc::clone(&notifier));
+            let timer = master.set_interval(timeout / 4, move |master| {
+                if pool.is_main_process() && pool.has_quorum() {
+                    notifier.send_if_possible(&pool, master, || systemd::notify("WATCHDOG=1"));
                 }
             });
             // Unreference the timer, because the watchdog must not keep the loop running after the
@@ -51,23 +72,38 @@ impl Pool {
             master.unreference(timer);
         }
         self.on_event(move |pool, master, event| {
-            is_ready.set(pool.is_ready_service());
-            // Ignore errors, such as a full socket queue, because nothing can report them.
-            let _ = pool.notify_of_event(event);
-            let status = pool.status(master);
-            let (ready, slots) = (status.ready_workers(), status.slots.len());
-            let _ = systemd::status(&format!("{ready} of {slots} workers are ready; {event}"));
+            if matches!(event, PoolEvent::NotificationFailed { .. }) {
+                return;
+            }
+            if let Some(state) = pool.state_after(event) {
+                notifier.send(pool, master, state);
+            }
+            if pool.is_main_process() {
+                let status = pool.status(master);
+                let (ready, slots) = (status.ready_workers(), status.slots.len());
+                let text = format!("{ready} of {slots} workers are ready; {event}");
+                notifier.send_if_possible(pool, master, || systemd::status(&text));
+            }
         });
         Ok(())
     }
 
-    /// Returns whether this process is the service's main process and is ready. In an upgrade, the
-    /// old master is the main process until the new one has taken over.
-    fn is_ready_service(&self) -> bool {
-        self.has_quorum() && self.0.old_master.borrow().is_none()
+    /// Returns whether this process is the service's main process. In an upgrade, the old master is
+    /// the main process until the new one has taken over.
+    fn is_main_process(&self) -> bool {
+        self.0.old_master.borrow().is_none() && !self.0.core.borrow().is_upgraded()
     }
 
-    fn notify_of_event(&self, event: &PoolEvent) -> Result<bool> {
+    /// Returns the state to report when the event is delivered.
+    fn state_after(&self, event: &PoolEvent) -> Option<State> {
+        if *event == PoolEvent::Upgraded {
+            // Report the new master's state, because with `NotifyAccess=main` systemd ignores the
+            // new master's own report if it arrives before this one.
+            return self.new_main_process().map(|pid| State::Ready { pid });
+        }
+        if !self.is_main_process() {
+            return None;
+        }
         let begins_or_reloaded = matches!(
             event,
             PoolEvent::QuorumReached
@@ -75,21 +111,101 @@ impl Pool {
                 | PoolEvent::Reloaded { .. }
                 | PoolEvent::ReloadFailed { .. }
         );
-        if begins_or_reloaded && self.is_ready_service() {
+        if begins_or_reloaded && self.has_quorum() {
             let pid = std::process::id();
-            // Also feed the watchdog, because the watchdog timeout may expire before the timer's
-            // next tick.
-            return systemd::notify(&format!("READY=1\nMAINPID={pid}\nWATCHDOG=1"));
+            return Some(State::Ready { pid });
         }
         if matches!(event, PoolEvent::Reloading { .. }) {
-            return systemd::reloading();
+            return Some(State::Reloading);
         }
-        // Do not send STOPPING=1 after an upgrade, because it would end the service, whose main
-        // process is now the new master.
-        let stops = self.is_stopping() && !self.0.core.borrow().is_upgraded();
-        if stops && *event == PoolEvent::QuorumLost {
-            return systemd::notify("STOPPING=1");
+        let stops = self.is_stopping() && *event == PoolEvent::QuorumLost;
+        stops.then_some(State::Stopping)
+    }
+}
+
+/// A state of the service.
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// The service is ready, and its main process has this process id.
+    Ready {
+        pid: u32,
+    },
+    Reloading,
+    Stopping,
+}
+
+impl State {
+    fn send(self) -> Result<bool> {
+        match self {
+            // Also feed the watchdog, because the watchdog timeout may expire before the timer's
+            // next tick.
+            Self::Ready { pid } => systemd::notify(&format!("READY=1\nMAINPID={pid}\nWATCHDOG=1")),
+            Self::Reloading => systemd::reloading(),
+            Self::Stopping => systemd::notify("STOPPING=1"),
         }
-        Ok(false)
+    }
+}
+
+/// Sends a pool's notifications, and keeps states that find systemd's queue full.
+#[derive(Debug, Default)]
+struct Notifier {
+    /// The states that wait for space in systemd's queue, oldest first.
+    waiting: RefCell<VecDeque<State>>,
+    /// Whether the last attempt failed.
+    has_failed: Cell<bool>,
+}
+
+impl Notifier {
+    /// Sends a state after the states that wait.
+    fn send(self: &Rc<Self>, pool: &Pool, master: &Master, state: State) {
+        let mut waiting = self.waiting.borrow_mut();
+        let is_first = waiting.is_empty();
+        if waiting.len() == MAX_WAITING {
+            waiting.pop_front();
+        }
+        waiting.push_back(state);
+        drop(waiting);
+        if is_first {
+            self.send_waiting(pool, master);
+        }
+    }
+
+    fn send_waiting(self: &Rc<Self>, pool: &Pool, master: &Master) {
+        loop {
+            let next = self.waiting.borrow().front().copied();
+            let Some(state) = next else {
+                return;
+            };
+            let sent = state.send();
+            let is_full = matches!(&sent, Err(Error::Io { reason, .. }) if reason.kind() == ErrorKind::WouldBlock);
+            self.record(pool, master, sent);
+            if is_full {
+                let (notifier, pool) = (Rc::clone(self), pool.clone());
+                let retry = move |master: &Master| notifier.send_waiting(&pool, master);
+                let timer = master.set_timeout(RETRY_PAUSE, retry);
+                // Unreference the timer, because a receiver that never reads must not keep the loop
+                // running.
+                return master.unreference(timer);
+            }
+            self.waiting.borrow_mut().pop_front();
+        }
+    }
+
+    /// Sends a notification that is dropped if it cannot be sent, or if states are waiting.
+    fn send_if_possible(&self, pool: &Pool, master: &Master, send: impl FnOnce() -> Result<bool>) {
+        if self.waiting.borrow().is_empty() {
+            self.record(pool, master, send());
+        }
+    }
+
+    /// Emits an event for the first of several consecutive failures.
+    fn record(&self, pool: &Pool, master: &Master, sent: Result<bool>) {
+        let had_failed = self.has_failed.replace(sent.is_err());
+        if let Err(error) = sent {
+            if !had_failed {
+                let reason = error.to_string();
+                pool.emit(master, PoolEvent::NotificationFailed { reason });
+            }
+        }
     }
 }

@@ -20,13 +20,15 @@ use cluster::{
 
 use super::core::Core;
 use super::event::PoolEvent;
+use super::handover::Handover;
+use super::systemd::NOTIFY_SOCKET;
 use super::{Pool, PoolListener};
 
 /// The descriptor name of the channel to the old master.
 ///
 /// The old master writes one byte for each listener to the channel. The byte is 1 if the new master
 /// inherits the listener's socket file and must remove the file in the end. In all other cases, the
-/// byte is 0.
+/// byte is 0. The fields of a [`Handover`] follow. A new master of an older release ignores them.
 const CHANNEL: &str = "cluster-predecessor";
 
 /// The name that is passed to the new master for a listener without a name.
@@ -58,6 +60,10 @@ impl Pool {
     /// Workers share these listeners by listening on the same addresses. Call `adopt` before
     /// `listen`, so that `listen` reuses an adopted listener instead of opening a new one.
     ///
+    /// If the old master's number of slots differed from its
+    /// [`PoolOptions::workers`](super::PoolOptions::workers), because it was
+    /// [scaled](Self::scale), this pool gets that number of slots.
+    ///
     /// # Errors
     ///
     /// Returns [`Error::Descriptor`] if a descriptor is not a listener, and [`Error::Io`] if the
@@ -87,7 +93,14 @@ impl Pool {
             // started this process.
             let read = channel.set_nonblocking(true);
             let read = read.and_then(|()| channel.read_exact(&mut inherits_file));
-            read.map_err(Error::io("read from the old master"))?;
+            let handover = read.and_then(|()| read_handover(&mut channel));
+            let handover = handover.map_err(Error::io("read from the old master"))?;
+            if let Some(slots) = handover.slots {
+                // Change only the core, because this method must not fork. The workers are forked
+                // in the next iteration of the loop.
+                let now = self.now();
+                self.0.core.borrow_mut().scale(slots.get(), now);
+            }
             self.0.old_master.replace(Some(OldMaster {
                 channel,
                 inherits_files: Vec::new(),
@@ -157,6 +170,15 @@ impl Pool {
     }
 }
 
+/// Reads the fields from the channel, which must be non-blocking.
+fn read_handover(channel: &mut UnixStream) -> io::Result<Handover> {
+    let mut bytes = Vec::new();
+    match channel.read_to_end(&mut bytes) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Handover::decode(&bytes),
+    }
+}
+
 // The old master's side of an upgrade.
 impl Pool {
     /// Starts a new master from the program's file, which may contain a new release. When the new
@@ -181,8 +203,11 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
-    /// An upgrade changes the master's process id, so a master with process id 1 cannot upgrade. An
-    /// application that upgrades must have only one pool. If an upgrade is in progress or the pool
+    /// An upgrade changes the master's process id, so a master with process id 1 cannot upgrade. The
+    /// same is true if the master's parent ends the service when the master exits, as the init
+    /// process of some containers does. The pool does not detect this case. An application that
+    /// upgrades must have only one pool. The new master's pool keeps the number of slots
+    /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool
     /// is stopping, nothing happens.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
@@ -192,8 +217,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// Returns the same errors as [`Master::fork`]. Also returns [`Error::Io`] if this process has
-    /// no descriptors left.
+    /// Returns [`Error::InitProcess`] if this process has the process id 1. Returns the same errors
+    /// as [`Master::fork`]. Also returns [`Error::Io`] if this process has no descriptors left.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {
@@ -204,18 +229,23 @@ impl Pool {
         if !self.0.core.borrow().can_upgrade() {
             return Ok(());
         }
+        if std::process::id() == 1 {
+            return Err(Error::InitProcess);
+        }
         let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
         let listeners = self.copy_listeners()?;
         let inherits_file = |own: &PoolListener| u8::from(own.listener.removes_file());
-        let inherits_file: Vec<u8> = self
+        let mut bytes: Vec<u8> = self
             .0
             .listeners
             .borrow()
             .iter()
             .map(inherits_file)
             .collect();
-        ours.write_all(&inherits_file)
+        let slots = self.0.core.borrow().handed_over_slots();
+        bytes.extend(Handover { slots }.encode());
+        ours.write_all(&bytes)
             .map_err(Error::io("write to a new master"))?;
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let settings = Settings::default()
@@ -226,7 +256,7 @@ impl Pool {
             .setsid(false);
         // Pass these variables explicitly, because forked processes do not inherit them. The new
         // master needs them when it becomes the service's main process.
-        let variables = ["NOTIFY_SOCKET", "WATCHDOG_USEC"];
+        let variables = [NOTIFY_SOCKET, "WATCHDOG_USEC"];
         let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
         let new_master =
             master.fork_as(SpawnOptions::new(settings).envs(variables.into_iter().flatten()))?;
@@ -275,6 +305,13 @@ impl Pool {
         drop(new_masters);
         self.input(master, |core, now| core.new_master_started(id, now));
         Ok(())
+    }
+
+    /// Returns the process id of the new master that has taken over, if it has not exited.
+    pub(super) fn new_main_process(&self) -> Option<u32> {
+        let new_master = self.0.core.borrow().new_master()?;
+        let new_masters = self.0.new_masters.borrow();
+        Some(new_masters.get(&new_master)?.process().id())
     }
 
     /// Leaves the listeners' socket files to the new master.

@@ -294,17 +294,23 @@ fn is_function(action: &libc::sigaction) -> bool {
 }
 
 /// Returns an action that runs `handler`. If the previous action is a function, `handler` calls
-/// this function, so the new action takes over the mask and the `SA_RESTART` and `SA_NODEFER`
-/// flags. Otherwise, the new action has `SA_RESTART`.
+/// this function, so the new action takes over the mask and the `SA_RESTART`, `SA_NODEFER` and
+/// `SA_ONSTACK` flags. Otherwise, the new action has `SA_RESTART` and `SA_ONSTACK`, and blocks all
+/// signals.
 pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
     action.sa_sigaction = address(handler);
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO;
     if is_function(previous) {
         action.sa_mask = previous.sa_mask;
-        action.sa_flags |= previous.sa_flags & (libc::SA_RESTART | libc::SA_NODEFER);
+        let inherited = libc::SA_RESTART | libc::SA_NODEFER | libc::SA_ONSTACK;
+        action.sa_flags |= previous.sa_flags & inherited;
     } else {
-        action.sa_flags |= libc::SA_RESTART;
+        // Block all signals while the handler runs. Otherwise the kernel nests the frames of
+        // signals that arrive together. With AVX-512 a frame has 3 KiB, so three of them overflow
+        // the alternate stack of a Rust thread, and the process is killed by SIGSEGV.
+        action.sa_mask = SignalSet::all().into_raw();
+        action.sa_flags |= libc::SA_RESTART | libc::SA_ONSTACK;
     }
     action
 }

@@ -42,6 +42,10 @@ impl SignalSet {
         result == 1
     }
 
+    pub(super) fn into_raw(self) -> libc::sigset_t {
+        self.0
+    }
+
     pub(super) fn as_ptr(&self) -> *const libc::sigset_t {
         &raw const self.0
     }

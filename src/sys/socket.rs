@@ -6,7 +6,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
-use std::time::Duration;
 
 use sendfd::SendWithFd;
 
@@ -146,15 +145,16 @@ fn send_message(socket: &impl AsRawFd, message: &libc::msghdr) -> io::Result<usi
     })
 }
 
-/// Sends a datagram to a Unix socket. The address is a path or, on Linux, an abstract name after
-/// `@`. If the receiver's queue is full, waits for at most `timeout`.
-pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8], timeout: Duration) -> io::Result<()> {
+/// Sends a datagram to a Unix socket without waiting. The address is a path or, on Linux, an
+/// abstract name after `@`. If the receiver's queue is full, returns an error of the kind
+/// `WouldBlock`.
+pub(crate) fn send_datagram(address: &OsStr, bytes: &[u8]) -> io::Result<()> {
     let address = match address.as_bytes() {
         [b'@', name @ ..] => abstract_address(name)?,
         _ => SocketAddr::from_pathname(address)?,
     };
     let socket = UnixDatagram::unbound()?;
-    socket.set_write_timeout(Some(timeout))?;
+    socket.set_nonblocking(true)?;
     retry(|| socket.send_to_addr(bytes, &address))?;
     Ok(())
 }

@@ -9,12 +9,6 @@ use super::environment::{
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// The maximum time that a notification waits for space in systemd's queue.
-///
-/// A shorter time could lose notifications on a busy machine. A longer time would block the
-/// master's loop noticeably. The value is an estimate without a benchmark.
-const SEND_TIMEOUT: Duration = Duration::from_millis(100);
-
 /// Sends a notification to systemd. Returns `false` if the environment does not contain
 /// `NOTIFY_SOCKET`.
 ///
@@ -23,8 +17,8 @@ const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 ///
 /// The master may call this function at any time. A worker has no `NOTIFY_SOCKET` unless
 /// [`Master::fork_with`](crate::Master::fork_with) sets the variable. systemd ignores notifications
-/// from processes other than the main process unless `NotifyAccess` permits them. If systemd's
-/// queue is full, the call waits at most 100 ms.
+/// from processes other than the main process unless `NotifyAccess` permits them. The call never
+/// waits.
 ///
 /// Node has no counterpart.
 ///
@@ -33,7 +27,10 @@ const SEND_TIMEOUT: Duration = Duration::from_millis(100);
 /// - Returns [`Error::Environment`] if `NOTIFY_SOCKET` is neither an absolute path nor an abstract
 ///   name, written as `@` and the name. `vsock:` addresses are not supported.
 /// - Returns [`Error::Io`] if sending fails. For example, no process receives from this socket, the
-///   text is too long, or the queue is still full after the wait (`WouldBlock`).
+///   text is too long, or systemd's queue is full
+///   ([`WouldBlock`](std::io::ErrorKind::WouldBlock)).
+///
+/// A service can serve without its notifications, so log the error and continue.
 ///
 /// ```
 /// // Outside of systemd:
@@ -53,7 +50,7 @@ pub fn notify(state: &str) -> Result<bool> {
             expected: "an absolute path or a name after @ (vsock is not supported)",
         });
     }
-    let sent = sys::socket::send_datagram(&address, state.as_bytes(), SEND_TIMEOUT);
+    let sent = sys::socket::send_datagram(&address, state.as_bytes());
     sent.map_err(Error::io("send to NOTIFY_SOCKET"))?;
     Ok(true)
 }

@@ -27,6 +27,7 @@ mod finish;
 mod fleet;
 mod forked;
 mod groups;
+mod giving_up;
 mod hand_off;
 mod harness;
 mod host;
@@ -40,7 +41,9 @@ mod loads;
 mod logs;
 mod messages;
 mod nested;
+mod notify;
 mod old_kernels;
+mod operator;
 mod orphans;
 mod own_user;
 mod pool;
@@ -115,6 +118,9 @@ fn main() -> ExitCode {
         systemd::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
+        operator::SCENARIOS,
+        notify::SCENARIOS,
+        giving_up::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
@@ -145,6 +151,7 @@ fn main() -> ExitCode {
     trials.extend(inherited::trials());
     trials.extend(fleet::trials());
     trials.extend(logs::trials());
+    trials.extend(giving_up::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,

@@ -57,7 +57,7 @@ crate::scenarios! {
 const MS: Duration = Duration::from_millis(1);
 
 /// Returns pool options with short periods and without jitter.
-fn quick() -> PoolOptions {
+pub fn quick() -> PoolOptions {
     PoolOptions::default()
         .workers(2)
         .jitter(0)
@@ -653,12 +653,12 @@ fn failure_limit_callback_chooses_retry_give_up_or_stop() {
 /// behaves.
 const RELEASE: &str = "RELEASE";
 /// Request that keeps a worker busy until the client closes the connection.
-const HOLD: &[u8] = b"hold";
+pub const HOLD: &[u8] = b"hold";
 /// Environment variable with the address on which [`server`] listens.
 const ADDRESS: &str = "ADDRESS";
 
 /// Runs a pool's master or one of the pool's workers. The master prints the pool's events.
-fn server(options: PoolOptions) {
+pub fn server(options: PoolOptions) {
     let address = std::env::var(ADDRESS).unwrap();
     let release = std::env::var(RELEASE).map(|path| std::fs::read_to_string(path).unwrap());
     let release = release.unwrap_or_else(|_| "good".to_owned());
@@ -724,18 +724,18 @@ fn is_served(answer: &str) -> bool {
 }
 
 /// The scenario's server. It runs in another process group.
-struct Server {
-    group: Group,
-    address: SocketAddr,
+pub struct Server {
+    pub group: Group,
+    pub address: SocketAddr,
     release: PathBuf,
 }
 
 impl Server {
-    fn start(policy: &str) -> Self {
+    pub fn start(policy: &str) -> Self {
         Self::start_with(policy, &[])
     }
 
-    fn start_with(policy: &str, env: &[(&str, &str)]) -> Self {
+    pub fn start_with(policy: &str, env: &[(&str, &str)]) -> Self {
         // Become a subreaper, so that a new master becomes this process's child when the old master
         // exits.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
@@ -760,12 +760,12 @@ impl Server {
     }
 
     /// Returns the number of output lines that end with `end`.
-    fn count(&self, end: &str) -> usize {
+    pub fn count(&self, end: &str) -> usize {
         let output = self.group.output();
         output.lines().filter(|line| line.ends_with(end)).count()
     }
 
-    fn wait_for(&self, end: &str, count: usize) {
+    pub fn wait_for(&self, end: &str, count: usize) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.count(end) < count {
             let masters = self.masters();
@@ -782,7 +782,7 @@ impl Server {
         }
     }
 
-    fn masters(&self) -> Vec<Pid> {
+    pub fn masters(&self) -> Vec<Pid> {
         let output = self.group.output();
         let masters = output
             .lines()
@@ -793,41 +793,57 @@ impl Server {
     }
 
     /// Returns the newest master.
-    fn master(&self) -> Pid {
+    pub fn master(&self) -> Pid {
         *self.masters().last().unwrap()
     }
 
-    fn workers(&self) -> Vec<Pid> {
+    pub fn workers(&self) -> Vec<Pid> {
         children(self.master())
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(self.master(), signal).unwrap();
     }
 
-    fn release(&self, what: &str) {
+    pub fn release(&self, what: &str) {
         std::fs::write(&self.release, what).unwrap();
     }
 
     fn stop(self) {
+        self.stop_and_check(|_| {});
+    }
+
+    /// Stops the newest master, waits for its exit, and calls `check` with the complete output.
+    pub fn stop_and_check(self, check: impl FnOnce(&Self)) {
         let master = self.master();
+        self.end_of(master, check);
+    }
+
+    /// Does the same as [`Server::stop_and_check`], but stops this master.
+    pub fn end_of(self, master: Pid, check: impl FnOnce(&Self)) {
         // Ignore an error, because an earlier signal may already have stopped the master.
         let _ = kill(master, Signal::SIGTERM);
+        self.finish(master, check);
+    }
+
+    /// Waits for the exit of the last master, and calls `check` with the complete output.
+    pub fn finish(self, master: Pid, check: impl FnOnce(&Self)) {
         wait_until("the exit of the master", || {
             (!is_alive(pid(master))).then_some(())
         });
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
-        assert!(status.success());
+        assert!(status.success(), "{status}");
+        check(&self);
         std::fs::remove_file(&self.release).unwrap();
     }
 }
 
-fn pid(pid: Pid) -> u32 {
+pub fn pid(pid: Pid) -> u32 {
     pid.as_raw().unsigned_abs()
 }
 
-fn children(parent: Pid) -> Vec<Pid> {
+pub fn children(parent: Pid) -> Vec<Pid> {
     let path = format!("/proc/{parent}/task/{parent}/children");
     let children = std::fs::read_to_string(path).unwrap_or_default();
     children
@@ -1128,6 +1144,8 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
             kill(old, *signal).unwrap();
             if round == 0 {
                 server.wait_for(": the new master failed: the pool is stopping", 1);
+                // A second signal counts after one second.
+                std::thread::sleep(1100 * MS);
             }
         }
         assert!(server.group.end().unwrap().success());
@@ -1311,6 +1329,8 @@ fn second_signal_or_sigquit_kills_busy_workers() {
             server.signal(*signal);
             if signals.len() == 2 {
                 server.wait_for(" has exited", 1);
+                // A second signal counts after one second.
+                std::thread::sleep(1100 * MS);
             }
         }
         assert!(server.group.end().unwrap().success());

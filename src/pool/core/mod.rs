@@ -76,6 +76,8 @@ pub(super) enum Action {
     /// Lets the application decide what happens to the failed worker's slot. The driver reports the
     /// decision with `failure_action_chosen`.
     RequestDecision(WorkerFailure),
+    /// Makes the master's loop end with an error, because this failure has stopped the pool.
+    GiveUp(WorkerFailure),
     /// Delivers an event to the application.
     EmittedEvent(PoolEvent),
 }

@@ -208,6 +208,9 @@ impl Core {
                 break;
             };
             let number = self.slots.len();
+            let is_fork =
+                |action: &Action| matches!(action, Action::Fork { slot, .. } if *slot == number);
+            self.actions.retain(|action| !is_fork(action));
             self.limits_reached.remove(&number);
             if let Some(rollout) = &mut self.rollout {
                 rollout.batch.remove(&number);
@@ -215,6 +218,10 @@ impl Core {
             for worker in slot.worker().into_iter().chain(slot.successor) {
                 self.disconnect(worker, now);
             }
+        }
+        // Do not leave a pool that serves no client and never gives up.
+        if self.slots.iter().all(Slot::is_given_up) {
+            return self.retry(now);
         }
         self.settle(now);
     }
@@ -231,16 +238,20 @@ impl Core {
 
     pub(in super::super) fn failure_action_chosen(
         &mut self,
-        slot: usize,
+        failure: WorkerFailure,
         action: FailureAction,
         now: Time,
     ) {
         match action {
             _ if self.is_stopping() => {}
-            FailureAction::StopPool => self.stop(now),
+            FailureAction::StopPool => {
+                self.actions.push_back(Action::GiveUp(failure));
+                self.stop(now);
+            }
             FailureAction::GiveUp => {}
             FailureAction::RetryAfter(pause) => {
-                if let Some(slot) = self.slots.get_mut(slot).filter(|slot| slot.is_given_up()) {
+                let slot = self.slots.get_mut(failure.slot);
+                if let Some(slot) = slot.filter(|slot| slot.is_given_up()) {
                     let restart_at = now.saturating_add(pause);
                     slot.occupancy = Occupancy::Waiting { restart_at };
                 }

@@ -1,5 +1,7 @@
 //! The stop of a pool.
 
+use std::time::Duration;
+
 use cluster::WorkerId;
 
 use super::super::event::UpgradeFailure;
@@ -8,11 +10,19 @@ use super::upgrade::RejectedMaster;
 use super::worker::WorkerState;
 use super::{Action, Core, Time};
 
+/// The time after the begin of a stop from which another stop signal stops the pool at once.
+///
+/// One Ctrl-C may reach the master twice, from the terminal and from a parent that forwards it. The
+/// two signals arrive within milliseconds, so a shorter time could kill workers that serve clients.
+/// A longer time would make an operator repeat a deliberate second signal.
+const REPEAT_TIME: Duration = Duration::from_secs(1);
+
 /// The state of a pool's stop.
 ///
 /// | from | input | to |
 /// |---|---|---|
-/// | `Running` | `stop`, or a new master has taken over | `Draining` |
+/// | `Running` | `stop`, a stop signal, or a new master has taken over | `Draining` |
+/// | `Draining` | a stop signal after `REPEAT_TIME`, unless a new master has taken over | `Killing` |
 /// | `Running`, `Draining` | `stop_at_once` | `Killing` |
 ///
 /// The pool has ended when its state is not `Running` and all workers and rejected new masters have
@@ -20,8 +30,9 @@ use super::{Action, Core, Time};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StopState {
     Running,
-    /// The pool kills workers that have not exited by this time.
     Draining {
+        began_at: Time,
+        /// The time at which the pool kills workers that have not exited.
         exit_by: Time,
     },
     Killing,
@@ -43,7 +54,10 @@ impl Core {
             return;
         }
         let exit_by = now.saturating_add(self.options.drain_timeout);
-        self.stop = StopState::Draining { exit_by };
+        self.stop = StopState::Draining {
+            began_at: now,
+            exit_by,
+        };
         self.reload_requested = false;
         self.rollout = None;
         self.limits_reached.clear();
@@ -64,6 +78,23 @@ impl Core {
         self.settle(now);
     }
 
+    /// Stops the pool, or stops it at once if the pool has been stopping for `REPEAT_TIME`.
+    ///
+    /// After an upgrade, operators stop the old master with a signal, although it is already
+    /// stopping. This signal must not kill workers that serve clients.
+    pub(in super::super) fn stop_signal_received(&mut self, now: Time) {
+        match self.stop {
+            StopState::Running => self.stop(now),
+            StopState::Draining { began_at, .. } => {
+                let is_second = now.saturating_sub(began_at) >= REPEAT_TIME;
+                if is_second && !self.is_upgraded() {
+                    self.stop_at_once(now);
+                }
+            }
+            StopState::Killing => {}
+        }
+    }
+
     pub(in super::super) fn stop_at_once(&mut self, now: Time) {
         self.stop(now);
         self.stop = StopState::Killing;
@@ -82,7 +113,7 @@ impl Core {
     pub(super) fn forked_while_stopping(&mut self, id: WorkerId) {
         let (state, action) = match self.stop {
             StopState::Running => return,
-            StopState::Draining { exit_by } => (
+            StopState::Draining { exit_by, .. } => (
                 WorkerState::Disconnecting { exit_by },
                 Action::Disconnect(id),
             ),

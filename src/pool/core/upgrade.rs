@@ -1,5 +1,6 @@
 //! The states of an upgrade, in which a new master takes over.
 
+use std::num::NonZeroUsize;
 use std::process::ExitStatus;
 
 use cluster::WorkerId;
@@ -23,7 +24,9 @@ pub(super) enum Upgrade {
         new_master: WorkerId,
         deadline: Time,
     },
-    Succeeded,
+    Succeeded {
+        new_master: WorkerId,
+    },
 }
 
 /// The state of a new master whose upgrade has failed. The core removes the new master when its
@@ -48,7 +51,23 @@ impl Core {
 
     /// Returns whether a new master has taken over from this pool.
     pub(in super::super) fn is_upgraded(&self) -> bool {
-        self.upgrade == Upgrade::Succeeded
+        self.new_master().is_some()
+    }
+
+    /// Returns the new master that has taken over from this pool.
+    pub(in super::super) fn new_master(&self) -> Option<WorkerId> {
+        match self.upgrade {
+            Upgrade::Succeeded { new_master } => Some(new_master),
+            Upgrade::Idle | Upgrade::Pending { .. } => None,
+        }
+    }
+
+    /// Returns the number of slots that a new master must have, or `None` if it follows from the
+    /// new master's options. A pool without slots never has a quorum, so a new master could not
+    /// take over with 0 slots.
+    pub(in super::super) fn handed_over_slots(&self) -> Option<NonZeroUsize> {
+        let slots = NonZeroUsize::new(self.slots.len());
+        slots.filter(|slots| slots.get() != self.options.workers)
     }
 
     pub(in super::super) fn new_master_started(&mut self, new_master: WorkerId, now: Time) {
@@ -66,8 +85,8 @@ impl Core {
 
     /// Records that the new master has taken over and stops the pool.
     pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
-        if let Upgrade::Pending { .. } = self.upgrade {
-            self.upgrade = Upgrade::Succeeded;
+        if let Some(new_master) = self.pending_master() {
+            self.upgrade = Upgrade::Succeeded { new_master };
             self.actions.push_back(Action::CloseUpgradeChannel);
             self.actions.push_back(Action::ReleaseSocketFiles);
             self.stop(now);
@@ -111,7 +130,7 @@ impl Core {
     pub(super) fn upgrade_deadline(&self) -> Option<Time> {
         let pending = match self.upgrade {
             Upgrade::Pending { deadline, .. } => Some(deadline),
-            Upgrade::Idle | Upgrade::Succeeded => None,
+            Upgrade::Idle | Upgrade::Succeeded { .. } => None,
         };
         let rejected = self.rejected_masters.values();
         let rejected = rejected.filter_map(|state| match state {
@@ -124,7 +143,7 @@ impl Core {
     fn pending_master(&self) -> Option<WorkerId> {
         match self.upgrade {
             Upgrade::Pending { new_master, .. } => Some(new_master),
-            Upgrade::Idle | Upgrade::Succeeded => None,
+            Upgrade::Idle | Upgrade::Succeeded { .. } => None,
         }
     }
 

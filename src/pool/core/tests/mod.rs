@@ -2,6 +2,7 @@
 
 mod limits;
 mod schedules;
+mod stopping;
 
 use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt as _;
@@ -35,8 +36,10 @@ struct World {
     events: Vec<PoolEvent>,
     disconnected: Vec<u32>,
     killed: Vec<u32>,
-    /// The slots for which a failure action was requested.
-    limits_reached: Vec<usize>,
+    /// The failures for which a failure action was requested.
+    limits_reached: Vec<WorkerFailure>,
+    /// The failures with which the pool has given up.
+    gave_up: Vec<WorkerFailure>,
     /// The cause of the failure of all later forks, or `None` if they succeed.
     fork_failure: Option<FailureCause>,
     measurements: u32,
@@ -64,6 +67,7 @@ impl World {
             disconnected: Vec::new(),
             killed: Vec::new(),
             limits_reached: Vec::new(),
+            gave_up: Vec::new(),
             fork_failure: None,
             measurements: 0,
             generations: Generations::new(),
@@ -119,7 +123,8 @@ impl World {
                 Action::DisconnectAll => self.disconnected.extend(self.workers()),
                 Action::Kill(worker) => self.killed.push(worker.get()),
                 Action::MeasureWorkers => self.measurements += 1,
-                Action::RequestDecision(failure) => self.limits_reached.push(failure.slot),
+                Action::RequestDecision(failure) => self.limits_reached.push(failure),
+                Action::GiveUp(failure) => self.gave_up.push(failure),
                 Action::EmittedEvent(event) => self.events.push(event),
             }
         }
@@ -128,6 +133,12 @@ impl World {
     fn input(&mut self, input: impl FnOnce(&mut Core, Time)) {
         input(&mut self.core, self.now);
         self.carry_out_actions();
+    }
+
+    /// Chooses the action for the last failure at a failure limit.
+    fn choose(&mut self, action: FailureAction) {
+        let failure = self.limits_reached.pop().unwrap();
+        self.input(|core, now| core.failure_action_chosen(failure, action, now));
     }
 
     fn ready(&mut self, worker: u32) {
@@ -267,7 +278,7 @@ fn crash_loop_backs_off_and_gives_up() {
             .events
             .contains(&PoolEvent::FailureLimitReached { slot: 0 })
     );
-    world.input(|core, now| core.failure_action_chosen(0, FailureAction::GiveUp, now));
+    world.choose(FailureAction::GiveUp);
     world.advance(3600 * SECOND);
     assert_eq!(world.forks.len(), 9, "a given-up slot is not filled");
     world.input(Core::retry);
@@ -278,16 +289,14 @@ fn crash_loop_backs_off_and_gives_up() {
 fn given_up_slot_is_filled_again_when_the_application_says_so() {
     let mut world = World::new(options(1).max_failures(0).failure_window(SECOND));
     world.exit(1);
-    assert_eq!(world.limits_reached, [0]);
-    world.input(|core, now| {
-        core.failure_action_chosen(0, FailureAction::RetryAfter(5 * SECOND), now)
-    });
+    assert_eq!(world.limits_reached[0].slot, 0);
+    world.choose(FailureAction::RetryAfter(5 * SECOND));
     world.advance(4999 * MS);
     assert_eq!(world.forks.len(), 1);
     world.advance(MS);
     assert_eq!(world.forks.len(), 2);
     world.exit(2);
-    world.input(|core, now| core.failure_action_chosen(0, FailureAction::StopPool, now));
+    world.choose(FailureAction::StopPool);
     assert!(world.core.is_over());
 }
 

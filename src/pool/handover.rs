@@ -1,0 +1,118 @@
+//! The values that an old master passes to a new master in an upgrade.
+//!
+//! The values are fields on the channel between the masters: a number (1 byte), the length of the
+//! value (4 bytes, big-endian) and the value. A master skips fields whose number it does not know,
+//! and uses its own options where a field is missing. So masters of different releases can replace
+//! each other. Never use a number for a second purpose.
+
+use std::io;
+use std::num::NonZeroUsize;
+
+/// The number of the field with the number of slots (8 bytes, big-endian).
+const SLOTS: u8 = 1;
+
+/// The values that an old master passes to a new master.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Handover {
+    /// The number of slots, if it differs from the old master's options.
+    pub(super) slots: Option<NonZeroUsize>,
+}
+
+impl Handover {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if let Some(slots) = self.slots {
+            push_field(&mut bytes, SLOTS, &(slots.get() as u64).to_be_bytes());
+        }
+        bytes
+    }
+
+    /// # Errors
+    ///
+    /// Returns an error of the kind `InvalidData` if a field is incomplete or its value is invalid.
+    pub(super) fn decode(mut bytes: &[u8]) -> io::Result<Self> {
+        let mut handover = Self::default();
+        while !bytes.is_empty() {
+            let (number, value, rest) = split_field(bytes).ok_or_else(invalid)?;
+            if number == SLOTS {
+                handover.slots = Some(parse_slots(value).ok_or_else(invalid)?);
+            }
+            bytes = rest;
+        }
+        Ok(handover)
+    }
+}
+
+fn push_field(bytes: &mut Vec<u8>, number: u8, value: &[u8]) {
+    let length = u32::try_from(value.len()).unwrap_or(u32::MAX);
+    bytes.push(number);
+    bytes.extend(length.to_be_bytes());
+    bytes.extend(value);
+}
+
+/// Returns the number and the value of the first field, and the bytes after the field.
+fn split_field(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (number, rest) = bytes.split_first()?;
+    let (length, rest) = rest.split_first_chunk()?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+    let (value, rest) = rest.split_at_checked(length)?;
+    Some((*number, value, rest))
+}
+
+fn parse_slots(value: &[u8]) -> Option<NonZeroUsize> {
+    let slots = u64::from_be_bytes(value.try_into().ok()?);
+    NonZeroUsize::new(usize::try_from(slots).ok()?)
+}
+
+fn invalid() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "invalid field")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn unknown_fields_are_skipped() {
+        let slots = NonZeroUsize::new(3);
+        let mut bytes = Vec::new();
+        push_field(&mut bytes, 200, b"of a later release");
+        bytes.extend(Handover { slots }.encode());
+        push_field(&mut bytes, 201, b"");
+        assert_eq!(Handover::decode(&bytes).unwrap(), Handover { slots });
+    }
+
+    #[test]
+    fn older_release_passes_no_fields() {
+        assert_eq!(Handover::decode(b"").unwrap(), Handover::default());
+        assert!(Handover::default().encode().is_empty());
+    }
+
+    #[test]
+    fn incomplete_and_invalid_fields_are_errors() {
+        let slots = NonZeroUsize::new(3);
+        let bytes = Handover { slots }.encode();
+        for length in 1..bytes.len() {
+            assert!(Handover::decode(&bytes[..length]).is_err(), "{length}");
+        }
+        for value in [&[0; 8][..], &[1; 7], &[1; 9], &[]] {
+            let mut bytes = Vec::new();
+            push_field(&mut bytes, SLOTS, value);
+            assert!(Handover::decode(&bytes).is_err(), "{value:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(bytes: Vec<u8>) {
+            let _ = Handover::decode(&bytes);
+        }
+
+        #[test]
+        fn decode_returns_what_encode_was_given(slots: Option<NonZeroUsize>) {
+            let handover = Handover { slots };
+            prop_assert_eq!(Handover::decode(&handover.encode()).unwrap(), handover);
+        }
+    }
+}
