@@ -82,10 +82,14 @@ use crate::worker::Worker;
 ///             });
 ///             let replace = master.on_exit(move |master, worker, status| {
 ///                 println!("worker {} exited ({status})", worker.process().id());
-///                 // If it could not even listen, its replacement could not either.
 ///                 let served = serving.borrow_mut().remove(&worker.id());
-///                 if served && worker.exited_after_disconnect() != Some(true) {
-///                     let _ = master.fork();
+///                 if worker.exited_after_disconnect() == Some(true) {
+///                     return;
+///                 }
+///                 // If it could not even listen, its replacement could not either.
+///                 if !served || master.fork().is_err() {
+///                     // When all workers have exited, `run` returns this error.
+///                     master.give_up(format!("a worker exited ({status})"));
 ///                 }
 ///             });
 ///             master.on_signal(Signal::TERM, move |master, _| {

@@ -121,9 +121,10 @@ impl Pool {
             SignalAction::Reload => self.reload(master),
             SignalAction::Upgrade => {
                 if let Err(error) = self.upgrade(master) {
-                    let reason = match error {
-                        Error::InitProcess => UpgradeFailure::InitProcess,
-                        error => UpgradeFailure::NotStarted(error.to_string()),
+                    let reason = if matches!(error, Error::InitProcess) {
+                        UpgradeFailure::InitProcess
+                    } else {
+                        UpgradeFailure::NotStarted(error.to_string())
                     };
                     self.emit(master, PoolEvent::UpgradeFailed { reason });
                 }

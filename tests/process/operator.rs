@@ -176,7 +176,6 @@ fn scaled_size_survives_an_upgrade() {
 
 /// Checks that process 1 of a PID namespace refuses to upgrade, by signal and by call, and serves
 /// on.
-#[expect(clippy::zombie_processes, reason = "`wait` is called at the end")]
 fn process_1_refuses_an_upgrade() {
     if is_process_1() {
         return run_process_1();
