@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use crate::types::address::Address;
 use crate::types::errno;
 use crate::types::fork_step::ForkStep;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::types::worker_id::WorkerId;
 
@@ -115,6 +117,11 @@ pub enum Error {
         address: String,
         /// The reason, for instance that the address is in use.
         reason: io::Error,
+        /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
+        /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
+        /// worker, which does not know the master's sockets. The master emits an `error` event for
+        /// the worker then.
+        occupied_by: Option<Address>,
     },
     /// A worker could not bind a UDP socket.
     #[non_exhaustive]
@@ -123,6 +130,11 @@ pub enum Error {
         address: String,
         /// The reason, for instance that the address is in use.
         reason: io::Error,
+        /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
+        /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
+        /// worker, which does not know the master's sockets. The master emits an `error` event for
+        /// the worker then.
+        occupied_by: Option<Address>,
     },
     /// The master could not accept a connection. The master tries again after 100 ms.
     #[non_exhaustive]
@@ -131,6 +143,15 @@ pub enum Error {
         address: String,
         /// The system's reason, for instance too many open files.
         reason: io::Error,
+    },
+    /// The scheduling policy that the application or `CLUSTER_SCHED_POLICY` selected has no effect on
+    /// a worker, because the worker received listeners by
+    /// [`Settings::listen_fds`](crate::Settings::listen_fds()). Such a worker accepts connections
+    /// from these listeners itself. The master reports this error once.
+    #[non_exhaustive]
+    PolicyIgnored {
+        /// The policy that was selected.
+        policy: SchedulingPolicy,
     },
     /// Another process shut a listener down. That process is a worker with the shared or sharded
     /// policy, or a process outside the cluster that shares the listener. The system does not tell
@@ -370,6 +391,7 @@ impl Error {
             | Self::Descriptor { .. }
             | Self::AlreadyInitialized
             | Self::PolicyFrozen
+            | Self::PolicyIgnored { .. }
             | Self::AlreadyRunning
             | Self::ForeignProcess
             | Self::InitProcess
@@ -405,6 +427,16 @@ fn fmt_descriptor(
         write!(f, " ({name:?})")?;
     }
     write!(f, " is {found}, expected {expected}")
+}
+
+fn fmt_occupant(
+    f: &mut std::fmt::Formatter<'_>,
+    occupied_by: Option<&Address>,
+) -> std::fmt::Result {
+    match occupied_by {
+        Some(own) => write!(f, "; this master already has {own}"),
+        None => Ok(()),
+    }
 }
 
 fn fmt_shut_down(
@@ -443,6 +475,11 @@ impl std::fmt::Display for Error {
                     "the scheduling policy cannot change after the first fork or listen"
                 )
             }
+            Self::PolicyIgnored { policy } => write!(
+                f,
+                "the scheduling policy {policy} has no effect on listeners of listen_fds: \
+                 the workers accept for themselves"
+            ),
             Self::AlreadyRunning => {
                 write!(
                     f,
@@ -466,8 +503,22 @@ impl std::fmt::Display for Error {
                     "cannot start a worker from {program}: cannot {step}: {reason}"
                 )
             }
-            Self::Listen { address, reason } => write!(f, "cannot listen on {address}: {reason}"),
-            Self::Bind { address, reason } => write!(f, "cannot bind {address}: {reason}"),
+            Self::Listen {
+                address,
+                reason,
+                occupied_by,
+            } => {
+                write!(f, "cannot listen on {address}: {reason}")?;
+                fmt_occupant(f, occupied_by.as_ref())
+            }
+            Self::Bind {
+                address,
+                reason,
+                occupied_by,
+            } => {
+                write!(f, "cannot bind {address}: {reason}")?;
+                fmt_occupant(f, occupied_by.as_ref())
+            }
             Self::Accept { address, reason } => {
                 write!(f, "cannot accept a connection on {address}: {reason}")
             }

@@ -280,16 +280,18 @@ fn inspect_port() -> Result<Option<u16>> {
     }
 }
 
-fn policy() -> Result<SchedulingPolicy> {
+/// Reads the policy that the user has selected.
+fn policy() -> Result<Option<SchedulingPolicy>> {
     let Some(value) = std::env::var_os(SCHED_POLICY) else {
-        return Ok(SchedulingPolicy::default());
+        return Ok(None);
     };
     let value = value.to_string_lossy().into_owned();
-    value.parse().map_err(|_| Error::Environment {
+    let policy = value.parse().map_err(|_| Error::Environment {
         variable: SCHED_POLICY,
         value,
         expected: "\"rr\", \"none\" or \"sharded\"",
-    })
+    });
+    policy.map(Some)
 }
 
 /// Returns whether this process is a master. Every process that is not a worker is a master.

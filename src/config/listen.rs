@@ -10,7 +10,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, fmt_path};
 use crate::types::errno;
 
 /// The longest path that the application may pass, in bytes. The value is Linux's `PATH_MAX`. A
@@ -29,7 +29,8 @@ const MAX_PATH: usize = 4096;
 /// - An address is a string such as `"127.0.0.1:8000"`, a pair such as `("::1", 8000)` or a
 ///   [`SocketAddr`]. A host name in an address is resolved.
 /// - A [`Path`] stands for a Unix socket, whose connections are [`UnixStream`]s. Pass a `Path` and
-///   not a string, because a string stands for an address.
+///   not a string, because a string stands for an address. On Linux, a path that begins with a zero
+///   byte is an abstract name, as in Node.
 /// - An open listener is used directly. A master shares it with its workers, but a worker keeps it
 ///   for itself.
 ///
@@ -165,6 +166,7 @@ impl BindRequest {
             Target::Path(path) if path.as_os_str().len() > MAX_PATH => {
                 return Err(io::Error::from_raw_os_error(errno::ENAMETOOLONG));
             }
+            Target::Path(path) if abstract_name(path).is_some() => vec![Place::Path(path.clone())],
             Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
             Target::Host(host, port) => all((host.as_str(), *port).to_socket_addrs()?),
             Target::Name(name) => match name.parse() {
@@ -203,7 +205,7 @@ impl std::fmt::Display for BindRequest {
             Target::Ip(address) => address.fmt(f),
             Target::Fd(number) if self.is_private() => write!(f, "descriptor {number}"),
             Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
-            Target::Path(path) => path.display().fmt(f),
+            Target::Path(path) => fmt_path(path, f),
             Target::Name(name) => f.write_str(name),
             Target::Host(host, port) => write!(f, "{host}:{port}"),
             Target::Socket(_) => f.write_str("a socket of the application"),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::inspect_port::InspectPort;
 use crate::config::stdio::{Stdio, StdioKind};
+use crate::sys;
 use crate::sys::fd::LISTEN_FDS_START;
 use crate::worker::Worker;
 use crate::worker::worker_main::WorkerMain;
@@ -309,8 +310,10 @@ impl Settings {
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
-    /// All workers share the descriptors and accept connections from a passed listener themselves.
-    /// If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
+    /// All workers share the descriptors and accept connections from a passed listener themselves, so
+    /// the scheduling policy has no effect on it. If the user or the application has selected another
+    /// policy than [`SchedulingPolicy::Shared`](crate::SchedulingPolicy::Shared), the master emits one
+    /// `error` event with [`Error::PolicyIgnored`](crate::Error::PolicyIgnored). If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
     /// workers and for the master.
     ///
     /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings
@@ -737,6 +740,17 @@ impl Settings {
 
     pub(crate) fn passed_fds(&self) -> &[(String, Stdio)] {
         self.get_listen_fds().unwrap_or_default()
+    }
+
+    /// Returns whether `listen_fds` contains a TCP or Unix listener.
+    pub(crate) fn passes_listener(&self) -> bool {
+        self.passed_fds().iter().any(|(_, fd)| {
+            let StdioKind::Fd(fd) = &fd.0 else {
+                return false;
+            };
+            let kind = sys::listen::socket_kind(fd.as_raw_fd());
+            kind.is_ok_and(|kind| kind.listens)
+        })
     }
 }
 

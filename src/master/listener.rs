@@ -1,4 +1,4 @@
-//! A listener that the master retains.
+//! A listener or UDP socket that the master retains.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::{Rc, Weak};
@@ -7,11 +7,12 @@ use crate::error::{Error, Result};
 use crate::master::shell::{MasterShell, RetainedListener};
 use crate::types::address::Address;
 
-/// A listener that the master retains, even while no worker has it.
+/// A listener or UDP socket that the master retains, even while no worker has it.
 ///
 /// Node has no counterpart.
 ///
-/// [`Master::listen`](crate::Master::listen) returns this value. While the value exists and no
+/// [`Master::listen`](crate::Master::listen), [`Master::adopt`](crate::Master::adopt) and
+/// [`Master::retain_all`](crate::Master::retain_all) return this value. While the value exists and no
 /// worker has the listener, connections wait in the kernel's backlog, and the next worker that
 /// listens serves them. No client is refused or reset when all workers exit or are replaced. A
 /// worker that disconnects closes its copy. Even the last worker serves only the connections that
@@ -22,15 +23,19 @@ use crate::types::address::Address;
 /// When the value is dropped, the listener closes with its last worker, which first serves the
 /// backlog. If no worker has the listener, it closes at once, and the kernel resets the waiting
 /// connections. The master then removes the file of a Unix socket, unless the socket was passed to
-/// `listen`. Therefore, an application that stops for good drops the value before it calls
+/// this process. Therefore, an application that stops for good drops the value before it calls
 /// `disconnect`. If another process with the same socket should serve the backlog, keep the value
 /// until all workers have exited.
 ///
-/// Another process may have the same socket if the socket was passed to `listen`, or after the
+/// Another process may have the same socket if the socket was passed to this process, or after the
 /// first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process
-/// would notice, except that the socket is non-blocking. If no process outside the cluster can have
-/// the socket, the master drops new TCP handshakes while the last workers disconnect. Afterwards,
-/// the master shuts the socket down, so that copies in forked children stop listening too.
+/// would notice, except that the socket is non-blocking. Clients that connect while the last workers
+/// disconnect may be reset. If no process outside the cluster can have the socket, the master drops
+/// new TCP handshakes while the last workers disconnect. Afterwards, the master shuts the socket
+/// down, so that copies in forked children stop listening too. If the other process has exited, call
+/// [`set_foreign_copies`](Self::set_foreign_copies).
+///
+/// For a UDP socket, everything that this page says about connections holds for datagrams.
 ///
 /// With the sharded policy, each worker has its own listener. Connections that waited for an exited
 /// worker wait for its replacement, so start as many workers as before. New connections do not go
@@ -80,6 +85,79 @@ impl MasterListener {
         self.retained.address.clone()
     }
 
+    /// Returns the name under which to pass the listener to another master, with
+    /// [`Settings::listen_fds`](crate::Settings::listen_fds()). If the listener was itself passed to
+    /// this process with a name, the result is that name.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// If the kernel chose the port, the name tells the other master so. Its workers receive the
+    /// listener when they request port 0, as this master's workers do.
+    ///
+    /// See [`Master::retain_all`](crate::Master::retain_all) for an example.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let master = self.master.upgrade();
+        let name = master.map(|master| master.name_of(self.retained.handle));
+        name.unwrap_or_default()
+    }
+
+    /// Returns whether a worker or the application has requested the listener's address. The result
+    /// is `false` only for a socket that was passed to this process and that has not been used yet.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// ```no_run
+    /// # fn f(mut inherited: Vec<cluster::MasterListener>) {
+    /// // The new release does not use these addresses.
+    /// inherited.retain(|listener| listener.is_requested());
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        let master = self.master.upgrade();
+        master.is_some_and(|master| master.is_requested(self.retained.handle))
+    }
+
+    /// Returns whether a process outside the cluster may have a copy of the socket.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// See [`set_foreign_copies`](Self::set_foreign_copies) for an example.
+    #[must_use]
+    pub fn has_foreign_copies(&self) -> bool {
+        let master = self.master.upgrade();
+        master.is_some_and(|master| master.has_foreign_copies(self.retained.handle))
+    }
+
+    /// Sets whether a process outside the cluster may have a copy of the socket. By default, such a
+    /// process may exist if the socket was passed to this process, or after the first call of
+    /// [`as_fd`](AsFd::as_fd).
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Set `may_exist` to false when the last other process with a copy has exited. The master then
+    /// drains and closes the listener like one that only it has had. If another process still has a
+    /// copy, it receives no connections after the listener has closed here. The call has no effect
+    /// after the master has been dropped.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master, inherited: cluster::MasterListener) {
+    /// // The old master, which passed this listener, has exited.
+    /// assert!(inherited.has_foreign_copies());
+    /// inherited.set_foreign_copies(false);
+    /// # }
+    /// ```
+    pub fn set_foreign_copies(&self, may_exist: bool) {
+        if let Some(master) = self
+            .master
+            .upgrade()
+            .filter(|master| master.check_own().is_ok())
+        {
+            master.set_foreign_copies(self.retained.handle, may_exist);
+        }
+    }
+
     /// Returns whether this process removes the file of a Unix socket when the listener closes.
     ///
     /// Node has no counterpart.
@@ -92,8 +170,7 @@ impl MasterListener {
     }
 
     /// Sets whether this process removes the file of a Unix socket when the listener closes. By
-    /// default, the process removes the file unless the socket was passed to
-    /// [`listen`](crate::Master::listen).
+    /// default, the process removes the file unless the socket was passed to this process.
     ///
     /// Node has no counterpart.
     ///
@@ -134,7 +211,7 @@ impl MasterListener {
 impl AsFd for MasterListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         if let Some(master) = self.master.upgrade() {
-            master.mark_borrowed(self.retained.handle);
+            master.set_foreign_copies(self.retained.handle, true);
         }
         self.retained.socket.as_fd()
     }

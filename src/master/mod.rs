@@ -11,6 +11,7 @@ pub(crate) mod callbacks;
 mod event_loop;
 pub(crate) mod listener;
 mod orphans;
+mod passed_name;
 pub(crate) mod process;
 pub(crate) mod shard_group;
 pub(crate) mod shell;
@@ -21,7 +22,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -41,6 +42,9 @@ use crate::runtime::event_loop::EventLoop;
 use crate::runtime::log::{AttachedLogs, LogWriter};
 use crate::sys;
 use crate::sys::signal::InstalledHandler;
+use crate::systemd::ListenFd;
+use crate::types::address::Address;
+use crate::types::endpoint::BACKLOG;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::policy::SchedulingPolicy;
@@ -119,6 +123,9 @@ pub struct Master {
     worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
+    /// The policy that the user or the application has selected. `None` if neither has, and after
+    /// `PolicyIgnored` has been reported.
+    selected_policy: Cell<Option<SchedulingPolicy>>,
     /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts,
     /// or until the master reaps orphans.
     child_signal: RefCell<Option<InstalledHandler>>,
@@ -167,8 +174,9 @@ fn program_name(settings: &Settings) -> PathBuf {
 type Scheduler = dyn FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId>;
 
 impl Master {
-    pub(crate) fn new(policy: SchedulingPolicy, launch: Launch) -> Result<Self> {
+    pub(crate) fn new(selected: Option<SchedulingPolicy>, launch: Launch) -> Result<Self> {
         let event_loop = EventLoop::new()?;
+        let policy = selected.unwrap_or_default();
         let shell = MasterShell::new(policy, event_loop.poller().clone(), event_loop.start_time());
         let debug = std::env::var_os(DEBUG).is_some_and(|value| value == "1");
         let master = Self {
@@ -179,6 +187,7 @@ impl Master {
             worker_callbacks: RefCell::default(),
             settings: RefCell::default(),
             launch,
+            selected_policy: Cell::new(selected),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
             orphans: RefCell::default(),
@@ -318,7 +327,23 @@ impl Master {
         self.worker_callbacks
             .borrow_mut()
             .insert(worker_io.id, Rc::clone(&callbacks));
+        self.report_ignored_policy(&settings);
         Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
+    }
+
+    /// Reports that a selected policy has no effect, because the worker accepts connections from
+    /// passed listeners itself.
+    fn report_ignored_policy(&self, settings: &Settings) {
+        let is_ignored = |policy: &SchedulingPolicy| {
+            *policy != SchedulingPolicy::Shared
+                && !settings.is_detached()
+                && settings.passes_listener()
+        };
+        if let Some(policy) = self.selected_policy.get().filter(is_ignored) {
+            self.selected_policy.set(None);
+            let error = Error::PolicyIgnored { policy };
+            self.shell.core.borrow_mut().error(None, error);
+        }
     }
 
     /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
@@ -400,7 +425,9 @@ impl Master {
     /// ```
     #[doc(alias = "schedulingPolicy")]
     pub fn set_scheduling_policy(&self, policy: SchedulingPolicy) -> Result<()> {
-        self.shell.core.borrow_mut().set_policy(policy)
+        self.shell.core.borrow_mut().set_policy(policy)?;
+        self.selected_policy.set(Some(policy));
+        Ok(())
     }
 
     /// Returns the policy by which connections are distributed.
@@ -477,8 +504,9 @@ impl Master {
     ///
     /// The argument can also be a listening socket, for instance from systemd or from another
     /// process that served it before. Workers receive that socket if they request its address. The
-    /// address of a Unix socket is its path. A TCP listener on all addresses also matches requests
-    /// that name only its port. The call makes the socket non-blocking.
+    /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener on
+    /// all addresses also matches requests that name only its port. The call makes the socket
+    /// non-blocking.
     ///
     /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
     /// retained listener behaves.
@@ -492,7 +520,7 @@ impl Master {
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;
     /// - the argument is a socket, but not a stream socket of the requested kind, or a Unix socket
-    ///   without a path.
+    ///   without a name.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -509,18 +537,106 @@ impl Master {
             Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
             Err(reason) => Err(Error::Listen {
                 address: bind_request.to_string(),
+                occupied_by: self.occupant(&bind_request, &reason),
                 reason,
             }),
         }
+    }
+
+    /// Returns the address of this master's own socket because of which a request has failed.
+    fn occupant(&self, bind_request: &BindRequest, reason: &io::Error) -> Option<Address> {
+        if reason.kind() != io::ErrorKind::AddrInUse {
+            return None;
+        }
+        let endpoints = bind_request.resolve().ok()?;
+        let core = self.shell.core.borrow();
+        endpoints
+            .iter()
+            .find_map(|endpoint| core.occupant(endpoint))
+    }
+
+    /// Retains a socket that was passed to this process, for instance by systemd or by an old
+    /// master. Until the returned value is dropped, the socket stays open even if no worker has it.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
+    /// request its address. The address of a Unix listener is its path, or its abstract name after a
+    /// zero byte. A TCP listener on all addresses also matches requests that name only its port. If
+    /// another master passed the socket under its [name](MasterListener::name), and the kernel had
+    /// chosen the port, workers receive the socket if they request port 0. The call makes the socket
+    /// non-blocking.
+    ///
+    /// The scheduling policy cannot change after this call. The sharded policy shares the socket,
+    /// because the process that opened it may not allow other sockets on its port.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Descriptor`] if the descriptor is of another kind, and [`Error::Listen`] if
+    /// the system denies access to it.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {
+    /// let mut sockets = Vec::new();
+    /// for passed in passed {
+    ///     sockets.push(master.adopt(passed)?);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn adopt(&self, passed: ListenFd) -> Result<MasterListener> {
+        self.event_loop.check_own()?;
+        let kind = passed.kind()?;
+        let name = passed.name().map(str::to_owned);
+        let socket = OwnedFd::from(passed);
+        let address = format!("descriptor {}", socket.as_raw_fd());
+        match self.shell.adopt(kind, socket, name, BACKLOG) {
+            Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
+            Err(reason) => Err(Error::Listen {
+                address,
+                reason,
+                occupied_by: None,
+            }),
+        }
+    }
+
+    /// Retains every listener and UDP socket that is open for workers, also those that only workers
+    /// have requested, and returns them. Descriptors that a worker has named by their numbers are
+    /// left out, because they belong to the application.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Use this method to pass all sockets to a new master, as
+    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) does.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::os::fd::AsFd;
+    /// use cluster::Settings;
+    ///
+    /// let sockets = master.retain_all();
+    /// let mut passed = Vec::new();
+    /// for socket in &sockets {
+    ///     passed.push((socket.name(), socket.as_fd().try_clone_to_owned()?));
+    /// }
+    /// master.fork_as(Settings::default().detached(true).listen_fds(passed))?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use = "the sockets are released when the values are dropped"]
+    pub fn retain_all(&self) -> Vec<MasterListener> {
+        if self.event_loop.check_own().is_err() {
+            return Vec::new();
+        }
+        let retained = self.shell.retain_all().into_iter();
+        let listeners = retained.map(|retained| MasterListener::new(&self.shell, retained));
+        listeners.collect()
     }
 
     /// Opens a listener on the first usable address of those that the request resolves to.
     fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {
-            return self
-                .shell
-                .adopt(bind_request.kind, socket, &bind_request.flags);
+            let backlog = bind_request.flags.backlog;
+            return self.shell.adopt(bind_request.kind, socket, None, backlog);
         }
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for endpoint in bind_request.resolve()? {

@@ -171,6 +171,7 @@ impl Pool {
         } else if *event == PoolEvent::QuorumLost {
             self.stop_takeover_timer(master);
         }
+        self.close_unrequested();
         let callbacks = self.0.event_callbacks.borrow();
         let ids: Vec<CallbackId> = callbacks.iter().map(|(id, _)| *id).collect();
         drop(callbacks);

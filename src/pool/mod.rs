@@ -46,6 +46,7 @@ mod handover;
 mod memory;
 mod options;
 mod signals;
+mod sockets;
 mod status;
 mod systemd;
 mod upgrade;
@@ -148,9 +149,15 @@ struct Inner {
     failure_limit_callback: RefCell<Option<Rc<RefCell<FailureLimitCallback>>>>,
     generations: RefCell<Generations<Settings>>,
     listeners: RefCell<Vec<PoolListener>>,
+    /// The sockets that only workers have opened. The pool retains them while a new master that has
+    /// copies of them runs.
+    worker_sockets: RefCell<Vec<PoolListener>>,
     /// The old master, until this process has taken over. Always `None` if no old master started
     /// this process for an upgrade.
     old_master: RefCell<Option<OldMaster>>,
+    /// The watch for the exit of the old master from which this process has taken over. `None` if
+    /// there is no such process.
+    old_master_exit: Cell<Option<WatchId>>,
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
@@ -158,12 +165,11 @@ struct Inner {
     upgrade_channel: Cell<Option<WatchId>>,
 }
 
-/// A listener that stays open while workers come and go.
+/// A listener or UDP socket that stays open while workers come and go.
 struct PoolListener {
     listener: MasterListener,
-    /// The name with which the listener was passed to this process. `None` if the pool opened the
-    /// listener itself or the listener was passed without a name.
-    name: Option<String>,
+    /// Whether a master of this service opened the socket (see `sockets`).
+    is_own: bool,
 }
 
 enum Notification {
@@ -205,7 +211,9 @@ impl Pool {
             failure_limit_callback: RefCell::default(),
             generations: RefCell::new(Generations::new()),
             listeners: RefCell::default(),
+            worker_sockets: RefCell::default(),
             old_master: RefCell::default(),
+            old_master_exit: Cell::new(None),
             new_masters: RefCell::default(),
             upgrade_channel: Cell::new(None),
         }));
@@ -239,8 +247,8 @@ impl Pool {
         // contains it.
         let is_new = |other: &PoolListener| other.listener.address() != address;
         if listeners.iter().all(is_new) {
-            let name = None;
-            listeners.push(PoolListener { listener, name });
+            let is_own = !listener.has_foreign_copies();
+            listeners.push(PoolListener { listener, is_own });
         }
         Ok(address)
     }

@@ -1,16 +1,15 @@
 //! The processes and descriptors of an upgrade, in which a new master takes over from an old
 //! master.
 //!
-//! The old master starts the new master and passes copies of its listeners and one end of a channel
+//! The old master starts the new master and passes copies of its sockets and one end of a channel
 //! by the protocol with which systemd passes sockets. Both masters then accept connections from the
 //! same sockets. When the new master has had a quorum for `min_ready_time`, it writes a byte to the
 //! channel, and the old master's pool stops. If the new master exits early or misses the deadline,
 //! the upgrade fails and the old master continues.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use cluster::systemd::ListenFd;
 use cluster::{
@@ -21,18 +20,15 @@ use cluster::{
 use super::core::Core;
 use super::event::PoolEvent;
 use super::handover::Handover;
+use super::sockets::PassedSocket;
 use super::systemd::NOTIFY_SOCKET;
 use super::{Pool, PoolListener};
 
 /// The descriptor name of the channel to the old master.
 ///
-/// The old master writes one byte for each listener to the channel. The byte is 1 if the new master
-/// inherits the listener's socket file and must remove the file in the end. In all other cases, the
-/// byte is 0. The fields of a [`Handover`] follow. A new master of an older release ignores them.
+/// The old master writes one byte for each socket to the channel (see `sockets`), and then the
+/// fields of a [`Handover`]. It keeps its end open until it exits.
 const CHANNEL: &str = "cluster-predecessor";
-
-/// The name that is passed to the new master for a listener without a name.
-const UNNAMED_LISTENER: &str = "listener";
 
 /// The byte with which a new master reports that it has taken over.
 const TOOK_OVER: u8 = b'S';
@@ -51,14 +47,20 @@ pub(super) struct OldMaster {
 
 // The new master's side of an upgrade.
 impl Pool {
-    /// Adopts the listeners that systemd, or the old master of an [upgrade](Self::upgrade), has
-    /// passed to this process. Like the listeners of [`listen`](Self::listen), adopted listeners
-    /// stay open until the pool stops.
+    /// Adopts the sockets that systemd, or the old master of an [upgrade](Self::upgrade), has passed
+    /// to this process. Like the listeners of [`listen`](Self::listen), adopted sockets stay open
+    /// until the pool stops.
     ///
     /// Node has no counterpart.
     ///
-    /// Workers share these listeners by listening on the same addresses. Call `adopt` before
-    /// `listen`, so that `listen` reuses an adopted listener instead of opening a new one.
+    /// Workers share these sockets by listening on the same addresses, or binding them. Call `adopt`
+    /// before `listen`, so that `listen` reuses an adopted listener instead of opening a new one.
+    ///
+    /// After an upgrade, the new release may not use all sockets of the old one. The pool closes a
+    /// socket if neither a worker nor [`listen`](Self::listen) has requested its address when the old
+    /// master has exited and all workers are ready. It then also removes the file of a Unix socket,
+    /// and the kernel resets the clients that wait in the backlog. A worker that requests the address
+    /// later opens it again. Sockets of systemd stay open, because systemd decides about them.
     ///
     /// If the old master's number of slots differed from its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), because it was
@@ -66,8 +68,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Descriptor`] if a descriptor is not a listener, and [`Error::Io`] if the
-    /// channel to the old master is broken. Also returns the errors of [`Master::listen`].
+    /// Returns the errors of [`Master::adopt`], and [`Error::Io`] if the channel to the old master is
+    /// broken. If a descriptor cannot be adopted, the pool still adopts all others, and returns the
+    /// first error.
     ///
     /// ```no_run
     /// # use cluster::pool::{Pool, PoolOptions};
@@ -85,14 +88,14 @@ impl Pool {
     pub fn adopt(&self, master: &Master, mut passed: Vec<ListenFd>) -> Result<()> {
         let is_channel = |passed: &ListenFd| passed.name() == Some(CHANNEL);
         let channel = passed.iter().position(is_channel);
-        let mut inherits_file = Vec::new();
+        let mut facts = Vec::new();
         if let Some(channel) = channel.map(|index| passed.remove(index)) {
             let mut channel = UnixStream::from(OwnedFd::from(channel));
-            inherits_file.resize(passed.len(), 0);
+            facts.resize(passed.len(), 0);
             // A non-blocking read is enough, because the old master wrote these bytes before it
             // started this process.
             let read = channel.set_nonblocking(true);
-            let read = read.and_then(|()| channel.read_exact(&mut inherits_file));
+            let read = read.and_then(|()| channel.read_exact(&mut facts));
             let handover = read.and_then(|()| read_handover(&mut channel));
             let handover = handover.map_err(Error::io("read from the old master"))?;
             if let Some(slots) = handover.slots {
@@ -107,23 +110,28 @@ impl Pool {
                 takeover_timer: None,
             }));
         }
+        let mut result = Ok(());
         for (index, passed) in passed.into_iter().enumerate() {
-            let name = passed.name().map(str::to_owned);
-            let listener = if passed.is_unix() {
-                master.listen(UnixListener::try_from(passed)?)
-            } else {
-                master.listen(TcpListener::try_from(passed)?)
-            }?;
+            let listener = match master.adopt(passed) {
+                Ok(listener) => listener,
+                Err(error) => {
+                    result = result.and(Err(error));
+                    continue;
+                }
+            };
+            let facts = facts.get(index).copied().map(PassedSocket::decode);
+            let PassedSocket {
+                removes_file,
+                is_own,
+            } = facts.unwrap_or_default();
             let mut listeners = self.0.listeners.borrow_mut();
             let mut old_master = self.0.old_master.borrow_mut();
-            if let Some(old_master) = old_master.as_mut() {
-                if inherits_file.get(index) == Some(&1) {
-                    old_master.inherits_files.push(listeners.len());
-                }
+            if let Some(old_master) = old_master.as_mut().filter(|_| removes_file) {
+                old_master.inherits_files.push(listeners.len());
             }
-            listeners.push(PoolListener { listener, name });
+            listeners.push(PoolListener { listener, is_own });
         }
-        Ok(())
+        result
     }
 
     /// Restarts the takeover timer after the pool has reached its quorum. This process takes over
@@ -166,7 +174,26 @@ impl Pool {
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
+        self.watch_exit_of_old_master(master, old_master.channel);
         self.emit(master, PoolEvent::TookOver);
+    }
+
+    /// Waits for the end of the channel, because the old master keeps its end open until it exits.
+    fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
+        let pool = self.clone();
+        let on_readable = move |_: &Master, mut channel: &UnixStream| {
+            if matches!(channel.read(&mut [0]), Ok(1)) {
+                return Some(Interest::Readable);
+            }
+            pool.0.old_master_exit.set(None);
+            pool.other_master_exited();
+            None
+        };
+        // Ignore an error, because the sockets then only keep the care for another owner.
+        if let Ok(watch) = master.watch(channel, Interest::Readable, on_readable) {
+            master.unreference(watch);
+            self.0.old_master_exit.set(Some(watch));
+        }
     }
 }
 
@@ -183,6 +210,13 @@ fn read_handover(channel: &mut UnixStream) -> io::Result<Handover> {
 impl Pool {
     /// Starts a new master from the program's file, which may contain a new release. When the new
     /// master has taken over, this pool stops. No client is refused in the meantime.
+    ///
+    /// The new master receives a copy of every listener and UDP socket that this master holds for
+    /// its workers: those of the pool, and those that only workers have opened. If the kernel chose a
+    /// port, the new workers receive the same port when they request port 0. A sharded listener
+    /// passes its first shard, to which all new connections then go. The new workers share it, and
+    /// the old workers serve the connections in the other shards. Private sockets of workers, and
+    /// descriptors that workers name by their numbers, are not passed.
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
     /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved
@@ -234,22 +268,16 @@ impl Pool {
         }
         let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
-        let listeners = self.copy_listeners()?;
-        let inherits_file = |own: &PoolListener| u8::from(own.listener.removes_file());
-        let mut bytes: Vec<u8> = self
-            .0
-            .listeners
-            .borrow()
-            .iter()
-            .map(inherits_file)
-            .collect();
+        let sockets = self.copy_sockets(master)?;
+        let mut bytes: Vec<u8> = sockets.iter().map(|socket| socket.facts.encode()).collect();
         let slots = self.0.core.borrow().handed_over_slots();
         bytes.extend(Handover { slots }.encode());
         ours.write_all(&bytes)
             .map_err(Error::io("write to a new master"))?;
+        let sockets = sockets.into_iter().map(|socket| (socket.name, socket.fd));
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let settings = Settings::default()
-            .listen_fds([channel].into_iter().chain(listeners))
+            .listen_fds([channel].into_iter().chain(sockets))
             .detached(true)
             // Keep the new master in this process group, so that a signal to the group stops both
             // masters.
@@ -264,18 +292,6 @@ impl Pool {
             .inspect_err(|_| new_master.process().kill(Signal::KILL))
     }
 
-    /// Returns a copy of each listener's descriptor, with the listener's name.
-    fn copy_listeners(&self) -> Result<Vec<(String, OwnedFd)>> {
-        let mut copies = Vec::new();
-        for PoolListener { listener, name } in &*self.0.listeners.borrow() {
-            let copy = listener.as_fd().try_clone_to_owned();
-            let copy = copy.map_err(Error::io("copy a listener for a new master"))?;
-            let name = name.clone().unwrap_or_else(|| UNNAMED_LISTENER.to_owned());
-            copies.push((name, copy));
-        }
-        Ok(copies)
-    }
-
     /// Watches the new master and reports its takeover and exit to the core.
     fn watch_new_master(
         &self,
@@ -286,18 +302,23 @@ impl Pool {
         let pool = self.clone();
         let on_readable = move |master: &Master, mut channel: &UnixStream| {
             // Ignore end-of-file, because the new master's exit or the deadline ends the upgrade.
-            if matches!(channel.read(&mut [0]), Ok(1)) {
-                pool.input(master, Core::new_master_took_over);
+            if !matches!(channel.read(&mut [0]), Ok(1)) {
+                return None;
             }
-            None
+            pool.input(master, Core::new_master_took_over);
+            // Keep the channel open, because its end tells the new master that this process has
+            // exited.
+            Some(Interest::Readable)
         };
         let watch = master.watch(channel, Interest::Readable, on_readable)?;
+        master.unreference(watch);
         self.0.upgrade_channel.set(Some(watch));
         let pool = self.clone();
         new_master.on_exit(move |master, new_master, status| {
             let id = new_master.id();
             pool.0.new_masters.borrow_mut().remove(&id);
             pool.input(master, |core, _| core.new_master_exited(id, status));
+            pool.other_master_exited();
         });
         let id = new_master.id();
         let mut new_masters = self.0.new_masters.borrow_mut();
@@ -316,7 +337,8 @@ impl Pool {
 
     /// Leaves the listeners' socket files to the new master.
     pub(super) fn release_socket_files(&self) {
-        for PoolListener { listener, .. } in &*self.0.listeners.borrow() {
+        let (listeners, others) = (self.0.listeners.borrow(), self.0.worker_sockets.borrow());
+        for PoolListener { listener, .. } in listeners.iter().chain(&*others) {
             // Ignore the result, because `set_removes_file(false)` cannot fail.
             let _ = listener.set_removes_file(false);
         }

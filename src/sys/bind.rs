@@ -9,9 +9,9 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
 use crate::sys;
-use crate::sys::listen::PortSharing;
+use crate::sys::listen::{Family, PortSharing};
 use crate::sys::socket_file::{self, SocketFile};
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, abstract_path};
 use crate::types::errno;
 
 /// A listener, or a bound UDP socket. The socket is non-blocking.
@@ -46,6 +46,9 @@ pub(crate) fn bind(
                 outcome => outcome?,
             }
         }
+        (Kind::Unix, Place::Path(path)) if abstract_name(path).is_some() => {
+            listen_abstract(abstract_name(path).unwrap_or_default(), flags)?
+        }
         (Kind::Unix, Place::Path(path)) => {
             let (socket, socket_file) = socket_file::listen(path, flags)?;
             file = Some(socket_file);
@@ -63,6 +66,15 @@ pub(crate) fn bind(
     })
 }
 
+/// Listens on an abstract Unix address (unix(7)), which has no file.
+fn listen_abstract(name: &[u8], flags: &BindFlags) -> io::Result<OwnedFd> {
+    let listener = UnixListener::bind_addr(&sys::platform::socket::abstract_address(name)?)?;
+    listener.set_nonblocking(true)?;
+    let listener = OwnedFd::from(listener);
+    sys::listen::listen(&listener, flags.backlog)?;
+    Ok(listener)
+}
+
 /// Duplicates a socket that the application owns, and prepares the copy for accepting.
 fn duplicate(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd> {
     check_kind(kind, number)?;
@@ -75,9 +87,9 @@ fn duplicate(kind: Kind, number: RawFd, flags: &BindFlags) -> io::Result<OwnedFd
 fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     let found = sys::listen::socket_kind(number)?;
     let fits = match kind {
-        Kind::Tcp => found.is_stream && !found.is_unix,
-        Kind::Unix => found.is_stream && found.is_unix,
-        Kind::Udp => !found.is_stream && !found.is_unix,
+        Kind::Tcp => found.is_stream && found.family == Family::Internet,
+        Kind::Unix => found.is_stream && found.family == Family::Unix,
+        Kind::Udp => !found.is_stream && found.family == Family::Internet,
     };
     if !fits {
         return Err(io::Error::from_raw_os_error(errno::EINVAL));
@@ -96,13 +108,15 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
         Kind::Unix => {
             let address = UnixListener::from(socket.try_clone()?).local_addr()?;
             let path = address.as_pathname().map(socket_file::absolute);
-            path.transpose()?.map(Place::Path)
+            let path = path.transpose()?;
+            let name = || sys::platform::socket::abstract_name(&address).map(abstract_path);
+            path.or_else(name).map(Place::Path)
         }
     };
     let unbound = || {
         io::Error::new(
             io::ErrorKind::InvalidInput,
-            "the socket has no address or path",
+            "the socket has no address or name",
         )
     };
     Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
@@ -117,7 +131,7 @@ pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     if found.is_stream && !found.listens {
         sys::listen::listen(socket, backlog)?;
     }
-    if found.is_stream && !found.is_unix {
+    if found.is_stream && found.family == Family::Internet {
         sys::filter::detach_foreign_syn_filter(socket)?;
     }
     sys::fd::set_nonblocking(socket.as_fd(), true)

@@ -189,8 +189,18 @@ pub(crate) fn listen(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
 pub(crate) struct SocketKind {
     /// Whether the socket is a stream socket (TCP or Unix) instead of a datagram socket.
     pub(crate) is_stream: bool,
-    pub(crate) is_unix: bool,
+    pub(crate) family: Family,
     pub(crate) listens: bool,
+}
+
+/// The address family of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// IPv4 or IPv6.
+    Internet,
+    Unix,
+    /// A family that this crate cannot share, such as `AF_VSOCK` or `AF_NETLINK`.
+    Other,
 }
 
 /// Returns a socket's kind, and whether the socket listens.
@@ -209,9 +219,14 @@ pub(crate) fn socket_kind(number: RawFd) -> io::Result<SocketKind> {
     let mut size = option::size_of_value(&address);
     // SAFETY: both pointers are valid for writes, and `size` is the address's size.
     check(unsafe { libc::getsockname(number, (&raw mut address).cast(), &raw mut size) })?;
+    let family = match libc::c_int::from(address.ss_family) {
+        libc::AF_INET | libc::AF_INET6 => Family::Internet,
+        libc::AF_UNIX => Family::Unix,
+        _ => Family::Other,
+    };
     Ok(SocketKind {
         is_stream,
-        is_unix: address.ss_family == family(libc::AF_UNIX),
+        family,
         listens: option::get_int(number, libc::SO_ACCEPTCONN)? != 0,
     })
 }

@@ -12,7 +12,8 @@ use super::environment::{
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::sys::fd::LISTEN_FDS_START;
-use crate::sys::listen::SocketKind;
+use crate::sys::listen::{Family, SocketKind};
+use crate::types::endpoint::Kind;
 
 /// A descriptor that was passed to this process, such as a listener or a UDP socket.
 ///
@@ -72,47 +73,70 @@ impl ListenFd {
     /// ```
     #[must_use]
     pub fn is_unix(&self) -> bool {
-        let kind = sys::listen::socket_kind(self.fd.as_raw_fd());
-        kind.is_ok_and(|kind| kind.is_unix)
+        self.socket_kind()
+            .is_some_and(|kind| kind.family == Family::Unix)
+    }
+
+    fn socket_kind(&self) -> Option<SocketKind> {
+        sys::listen::socket_kind(self.fd.as_raw_fd()).ok()
+    }
+
+    /// Returns the kind under which a master can share the descriptor with workers.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Descriptor`] for all other descriptors.
+    pub(crate) fn kind(&self) -> Result<Kind> {
+        match self.socket_kind() {
+            Some(TCP_LISTENER) => Ok(Kind::Tcp),
+            Some(UNIX_LISTENER) => Ok(Kind::Unix),
+            Some(UDP_SOCKET) => Ok(Kind::Udp),
+            _ => Err(self.mismatch("a TCP listener, a Unix listener or a UDP socket")),
+        }
     }
 
     fn into_kind(self, expected: &'static str, wanted: SocketKind) -> Result<OwnedFd> {
-        let kind = sys::listen::socket_kind(self.fd.as_raw_fd()).ok();
-        if kind == Some(wanted) {
+        if self.socket_kind() == Some(wanted) {
             return Ok(self.fd);
         }
-        Err(Error::Descriptor {
+        Err(self.mismatch(expected))
+    }
+
+    fn mismatch(&self, expected: &'static str) -> Error {
+        let kind = self.socket_kind();
+        Error::Descriptor {
             number: self.fd.as_raw_fd(),
-            name: self.name,
+            name: self.name.clone(),
             found: kind.map_or("neither a stream nor a datagram socket", describe),
             expected,
-        })
+        }
     }
 }
 
 const TCP_LISTENER: SocketKind = SocketKind {
     is_stream: true,
-    is_unix: false,
+    family: Family::Internet,
     listens: true,
 };
 const UNIX_LISTENER: SocketKind = SocketKind {
-    is_unix: true,
+    family: Family::Unix,
     ..TCP_LISTENER
 };
 const UDP_SOCKET: SocketKind = SocketKind {
     is_stream: false,
-    is_unix: false,
+    family: Family::Internet,
     listens: false,
 };
 
 fn describe(kind: SocketKind) -> &'static str {
-    match (kind.is_stream, kind.is_unix, kind.listens) {
-        (true, false, true) => "a TCP listener",
-        (true, false, false) => "a TCP socket that does not listen",
-        (true, true, true) => "a Unix listener",
-        (true, true, false) => "a Unix stream socket that does not listen",
-        (false, false, _) => "a UDP socket",
-        (false, true, _) => "a Unix datagram socket",
+    match (kind.is_stream, kind.family, kind.listens) {
+        (true, Family::Internet, true) => "a TCP listener",
+        (true, Family::Internet, false) => "a TCP socket that does not listen",
+        (true, Family::Unix, true) => "a Unix listener",
+        (true, Family::Unix, false) => "a Unix stream socket that does not listen",
+        (false, Family::Internet, _) => "a UDP socket",
+        (false, Family::Unix, _) => "a Unix datagram socket",
+        (_, Family::Other, _) => "neither an IP nor a Unix socket",
     }
 }
 

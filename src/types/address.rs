@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::endpoint::{Endpoint, Kind, Place, fmt_path};
 
 /// The address that a worker listens on.
 ///
@@ -12,7 +12,7 @@ use crate::types::endpoint::{Endpoint, Kind, Place};
 ///
 /// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave no host, the address
 /// prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if the worker
-/// requested it by its descriptor.
+/// requested it by its descriptor. An abstract Unix socket prints as `@name`.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
@@ -38,7 +38,7 @@ pub enum Address {
     ///
     /// Node: `addressType` `'udp4'` or `'udp6'`.
     Udp(SocketAddr),
-    /// A Unix socket.
+    /// A Unix socket. The path of an abstract socket begins with a zero byte.
     ///
     /// Node: `addressType` -1.
     Unix(PathBuf),
@@ -156,7 +156,7 @@ impl std::fmt::Display for Address {
                 address: Some(address),
                 ..
             } => address.fmt(f),
-            Self::Unix(path) => path.display().fmt(f),
+            Self::Unix(path) => fmt_path(path, f),
             Self::Fd { number, .. } => write!(f, "descriptor {number}"),
         }
     }
@@ -182,6 +182,8 @@ mod tests {
         assert_eq!(port, Address::TcpPort("[::]:80".parse().unwrap()));
         let path = address(Kind::Unix, Place::Path("/run/a".into()), None);
         assert_eq!(path.to_string(), "/run/a");
+        let path = address(Kind::Unix, Place::Path("\0a b\n".into()), None);
+        assert_eq!(path.to_string(), "@a b\\n");
         let fd = address(Kind::Tcp, Place::Fd(3), Some("127.0.0.1:80"));
         assert_eq!(fd.to_string(), "127.0.0.1:80");
         let fd = address(Kind::Unix, Place::Fd(3), None);

@@ -1,8 +1,11 @@
 //! The endpoints that a worker requests, in the form that master and workers share.
 
+use std::ffi::OsString;
+use std::fmt::Display as _;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
 
 /// The default backlog, in connections. The value is the same as in Node.
 pub(crate) const BACKLOG: u32 = 511;
@@ -22,6 +25,7 @@ pub(crate) enum Place {
     Port(u16),
     Ip(SocketAddr),
     /// An absolute path, because the master and its workers may have different working directories.
+    /// As in Node, a path that begins with a zero byte is an abstract name.
     Path(PathBuf),
     /// A socket that is already open in the master, by its descriptor.
     Fd(RawFd),
@@ -87,12 +91,31 @@ impl Endpoint {
     }
 }
 
+/// Returns the abstract name that a path stands for, without the zero byte at its beginning. `None`
+/// if the path names a file.
+pub(crate) fn abstract_name(path: &Path) -> Option<&[u8]> {
+    path.as_os_str().as_bytes().strip_prefix(&[0])
+}
+
+/// Returns the path that stands for an abstract name.
+pub(crate) fn abstract_path(name: &[u8]) -> PathBuf {
+    OsString::from_vec([&[0], name].concat()).into()
+}
+
+/// Prints a path, or an abstract name after `@`, as systemd and ss(8) do.
+pub(crate) fn fmt_path(path: &Path, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    match abstract_name(path) {
+        Some(name) => write!(f, "@{}", name.escape_ascii()),
+        None => path.display().fmt(f),
+    }
+}
+
 impl std::fmt::Display for Endpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.place {
             Place::Port(port) => write!(f, "*:{port}"),
             Place::Ip(address) => address.fmt(f),
-            Place::Path(path) => path.display().fmt(f),
+            Place::Path(path) => fmt_path(path, f),
             Place::Fd(number) => write!(f, "the master's descriptor {number}"),
         }
     }

@@ -210,6 +210,7 @@ impl Worker {
             Err(reason) => Err(Error::Listen {
                 address: bind_request.to_string(),
                 reason,
+                occupied_by: None,
             }),
         }
     }
@@ -243,6 +244,7 @@ impl Worker {
             Err(reason) => Err(Error::Bind {
                 address: bind_request.to_string(),
                 reason,
+                occupied_by: None,
             }),
         }
     }

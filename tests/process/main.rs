@@ -26,13 +26,14 @@ mod exhaustion;
 mod finish;
 mod fleet;
 mod forked;
-mod groups;
 mod giving_up;
+mod groups;
 mod hand_off;
 mod harness;
 mod host;
 mod hostile;
 mod inherited;
+mod inherited_sockets;
 mod leave;
 mod life;
 mod listen;
@@ -121,6 +122,7 @@ fn main() -> ExitCode {
         operator::SCENARIOS,
         notify::SCENARIOS,
         giving_up::SCENARIOS,
+        inherited_sockets::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];

@@ -1,9 +1,12 @@
 //! Requests to listen: a worker joins an open listener, or receives a new one.
 
+use std::io;
 use std::net::SocketAddr;
 
-use super::listener::{Listener, Ownership, Stage};
+use super::listener::{Listener, Stage};
 use super::{Action, Attachment, MasterCore};
+use crate::error::Error;
+use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind};
 use crate::types::errno;
 use crate::types::policy::SchedulingPolicy;
@@ -76,11 +79,12 @@ impl<C, F> MasterCore<C, F> {
             // connections.
             self.reject(worker, request, errno::EMFILE);
         } else if listener.members.contains(worker) {
-            if listener.ownership != Ownership::Adopted {
+            let keys = self.keys.values().filter(|other| **other == handle);
+            if keys.count() == 1 {
                 return Err(FrameError::Violation(Violation::RepeatedListen));
             }
             // Reject the request, because the worker already has this listener under another
-            // endpoint. An adopted listener is found both by its port and by its address.
+            // endpoint. A passed listener may be found both by its port and by its address.
             self.reject(worker, request, errno::EADDRINUSE);
         } else if self.assign_shard(handle, worker) {
             self.join(worker, request, handle);
@@ -134,7 +138,10 @@ impl<C, F> MasterCore<C, F> {
         } = pending;
         let address = match result {
             Ok(address) => address,
-            Err(errno) => return self.reject(worker, request, errno),
+            Err(errno) => {
+                self.report_occupant(worker, &key.endpoint, errno);
+                return self.reject(worker, request, errno);
+            }
         };
         let policy = self.policy_of(&key.endpoint);
         let listener = self.add_listener(handle, key, address, policy);
@@ -145,6 +152,42 @@ impl<C, F> MasterCore<C, F> {
         if policy == SchedulingPolicy::RoundRobin {
             self.watch(handle, true);
         }
+    }
+
+    /// Reports the listener of this master that occupies the port of a worker's request. The worker
+    /// itself receives only the error number.
+    fn report_occupant(&mut self, worker: WorkerId, endpoint: &Endpoint, errno: i32) {
+        let occupied_by = self.occupant(endpoint);
+        if errno == errno::EADDRINUSE && occupied_by.is_some() {
+            let address = endpoint.to_string();
+            let reason = io::Error::from_raw_os_error(errno);
+            let error = match endpoint.kind {
+                Kind::Udp => Error::Bind {
+                    address,
+                    reason,
+                    occupied_by,
+                },
+                Kind::Tcp | Kind::Unix => Error::Listen {
+                    address,
+                    reason,
+                    occupied_by,
+                },
+            };
+            self.error(Some(worker), error);
+        }
+    }
+
+    /// Returns the address of this master's own socket that has the endpoint's port. `None` if there
+    /// is none, or if the system chooses the port.
+    pub(crate) fn occupant(&self, endpoint: &Endpoint) -> Option<Address> {
+        let port = endpoint.address()?.port();
+        let has_port = |listener: &&Listener<C>| {
+            let is_udp = listener.key.endpoint.kind == Kind::Udp;
+            let bound = listener.address.map(|bound| bound.port());
+            bound == Some(port) && is_udp == (endpoint.kind == Kind::Udp)
+        };
+        let occupant = self.listeners.values().find(has_port);
+        occupant.map(Listener::public_address)
     }
 
     /// Adds a listener that has been bound.
@@ -177,6 +220,7 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
+        listener.is_requested = true;
         listener.members.add(worker);
         listener.dispatcher.add(worker);
         let bound = Bound {

@@ -99,24 +99,23 @@ pub(super) enum AcceptState {
 
 /// The processes that may have a copy of the listening socket.
 ///
-/// ```text
-///   the master opens it ----> Sole --- MasterListener::as_fd ---> Borrowed
-///   a descriptor that the application names (ListenOptions::fd) -> Borrowed
-///   Master::listen with a socket --------------------------------> Adopted
-/// ```
+/// | from | event | to |
+/// |---|---|---|
+/// | (none) | the master opens the socket | `Sole` |
+/// | (none) | the application passes the socket, or names its descriptor | `Joint` |
+/// | `Sole` | `MasterListener::as_fd` | `Joint` |
+/// | any | `MasterListener::set_foreign_copies` | as the application states |
 ///
-/// A listener never returns to `Sole`, because the master cannot learn that no other process has a
-/// copy. SYN filters and shutdowns are only for `Sole` listeners, because both affect all copies of
-/// the socket.
+/// The master cannot learn that no other process has a copy any more, so only the application can
+/// return a listener to `Sole`. SYN filters and shutdowns are only for `Sole` listeners, because
+/// both affect all copies of the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ownership {
+pub(crate) enum Ownership {
     /// Only the master and its workers have copies. A copy in any other process is unintended, so
     /// the master shuts it down together with the listener.
     Sole,
-    /// The application may have passed a copy to any process.
-    Borrowed,
-    /// The socket was open before the master received it, and other processes may have copies.
-    Adopted,
+    /// A process outside the cluster may have a copy.
+    Joint,
 }
 
 #[derive(Debug)]
@@ -141,6 +140,9 @@ pub(super) struct Listener<C> {
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
+    /// Whether a worker or the application has requested the listener's address. `false` only for a
+    /// passed socket.
+    pub(super) is_requested: bool,
     /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps
     /// the backlog for the next worker.
     pub(super) shards: Vec<Option<WorkerId>>,
@@ -160,7 +162,7 @@ impl<C> Listener<C> {
         policy: SchedulingPolicy,
     ) -> Self {
         let ownership = match key.endpoint.is_borrowed() {
-            true => Ownership::Borrowed,
+            true => Ownership::Joint,
             false => Ownership::Sole,
         };
         Self {
@@ -177,6 +179,7 @@ impl<C> Listener<C> {
             dispatch_from: None,
             hang_up_from: None,
             retained_by: 0,
+            is_requested: true,
             shards: Vec::new(),
             departing: BTreeSet::new(),
             spare_shard: None,

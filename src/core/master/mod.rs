@@ -70,6 +70,7 @@ pub(crate) use accept::ACCEPT_BATCH;
 pub(crate) use action::{Action, Attachment};
 use detached::DetachedEntry;
 use listen::PendingBind;
+pub(crate) use listener::Ownership;
 use listener::{AcceptState, Listener, Stage};
 use listener_table::ListenerTable;
 use workers::WorkerEntry;

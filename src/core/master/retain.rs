@@ -6,28 +6,47 @@ use std::path::PathBuf;
 use super::MasterCore;
 use super::listener::{AcceptState, Ownership, Stage};
 use crate::types::address::Address;
-use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::endpoint::{Endpoint, Kind, Place, abstract_name};
 use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {
     /// Retains a listener that is open on this endpoint, and returns it.
     ///
-    /// The first choice is a listener that is not retained. If all listeners are already retained
-    /// and the system does not choose the port, the first listener is retained one more time.
-    /// Returns `None` if there is no suitable listener. The shell then opens one and calls
-    /// `retained`.
+    /// The first choice is a listener that is not retained, and the second a passed one that nobody
+    /// has requested. If there is neither and the system does not choose the port, the first
+    /// listener is retained one more time. Returns `None` if there is no suitable listener. The
+    /// shell then opens one and calls `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
         let open = || self.handles_at(endpoint);
         let unretained = open().find(|handle| !self.listeners[handle].is_retained());
+        let unrequested = || open().find(|handle| !self.listeners[handle].is_requested);
         let first = || open().next().filter(|_| !endpoint.is_any_port());
-        let handle = unretained.or_else(first)?;
+        let handle = unretained.or_else(unrequested).or_else(first)?;
         let listener = self.listeners.get_mut(&handle)?;
         listener.retained_by += 1;
+        listener.is_requested = true;
         if self.reopen(handle) {
             self.pause(handle);
         }
         Some(handle)
+    }
+
+    /// Retains every listener and UDP socket that is open for new clients, and returns them. A
+    /// borrowed descriptor is left out, because it belongs to the application.
+    pub(crate) fn retain_all(&mut self) -> Vec<HandleId> {
+        let mut handles = self.listeners.ids();
+        handles.retain(|handle| {
+            let listener = &self.listeners[handle];
+            let is_open = matches!(listener.stage, Stage::Open | Stage::Pausing);
+            is_open && !listener.key.endpoint.is_borrowed()
+        });
+        for handle in &handles {
+            if let Some(listener) = self.listeners.get_mut(handle) {
+                listener.retained_by += 1;
+            }
+        }
+        handles
     }
 
     /// Returns the listeners of an endpoint, sorted by index.
@@ -63,47 +82,59 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Adds a retained listener that was open before the master received it.
+    /// Adds a retained socket that was open before the master received it. Nobody has requested it
+    /// yet.
     pub(crate) fn adopted(
         &mut self,
         handle: HandleId,
         endpoint: Endpoint,
         address: Option<SocketAddr>,
     ) {
-        let policy = match self.policy {
+        let policy = match self.policy_of(&endpoint) {
             // Use `Shared`, because the process that opened the listener may not have allowed other
             // sockets to share its port.
             SchedulingPolicy::Sharded => SchedulingPolicy::Shared,
             policy @ (SchedulingPolicy::RoundRobin | SchedulingPolicy::Shared) => policy,
         };
+        let has_fixed_tcp_port = endpoint.kind == Kind::Tcp && !endpoint.is_any_port();
         self.retained(handle, endpoint, address, policy);
         if let Some(listener) = self.listeners.get_mut(&handle) {
-            listener.ownership = Ownership::Adopted;
+            listener.ownership = Ownership::Joint;
+            listener.is_requested = false;
         }
         // Add a second key for a listener on all addresses, because a worker that gives no host
         // requests only the port.
-        if let Some(address) = address.filter(|address| address.ip().is_unspecified()) {
+        let unspecified = address.filter(|address| address.ip().is_unspecified());
+        if let Some(address) = unspecified.filter(|_| has_fixed_tcp_port) {
             let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
             let key = HandleKey { endpoint, index: 0 };
             self.keys.get_or_insert_with(key, || handle);
         }
     }
 
-    /// Records that the application has had a descriptor of this listener, and may have passed it
-    /// to another process.
-    pub(crate) fn mark_borrowed(&mut self, handle: HandleId) {
+    /// Records whether a process outside the cluster may have a copy of the listener.
+    pub(crate) fn set_ownership(&mut self, handle: HandleId, ownership: Ownership) {
         if let Some(listener) = self.listeners.get_mut(&handle) {
-            if listener.ownership == Ownership::Sole {
-                listener.ownership = Ownership::Borrowed;
-            }
+            listener.ownership = ownership;
         }
     }
 
-    /// Returns the path of a Unix socket's file.
+    /// Returns whether a worker or the application has requested the listener.
+    pub(crate) fn is_requested(&self, handle: HandleId) -> bool {
+        let listener = self.listeners.get(&handle);
+        listener.is_some_and(|listener| listener.is_requested)
+    }
+
+    /// Returns the endpoint by which workers request a listener.
+    pub(crate) fn endpoint_of(&self, handle: HandleId) -> Option<&Endpoint> {
+        Some(&self.listeners.get(&handle)?.key.endpoint)
+    }
+
+    /// Returns the path of a Unix socket's file. `None` if the socket has no file.
     pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
         match &self.listeners.get(&handle)?.key.endpoint.place {
-            Place::Path(path) => Some(path.clone()),
-            Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
+            Place::Path(path) if abstract_name(path).is_none() => Some(path.clone()),
+            Place::Path(_) | Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
         }
     }
 

@@ -100,7 +100,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Chooses a spare shard for the next worker if a retained listener has no serving worker. If
-    /// no shard is free, the worker of the first shard releases it without draining it.
+    /// no shard is free, the worker of the first shard releases it without draining it. If a process
+    /// outside the cluster may have a copy, that is the first shard, which `MasterListener::as_fd`
+    /// returns. Clients of any other shard would wait for a worker of this master alone.
     fn choose_spare_shard(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -112,7 +114,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         let free = listener.shards.iter().position(Option::is_none);
-        let spare = free.unwrap_or_default();
+        let spare = free.filter(|_| listener.is_sole()).unwrap_or_default();
         listener.spare_shard = Some(spare);
         if let Some(worker) = listener.shards[spare].take() {
             listener.departing.retain(|(_, other)| *other != worker);

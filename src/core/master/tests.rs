@@ -297,20 +297,25 @@ fn last_worker_serves_accepted_connections_before_it_disconnects() {
 }
 
 #[test]
-fn borrowed_listener_is_neither_filtered_nor_shut_down() {
+fn listener_with_foreign_copies_is_neither_filtered_nor_shut_down() {
     for policy in [
         SchedulingPolicy::RoundRobin,
         SchedulingPolicy::Shared,
         SchedulingPolicy::Sharded,
     ] {
-        for is_borrowed in [false, true] {
+        for states in [
+            &[][..],
+            &[Ownership::Joint],
+            &[Ownership::Joint, Ownership::Sole],
+        ] {
             let mut core = Core::new(policy);
             let handle = retain(&mut core, port(1));
             let worker = online(&mut core);
             request(&mut core, worker, port(1));
-            if is_borrowed {
-                core.mark_borrowed(handle);
+            for state in states {
+                core.set_ownership(handle, *state);
             }
+            let is_sole = states.last() != Some(&Ownership::Joint);
             core.release(handle);
             core.disconnect_all(true);
             let mut all = actions(&mut core);
@@ -323,11 +328,7 @@ fn borrowed_listener_is_neither_filtered_nor_shut_down() {
             let has = |is: fn(&Action<u32>) -> bool| all.iter().any(is);
             let filtered = has(|action| matches!(action, Action::AttachSynFilter { .. }));
             let stopped = has(|action| matches!(action, Action::StopListening { .. }));
-            assert_eq!(
-                (filtered, stopped),
-                (!is_borrowed, !is_borrowed),
-                "{policy:?}"
-            );
+            assert_eq!((filtered, stopped), (is_sole, is_sole), "{policy:?}");
             assert!(has(|action| matches!(action, Action::Unbind { .. })));
             assert_eq!(core.sizes().handles, 0);
         }
@@ -471,4 +472,105 @@ fn workers_cannot_make_the_master_accept_from_their_own_listener() {
         assert!(!actions.iter().any(is_accept), "{policy:?}: {actions:?}");
         assert!(!core.is_connected(worker), "{policy:?}");
     }
+}
+
+#[test]
+fn adopted_socket_is_requested_once_a_worker_or_the_application_asks_for_it() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let mut adopt = |endpoint: Endpoint, bound: &str| {
+        let handle = core.next_handle();
+        core.adopted(handle, endpoint, bound.parse().ok());
+        handle
+    };
+    let fixed = adopt(ip("127.0.0.1:80"), "127.0.0.1:80");
+    let any = adopt(ip("127.0.0.1:0"), "127.0.0.1:81");
+    let unused = adopt(ip("127.0.0.1:82"), "127.0.0.1:82");
+    let worker = online(&mut core);
+    request(&mut core, worker, ip("127.0.0.1:80"));
+    // The application receives the adopted port once. The next request opens another port.
+    assert_eq!(core.retain(&ip("127.0.0.1:0")), Some(any));
+    assert_eq!(core.retain(&ip("127.0.0.1:0")), None);
+    let requested = [fixed, any, unused].map(|handle| core.is_requested(handle));
+    assert_eq!(requested, [true, true, false]);
+}
+
+#[test]
+fn adopted_udp_socket_is_shared_and_has_one_key() {
+    let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:53".parse().unwrap()));
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let handle = core.next_handle();
+    core.adopted(handle, udp.clone(), "0.0.0.0:53".parse().ok());
+    let worker = online(&mut core);
+    let is_copy = |action: &Action<u32>| matches!(action, Action::Send { with: Attachment::Listener(own), .. } if *own == handle);
+    assert!(request(&mut core, worker, udp).iter().any(is_copy));
+    let binds = |action: &Action<u32>| matches!(action, Action::Bind { .. });
+    assert!(request(&mut core, worker, port(53)).iter().any(binds));
+}
+
+#[test]
+fn all_open_sockets_are_retained_except_borrowed_descriptors() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let worker = online(&mut core);
+    let own = listen(&mut core, worker, 1);
+    let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(9));
+    request(&mut core, worker, borrowed);
+    core.bound(HandleId(own.0 + 1), Ok(None));
+    assert_eq!(core.retain_all(), [own]);
+    core.disconnect_all(true);
+    core.channel_closed(worker);
+    core.exited(worker, ExitStatusExt::from_raw(0));
+    core.queue_closed(own, worker, Vec::new());
+    assert!(core.is_bound(own), "retained");
+    core.release(own);
+    assert!(!core.is_bound(own));
+}
+
+#[test]
+fn new_connections_of_a_passed_shard_group_go_to_the_first_shard() {
+    for (ownership, expected) in [(Ownership::Sole, 1), (Ownership::Joint, 0)] {
+        let mut core = Core::new(SchedulingPolicy::Sharded);
+        let handle = retain(&mut core, port(1));
+        let workers = [online(&mut core), online(&mut core)];
+        request(&mut core, workers[0], port(1));
+        request(&mut core, workers[1], port(1));
+        core.shard_bound(handle, workers[1], 1, Ok(()));
+        core.channel_closed(workers[1]);
+        core.set_ownership(handle, ownership);
+        actions(&mut core);
+        core.disconnect_all(true);
+        let selected: Vec<_> = actions(&mut core)
+            .into_iter()
+            .filter_map(|action| match action {
+                Action::SelectShards { shards, .. } => Some(shards),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(selected.last(), Some(&vec![expected]), "{ownership:?}");
+    }
+}
+
+#[test]
+fn master_names_its_own_socket_that_occupies_a_port() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let handle = core.next_handle();
+    core.adopted(handle, ip("[::]:80"), "[::]:80".parse().ok());
+    let worker = online(&mut core);
+    request(&mut core, worker, ip("0.0.0.0:80"));
+    core.bound(HandleId(handle.0 + 1), Err(errno::EADDRINUSE));
+    let errors =
+        std::iter::from_fn(|| core.next_event()).filter_map(|emitted| match emitted.event {
+            Event::Error(error) => Some(error.to_string()),
+            _ => None,
+        });
+    let errors: Vec<_> = errors.collect();
+    assert_eq!(errors.len(), 2, "for both levels: {errors:?}");
+    let expected = "cannot listen on 0.0.0.0:80: ";
+    assert!(errors[0].starts_with(expected), "{errors:?}");
+    assert!(
+        errors[0].ends_with("; this master already has [::]:80"),
+        "{errors:?}"
+    );
+    assert_eq!(core.occupant(&ip("0.0.0.0:81")), None);
+    let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:80".parse().unwrap()));
+    assert_eq!(core.occupant(&udp), None);
 }

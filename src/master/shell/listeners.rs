@@ -6,7 +6,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 
 use super::MasterShell;
-use crate::core::master::ACCEPT_BATCH;
+use crate::core::master::{ACCEPT_BATCH, Ownership};
+use crate::master::passed_name;
 use crate::master::shard_group::ShardGroup;
 use crate::runtime::event_loop::Token;
 use crate::sys;
@@ -24,7 +25,9 @@ use crate::wire::frame::HandleId;
 /// A socket that is bound for workers, or all shards of a sharded listener.
 #[derive(Debug)]
 pub(super) struct MasterSocket {
-    is_path: bool,
+    is_unix: bool,
+    /// The name with which the socket was passed to this process.
+    name: Option<String>,
     /// The socket's file. The field is declared before `sockets` so that the file is removed before
     /// the sockets close. Another process that notices the close can then bind the path at once.
     pub(super) file: Option<SocketFile>,
@@ -43,6 +46,14 @@ impl MasterSocket {
         let socket = self.sockets.get(shard);
         socket.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
+}
+
+/// A socket to be added to the table.
+struct NewSocket {
+    bound: BoundSocket,
+    is_unix: bool,
+    name: Option<String>,
+    group: Option<ShardGroup>,
 }
 
 /// A listener that the application retains.
@@ -117,31 +128,36 @@ impl MasterShell {
         // If the selector cannot be created, continue without one. The kernel then chooses a shard
         // by a hash, and `select_shards` reports an error.
         let group = is_sharded.then(|| ShardGroup::new(&bound.socket, flags, &self.poller, handle));
-        self.add_socket(handle, bound, flags, group.and_then(Result::ok))
+        let socket = NewSocket {
+            bound,
+            is_unix: endpoint.kind == Kind::Unix,
+            name: None,
+            group: group.and_then(Result::ok),
+        };
+        self.add_socket(handle, socket, flags.backlog)
     }
 
     fn add_socket(
         &self,
         handle: HandleId,
-        bound: BoundSocket,
-        flags: &BindFlags,
-        group: Option<ShardGroup>,
+        new: NewSocket,
+        backlog: u32,
     ) -> io::Result<Option<SocketAddr>> {
         let BoundSocket {
             file,
             socket,
             address,
-        } = bound;
+        } = new.bound;
         let key = Token::Listener(handle.0).key();
         let socket = self.poller.add(socket, key, None)?;
-        let is_path = file.is_some();
         let bound = MasterSocket {
-            is_path,
+            is_unix: new.is_unix,
+            name: new.name,
             file,
             sockets: vec![Rc::new(socket)],
-            group,
+            group: new.group,
             address,
-            backlog: flags.backlog,
+            backlog,
         };
         self.sockets.borrow_mut().insert(handle, bound);
         Ok(address)
@@ -191,14 +207,15 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Adds a listening socket that the application passed, and retains it.
+    /// Adds a socket that was open before the master received it, and retains it.
     pub(crate) fn adopt(
         &self,
         kind: Kind,
         socket: OwnedFd,
-        flags: &BindFlags,
+        name: Option<String>,
+        backlog: u32,
     ) -> io::Result<RetainedListener> {
-        let endpoint = adopt_socket(kind, &socket, flags.backlog)?;
+        let endpoint = adopt_socket(kind, &socket, backlog)?;
         self.act();
         let handle = self.core_now().next_handle();
         let bound = BoundSocket {
@@ -206,10 +223,25 @@ impl MasterShell {
             address: endpoint.address(),
             socket,
         };
-        let address = self.add_socket(handle, bound, flags, None)?;
+        let endpoint = passed_name::requested(name.as_deref(), endpoint);
+        let socket = NewSocket {
+            bound,
+            is_unix: kind == Kind::Unix,
+            name,
+            group: None,
+        };
+        let address = self.add_socket(handle, socket, backlog)?;
         self.core_now().adopted(handle, endpoint, address);
         self.act();
         self.retained(handle)
+    }
+
+    /// Retains every listener and UDP socket that is open for new clients.
+    pub(crate) fn retain_all(&self) -> Vec<RetainedListener> {
+        self.act();
+        let handles = self.core_now().retain_all();
+        let retained = handles.into_iter().map(|handle| self.retained(handle));
+        retained.filter_map(Result::ok).collect()
     }
 
     fn retained(&self, handle: HandleId) -> io::Result<RetainedListener> {
@@ -226,6 +258,15 @@ impl MasterShell {
 
 // Retained listeners.
 impl MasterShell {
+    /// Returns the name for passing the listener to another master.
+    pub(crate) fn name_of(&self, handle: HandleId) -> String {
+        let sockets = self.sockets.borrow();
+        let passed = sockets.get(&handle).and_then(|own| own.name.clone());
+        let core = self.core.borrow();
+        let generated = || core.endpoint_of(handle).map(passed_name::name_of);
+        passed.unwrap_or_else(|| generated().unwrap_or_default().to_owned())
+    }
+
     pub(crate) fn removes_file(&self, handle: HandleId) -> bool {
         let sockets = self.sockets.borrow();
         let listener = sockets.get(&handle);
@@ -250,9 +291,20 @@ impl MasterShell {
         Ok(())
     }
 
-    /// Records that the application may pass the listener's descriptor to any process.
-    pub(crate) fn mark_borrowed(&self, handle: HandleId) {
-        self.core.borrow_mut().mark_borrowed(handle);
+    pub(crate) fn has_foreign_copies(&self, handle: HandleId) -> bool {
+        !self.core.borrow().is_sole(handle)
+    }
+
+    pub(crate) fn set_foreign_copies(&self, handle: HandleId, may_exist: bool) {
+        let ownership = match may_exist {
+            true => Ownership::Joint,
+            false => Ownership::Sole,
+        };
+        self.core.borrow_mut().set_ownership(handle, ownership);
+    }
+
+    pub(crate) fn is_requested(&self, handle: HandleId) -> bool {
+        self.core.borrow().is_requested(handle)
     }
 
     /// Releases a retained listener.
@@ -446,7 +498,7 @@ impl MasterShell {
                 return;
             }
             for socket in &listener.sockets {
-                if listener.is_path {
+                if listener.is_unix {
                     sys::listen::shut_down(socket);
                 } else {
                     let _ = sys::filter::attach_syn_filter(socket);

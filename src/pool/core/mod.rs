@@ -66,7 +66,7 @@ pub(super) enum Action {
     Kill(WorkerId),
     /// Leaves the listeners' socket files to the new master.
     ReleaseSocketFiles,
-    /// Closes the channel to the new master.
+    /// Closes the channel to a new master whose upgrade has failed.
     CloseUpgradeChannel,
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
@@ -204,6 +204,17 @@ impl Core {
     pub(super) fn ready_workers(&self) -> usize {
         let is_ready = |worker: &&Worker| worker.phase() == WorkerPhase::Ready;
         self.workers.values().filter(is_ready).count()
+    }
+
+    /// Returns whether each slot has a ready worker or has been given up.
+    pub(super) fn has_all_workers(&self) -> bool {
+        let is_ready = |slot: &Slot| {
+            let worker = slot.worker().and_then(|worker| self.workers.get(&worker));
+            worker.is_some_and(Worker::is_ready)
+        };
+        self.slots
+            .iter()
+            .all(|slot| slot.is_given_up() || is_ready(slot))
     }
 
     fn emit(&mut self, event: PoolEvent) {

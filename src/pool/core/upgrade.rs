@@ -87,7 +87,6 @@ impl Core {
     pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
         if let Some(new_master) = self.pending_master() {
             self.upgrade = Upgrade::Succeeded { new_master };
-            self.actions.push_back(Action::CloseUpgradeChannel);
             self.actions.push_back(Action::ReleaseSocketFiles);
             self.stop(now);
             self.emit(PoolEvent::Upgraded);

@@ -34,6 +34,11 @@ pub(in crate::sys) fn readable_bytes(_socket: &OwnedFd) -> Option<u64> {
     None
 }
 
+/// Returns `None`, because these systems have no abstract names.
+pub(in crate::sys) fn abstract_name(_address: &SocketAddr) -> Option<&[u8]> {
+    None
+}
+
 pub(in crate::sys) fn abstract_address(_name: &[u8]) -> io::Result<SocketAddr> {
     Err(io::ErrorKind::Unsupported.into())
 }

@@ -43,6 +43,11 @@ pub(in crate::sys) fn readable_bytes(socket: &OwnedFd) -> Option<u64> {
     u64::try_from(bytes).ok()
 }
 
+/// Returns an address's abstract name, without the zero byte at its beginning.
+pub(in crate::sys) fn abstract_name(address: &SocketAddr) -> Option<&[u8]> {
+    address.as_abstract_name()
+}
+
 pub(in crate::sys) fn abstract_address(name: &[u8]) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(name)
 }

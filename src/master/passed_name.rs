@@ -1,0 +1,76 @@
+//! The names under which a master passes its sockets to another master.
+//!
+//! A name of [`Settings::listen_fds`](crate::Settings::listen_fds()) is the only text that travels
+//! with a descriptor. If the kernel chose a socket's port, the name tells so. Workers request such a
+//! socket by port 0, and the socket's own address does not show this.
+
+use crate::types::endpoint::{Endpoint, Kind, Place};
+
+/// The name of a socket that workers request by its own address.
+const LISTENER: &str = "listener";
+/// The name of a socket that workers request by port 0 of its IP address.
+const ANY_PORT: &str = "cluster-any-port";
+/// The name of a TCP listener that workers request by port 0 without a host.
+const ANY_PORT_AND_HOST: &str = "cluster-any-port-and-host";
+
+/// Returns the name for a socket that workers request by this endpoint.
+pub(super) fn name_of(endpoint: &Endpoint) -> &'static str {
+    match endpoint.place {
+        Place::Port(0) => ANY_PORT_AND_HOST,
+        Place::Ip(address) if address.port() == 0 => ANY_PORT,
+        Place::Port(_) | Place::Ip(_) | Place::Path(_) | Place::Fd(_) => LISTENER,
+    }
+}
+
+/// Returns the endpoint by which workers request a passed socket. `bound` is the endpoint of the
+/// socket's own address.
+pub(super) fn requested(name: Option<&str>, bound: Endpoint) -> Endpoint {
+    let place = match (name, &bound.place) {
+        (Some(ANY_PORT), Place::Ip(address)) => {
+            let mut any = *address;
+            any.set_port(0);
+            Place::Ip(any)
+        }
+        (Some(ANY_PORT_AND_HOST), Place::Ip(_)) if bound.kind == Kind::Tcp => Place::Port(0),
+        _ => return bound,
+    };
+    Endpoint::new(bound.kind, place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requested_endpoint_survives_the_name() {
+        let ip = |text: &str| Place::Ip(text.parse().unwrap());
+        for (kind, requested_by, bound) in [
+            (Kind::Tcp, ip("127.0.0.1:0"), ip("127.0.0.1:7")),
+            (Kind::Tcp, ip("[::]:0"), ip("[::]:7")),
+            (Kind::Udp, ip("0.0.0.0:0"), ip("0.0.0.0:7")),
+            (Kind::Tcp, Place::Port(0), ip("[::]:7")),
+            (Kind::Tcp, ip("127.0.0.1:7"), ip("127.0.0.1:7")),
+            (
+                Kind::Unix,
+                Place::Path("/a".into()),
+                Place::Path("/a".into()),
+            ),
+        ] {
+            let endpoint = Endpoint::new(kind, requested_by);
+            let name = name_of(&endpoint);
+            assert_eq!(requested(Some(name), Endpoint::new(kind, bound)), endpoint);
+        }
+    }
+
+    #[test]
+    fn other_names_change_nothing() {
+        let bound = Endpoint::new(Kind::Tcp, Place::Ip("127.0.0.1:7".parse().unwrap()));
+        for name in [None, Some("web"), Some("listener")] {
+            assert_eq!(requested(name, bound.clone()), bound);
+        }
+        let path = Endpoint::new(Kind::Unix, Place::Path("/a".into()));
+        assert_eq!(requested(Some(ANY_PORT), path.clone()), path);
+        let udp = Endpoint::new(Kind::Udp, Place::Ip("127.0.0.1:7".parse().unwrap()));
+        assert_eq!(requested(Some(ANY_PORT_AND_HOST), udp.clone()), udp);
+    }
+}

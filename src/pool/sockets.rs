@@ -1,0 +1,145 @@
+//! The pool's sockets: which of them pass to a new master, and which of them close after an upgrade.
+//!
+//! A socket is the *service's own* if a master of this service opened it. Then no process outside
+//! the service has a copy, except the old or the new master of an upgrade while it runs. The other
+//! sockets belong to a service manager or to the application. They are used, but never closed for
+//! other processes.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use cluster::{Error, Master, Result};
+
+use super::{Pool, PoolListener};
+
+/// The facts about a socket that an old master writes to the channel, in one byte per socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PassedSocket {
+    /// Whether the new master inherits the socket's file, and must remove it in the end.
+    pub(super) removes_file: bool,
+    /// Whether the socket is the service's own.
+    pub(super) is_own: bool,
+}
+
+impl PassedSocket {
+    const REMOVES_FILE: u8 = 1;
+    const OWN: u8 = 2;
+
+    pub(super) fn encode(self) -> u8 {
+        let bit = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
+        bit(self.removes_file, Self::REMOVES_FILE) | bit(self.is_own, Self::OWN)
+    }
+
+    pub(super) fn decode(byte: u8) -> Self {
+        Self {
+            removes_file: byte & Self::REMOVES_FILE != 0,
+            is_own: byte & Self::OWN != 0,
+        }
+    }
+}
+
+/// A copy of a socket for a new master.
+pub(super) struct SocketCopy {
+    pub(super) name: String,
+    pub(super) fd: OwnedFd,
+    pub(super) facts: PassedSocket,
+}
+
+impl Pool {
+    /// Retains the sockets that only workers have opened, and returns a copy of each socket that the
+    /// master holds for workers.
+    pub(super) fn copy_sockets(&self, master: &Master) -> Result<Vec<SocketCopy>> {
+        self.recognize_foreign_copies();
+        let mut worker_sockets = self.0.worker_sockets.borrow_mut();
+        let listeners = self.0.listeners.borrow();
+        for listener in master.retain_all() {
+            let mut known = listeners.iter().chain(&*worker_sockets);
+            let address = listener.address();
+            if known.all(|known| known.listener.address() != address) {
+                let is_own = !listener.has_foreign_copies();
+                worker_sockets.push(PoolListener { listener, is_own });
+            }
+        }
+        // Until this process has taken over, its old master may still serve from the same sockets.
+        let has_taken_over = self.0.old_master.borrow().is_none();
+        let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
+            let PoolListener { listener, is_own } = socket;
+            let facts = PassedSocket {
+                removes_file: listener.removes_file(),
+                is_own: *is_own && has_taken_over,
+            };
+            let fd = listener.as_fd().try_clone_to_owned();
+            Ok(SocketCopy {
+                name: listener.name(),
+                fd: fd.map_err(Error::io("copy a socket for a new master"))?,
+                facts,
+            })
+        });
+        copies.collect()
+    }
+
+    /// Recognizes the sockets that the application has passed to another process.
+    fn recognize_foreign_copies(&self) {
+        if self.is_only_master() {
+            for socket in &mut *self.0.listeners.borrow_mut() {
+                socket.is_own &= !socket.listener.has_foreign_copies();
+            }
+        }
+    }
+
+    /// Returns whether neither an old nor a new master of this process is running.
+    fn is_only_master(&self) -> bool {
+        self.0.old_master.borrow().is_none()
+            && self.0.old_master_exit.get().is_none()
+            && self.0.new_masters.borrow().is_empty()
+    }
+
+    /// Handles the exit of an old or a new master. The service's own sockets have no copies in
+    /// another process any more, so the master drains them like those that only it has had.
+    pub(super) fn other_master_exited(&self) {
+        if !self.is_only_master() {
+            return;
+        }
+        let (listeners, worker_sockets) =
+            (self.0.listeners.borrow(), self.0.worker_sockets.borrow());
+        let all = listeners.iter().chain(&*worker_sockets);
+        for socket in all.filter(|socket| socket.is_own) {
+            socket.listener.set_foreign_copies(false);
+        }
+        drop((listeners, worker_sockets));
+        if !self.0.core.borrow().is_upgraded() {
+            // The upgrade has failed, so leave these sockets to the workers again.
+            drop(self.0.worker_sockets.take());
+        }
+        self.close_unrequested();
+    }
+
+    /// Closes the service's own sockets that this master has inherited, and that neither a worker
+    /// nor the application has requested. The new release does not use them.
+    ///
+    /// Does nothing while another master runs, because the socket would stay open there. Also does
+    /// nothing while a worker is missing or starting, because that worker may request the socket.
+    pub(super) fn close_unrequested(&self) {
+        if !self.is_only_master() || !self.0.core.borrow().has_all_workers() {
+            return;
+        }
+        let is_used = |own: &PoolListener| !own.is_own || own.listener.is_requested();
+        self.0.listeners.borrow_mut().retain(is_used);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_of_a_passed_socket_survive_the_channel() {
+        for (removes_file, is_own) in [(false, false), (true, false), (false, true), (true, true)] {
+            let facts = PassedSocket {
+                removes_file,
+                is_own,
+            };
+            assert_eq!(PassedSocket::decode(facts.encode()), facts);
+        }
+        assert_eq!(PassedSocket::default().encode(), 0);
+    }
+}

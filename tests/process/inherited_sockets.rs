@@ -1,0 +1,463 @@
+//! Tests which sockets a new master inherits from an old one, and how it closes them.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cluster::pool::{Pool, PoolOptions, SLOT, ignore_pool_signals};
+use cluster::{ListenOptions, Master, Role, Worker, systemd};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::counting::Load;
+use crate::harness::{
+    Group, is_alive, is_watched, reserve, reserve_port, talk, wait_until, watched,
+};
+
+crate::scenarios! {
+    port_that_the_new_release_does_not_use_closes_after_an_upgrade
+    port_of_a_slow_worker_stays_open_after_an_upgrade
+    sockets_that_only_workers_opened_pass_to_the_new_master_rr
+    sockets_that_only_workers_opened_pass_to_the_new_master_none
+    sockets_that_only_workers_opened_pass_to_the_new_master_sharded
+    failed_upgrade_leaves_sockets_of_workers_to_the_workers
+    stop_after_upgrades_resets_no_client_rr
+    stop_after_upgrades_resets_no_client_none
+    stop_after_a_failed_upgrade_resets_no_client
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Environment variable with the path of the file that configures the service. Each line contains a
+/// verb and an address:
+///
+/// - `pool`: the pool and the workers listen on the address.
+/// - `listen`, `bind`: only the workers listen on the address or bind it.
+/// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
+/// - `exit`: the workers exit at once.
+const CONFIG: &str = "CONFIG";
+
+/// Runs the service: a pool's master, or one of its workers.
+fn service() {
+    let passed = systemd::listen_fds().unwrap();
+    let path = PathBuf::from(std::env::var_os(CONFIG).unwrap());
+    let config = std::fs::read_to_string(&path).unwrap();
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
+            let options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
+            let pool = Pool::new(&master, options);
+            pool.adopt(&master, passed).unwrap();
+            config
+                .lines()
+                .for_each(|line| configure_pool(&master, &pool, line));
+            let own = std::process::id();
+            pool.on_event(move |_, _, event| println!("{own}: {event}"));
+            pool.on_default_signals(&master).unwrap();
+            println!("master {own}");
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            ignore_pool_signals(&worker).unwrap();
+            let go = path.with_file_name("go");
+            config
+                .lines()
+                .for_each(|line| configure_worker(&worker, line, &go));
+            worker.run().unwrap();
+        }
+    }
+}
+
+fn configure_pool(master: &Master, pool: &Pool, line: &str) {
+    match line.split_once(' ') {
+        Some(("pool", path)) if path.starts_with('/') => {
+            pool.listen(master, Path::new(path)).unwrap();
+        }
+        Some(("pool", address)) => {
+            let address = pool.listen(master, address).unwrap();
+            println!("pool listens on {address}");
+        }
+        _ => {}
+    }
+}
+
+fn configure_worker(worker: &Worker, line: &str, go: &Path) {
+    let (verb, address) = line.split_once(' ').unwrap_or((line, ""));
+    let slot = std::env::var(SLOT).unwrap();
+    match verb {
+        "exit" => std::process::exit(1),
+        "bind" => {
+            let socket = worker.bind(address).unwrap();
+            println!("bound to {}", socket.local_addr().unwrap());
+            socket.set_message_callback(|_, socket, _, from| {
+                let _ = socket.send_to(master_of_worker().as_bytes(), from);
+            });
+        }
+        "slow" if slot == "1" => {
+            wait_until("the file", || go.exists().then_some(()));
+            serve(worker, address);
+        }
+        "slow" => {}
+        _ if address.starts_with('/') => {
+            let listener = worker.listen(Path::new(address)).unwrap();
+            listener.set_connection_callback(|_, mut connection| {
+                let _ = connection.write_all(master_of_worker().as_bytes());
+            });
+        }
+        _ => serve(worker, address),
+    }
+}
+
+fn serve(worker: &Worker, address: &str) {
+    let listener = worker.listen(ListenOptions::from(address)).unwrap();
+    println!("listens on {}", listener.local_addr().unwrap());
+    listener.set_connection_callback(|_, mut connection| {
+        let mut request = [0; 512];
+        // A request that begins with `hold` keeps the worker busy until its client hangs up.
+        if connection.read(&mut request).is_ok() && request.starts_with(b"hold") {
+            let _ = connection.write_all(b"hold");
+            let _ = connection.read(&mut request);
+        }
+        let _ = connection.write_all(master_of_worker().as_bytes());
+    });
+}
+
+/// Returns the process id of the worker's master, as the answer to each client.
+fn master_of_worker() -> String {
+    std::os::unix::process::parent_id().to_string()
+}
+
+/// The service of a scenario, in a process group of its own.
+struct Service {
+    group: Group,
+    config: PathBuf,
+}
+
+impl Service {
+    fn start(policy: &str, config: &str) -> Self {
+        // Become a subreaper, so that a new master becomes this process's child.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let path = std::env::temp_dir().join("config");
+        std::fs::write(&path, config).unwrap();
+        let mut command = watched();
+        command.env(CONFIG, &path);
+        command.env("CLUSTER_SCHED_POLICY", policy);
+        let service = Self {
+            group: Group::start(&mut command).unwrap(),
+            config: path,
+        };
+        service.wait_for(": ready", 1);
+        service
+    }
+
+    fn count(&self, end: &str) -> usize {
+        let output = self.group.output();
+        output.lines().filter(|line| line.ends_with(end)).count()
+    }
+
+    fn wait_for(&self, end: &str, count: usize) {
+        wait_until(end, || {
+            let output = self.group.output();
+            assert!(!output.contains("panicked"), "{output}");
+            (self.count(end) >= count).then_some(())
+        });
+    }
+
+    /// Returns the newest master.
+    fn master(&self) -> Pid {
+        let output = self.group.output();
+        let mut masters = output
+            .lines()
+            .filter_map(|line| line.strip_prefix("master "));
+        Pid::from_raw(masters.next_back().unwrap().parse().unwrap())
+    }
+
+    /// Upgrades the service, and waits until the old master has exited.
+    fn upgrade(&self) {
+        let old = self.master();
+        kill(old, Signal::SIGUSR2).unwrap();
+        wait_until("the exit of the old master", || {
+            let output = self.group.output();
+            let has_failed = output.contains(&format!("{old}: the new master failed"));
+            assert!(!has_failed, "{output}");
+            (!is_alive(old.as_raw().unsigned_abs())).then_some(())
+        });
+        assert_ne!(self.master(), old);
+    }
+
+    /// Upgrades the service to a release whose workers exit at once, and waits until the new master
+    /// has exited.
+    fn upgrade_in_vain(&self) {
+        let config = std::fs::read_to_string(&self.config).unwrap();
+        std::fs::write(&self.config, "exit").unwrap();
+        let old = self.master();
+        kill(old, Signal::SIGUSR2).unwrap();
+        self.wait_for("not ready in time", 1);
+        let new = self.master().as_raw().unsigned_abs();
+        wait_until("the exit of the new master", || {
+            (!is_alive(new)).then_some(())
+        });
+        std::fs::write(&self.config, config).unwrap();
+        // The old master may learn of the exit later than this process. Both wait for the zombie.
+        wait_until("the end of the zombie", || {
+            (!Path::new(&format!("/proc/{new}")).exists()).then_some(())
+        });
+    }
+
+    fn stop(self, master: Pid) {
+        kill(master, Signal::SIGTERM).unwrap();
+        wait_until("the exit of the master", || {
+            (!is_alive(master.as_raw().unsigned_abs())).then_some(())
+        });
+        let status = self.group.end().unwrap();
+        println!("{}", self.group.output());
+        assert!(status.success());
+        std::fs::remove_file(&self.config).unwrap();
+    }
+}
+
+#[track_caller]
+fn assert_served(address: SocketAddr, master: Pid) {
+    assert_eq!(talk(address, b"x").unwrap(), master.to_string());
+}
+
+fn connect_error(address: SocketAddr) -> Option<ErrorKind> {
+    let client = TcpStream::connect_timeout(&address, 1000 * MS);
+    client.err().map(|error| error.kind())
+}
+
+fn port_that_the_new_release_does_not_use_closes_after_an_upgrade() {
+    if is_watched() {
+        return service();
+    }
+    for policy in ["rr", "none", "sharded"] {
+        let ports = [(); 3].map(|()| reserve_port());
+        let [used, unused, by_workers] = ports.each_ref().map(|(_, address)| *address);
+        let path = std::env::temp_dir().join("unused.sock");
+        let config = format!(
+            "pool {used}\npool {unused}\npool 127.0.0.1:0\nlisten {by_workers}\npool {}",
+            path.display()
+        );
+        let service = Service::start(policy, &config);
+        assert_served(unused, service.master());
+        assert_served(by_workers, service.master());
+        assert!(path.exists());
+        std::fs::write(&service.config, format!("pool {used}")).unwrap();
+        service.upgrade();
+        for closed in [unused, by_workers] {
+            wait_until("the close of the port", || {
+                (connect_error(closed) == Some(ErrorKind::ConnectionRefused)).then_some(())
+            });
+        }
+        wait_until("the removal of the file", || (!path.exists()).then_some(()));
+        assert_served(used, service.master());
+        let master = service.master();
+        service.stop(master);
+    }
+}
+
+fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
+    if is_watched() {
+        return service();
+    }
+    for policy in ["rr", "none"] {
+        let (first, slow) = (reserve_port(), reserve_port());
+        let config = format!("slow {}\npool {}", slow.1, first.1);
+        let go = std::env::temp_dir().join("go");
+        std::fs::write(&go, "").unwrap();
+        let service = Service::start(policy, &config);
+        wait_until("both workers", || {
+            (service.count(" is ready") >= 2).then_some(())
+        });
+        assert_served(slow.1, service.master());
+        std::fs::remove_file(&go).unwrap();
+        service.upgrade();
+        // The client waits in the backlog of the listener that no worker has requested yet.
+        let client = std::thread::spawn(move || talk(slow.1, b"x").unwrap());
+        wait_until("the client", || {
+            let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            let remote = format!("0100007F:{:04X} 01", slow.1.port());
+            sockets.contains(&remote).then_some(())
+        });
+        std::fs::write(&go, "").unwrap();
+        assert_eq!(client.join().unwrap(), service.master().to_string());
+        std::fs::remove_file(&go).unwrap();
+        let master = service.master();
+        service.stop(master);
+    }
+}
+
+/// Sends a datagram, and returns the answer.
+fn ask_udp(address: SocketAddr) -> String {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect(address).unwrap();
+    socket.set_read_timeout(Some(20_000 * MS)).unwrap();
+    socket.send(b"x").unwrap();
+    let mut answer = [0; 16];
+    let length = socket.recv(&mut answer).unwrap();
+    String::from_utf8(answer[..length].to_vec()).unwrap()
+}
+
+fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
+    if is_watched() {
+        return service();
+    }
+    let v6 = reserve("[::1]:0".parse().unwrap());
+    let (tcp, all) = (reserve_port(), reserve_port());
+    let udp = UdpSocket::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let path = std::env::temp_dir().join("workers.sock");
+    let mut config = format!(
+        "listen {}\nlisten {}\nlisten 127.0.0.1:0\nbind {udp}\nlisten {}",
+        tcp.1,
+        all.1.port(),
+        path.display()
+    );
+    if let Ok((_, v6)) = &v6 {
+        config.push_str(&format!("\nlisten {v6}"));
+    }
+    let service = Service::start(policy, &config);
+    let any = || {
+        let output = service.group.output();
+        let lines = output
+            .lines()
+            .filter_map(|line| line.strip_prefix("listens on "));
+        let known = [tcp.1.port(), all.1.port()];
+        let ports = lines.map(|line| line.parse::<SocketAddr>().unwrap());
+        let mut ports: Vec<_> = ports
+            .filter(|own| own.is_ipv4() && !known.contains(&own.port()))
+            .collect();
+        ports.dedup();
+        ports
+    };
+    for _ in 0..3 {
+        service.upgrade();
+        let master = service.master();
+        assert_served(tcp.1, master);
+        assert_served(all.1, master);
+        let [any] = any()[..] else {
+            panic!("not one port: {:?}", any());
+        };
+        assert_served(any, master);
+        assert_eq!(ask_udp(udp), master.to_string());
+        let mut answer = String::new();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, master.to_string());
+        if let Ok((_, v6)) = &v6 {
+            assert_served(*v6, master);
+        }
+    }
+    let master = service.master();
+    service.stop(master);
+    assert!(!path.exists());
+    assert_eq!(connect_error(tcp.1), Some(ErrorKind::ConnectionRefused));
+}
+
+fn sockets_that_only_workers_opened_pass_to_the_new_master_rr() {
+    sockets_that_only_workers_opened_pass_to_the_new_master("rr");
+}
+
+fn sockets_that_only_workers_opened_pass_to_the_new_master_none() {
+    sockets_that_only_workers_opened_pass_to_the_new_master("none");
+}
+
+fn sockets_that_only_workers_opened_pass_to_the_new_master_sharded() {
+    sockets_that_only_workers_opened_pass_to_the_new_master("sharded");
+}
+
+/// Checks that a listener that only workers opened closes with the last worker, also after a failed
+/// upgrade.
+fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
+    if is_watched() {
+        return service();
+    }
+    let (port, path) = (reserve_port(), std::env::temp_dir().join("workers.sock"));
+    let config = format!("listen {}\nlisten {}", port.1, path.display());
+    let service = Service::start("rr", &config);
+    wait_until("both workers", || {
+        (service.count(" is ready") >= 2).then_some(())
+    });
+    service.upgrade_in_vain();
+    assert_served(port.1, service.master());
+    let output = service.group.output();
+    let ready = service.count(" is ready");
+    // Reload to a release that does not use the sockets.
+    std::fs::write(&service.config, "pool 127.0.0.1:0").unwrap();
+    kill(service.master(), Signal::SIGHUP).unwrap();
+    wait_until("the reload", || {
+        (service.count(" serves") >= 1).then_some(())
+    });
+    assert!(service.count(" is ready") > ready, "{output}");
+    wait_until("the close of the port", || {
+        (connect_error(port.1) == Some(ErrorKind::ConnectionRefused)).then_some(())
+    });
+    assert!(!path.exists());
+    let master = service.master();
+    service.stop(master);
+}
+
+/// Stops the service under load, and asserts that clients are served or refused, but not reset.
+fn stop_under_load(service: Service, address: SocketAddr) {
+    let load = Load::start(address, 8, |answer| !answer.is_empty());
+    load.wait_for_requests(100);
+    let master = service.master();
+    service.stop(master);
+    let counts = load.end();
+    println!("{counts:?}");
+    assert_eq!(counts.lost(), counts.refused, "{counts:?}");
+}
+
+fn stop_after_upgrades_resets_no_client(policy: &str) {
+    if is_watched() {
+        return service();
+    }
+    for upgrades in [1, 1, 1, 3] {
+        let (_reserved, address) = reserve_port();
+        let service = Service::start(policy, &format!("pool {address}"));
+        for _ in 0..upgrades {
+            service.upgrade();
+        }
+        wait_until("both workers", || {
+            let own = format!("{}: slot", service.master());
+            let output = service.group.output();
+            let ready = |line: &&str| line.starts_with(&own) && line.ends_with("is ready");
+            (output.lines().filter(ready).count() == 2).then_some(())
+        });
+        stop_under_load(service, address);
+    }
+}
+
+fn stop_after_upgrades_resets_no_client_rr() {
+    stop_after_upgrades_resets_no_client("rr");
+}
+
+fn stop_after_upgrades_resets_no_client_none() {
+    stop_after_upgrades_resets_no_client("none");
+}
+
+fn stop_after_a_failed_upgrade_resets_no_client() {
+    if is_watched() {
+        return service();
+    }
+    for _ in 0..3 {
+        let (_reserved, address) = reserve_port();
+        let service = Service::start("rr", &format!("pool {address}"));
+        service.upgrade_in_vain();
+        stop_under_load_of_old_master(service, address);
+    }
+}
+
+fn stop_under_load_of_old_master(service: Service, address: SocketAddr) {
+    let load = Load::start(address, 8, |answer| !answer.is_empty());
+    load.wait_for_requests(100);
+    let old = service.group.pid();
+    service.stop(old);
+    let counts = load.end();
+    println!("{counts:?}");
+    assert_eq!(counts.lost(), counts.refused, "{counts:?}");
+}
