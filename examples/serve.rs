@@ -181,6 +181,13 @@ fn serve() -> Result<(), Box<dyn Error>> {
         status: RefCell::default(),
     });
 
+    let selected = std::env::var_os("CLUSTER_SCHED_POLICY");
+    if let Some(policy) = selected.filter(|policy| policy != "none") {
+        let policy = policy.to_string_lossy();
+        screen.log(format_args!(
+            "CLUSTER_SCHED_POLICY={policy} has no effect: programs accept themselves"
+        ));
+    }
     // With this policy the listeners block, as programs expect, and the master does not accept.
     master.set_scheduling_policy(SchedulingPolicy::Shared)?;
     let mut fds: Vec<(String, OwnedFd)> = Vec::new();

@@ -117,11 +117,6 @@ impl Pool {
                 }
             }
             Action::ReleaseSocketFiles => self.release_socket_files(),
-            Action::CloseUpgradeChannel => {
-                if let Some(watch) = self.0.upgrade_channel.take() {
-                    master.unwatch(watch);
-                }
-            }
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
             Action::MeasureWorkers => self.measure_workers(master),
             Action::GiveUp(failure) => master.give_up(failure),

@@ -161,8 +161,6 @@ struct Inner {
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
-    /// The watch on the channel through which the new master reports that it has taken over.
-    upgrade_channel: Cell<Option<WatchId>>,
 }
 
 /// A listener or UDP socket that stays open while workers come and go.
@@ -215,7 +213,6 @@ impl Pool {
             old_master: RefCell::default(),
             old_master_exit: Cell::new(None),
             new_masters: RefCell::default(),
-            upgrade_channel: Cell::new(None),
         }));
         pool.register_callbacks(master);
         pool.schedule(master, Duration::ZERO);

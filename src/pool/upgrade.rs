@@ -17,7 +17,6 @@ use cluster::{
     WorkerProcess,
 };
 
-use super::core::Core;
 use super::event::PoolEvent;
 use super::handover::Handover;
 use super::sockets::PassedSocket;
@@ -266,6 +265,12 @@ impl Pool {
         if std::process::id() == 1 {
             return Err(Error::InitProcess);
         }
+        // Take the sockets back if the new master has not been started.
+        self.start_new_master(master)
+            .inspect_err(|_| self.other_master_exited())
+    }
+
+    fn start_new_master(&self, master: &Master) -> Result<()> {
         let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, theirs) = channel;
         let sockets = self.copy_sockets(master)?;
@@ -300,27 +305,25 @@ impl Pool {
         channel: UnixStream,
     ) -> Result<()> {
         let pool = self.clone();
+        let id = new_master.id();
         let on_readable = move |master: &Master, mut channel: &UnixStream| {
             // Ignore end-of-file, because the new master's exit or the deadline ends the upgrade.
             if !matches!(channel.read(&mut [0]), Ok(1)) {
                 return None;
             }
-            pool.input(master, Core::new_master_took_over);
-            // Keep the channel open, because its end tells the new master that this process has
-            // exited.
+            pool.input(master, |core, now| core.new_master_took_over(id, now));
+            // Keep the channel open, even if the upgrade has failed. Its end tells the new master
+            // that this process has exited.
             Some(Interest::Readable)
         };
         let watch = master.watch(channel, Interest::Readable, on_readable)?;
         master.unreference(watch);
-        self.0.upgrade_channel.set(Some(watch));
         let pool = self.clone();
-        new_master.on_exit(move |master, new_master, status| {
-            let id = new_master.id();
+        new_master.on_exit(move |master, _, status| {
             pool.0.new_masters.borrow_mut().remove(&id);
             pool.input(master, |core, _| core.new_master_exited(id, status));
             pool.other_master_exited();
         });
-        let id = new_master.id();
         let mut new_masters = self.0.new_masters.borrow_mut();
         new_masters.insert(id, new_master.clone());
         drop(new_masters);

@@ -415,6 +415,9 @@ const MASTER_USES: &Uses<MasterHandles> = &[
     ("Master::listen", |handles| {
         expect_foreign(handles.master.listen("127.0.0.1:0"))
     }),
+    ("Master::retain_all", |handles| {
+        assert!(handles.master.retain_all().is_empty());
+    }),
     ("Master::run", |handles| {
         expect_foreign(handles.master.run())
     }),
@@ -472,6 +475,9 @@ const MASTER_USES: &Uses<MasterHandles> = &[
     ("MasterListener::set_removes_file", |handles| {
         expect_foreign(handles.unix.set_removes_file(false));
         expect_foreign(handles.unix.set_removes_file(true));
+    }),
+    ("MasterListener::set_foreign_copies", |handles| {
+        handles.unix.set_foreign_copies(true);
     }),
 ];
 

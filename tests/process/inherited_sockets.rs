@@ -2,18 +2,21 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions, SLOT, ignore_pool_signals};
 use cluster::{ListenOptions, Master, Role, Worker, systemd};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::counting::Load;
 use crate::harness::{
-    Group, is_alive, is_watched, reserve, reserve_port, talk, wait_until, watched,
+    Group, WATCHED, is_alive, is_watched, reserve, reserve_port, talk, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -26,6 +29,9 @@ crate::scenarios! {
     stop_after_upgrades_resets_no_client_rr
     stop_after_upgrades_resets_no_client_none
     stop_after_a_failed_upgrade_resets_no_client
+    stopping_master_drops_new_handshakes_after_upgrades_rr
+    stopping_master_drops_new_handshakes_after_upgrades_none
+    stopping_master_drops_new_handshakes_after_overlapping_upgrades
 }
 
 const MS: Duration = Duration::from_millis(1);
@@ -35,12 +41,13 @@ const MS: Duration = Duration::from_millis(1);
 ///
 /// - `pool`: the pool and the workers listen on the address.
 /// - `listen`, `bind`: only the workers listen on the address or bind it.
+/// - `unix`: only the workers listen on the abstract name.
 /// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
 /// - `exit`: the workers exit at once.
 const CONFIG: &str = "CONFIG";
 
 /// Runs the service: a pool's master, or one of its workers.
-fn service() {
+pub fn service() {
     let passed = systemd::listen_fds().unwrap();
     let path = PathBuf::from(std::env::var_os(CONFIG).unwrap());
     let config = std::fs::read_to_string(&path).unwrap();
@@ -49,7 +56,9 @@ fn service() {
             let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
             let options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
             let pool = Pool::new(&master, options);
-            pool.adopt(&master, passed).unwrap();
+            if let Err(error) = pool.adopt(&master, passed) {
+                println!("{error}");
+            }
             config
                 .lines()
                 .for_each(|line| configure_pool(&master, &pool, line));
@@ -100,14 +109,17 @@ fn configure_worker(worker: &Worker, line: &str, go: &Path) {
             serve(worker, address);
         }
         "slow" => {}
-        _ if address.starts_with('/') => {
-            let listener = worker.listen(Path::new(address)).unwrap();
-            listener.set_connection_callback(|_, mut connection| {
-                let _ = connection.write_all(master_of_worker().as_bytes());
-            });
-        }
+        "unix" => serve_path(worker, &format!("\0{address}")),
+        _ if address.starts_with('/') => serve_path(worker, address),
         _ => serve(worker, address),
     }
+}
+
+fn serve_path(worker: &Worker, path: &str) {
+    let listener = worker.listen(Path::new(path)).unwrap();
+    listener.set_connection_callback(|_, mut connection| {
+        let _ = connection.write_all(master_of_worker().as_bytes());
+    });
 }
 
 fn serve(worker: &Worker, address: &str) {
@@ -130,24 +142,31 @@ fn master_of_worker() -> String {
 }
 
 /// The service of a scenario, in a process group of its own.
-struct Service {
-    group: Group,
+pub struct Service {
+    pub group: Group,
     config: PathBuf,
 }
 
 impl Service {
     fn start(policy: &str, config: &str) -> Self {
+        Self::start_with(policy, config, Vec::new())
+    }
+
+    /// Starts the service, and passes the sockets to it like systemd. Their names are `a`, `b` and so
+    /// on.
+    pub fn start_with(policy: &str, config: &str, passed: Vec<OwnedFd>) -> Self {
         // Become a subreaper, so that a new master becomes this process's child.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let path = std::env::temp_dir().join("config");
         std::fs::write(&path, config).unwrap();
-        let mut command = watched();
+        let (mut command, copies) = passing(&passed);
         command.env(CONFIG, &path);
         command.env("CLUSTER_SCHED_POLICY", policy);
         let service = Self {
             group: Group::start(&mut command).unwrap(),
             config: path,
         };
+        drop((passed, copies));
         service.wait_for(": ready", 1);
         service
     }
@@ -166,7 +185,7 @@ impl Service {
     }
 
     /// Returns the newest master.
-    fn master(&self) -> Pid {
+    pub fn master(&self) -> Pid {
         let output = self.group.output();
         let mut masters = output
             .lines()
@@ -174,8 +193,18 @@ impl Service {
         Pid::from_raw(masters.next_back().unwrap().parse().unwrap())
     }
 
+    /// Waits until both workers of the newest master are ready.
+    fn wait_for_both_workers(&self) {
+        let own = format!("{}: slot", self.master());
+        wait_until("both workers", || {
+            let output = self.group.output();
+            let ready = |line: &&str| line.starts_with(&own) && line.ends_with("is ready");
+            (output.lines().filter(ready).count() == 2).then_some(())
+        });
+    }
+
     /// Upgrades the service, and waits until the old master has exited.
-    fn upgrade(&self) {
+    pub fn upgrade(&self) {
         let old = self.master();
         kill(old, Signal::SIGUSR2).unwrap();
         wait_until("the exit of the old master", || {
@@ -206,8 +235,12 @@ impl Service {
         });
     }
 
-    fn stop(self, master: Pid) {
+    pub fn stop(self, master: Pid) {
         kill(master, Signal::SIGTERM).unwrap();
+        self.wait_for_end(master);
+    }
+
+    fn wait_for_end(self, master: Pid) {
         wait_until("the exit of the master", || {
             (!is_alive(master.as_raw().unsigned_abs())).then_some(())
         });
@@ -218,8 +251,41 @@ impl Service {
     }
 }
 
+/// Returns a command that starts this scenario's service and passes descriptors to it, and the
+/// copies of the descriptors that the command needs.
+fn passing(passed: &[OwnedFd]) -> (Command, Vec<OwnedFd>) {
+    let own = watched();
+    if passed.is_empty() {
+        return (own, Vec::new());
+    }
+    // Move the descriptors above 20 first, so that `exec` overwrites none of them.
+    let high = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_DUPFD(20)).unwrap();
+    let numbers: Vec<_> = passed.iter().map(high).collect();
+    #[allow(unsafe_code)]
+    // SAFETY: `fcntl` has just returned the descriptors, and no other code owns them.
+    let copies = numbers
+        .iter()
+        .map(|number| unsafe { OwnedFd::from_raw_fd(*number) });
+    let copies = copies.collect();
+    let moves = numbers.iter().enumerate();
+    let moves: Vec<_> = moves
+        .map(|(at, number)| format!("{}<&{number} {number}<&-", at + 3))
+        .collect();
+    let names: Vec<_> = ('a'..).take(passed.len()).map(String::from).collect();
+    let script = format!(
+        "exec {}; export LISTEN_PID=$$ LISTEN_FDS={} LISTEN_FDNAMES={}; exec \"$0\"",
+        moves.join(" "),
+        passed.len(),
+        names.join(":")
+    );
+    let mut command = Command::new("bash");
+    command.args(["-c", &script]).arg(own.get_program());
+    command.env(WATCHED.0, WATCHED.1);
+    (command, copies)
+}
+
 #[track_caller]
-fn assert_served(address: SocketAddr, master: Pid) {
+pub fn assert_served(address: SocketAddr, master: Pid) {
     assert_eq!(talk(address, b"x").unwrap(), master.to_string());
 }
 
@@ -268,9 +334,7 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
         let go = std::env::temp_dir().join("go");
         std::fs::write(&go, "").unwrap();
         let service = Service::start(policy, &config);
-        wait_until("both workers", || {
-            (service.count(" is ready") >= 2).then_some(())
-        });
+        service.wait_for_both_workers();
         assert_served(slow.1, service.master());
         std::fs::remove_file(&go).unwrap();
         service.upgrade();
@@ -290,7 +354,7 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
 }
 
 /// Sends a datagram, and returns the answer.
-fn ask_udp(address: SocketAddr) -> String {
+pub fn ask_udp(address: SocketAddr) -> String {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.connect(address).unwrap();
     socket.set_read_timeout(Some(20_000 * MS)).unwrap();
@@ -379,33 +443,25 @@ fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
     let (port, path) = (reserve_port(), std::env::temp_dir().join("workers.sock"));
     let config = format!("listen {}\nlisten {}", port.1, path.display());
     let service = Service::start("rr", &config);
-    wait_until("both workers", || {
-        (service.count(" is ready") >= 2).then_some(())
-    });
+    service.wait_for_both_workers();
+    let master = service.master();
     service.upgrade_in_vain();
-    assert_served(port.1, service.master());
-    let output = service.group.output();
-    let ready = service.count(" is ready");
+    assert_served(port.1, master);
     // Reload to a release that does not use the sockets.
-    std::fs::write(&service.config, "pool 127.0.0.1:0").unwrap();
-    kill(service.master(), Signal::SIGHUP).unwrap();
-    wait_until("the reload", || {
-        (service.count(" serves") >= 1).then_some(())
-    });
-    assert!(service.count(" is ready") > ready, "{output}");
+    std::fs::write(&service.config, "listen 127.0.0.1:0").unwrap();
+    kill(master, Signal::SIGHUP).unwrap();
+    service.wait_for(" serves", 1);
     wait_until("the close of the port", || {
         (connect_error(port.1) == Some(ErrorKind::ConnectionRefused)).then_some(())
     });
-    assert!(!path.exists());
-    let master = service.master();
+    wait_until("the removal of the file", || (!path.exists()).then_some(()));
     service.stop(master);
 }
 
 /// Stops the service under load, and asserts that clients are served or refused, but not reset.
-fn stop_under_load(service: Service, address: SocketAddr) {
+fn stop_under_load(service: Service, master: Pid, address: SocketAddr) {
     let load = Load::start(address, 8, |answer| !answer.is_empty());
     load.wait_for_requests(100);
-    let master = service.master();
     service.stop(master);
     let counts = load.end();
     println!("{counts:?}");
@@ -422,13 +478,9 @@ fn stop_after_upgrades_resets_no_client(policy: &str) {
         for _ in 0..upgrades {
             service.upgrade();
         }
-        wait_until("both workers", || {
-            let own = format!("{}: slot", service.master());
-            let output = service.group.output();
-            let ready = |line: &&str| line.starts_with(&own) && line.ends_with("is ready");
-            (output.lines().filter(ready).count() == 2).then_some(())
-        });
-        stop_under_load(service, address);
+        service.wait_for_both_workers();
+        let master = service.master();
+        stop_under_load(service, master, address);
     }
 }
 
@@ -448,16 +500,88 @@ fn stop_after_a_failed_upgrade_resets_no_client() {
         let (_reserved, address) = reserve_port();
         let service = Service::start("rr", &format!("pool {address}"));
         service.upgrade_in_vain();
-        stop_under_load_of_old_master(service, address);
+        let master = service.group.pid();
+        stop_under_load(service, master, address);
     }
 }
 
-fn stop_under_load_of_old_master(service: Service, address: SocketAddr) {
-    let load = Load::start(address, 8, |answer| !answer.is_empty());
-    load.wait_for_requests(100);
-    let old = service.group.pid();
-    service.stop(old);
-    let counts = load.end();
-    println!("{counts:?}");
-    assert_eq!(counts.lost(), counts.refused, "{counts:?}");
+/// Connects a client that keeps a worker busy until the client hangs up.
+fn hold(address: SocketAddr) -> TcpStream {
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"hold").unwrap();
+    client.read_exact(&mut [0; 4]).unwrap();
+    client
+}
+
+/// Stops the service while both workers are busy and one more client waits. Asserts that no further
+/// client can connect, and that the waiting client is served.
+fn assert_drops_handshakes_when_it_stops(service: Service, address: SocketAddr) {
+    let master = service.master();
+    service.wait_for_both_workers();
+    let busy = [hold(address), hold(address)];
+    let mut waiting = TcpStream::connect(address).unwrap();
+    kill(master, Signal::SIGTERM).unwrap();
+    // Earlier clients only join the backlog.
+    wait_until("a client whose handshake is dropped", || {
+        let error = connect_error(address);
+        assert_ne!(error, Some(ErrorKind::ConnectionRefused));
+        (error == Some(ErrorKind::TimedOut)).then_some(())
+    });
+    drop(busy);
+    waiting.write_all(b"x").unwrap();
+    let mut answer = String::new();
+    waiting.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, master.to_string());
+    service.wait_for_end(master);
+    assert_eq!(connect_error(address), Some(ErrorKind::ConnectionRefused));
+}
+
+fn stopping_master_drops_new_handshakes_after_upgrades(policy: &str) {
+    if is_watched() {
+        return service();
+    }
+    for (how, upgrades) in [("pool", 1), ("pool", 2), ("listen", 2)] {
+        let (_reserved, address) = reserve_port();
+        let service = Service::start(policy, &format!("{how} {address}"));
+        (0..upgrades).for_each(|_| service.upgrade());
+        assert_drops_handshakes_when_it_stops(service, address);
+    }
+}
+
+fn stopping_master_drops_new_handshakes_after_upgrades_rr() {
+    stopping_master_drops_new_handshakes_after_upgrades("rr");
+}
+
+fn stopping_master_drops_new_handshakes_after_upgrades_none() {
+    stopping_master_drops_new_handshakes_after_upgrades("none");
+}
+
+/// Upgrades twice while the first master still serves a client.
+fn stopping_master_drops_new_handshakes_after_overlapping_upgrades() {
+    if is_watched() {
+        return service();
+    }
+    let (_reserved, address) = reserve_port();
+    let service = Service::start("rr", &format!("pool {address}"));
+    let first = service.master();
+    let busy = hold(address);
+    for upgrade in 1..=2 {
+        kill(service.master(), Signal::SIGUSR2).unwrap();
+        service.wait_for("this master has taken over", upgrade);
+    }
+    let exit_of = |master: Pid| {
+        wait_until("the exit of an old master", || {
+            (!is_alive(master.as_raw().unsigned_abs())).then_some(())
+        });
+    };
+    let output = service.group.output();
+    let masters: Vec<_> = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("master "))
+        .collect();
+    exit_of(Pid::from_raw(masters[1].parse().unwrap()));
+    assert!(is_alive(first.as_raw().unsigned_abs()));
+    drop(busy);
+    exit_of(first);
+    assert_drops_handshakes_when_it_stops(service, address);
 }

@@ -47,6 +47,7 @@ mod old_kernels;
 mod operator;
 mod orphans;
 mod own_user;
+mod passed;
 mod pool;
 /// The pool's source, compiled a second time to check that it uses only the crate's public API.
 #[allow(dead_code, unused_imports)]
@@ -123,6 +124,8 @@ fn main() -> ExitCode {
         notify::SCENARIOS,
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
+        inherited::SCENARIOS,
+        passed::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];

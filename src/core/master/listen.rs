@@ -177,14 +177,16 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the address of this master's own socket that has the endpoint's port. `None` if there
-    /// is none, or if the system chooses the port.
+    /// Returns the address of this master's own socket that has the endpoint's port, but was requested
+    /// or passed with another address. `None` if there is none.
     pub(crate) fn occupant(&self, endpoint: &Endpoint) -> Option<Address> {
         let port = endpoint.address()?.port();
         let has_port = |listener: &&Listener<C>| {
             let is_udp = listener.key.endpoint.kind == Kind::Udp;
             let bound = listener.address.map(|bound| bound.port());
-            bound == Some(port) && is_udp == (endpoint.kind == Kind::Udp)
+            bound == Some(port)
+                && is_udp == (endpoint.kind == Kind::Udp)
+                && listener.key.endpoint != *endpoint
         };
         let occupant = self.listeners.values().find(has_port);
         occupant.map(Listener::public_address)

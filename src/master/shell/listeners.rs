@@ -262,6 +262,8 @@ impl MasterShell {
     pub(crate) fn name_of(&self, handle: HandleId) -> String {
         let sockets = self.sockets.borrow();
         let passed = sockets.get(&handle).and_then(|own| own.name.clone());
+        // An empty name cannot be passed on (see `Settings::listen_fds`).
+        let passed = passed.filter(|name| !name.is_empty());
         let core = self.core.borrow();
         let generated = || core.endpoint_of(handle).map(passed_name::name_of);
         passed.unwrap_or_else(|| generated().unwrap_or_default().to_owned())

@@ -66,8 +66,6 @@ pub(super) enum Action {
     Kill(WorkerId),
     /// Leaves the listeners' socket files to the new master.
     ReleaseSocketFiles,
-    /// Closes the channel to a new master whose upgrade has failed.
-    CloseUpgradeChannel,
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
     /// Measures each worker's connections and memory. The driver reports the values with

@@ -83,9 +83,10 @@ impl Core {
         };
     }
 
-    /// Records that the new master has taken over and stops the pool.
-    pub(in super::super) fn new_master_took_over(&mut self, now: Time) {
-        if let Some(new_master) = self.pending_master() {
+    /// Records that the new master has taken over and stops the pool. Does nothing if the new
+    /// master's upgrade has failed.
+    pub(in super::super) fn new_master_took_over(&mut self, new_master: WorkerId, now: Time) {
+        if self.pending_master() == Some(new_master) {
             self.upgrade = Upgrade::Succeeded { new_master };
             self.actions.push_back(Action::ReleaseSocketFiles);
             self.stop(now);
@@ -148,7 +149,6 @@ impl Core {
 
     fn end_upgrade(&mut self, reason: UpgradeFailure) {
         self.upgrade = Upgrade::Idle;
-        self.actions.push_back(Action::CloseUpgradeChannel);
         self.emit(PoolEvent::UpgradeFailed { reason });
     }
 }

@@ -117,7 +117,7 @@ impl World {
                     let other = self.settings.insert(generation, settings);
                     assert_eq!(other, None, "a generation begins once");
                 }
-                Action::ReleaseSocketFiles | Action::CloseUpgradeChannel => {}
+                Action::ReleaseSocketFiles => {}
                 Action::TerminateNewMaster(new_master) => self.terminated.push(new_master.get()),
                 Action::Disconnect(worker) => self.disconnected.push(worker.get()),
                 Action::DisconnectAll => self.disconnected.extend(self.workers()),
@@ -706,8 +706,8 @@ fn stop_at_once_kills_every_new_master() {
 #[test]
 fn new_master_that_serves_outlives_the_stop() {
     let mut world = World::serving(options(1));
-    world.upgrade();
-    world.input(Core::new_master_took_over);
+    let new_master = world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
     assert_eq!(world.events.last(), Some(&PoolEvent::Upgraded));
     assert!(world.core.is_upgraded());
     world.input(Core::stop_at_once);
@@ -717,6 +717,16 @@ fn new_master_that_serves_outlives_the_stop() {
     );
     world.exit_killed();
     assert!(world.core.is_over());
+}
+
+#[test]
+fn new_master_whose_upgrade_has_failed_cannot_take_over() {
+    let mut world = World::serving(options(1));
+    let failed = world.upgrade();
+    world.advance(32 * SECOND);
+    world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(failed), now));
+    assert!(!world.core.is_upgraded() && !world.core.is_stopping());
 }
 
 #[test]

@@ -132,7 +132,11 @@ impl World {
             }
             Step::Upgrade if self.core.can_upgrade() => drop(self.upgrade()),
             Step::Upgrade => {}
-            Step::NewMasterTookOver => self.input(Core::new_master_took_over),
+            Step::NewMasterTookOver => {
+                if let Some(&new_master) = self.new_masters.last() {
+                    self.input(|core, now| core.new_master_took_over(id(new_master), now));
+                }
+            }
             Step::NewMasterExits(at) => {
                 let count = self.new_masters.len().max(1);
                 if let Some(&new_master) = self.new_masters.iter().nth(at % count) {
