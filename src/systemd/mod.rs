@@ -16,7 +16,6 @@
 //! protocol, use [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
 //! ```no_run
-//! use std::net::TcpListener;
 //! use cluster::{Role, systemd};
 //!
 //! fn main() -> cluster::Result<()> {
@@ -25,7 +24,7 @@
 //!         Role::Master(master) => {
 //!             let mut listeners = Vec::new();
 //!             for fd in passed {
-//!                 listeners.push(master.listen(TcpListener::try_from(fd)?)?);
+//!                 listeners.push(master.adopt(fd)?);
 //!             }
 //!             master.fork()?;
 //!             master.on_listening(|_, _, _| drop(systemd::notify("READY=1")));

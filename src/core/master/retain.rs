@@ -13,8 +13,8 @@ use crate::wire::frame::{HandleId, HandleKey};
 impl<C, F> MasterCore<C, F> {
     /// Retains a listener that is open on this endpoint, and returns it.
     ///
-    /// The first choice is a listener that is not retained, and the second a passed one that nobody
-    /// has requested. If there is neither and the system does not choose the port, the first
+    /// The first choice is a listener that is not retained. The second is a passed listener that has
+    /// not been requested. If there is neither and the system does not choose the port, the first
     /// listener is retained one more time. Returns `None` if there is no suitable listener. The
     /// shell then opens one and calls `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
@@ -82,8 +82,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Adds a retained socket that was open before the master received it. Nobody has requested it
-    /// yet.
+    /// Adds a retained socket that was open before the master received it, and that has not been
+    /// requested yet.
     pub(crate) fn adopted(
         &mut self,
         handle: HandleId,
