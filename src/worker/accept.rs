@@ -245,12 +245,13 @@ impl Worker {
                 wait_state.interrupted();
                 Ok(Attempt::Retry)
             }
-            Err(error) => match Attempt::failed(error)? {
+            Err(error) => {
+                let failed = Attempt::failed(error)?;
                 // Without a free descriptor, accept(2) fails even if no connection waits. Poll
                 // until one does.
-                Attempt::Failed(_) if !shell.has_input(listener) => Ok(Attempt::Nothing),
-                failed => Ok(failed),
-            },
+                let has_input = shell.has_input(listener);
+                Ok(if has_input { failed } else { Attempt::Nothing })
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram, UnixListener, Uni
 use cluster::{Error, SchedulingPolicy, Settings};
 
 use crate::harness::{Log, cluster, is_watched};
-use crate::inherited::{Service, ask_udp, assert_served, service};
+use crate::inherited_sockets::{Service, ask_udp, assert_served, service};
 
 crate::scenarios! {
     abstract_listener_is_served_by_its_name_rr

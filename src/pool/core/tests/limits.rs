@@ -32,7 +32,7 @@ fn slots_whose_workers_never_become_ready_leave_the_quorum_to_the_others() {
     world.input(|core, now| core.scale(4, now));
     world.exit(3);
     world.exit(4);
-    world.input(|core, now| core.failure_action_chosen(2, FailureAction::GiveUp, now));
+    world.choose(FailureAction::GiveUp);
     world.advance(60 * SECOND);
     assert!(world.core.has_quorum());
     world.exit(1);
@@ -154,9 +154,11 @@ fn workers_that_reach_the_memory_limit_at_once_are_replaced_less_and_less_often(
         fork_times(&world),
         [1000, 2000, 4000, 8000, 16000, 32000, 62000, 92000]
     );
-    let postponed = world.events.iter().filter_map(|event| match event {
-        PoolEvent::RecyclingPostponed { worker, by, .. } => Some((worker.get(), by.as_secs())),
-        _ => None,
+    let postponed = world.events.iter().filter_map(|event| {
+        let PoolEvent::RecyclingPostponed { worker, by, .. } = event else {
+            return None;
+        };
+        Some((worker.get(), by.as_secs()))
     });
     let postponed: Vec<_> = postponed.collect();
     assert_eq!(

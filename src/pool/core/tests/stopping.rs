@@ -20,8 +20,8 @@ fn stop_signal_counts_again_after_one_second() {
 #[test]
 fn stop_signal_after_an_upgrade_has_no_effect() {
     let mut world = World::serving(options(2));
-    world.upgrade();
-    world.input(Core::new_master_took_over);
+    let new_master = world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
     for _ in 0..3 {
         world.advance(2 * SECOND);
         world.input(Core::stop_signal_received);
