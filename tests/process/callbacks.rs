@@ -722,8 +722,10 @@ fn every_callback_of_a_pool_may_call_every_method() {
                         }
                     }
                 })));
-                master.run().unwrap();
-                assert!(has_run.get(), "{name}");
+                // The calls may kill workers until the pool gives up.
+                let outcome = master.run();
+                let has_ended = matches!(outcome, Ok(()) | Err(Error::GaveUp { .. }));
+                assert!(has_ended && has_run.get(), "{name}: {outcome:?}");
             }
             Role::Worker(worker) => {
                 let code = play_the_worker(worker);

@@ -13,7 +13,7 @@ use cluster::pool::{
     FailureAction, FailureCause, HEARTBEAT, Limit, Pool, PoolEvent, PoolOptions, READY, Readiness,
     ReloadFailure, SLOT, ignore_pool_signals,
 };
-use cluster::{Role, Settings, SpawnOptions, Worker};
+use cluster::{Error, Role, Settings, SpawnOptions, Worker};
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::unistd::{Pid, getpgid, getsid};
 
@@ -219,6 +219,7 @@ fn failed_fork_is_treated_as_a_death() {
                 PoolEvent::FailureLimitReached { .. } => assert!(failures.get() >= 3),
                 event => assert!(pool.is_stopping(), "{event}"),
             });
+            assert!(matches!(master.run(), Err(Error::GaveUp { .. })));
         },
         |_| unreachable!(),
     );
@@ -643,6 +644,7 @@ fn failure_limit_callback_chooses_retry_give_up_or_stop() {
                     }
                 }
             });
+            assert!(matches!(master.run(), Err(Error::GaveUp { .. })));
         },
         |_| std::process::exit(1),
     );
