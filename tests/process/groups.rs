@@ -148,7 +148,7 @@ fn drains_at_reload() -> Result<(), Failed> {
     assert_ne!(new, old);
     kill(serve.pid(), Signal::SIGTERM)?;
     assert_eq!(serve.finish()?.code(), Some(0));
-    assert!(!is_alive(new));
+    wait_for_end(new);
     assert_refused(address);
     assert!(!serve.output().contains("killed"), "{}", serve.output());
     Ok(())

@@ -294,7 +294,9 @@ fn be_a_background_job(master: &Master) {
             1 => after_pending_signals(pool, master, 1, |pool, master| pool.scale(master, 2)),
             // The kernel sends SIGTTOU to all processes of the job.
             2 => {
-                writeln!(std::io::stderr(), "from the background").unwrap();
+                std::io::stderr()
+                    .write_all(b"from the background\n")
+                    .unwrap();
                 after_pending_signals(pool, master, 2, |_, _| {
                     // An operator's signal still has its effect.
                     kill(getpid(), Number::SIGTTIN).unwrap();
