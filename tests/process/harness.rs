@@ -521,7 +521,7 @@ pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
                 unanswered.insert(worker.id(), 1);
                 ping(worker);
             }
-            _ => drop(unanswered.remove(&worker.id())),
+            Some(_) | None => drop(unanswered.remove(&worker.id())),
         }
         if unanswered.is_empty() {
             master.remove_callback(id.get().unwrap());

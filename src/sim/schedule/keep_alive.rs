@@ -107,17 +107,16 @@ impl Scene {
             world.gather_from_worker(worker);
         }
         let process = &world.processes[&worker];
-        let (call, n) = match process.listeners.first().copied() {
-            None => (WorkerCall::Listen, FIXED_PORT + 15),
-            Some(listener) => match process.core.listen_status(listener) {
-                ListenStatus::Pending => return,
-                _ if process.core.has_ended(listener) => {
-                    return world.exit(worker, ExitStatus::from_raw(0));
-                }
-                _ => (WorkerCall::Accept, 0),
-            },
+        let Some(listener) = process.listeners.first().copied() else {
+            return world.call_worker(worker, WorkerCall::Listen, FIXED_PORT + 15);
         };
-        world.call_worker(worker, call, n);
+        if process.core.listen_status(listener) == ListenStatus::Pending {
+            return;
+        }
+        if process.core.has_ended(listener) {
+            return world.exit(worker, ExitStatus::from_raw(0));
+        }
+        world.call_worker(worker, WorkerCall::Accept, 0);
     }
 
     fn random_step(&mut self) {

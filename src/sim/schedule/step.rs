@@ -238,11 +238,14 @@ impl Schedule {
         let (process, choice) = (step.process, step.choice);
         let world = &mut self.world;
         let living = world.living(process);
-        let runner = match step.kind {
-            StepKind::Master | StepKind::Call(_) => Some(Runner::Master),
-            StepKind::Worker => world.busy(process).map(Runner::Worker),
-            StepKind::WorkerCall(_) => living.map(Runner::Worker),
-            _ => None,
+        let runner = if let StepKind::Master | StepKind::Call(_) = step.kind {
+            Some(Runner::Master)
+        } else if let StepKind::WorkerCall(_) = step.kind {
+            living.map(Runner::Worker)
+        } else if step.kind == StepKind::Worker {
+            world.busy(process).map(Runner::Worker)
+        } else {
+            None
         };
         if let Some(time) = self.preemption.instead(runner) {
             return world.pass(time);
