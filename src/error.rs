@@ -119,8 +119,8 @@ pub enum Error {
         reason: io::Error,
         /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
         /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
-        /// worker, which does not know the master's sockets. The master emits an `error` event for
-        /// the worker then.
+        /// worker, which does not know the master's sockets. If no worker has the socket, the master
+        /// emits an `error` event with this error for the worker.
         occupied_by: Option<Address>,
     },
     /// A worker could not bind a UDP socket.
@@ -132,8 +132,8 @@ pub enum Error {
         reason: io::Error,
         /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
         /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
-        /// worker, which does not know the master's sockets. The master emits an `error` event for
-        /// the worker then.
+        /// worker, which does not know the master's sockets. If no worker has the socket, the master
+        /// emits an `error` event with this error for the worker.
         occupied_by: Option<Address>,
     },
     /// The master could not accept a connection. The master tries again after 100 ms.

@@ -552,7 +552,7 @@ impl Master {
         let core = self.shell.core.borrow();
         endpoints
             .iter()
-            .find_map(|endpoint| core.occupant(endpoint))
+            .find_map(|endpoint| core.occupant_address(endpoint))
     }
 
     /// Retains a socket that was passed to this process, for instance by systemd or by an old

@@ -214,8 +214,9 @@ impl Pool {
     /// its workers: those of the pool, and those that only workers have opened. If the kernel chose a
     /// port, the new workers receive the same port when they request port 0. A sharded listener
     /// passes its first shard, to which all new connections then go. The new workers share it, and
-    /// the old workers serve the connections in the other shards. Private sockets of workers, and
-    /// descriptors that workers name by their numbers, are not passed.
+    /// the old workers serve the connections in the other shards. Private sockets of workers,
+    /// descriptors that workers name by their numbers, and sockets that workers open after this call
+    /// are not passed.
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
     /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved

@@ -74,6 +74,7 @@ pub fn service() {
             config
                 .lines()
                 .for_each(|line| configure_worker(&worker, line, &go));
+            println!("worker of {} has opened its sockets", master_of_worker());
             worker.run().unwrap();
         }
     }
@@ -193,18 +194,16 @@ impl Service {
         Pid::from_raw(masters.next_back().unwrap().parse().unwrap())
     }
 
-    /// Waits until both workers of the newest master are ready.
-    fn wait_for_both_workers(&self) {
-        let own = format!("{}: slot", self.master());
-        wait_until("both workers", || {
-            let output = self.group.output();
-            let ready = |line: &&str| line.starts_with(&own) && line.ends_with("is ready");
-            (output.lines().filter(ready).count() == 2).then_some(())
-        });
+    /// Waits until both workers of the newest master have opened all their sockets.
+    pub fn wait_for_both_workers(&self) {
+        let line = format!("worker of {} has opened its sockets", self.master());
+        self.wait_for(&line, 2);
     }
 
-    /// Upgrades the service, and waits until the old master has exited.
+    /// Upgrades the service once both workers have opened their sockets, and waits until the old
+    /// master has exited.
     pub fn upgrade(&self) {
+        self.wait_for_both_workers();
         let old = self.master();
         kill(old, Signal::SIGUSR2).unwrap();
         wait_until("the exit of the old master", || {
@@ -307,6 +306,7 @@ fn port_that_the_new_release_does_not_use_closes_after_an_upgrade() {
             path.display()
         );
         let service = Service::start(policy, &config);
+        service.wait_for_both_workers();
         assert_served(unused, service.master());
         assert_served(by_workers, service.master());
         assert!(path.exists());

@@ -46,6 +46,7 @@ fn abstract_listener_is_served_by_its_name(policy: &str) {
     let sockets = vec![listener.into(), tcp.into(), udp.into()];
     let service = Service::start_with(policy, &config, sockets);
     for _ in 0..3 {
+        service.wait_for_both_workers();
         let master = service.master().to_string();
         assert_served(address, service.master());
         assert_eq!(ask_udp(datagrams), master);

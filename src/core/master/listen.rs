@@ -154,10 +154,13 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Reports the listener of this master that occupies the port of a worker's request. The worker
-    /// itself receives only the error number.
+    /// Reports the retained socket that occupies the port of a worker's request, if no worker has it.
+    /// The address of the request then probably differs by mistake. The worker itself receives only
+    /// the error number.
     fn report_occupant(&mut self, worker: WorkerId, endpoint: &Endpoint, errno: i32) {
-        let occupied_by = self.occupant(endpoint);
+        let occupant = self.occupant(endpoint);
+        let is_unserved = |own: &&Listener<C>| own.is_retained() && own.members.is_empty();
+        let occupied_by = occupant.filter(is_unserved).map(Listener::public_address);
         if errno == errno::EADDRINUSE && occupied_by.is_some() {
             let address = endpoint.to_string();
             let reason = io::Error::from_raw_os_error(errno);
@@ -179,7 +182,11 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns the address of this master's own socket that has the endpoint's port, but was requested
     /// or passed with another address. `None` if there is none.
-    pub(crate) fn occupant(&self, endpoint: &Endpoint) -> Option<Address> {
+    pub(crate) fn occupant_address(&self, endpoint: &Endpoint) -> Option<Address> {
+        self.occupant(endpoint).map(Listener::public_address)
+    }
+
+    fn occupant(&self, endpoint: &Endpoint) -> Option<&Listener<C>> {
         let port = endpoint.address()?.port();
         let has_port = |listener: &&Listener<C>| {
             let is_udp = listener.key.endpoint.kind == Kind::Udp;
@@ -188,8 +195,7 @@ impl<C, F> MasterCore<C, F> {
                 && is_udp == (endpoint.kind == Kind::Udp)
                 && listener.key.endpoint != *endpoint
         };
-        let occupant = self.listeners.values().find(has_port);
-        occupant.map(Listener::public_address)
+        self.listeners.values().find(has_port)
     }
 
     /// Adds a listener that has been bound.

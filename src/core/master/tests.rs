@@ -570,7 +570,7 @@ fn master_names_its_own_socket_that_occupies_a_port() {
         errors[0].ends_with("; this master already has [::]:80"),
         "{errors:?}"
     );
-    assert_eq!(core.occupant(&ip("0.0.0.0:81")), None);
+    assert_eq!(core.occupant_address(&ip("0.0.0.0:81")), None);
     let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:80".parse().unwrap()));
-    assert_eq!(core.occupant(&udp), None);
+    assert_eq!(core.occupant_address(&udp), None);
 }
