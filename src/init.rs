@@ -289,7 +289,7 @@ fn policy() -> Result<Option<SchedulingPolicy>> {
     let policy = value.parse().map_err(|_| Error::Environment {
         variable: SCHED_POLICY,
         value,
-        expected: "\"rr\" or \"none\"",
+        expected: "\"rr\", \"none\" or \"sharded\"",
     });
     policy.map(Some)
 }

@@ -403,7 +403,7 @@ fn on_drop_callback_cannot_run_the_loop() {
             assert!(listener.accept().unwrap().is_none());
         },
     );
-    assert_eq!(entries.take(), ["1 pong", "1 dropped"]);
+    assert_eq!(entries.take(), ["1 pong", "1 pong", "1 dropped"]);
 }
 
 fn exclusive_listener_of_a_disconnected_worker_accepts_nothing() {

@@ -349,7 +349,9 @@ fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit
                     }
                 }
                 PoolEvent::QuorumLost => assert!(pool.is_stopping(), "a gap"),
-                PoolEvent::WorkerReady { .. } | PoolEvent::QuorumReached => {}
+                PoolEvent::WorkerReady { .. }
+                | PoolEvent::QuorumReached
+                | PoolEvent::RecyclingPostponed { .. } => {}
                 other => panic!("{other}"),
             });
         },
