@@ -79,6 +79,11 @@ impl Queue {
     }
 }
 
+/// Returns whether a queue is known to contain no connection. Needs no free descriptor.
+pub(crate) fn is_empty(queue: &OwnedFd) -> bool {
+    platform::readable_bytes(queue) == Some(0)
+}
+
 /// Prevents the worker from attaching a filter that truncates or drops messages, because the master
 /// could not reclaim their connections.
 ///

@@ -230,6 +230,12 @@ impl<C> Listener<C> {
     pub(super) fn capacity(&self) -> u64 {
         match self.stage {
             Stage::Pausing => 0,
+            // Accept one connection even if no worker is idle, because only `accept` shows whether
+            // the backlog is empty. The drain would otherwise wait for a worker that may never be
+            // idle again, for example because it has no free descriptor.
+            Stage::Draining(_) if !self.dispatcher.has_waiting() => {
+                self.dispatcher.capacity().max(1)
+            }
             Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound => {
                 self.dispatcher.capacity()
             }

@@ -223,6 +223,37 @@ fn hang_up_of_the_last_waiting_client_ends_a_drain() {
 }
 
 #[test]
+fn drain_ends_although_the_worker_is_not_idle_again() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let worker = online(&mut core);
+    request(&mut core, worker, port(1));
+    let handle = HandleId(1);
+    core.bound(handle, Ok(None));
+    let idle = ToMaster::Idle {
+        handle,
+        received: 0,
+        open: 0,
+    };
+    core.frame(worker, idle);
+    core.accepted(handle, 7);
+    core.accept_done(handle);
+    // The connection reaches the queue, and the worker receives it.
+    actions(&mut core);
+    core.frame(worker, ToMaster::Pause { handle });
+    core.reclaimed(handle, worker, Vec::new(), true);
+    assert_eq!(core.ledger().received, 1);
+    core.disconnect_all(true);
+    core.tick(super::drain::DRAIN_GRACE);
+    let checks = actions(&mut core);
+    let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { at_most: 1, .. });
+    assert!(checks.iter().any(is_accept), "{checks:?}");
+    core.drained(handle);
+    let unbound = actions(&mut core);
+    let is_unbind = |action: &Action<u32>| matches!(action, Action::Unbind { .. });
+    assert!(unbound.iter().any(is_unbind), "{unbound:?}");
+}
+
+#[test]
 fn retained_listener_stays_open_until_it_is_released() {
     for policy in [
         SchedulingPolicy::RoundRobin,

@@ -41,7 +41,7 @@ impl WorkerShell {
         };
         let connection = match &**socket {
             Socket::Listener(shared) => self.accept_shared(listener, &shared.fd)?,
-            Socket::Queue(queue) => self.receive_from_queue(queue)?,
+            Socket::Queue(queue) => self.receive_from_queue(listener, queue)?,
             Socket::Datagrams(_) => None,
         };
         if let Some(fd) = connection {
@@ -102,7 +102,7 @@ impl WorkerShell {
         }
     }
 
-    fn receive_from_queue(&self, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
+    fn receive_from_queue(&self, listener: ListenerId, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
         match queue::receive(queue.as_fd()) {
             Ok(Dequeued::Connection(_, connection)) => {
                 self.is_out_of_fds.set(false);
@@ -111,6 +111,11 @@ impl WorkerShell {
             // If the master has closed the queue, a frame on the channel tells the worker what to
             // do.
             Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
+            // The check for a free descriptor fails even if the queue is empty. A draining queue then
+            // closes. An open queue pauses, so that the master dispatches to other workers.
+            Err(_) if self.core.borrow().is_draining(listener) && queue::is_empty(queue) => {
+                Ok(None)
+            }
             Err(reason) if reason.raw_os_error() == Some(errno::EMFILE) => {
                 if !self.is_out_of_fds.replace(true) {
                     self.report(Error::no_descriptors(None));
