@@ -46,14 +46,14 @@ pub(crate) fn bind(
                 outcome => outcome?,
             }
         }
-        (Kind::Unix, Place::Path(path)) if abstract_name(path).is_some() => {
-            listen_abstract(abstract_name(path).unwrap_or_default(), flags)?
-        }
-        (Kind::Unix, Place::Path(path)) => {
-            let (socket, socket_file) = socket_file::listen(path, flags)?;
-            file = Some(socket_file);
-            socket
-        }
+        (Kind::Unix, Place::Path(path)) => match abstract_name(path) {
+            Some(name) => listen_abstract(name, flags)?,
+            None => {
+                let (socket, socket_file) = socket_file::listen(path, flags)?;
+                file = Some(socket_file);
+                socket
+            }
+        },
         (Kind::Unix, _) | (_, Place::Path(_)) | (Kind::Udp, Place::Port(_)) => {
             return Err(io::Error::from_raw_os_error(errno::EINVAL));
         }
@@ -66,7 +66,7 @@ pub(crate) fn bind(
     })
 }
 
-/// Listens on an abstract Unix address (unix(7)), which has no file.
+/// Listens on an abstract Unix address (unix(7)). Such an address has no file.
 fn listen_abstract(name: &[u8], flags: &BindFlags) -> io::Result<OwnedFd> {
     let listener = UnixListener::bind_addr(&sys::platform::socket::abstract_address(name)?)?;
     listener.set_nonblocking(true)?;
@@ -97,8 +97,8 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Prepares a socket that the application passes to the master. Returns the endpoint, with the
-/// socket's address or path, by which workers request it.
+/// Prepares a socket that the application passes to the master. Returns the endpoint by which
+/// workers request the socket: its address, path or abstract name.
 pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
     // Listen before reading the address, because listening on an unbound socket assigns its port.

@@ -29,9 +29,9 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
 
 /// Returns whether this process is the socket's owner (`F_SETOWN` in fcntl(2)).
 ///
-/// The owner does not change when the owner executes another program, or when other processes
-/// inherit the socket. Linux stores the owner as a process and not as a number. A process in
-/// another PID namespace is therefore not the owner, even if its process id is the same.
+/// The owner stays the same when it executes another program, and when other processes inherit the
+/// socket. Linux stores a reference to the process instead of its id. A process in another PID
+/// namespace is therefore not the owner, even if its process id is the same.
 pub(crate) fn is_owned(number: RawFd) -> bool {
     // SAFETY: F_GETOWN changes no memory and accepts any number.
     let owner = unsafe { libc::fcntl(number, libc::F_GETOWN) };

@@ -290,8 +290,8 @@ pub(crate) fn is_shutdown_error(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }
 
-/// Returns whether an error of `accept` or of receiving means that the descriptor is no socket for
-/// this purpose, so that later calls fail as well. Other errors may pass, such as a lack of
+/// Returns whether accepting or receiving failed because the descriptor is not, or no longer, a
+/// suitable socket. Later calls then fail as well. Other errors are temporary, such as a lack of
 /// descriptors or memory.
 pub(crate) fn is_permanent_error(errno: i32) -> bool {
     matches!(errno, libc::EBADF | libc::EINVAL | libc::ENOTSOCK)
@@ -300,7 +300,8 @@ pub(crate) fn is_permanent_error(errno: i32) -> bool {
 /// Returns whether an error of receiving from a UDP socket concerns only an earlier datagram, so
 /// that the next call may succeed.
 ///
-/// A socket with the option `IP_RECVERR` (ip(7)) reports an ICMP answer at the next call.
+/// If the option `IP_RECVERR` (ip(7)) is set, an ICMP error for a datagram that the socket has sent
+/// makes the next call fail.
 pub(crate) fn is_datagram_error(error: &io::Error) -> bool {
     is_connection_error(error)
         || matches!(

@@ -7,7 +7,7 @@
 //! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a handle
 //!   after a fork)
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
-//! - processes: `process`, `threads`, `env`, `own_program` (its path)
+//! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
 //! - logs: `log` (writes to descriptors that other processes share)

@@ -16,7 +16,7 @@ pub(crate) fn own_program() -> Option<PathBuf> {
     let own = status();
     let is_own = |path: &PathBuf| match (path.metadata(), &own) {
         (Ok(file), Ok(own)) => is_same_file(&file, own),
-        // The system does not tell which file this process executes.
+        // The system does not report which file this process executes.
         (file, Err(_)) => file.is_ok(),
         (Err(_), Ok(_)) => false,
     };
@@ -24,8 +24,8 @@ pub(crate) fn own_program() -> Option<PathBuf> {
     paths.find(is_own)
 }
 
-/// Makes a path absolute. Like a shell, prefers the directory in `PWD` if it is the working
-/// directory, because its symbolic links are unresolved.
+/// Makes a path absolute. If the variable `PWD` names the working directory, uses its value as a
+/// shell does, because getcwd(3) would resolve symbolic links.
 fn absolute(path: PathBuf) -> Option<PathBuf> {
     if path.is_absolute() {
         return Some(path);

@@ -129,8 +129,8 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     state.replaced.call_after(signal, info, context, || {
         // SAFETY: the system passes a valid structure, or null if another handler calls this one.
         let code = unsafe { info.as_ref() }.map(|info| info.si_code);
-        let is_terminals = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
-        if is_terminals && code == Some(SI_KERNEL) {
+        let is_terminal_signal = matches!(signal, libc::SIGTTIN | libc::SIGTTOU);
+        if is_terminal_signal && code == Some(SI_KERNEL) {
             suspend(signal, state);
         } else {
             state.is_pending.store(true, Ordering::SeqCst);
@@ -145,8 +145,8 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     });
 }
 
-/// Makes the process ignore a signal that the kernel has sent because a background job, to which
-/// this process belongs, reads from its terminal or writes to it. Async-signal-safe.
+/// Makes the process ignore a signal that the kernel has sent because this process belongs to a
+/// background job and reads from its terminal or writes to it. Async-signal-safe.
 ///
 /// After the handler, the kernel repeats the call that reads or writes. If the signal were still
 /// handled, the kernel would send it again, without end. Once it is ignored, a write succeeds, and
@@ -154,9 +154,11 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
 fn suspend(signal: libc::c_int, state: &SignalState) {
     let mut ignore = empty_action();
     ignore.sa_sigaction = libc::SIG_IGN;
-    state.is_suspended.store(true, Ordering::SeqCst);
     // SAFETY: the action has no handler.
     let _ = unsafe { set_action(signal, &ignore) };
+    // Set the mark last. Otherwise `resume` on another thread could clear the mark before this
+    // thread ignores the signal, and the signal would stay ignored.
+    state.is_suspended.store(true, Ordering::SeqCst);
 }
 
 /// The end of the pipe that the poller waits for.
@@ -277,8 +279,9 @@ pub(super) fn is_ignored(signal: libc::c_int) -> bool {
 
 /// Returns the signals that this process ignores, except SIGPIPE and SIGCHLD.
 ///
-/// The runtime of a Rust program ignores SIGPIPE, so it does not matter whether the process
-/// inherited this. A process that ignores SIGCHLD cannot wait for its children.
+/// SIGPIPE is omitted because the runtime of every Rust program ignores it, so its action does not
+/// show what this process inherited. SIGCHLD is omitted because a child that ignores it cannot wait
+/// for its own children.
 pub(crate) fn ignored() -> SignalSet {
     let mut ignored = SignalSet::empty();
     let all = 1..=libc::c_int::from(MAX_SIGNAL);
@@ -294,9 +297,9 @@ fn is_function(action: &libc::sigaction) -> bool {
 }
 
 /// Returns an action that runs `handler`. If the previous action is a function, `handler` calls
-/// this function, so the new action takes over the mask and the `SA_RESTART`, `SA_NODEFER` and
+/// that function, so the new action takes over the mask and the `SA_RESTART`, `SA_NODEFER` and
 /// `SA_ONSTACK` flags. Otherwise, the new action has `SA_RESTART` and `SA_ONSTACK`, and blocks all
-/// signals.
+/// signals while `handler` runs.
 pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> libc::sigaction {
     let mut action = empty_action();
     action.sa_sigaction = address(handler);
@@ -306,9 +309,9 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
         let inherited = libc::SA_RESTART | libc::SA_NODEFER | libc::SA_ONSTACK;
         action.sa_flags |= previous.sa_flags & inherited;
     } else {
-        // Block all signals while the handler runs. Otherwise the kernel nests the frames of
-        // signals that arrive together. With AVX-512 a frame has 3 KiB, so three of them overflow
-        // the alternate stack of a Rust thread, and the process is killed by SIGSEGV.
+        // Otherwise, the kernel would nest the stack frames of handlers whose signals arrive
+        // together. With AVX-512, a frame takes 3 KiB, so three frames overflow the alternate stack
+        // of a Rust thread, and SIGSEGV kills the process.
         action.sa_mask = SignalSet::all().into_raw();
         action.sa_flags |= libc::SA_RESTART | libc::SA_ONSTACK;
     }
@@ -349,7 +352,7 @@ pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
 }
 
 impl InstalledHandler {
-    /// Handles the signal again if the handler has suspended it.
+    /// Installs the handler again if the process ignores the signal because of [`suspend`].
     pub(crate) fn resume(&self) {
         let state = state(self.signal);
         let was_suspended =

@@ -13,7 +13,7 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
 }
 
 /// Returns whether the real and the effective ids of this process are the given ones. `None` stands
-/// for any id. macOS does not report the saved ids.
+/// for any id. The saved ids are not compared, because macOS does not report them.
 pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
     // SAFETY: getuid has no preconditions.
     let real_user = unsafe { libc::getuid() };

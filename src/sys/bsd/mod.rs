@@ -107,7 +107,8 @@ pub(crate) mod parent_death_signal {
         Ok(())
     }
 
-    /// Returns `true`, because no other process has the worker's process id while the worker runs.
+    /// Returns `true`, although these systems have no such request. The caller also compares the
+    /// process id, and without PID namespaces no other process has the same one.
     pub(crate) fn is_requested() -> bool {
         true
     }

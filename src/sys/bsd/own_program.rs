@@ -1,4 +1,4 @@
-//! The paths by which this process's program may be known.
+//! The paths that may lead to this process's program.
 
 use std::fs::Metadata;
 use std::io;
@@ -16,7 +16,7 @@ pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
     paths.into_iter().flatten().collect()
 }
 
-/// Searches `PATH` for a name without a slash.
+/// Searches `PATH` for a name without a slash. Returns any other path unchanged.
 fn find(name: PathBuf) -> Option<PathBuf> {
     if name.parent() != Some(Path::new("")) {
         return Some(name);

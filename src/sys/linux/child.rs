@@ -31,8 +31,8 @@ pub(in crate::sys) fn set_disposition(signal: libc::c_int, disposition: libc::si
     const DISPOSITION: usize = cfg!(any(target_arch = "mips", target_arch = "mips64")) as usize;
     /// The length of the kernel's signal set in bytes.
     const SET_LENGTH: usize = MAX_SIGNAL as usize / 8;
-    // The kernel's structure, without flags and with an empty mask. The kernel reads fewer bytes on
-    // every architecture.
+    // The kernel's structure, without flags and with an empty mask. On every architecture, the
+    // structure is shorter than this array.
     let mut action = [0usize; 16];
     action[DISPOSITION] = disposition;
     let (new, old) = (action.as_ptr(), std::ptr::null_mut::<usize>());

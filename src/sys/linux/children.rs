@@ -4,7 +4,7 @@
 /// belongs to another PID namespace, or does not list children (`CONFIG_PROC_CHILDREN`, see
 /// proc_tid_children(5)).
 ///
-/// The list may lack a child if another child is reaped at the same time.
+/// The list may lack a child if another child is reaped, or a thread exits, at the same time.
 pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
     let own = std::fs::read_link("/proc/self").ok()?;
     if own.as_os_str() != std::process::id().to_string().as_str() {
@@ -12,13 +12,15 @@ pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
     }
     let mut children = Vec::new();
     for thread in std::fs::read_dir("/proc/self/task").ok()? {
-        match std::fs::read_to_string(thread.ok()?.path().join("children")) {
+        let directory = thread.ok()?.path();
+        match std::fs::read_to_string(directory.join("children")) {
             Ok(numbers) => {
                 let numbers = numbers.split_ascii_whitespace();
                 children.extend(numbers.filter_map(|number| number.parse::<libc::pid_t>().ok()));
             }
-            // The thread has exited. The kernel has given its children to another thread.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            // The thread has exited, and the kernel has moved its children to another thread. The
+            // error is ENOENT, as for a kernel that does not list children, so check the directory.
+            Err(_) if !directory.exists() => {}
             Err(_) => return None,
         }
     }

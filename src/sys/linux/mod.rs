@@ -24,8 +24,8 @@ pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch 
     64
 };
 
-/// The `si_code` of a signal that the kernel itself sends, for instance to a background job (see
-/// sigaction(2)).
+/// The `si_code` of a signal that the kernel itself sends (sigaction(2)), for instance to a
+/// background job that reads from its terminal.
 pub(super) const SI_KERNEL: libc::c_int = 0x80;
 
 /// The unit of `ru_maxrss` in bytes.

@@ -12,15 +12,16 @@ use std::path::PathBuf;
 ///
 /// Returns an error if `/proc` is not mounted.
 pub(in crate::sys) fn status() -> io::Result<Metadata> {
-    // Prefer the path in the link, because qemu's user mode replaces the link only for readlink(2).
+    // Prefer the path that readlink(2) returns. QEMU's user mode emulates only this call, so the
+    // status of the link itself is that of the emulator.
     let linked = std::env::current_exe().and_then(std::fs::metadata);
     linked.or_else(|_| std::fs::metadata("/proc/self/exe"))
 }
 
 /// Returns the paths that may lead to this process's program, the preferred one first.
 pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
-    // The loader maps the program, but the kernel executes the loader. The loader's path does not
-    // lead to the program.
+    // In this case, the kernel has executed the loader, so both paths lead to the loader instead of
+    // the program.
     if is_run_by_loader() {
         return Vec::new();
     }
@@ -48,8 +49,8 @@ fn called_path() -> Option<PathBuf> {
 }
 
 /// Returns whether the dynamic loader was executed with this program as its argument, as in
-/// `ld.so ./program`. The kernel has then loaded no loader for another program (`AT_BASE` in
-/// getauxval(3)).
+/// `ld.so ./program`. The kernel then reports no address of a loader (`AT_BASE` in getauxval(3)). A
+/// statically linked program has no loader, so the result is `false`.
 fn is_run_by_loader() -> bool {
     // SAFETY: getauxval has no preconditions.
     !cfg!(target_feature = "crt-static") && unsafe { libc::getauxval(libc::AT_BASE) } == 0

@@ -48,9 +48,9 @@ pub(crate) fn renew(channel: BorrowedFd<'_>) {
     }
 }
 
-/// Returns whether the kernel kills this process when its parent exits. The answer stays the same
-/// if the process executes another program without further privileges. A child of the process does
-/// not inherit the request.
+/// Returns whether this process has requested that the kernel kill it when its parent exits. The
+/// request persists when the process executes another program, unless the program has file
+/// capabilities or a set-user-ID bit. A child of the process does not inherit the request.
 pub(crate) fn is_requested() -> bool {
     let mut signal: libc::c_int = 0;
     // SAFETY: the pointer is valid for writes of one `c_int`.

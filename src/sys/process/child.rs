@@ -45,7 +45,7 @@ pub(super) fn pid_variable(name: &str) -> PidVariable {
     text
 }
 
-/// What a child leads besides itself.
+/// Whether a child leads a process group or a session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Leads {
     #[default]
@@ -262,9 +262,9 @@ impl Child<'_> {
         parent_death_signal::request(self.parent).map_err(at(Step::Signals))
     }
 
-    /// Returns whether the child may go on although it cannot drop its supplementary groups. Either
-    /// its parent already has the requested identity, or there is no group to drop. In any other
-    /// case, the child would take groups along to another identity.
+    /// Returns whether the child may continue although it cannot drop its supplementary groups:
+    /// either its parent already has the requested identity, or there is no group to drop. In any
+    /// other case, the child would keep its parent's groups under another identity.
     ///
     /// A process cannot drop groups without CAP_SETGID, or in a user namespace that forbids it
     /// (`/proc/PID/setgroups` in user_namespaces(7)).

@@ -37,6 +37,10 @@ mod tests {
 
     #[test]
     fn exited_children_are_found_and_stay_waitable() {
+        // Without a list, the search finds at most one of the two children.
+        if platform::children::list().is_none() {
+            return;
+        }
         let mut children: Vec<_> = ["exit 1", "exit 2"]
             .map(|exit| {
                 std::process::Command::new("sh")
@@ -49,16 +53,16 @@ mod tests {
             .iter()
             .map(|child| Pid::from_raw(child.id().try_into().unwrap()))
             .collect();
-        let is_foreign = |pid: Pid| !pids.contains(&pid);
+        let is_other = |pid: Pid| !pids.contains(&pid);
         let mut found = Vec::new();
         while found.len() < 2 {
-            found = exited_children(is_foreign);
+            found = exited_children(is_other);
         }
         found.sort_by_key(|pid| pid.number());
         assert_eq!(found, pids);
         for (child, code) in children.iter_mut().zip(1..) {
             assert_eq!(child.wait().unwrap().code(), Some(code));
         }
-        assert_eq!(exited_children(is_foreign), []);
+        assert_eq!(exited_children(is_other), []);
     }
 }

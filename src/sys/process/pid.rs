@@ -204,9 +204,9 @@ impl Pid {
     ///
     /// # Errors
     ///
-    /// Returns ESRCH if the group has no process, or if the child has been reaped and the kernel
-    /// cannot find its group by the process descriptor (before Linux 6.9). Its id may then belong
-    /// to another group.
+    /// Returns ESRCH if the group has no process. Also returns ESRCH if the child has been reaped
+    /// and the kernel cannot find the group by the process descriptor (before Linux 6.9), because
+    /// the child's id may then belong to another group.
     pub(crate) fn signal_group(
         self,
         process: Option<&impl AsFd>,
