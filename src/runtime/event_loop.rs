@@ -147,7 +147,7 @@ type OnSignal<R> = dyn FnMut(&R, Signal);
 
 struct SignalInterest<R> {
     callbacks: Callbacks<OnSignal<R>>,
-    /// The guard whose `Drop` restores the previous handler.
+    /// The guard that restores the previous handler when it is dropped.
     installed: InstalledHandler,
 }
 
@@ -234,8 +234,8 @@ impl<R> EventLoop<R> {
         Ok(Running(&self.running))
     }
 
-    /// Returns whether a callback of the event loop is being called in this process. The result is
-    /// `false` in a child that a callback has forked.
+    /// Returns whether the event loop is running in this process, and the caller is therefore one
+    /// of its callbacks. The result is `false` in a child that a callback has forked.
     pub(crate) fn is_running(&self) -> bool {
         self.running.get() && self.poller.is_own()
     }
@@ -516,6 +516,8 @@ impl<R> EventLoop<R> {
         }
     }
 
+    /// Returns the signals that have arrived since the last call. Also handles a terminal's signals
+    /// again if the handler has made the process ignore them.
     pub(crate) fn take_signals(&self) -> Vec<Signal> {
         let pipe = self.signal_pipe.borrow();
         let numbers = pipe.as_ref().map(|pipe| pipe.take()).unwrap_or_default();

@@ -131,11 +131,13 @@ enum Attempt<T> {
     /// Nothing was available for the application, but the attempt waited or handled other input, so
     /// try again.
     Retry,
-    /// The attempt failed with an error that may pass, such as a lack of descriptors.
+    /// The attempt failed with a temporary error, such as a lack of descriptors.
     Failed(Error),
 }
 
 impl<T> Attempt<T> {
+    /// Returns the result of an attempt that failed with a temporary error.
+    ///
     /// # Errors
     ///
     /// Returns the error if it is permanent.
@@ -247,8 +249,8 @@ impl Worker {
             }
             Err(error) => {
                 let failed = Attempt::failed(error)?;
-                // Without a free descriptor, accept(2) fails even if no connection waits. Poll
-                // until one does.
+                // Without a free descriptor, accept(2) fails even if no connection waits. In that
+                // case, `Nothing` makes the caller poll until a connection arrives.
                 let has_input = shell.has_input(listener);
                 Ok(if has_input { failed } else { Attempt::Nothing })
             }
@@ -268,8 +270,8 @@ impl Worker {
     }
 
     /// Repeats `attempt`, and runs the loop in between, until the attempt receives something or the
-    /// listener has ended. An error that may pass is passed to the error callbacks, and the next
-    /// attempt waits for `BACKOFF`.
+    /// listener has ended. Reports a temporary error to the error callbacks, and makes the next
+    /// attempt after `BACKOFF`.
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,
@@ -316,8 +318,8 @@ impl Worker {
         }
     }
 
-    /// Makes an attempt, unless the back-off after a failed one has not ended. In that case, waits
-    /// for the end of the back-off or for other input.
+    /// Makes an attempt. During the back-off after a failed attempt, instead waits for the end of
+    /// the back-off or for other input.
     fn attempt_after<T>(
         &self,
         backoff: &mut Backoff,

@@ -21,7 +21,7 @@ use crate::worker::{Inner, finish};
 ///
 /// Dropping a connection closes it. If the client has sent bytes that the worker has not read, the
 /// system then resets the connection, and the client may lose the answer.
-/// [`finish`](Self::finish) closes it without this loss.
+/// [`finish`](Self::finish) prevents this loss.
 ///
 /// A connection is not `Send`, because the worker counts it on its own thread. To use the stream
 /// for longer than the worker exists, or on another thread, take it out with
@@ -102,11 +102,11 @@ impl<S: AsFd + 'static> Connection<S> {
     /// - 64 MiB have been discarded.
     ///
     /// A call in a callback of the worker returns at once, and the worker's loop does the work. The
-    /// limit of 1 second does not apply there. Any other call waits, so that a worker that blocks
-    /// serves no other client meanwhile. Neither call depends on the stream's timeouts, or on
-    /// whether the stream blocks.
+    /// limit of 1 second does not apply there. Any other call waits, so the worker serves no other
+    /// client in the meantime. In both cases, the stream's timeouts have no effect, and the stream
+    /// may be blocking or non-blocking.
     ///
-    /// There is no error to handle, because the connection has ended for the worker in any case.
+    /// The method returns no error, because the worker can do nothing more for the connection.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {
@@ -120,7 +120,7 @@ impl<S: AsFd + 'static> Connection<S> {
     /// # Ok(()) }
     /// ```
     pub fn finish(self) {
-        // The client has already closed or reset the connection if this fails.
+        // A failure means that the client has already closed or reset the connection.
         if sys::socket::shutdown_write(self.as_fd()).is_err() {
             return;
         }

@@ -1,8 +1,9 @@
-//! The end of a connection whose client may still be sending.
+//! Closes a connection whose client may still be sending.
 //!
 //! If a socket is closed while received bytes are unread, or if bytes arrive after it was closed,
-//! TCP resets the connection. The reset can discard what the client has not read yet, and makes its
-//! writes fail. The functions here therefore read until the client closes, within limits.
+//! TCP resets the connection. The reset can discard bytes that the client has not read yet, and
+//! makes the client's writes fail. The functions here therefore read until the client closes, within
+//! limits.
 
 use std::cell::Cell;
 use std::io;
@@ -25,13 +26,13 @@ const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// Maximum time from the call until the connection is closed.
 ///
 /// A longer time would let a client that sends one byte a second occupy a worker for longer. A
-/// shorter time would cut off clients that send a large request slowly. nginx allows 30 seconds
+/// shorter time would disconnect clients that send a large request slowly. nginx allows 30 seconds
 /// (`lingering_time`).
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of bytes that are discarded.
 ///
 /// The limit bounds the CPU time that a fast client can cost: over loopback on x86-64, 60 MB take
-/// about 0.1 seconds. A smaller limit would cut off clients with large requests.
+/// about 0.1 seconds. A smaller limit would disconnect clients with large requests.
 const DISCARD_MAX: usize = 64 << 20;
 /// Number of bytes that one call reads. The buffer is on the stack, which is small on some threads.
 const READ_SIZE: usize = 16 << 10;
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn no_byte_is_discarded_after_the_limit() {
+    fn discarding_ends_at_the_limit() {
         let (here, mut there) = UnixStream::pair().unwrap();
         there.write_all(&[0; 100]).unwrap();
         assert!(!discard(here.as_fd(), &mut 100));

@@ -199,10 +199,10 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// - [`Error::Io`](crate::Error::Io) if waiting fails, or if the descriptor is no longer a
     ///   listener (EBADF, EINVAL, ENOTSOCK).
     ///
-    /// Other errors of accept(2) may pass, for example a lack of descriptors or memory. The call
-    /// does not return them. They are passed to the callbacks of [`Worker::on_error`] as
-    /// [`Error::Io`](crate::Error::Io), and the next attempt follows after 100 ms. An error that
-    /// concerns only one connection, such as ECONNABORTED, is ignored.
+    /// An error that concerns only one connection, such as ECONNABORTED, is ignored. Other errors of
+    /// accept(2) are temporary, for example a lack of descriptors or memory. The call does not
+    /// return temporary errors. The callbacks of [`Worker::on_error`] receive them as
+    /// [`Error::Io`](crate::Error::Io), and the next attempt follows after 100 ms.
     ///
     /// See [`Listener`] for an example.
     pub fn accept(&self) -> Result<Option<Connection<S>>> {

@@ -105,10 +105,10 @@ impl UdpSocket {
     /// - [`Error::Io`](crate::Error::Io) if waiting fails, or if the descriptor is no longer a
     ///   socket (EBADF, EINVAL, ENOTSOCK).
     ///
-    /// Other errors may pass, for example a lack of memory. The call does not return them. They are
-    /// passed to the callbacks of [`Worker::on_error`] as [`Error::Io`](crate::Error::Io), and the
-    /// next attempt follows after 100 ms. An error that concerns only an earlier datagram, such as
-    /// ECONNREFUSED, is ignored.
+    /// An error that concerns only an earlier datagram, such as ECONNREFUSED, is ignored. Other
+    /// errors are temporary, for example a lack of memory. The call does not return temporary
+    /// errors. The callbacks of [`Worker::on_error`] receive them as
+    /// [`Error::Io`](crate::Error::Io), and the next attempt follows after 100 ms.
     ///
     /// See [`UdpSocket`] for an example.
     pub fn recv_from(&self, buffer: &mut [u8]) -> Result<Option<(usize, SocketAddr)>> {

@@ -1,8 +1,8 @@
-//! Checks that workers which keep their connections for long delay no other client.
+//! Checks that a worker that keeps its connection for a long time delays no other client.
 //!
-//! As with a benchmark of two keep-alive connections, each of two clients connects again when its
-//! connection closes. A worker serves one connection at a time and reads nothing from its channel in
-//! the meantime. Workers are asked to disconnect by a signal, at which they close their connection.
+//! The simulation resembles a benchmark of two keep-alive connections: each of two clients connects
+//! again when its connection closes. A worker serves one connection at a time and reads nothing from
+//! its channel in the meantime. After a signal, a worker closes its connection and disconnects.
 
 use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt as _;
@@ -20,11 +20,11 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The number of clients, and of workers that serve when no worker is being replaced.
+/// The number of clients, and the number of workers that have not received the signal.
 const SERVING: usize = 2;
 /// The number of a fixed port in `requested_endpoint` and in `Call::Retain`.
 const FIXED_PORT: u8 = 1;
-/// The longest time until a client is served. A stalled worker's penalty lasts up to one second.
+/// Maximum time until a client is served. A stalled worker's penalty lasts up to one second.
 const PATIENCE: Time = Time::from_secs(3);
 
 struct Scene {
@@ -68,7 +68,7 @@ impl Scene {
         self.schedule.world.clients() - self.schedule.world.served
     }
 
-    /// Connects clients until there are as many as in the benchmark, and forks missing workers.
+    /// Forks a worker if there are fewer than `SERVING`, and connects a client likewise.
     fn replenish(&mut self) {
         let lasting = self.living().into_iter();
         if lasting.filter(|id| !self.signalled.contains(id)).count() < SERVING {
@@ -80,7 +80,9 @@ impl Scene {
         }
     }
 
-    /// Makes one step of a worker: of its library, unless the application serves a connection.
+    /// Makes one step of a worker: of its library if the library has work, otherwise of its
+    /// application. A worker that serves a connection does nothing until the signal, and then closes
+    /// the connection.
     fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let is_signalled = self.signalled.contains(&worker);
         let world = self.world();
@@ -131,7 +133,7 @@ impl Scene {
                 self.schedule.preemption.begin(runner, n);
             }
             (8, Some(worker)) => drop(self.signalled.insert(worker)),
-            // A client that leaves soon makes the worker quick, so that the window grows.
+            // A connection that closes soon makes the worker quick, so that its window grows.
             (9..=14, Some(worker)) => self.world().close_connection(worker, 0),
             (15..=130, Some(worker)) => {
                 let runner = Some(Runner::Worker(worker));

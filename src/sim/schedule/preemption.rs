@@ -1,4 +1,4 @@
-//! Keeps the processor from one process for a while, as a loaded machine does.
+//! Preempts one process for a while, as a loaded machine does.
 
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -14,7 +14,7 @@ pub(super) enum Runner {
     Worker(WorkerId),
 }
 
-/// The process that is preempted at present, if any, and the number of its steps that are left out.
+/// The process that is preempted at present, if any, and the number of its steps still to skip.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Preemption {
     preempted: Option<Runner>,
@@ -22,6 +22,7 @@ pub(super) struct Preemption {
 }
 
 impl Preemption {
+    /// Preempts `runner` for its next `steps` steps.
     pub(super) fn begin(&mut self, runner: Runner, steps: u8) {
         (self.preempted, self.left) = (Some(runner), steps);
     }

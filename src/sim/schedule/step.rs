@@ -61,8 +61,8 @@ pub(super) enum StepKind {
     Stop,
     /// Resumes a suspended worker, as SIGCONT does.
     Continue,
-    /// Keeps the processor from a worker for its next `choice` steps. If no worker has the number
-    /// `process`, keeps the processor from the master.
+    /// Preempts a worker for its next `choice` steps. `process` selects it without the modulo; if
+    /// there are not that many workers, preempts the master.
     Preempt,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
@@ -103,7 +103,7 @@ pub(super) struct Trouble {
     calls: bool,
     /// Whether the applications frequently change their connection limits.
     limits: bool,
-    /// Whether processes do not get the processor for a while.
+    /// Whether processes are preempted.
     preemption: bool,
 }
 

@@ -371,8 +371,9 @@ fn idle_worker_gets_queued_connections_after_accepting_fails() {
     replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
 }
 
-/// The connection is in the queue of the second worker that does not run. The first one is idle
-/// again, but stalled, and the master was not woken at the end of its penalty.
+/// Provokes a penalty of the only idle worker: the connection is in the queue of the second worker,
+/// and that worker does not run. The first worker is idle again, but treated as stalled. Unless the
+/// end of the penalty wakes the master, the connection stays where it is.
 #[test]
 fn end_of_a_penalty_wakes_the_master() {
     let m = step(StepKind::Master, 0, 0);

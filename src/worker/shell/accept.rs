@@ -74,8 +74,9 @@ impl WorkerShell {
         self.core.borrow_mut().connection_closed(listener);
     }
 
-    /// Accepts a connection from a shared listener, or returns `None` if none waits. Without a free
-    /// descriptor, accept(2) fails even if none waits.
+    /// Accepts a connection from a shared listener, or returns `None` if no connection waits. Most
+    /// errors are returned only if a connection waits, because accept(2) fails without a free
+    /// descriptor even if there is none.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
             // Make the listener non-blocking again, because any process with a copy may have made
