@@ -57,7 +57,7 @@ impl Scene {
         living.map(|(worker, _)| *worker).collect()
     }
 
-    /// Returns the number of connections that workers keep.
+    /// Returns the number of connections that workers serve.
     fn kept(&self) -> usize {
         let processes = self.schedule.world.processes.values();
         processes.map(|process| process.held.len()).sum()
@@ -68,7 +68,8 @@ impl Scene {
         self.schedule.world.clients() - self.schedule.world.served
     }
 
-    /// Forks a worker if there are fewer than `SERVING`, and connects a client likewise.
+    /// Forks a worker if fewer than `SERVING` workers have not received the signal. Connects a client
+    /// if fewer than `SERVING` clients are connected.
     fn replenish(&mut self) {
         let lasting = self.living().into_iter();
         if lasting.filter(|id| !self.signalled.contains(id)).count() < SERVING {
@@ -104,7 +105,7 @@ impl Scene {
         let world = self.world();
         let process = world.process(worker);
         if is_signalled && !process.core.is_disconnecting() {
-            // The signal's callback runs inside `accept`, and does nothing the second time.
+            // The signal's callback runs inside `accept`. The check above makes it run only once.
             process.core.disconnect();
             world.gather_from_worker(worker);
         }

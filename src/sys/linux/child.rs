@@ -52,7 +52,7 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
 pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
     let (mut users, mut groups) = ([0; 3], [0; 3]);
     let [real, effective, saved] = users.each_mut().map(std::ptr::from_mut);
-    // The functions of the C library only make the system calls.
+    // Use the C library, because these two functions only make the system call.
     // SAFETY: the pointers are valid for writes of one id each.
     let has_users = unsafe { libc::getresuid(real, effective, saved) } == 0;
     let [real, effective, saved] = groups.each_mut().map(std::ptr::from_mut);

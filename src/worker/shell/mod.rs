@@ -122,6 +122,7 @@ impl WorkerShell {
         self.report(Error::Io { attempt, reason });
     }
 
+    /// Returns the time on the clock of this worker's deadlines.
     pub(crate) fn now(&self) -> Time {
         self.start.elapsed()
     }
