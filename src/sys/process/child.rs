@@ -239,11 +239,7 @@ impl Child<'_> {
         // Change the groups before the user, because a process that is no longer root cannot change
         // its groups.
         if self.changes_identity() {
-            match platform::drop_groups() {
-                Err(error)
-                    if error.raw_os_error() == Some(libc::EPERM) && self.may_keep_groups() => {}
-                dropped => dropped.map_err(at(Step::Groups))?,
-            }
+            self.drop_groups().map_err(at(Step::Groups))?;
         }
         if let Some(gid) = self.gid {
             platform::set_group(gid).map_err(at(Step::Groups))?;
@@ -260,6 +256,17 @@ impl Child<'_> {
             return Ok(());
         }
         parent_death_signal::request(self.parent).map_err(at(Step::Signals))
+    }
+
+    /// Drops the supplementary groups. If the system does not permit this, succeeds nevertheless if
+    /// the child may keep them.
+    fn drop_groups(&self) -> io::Result<()> {
+        match platform::drop_groups() {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) && self.may_keep_groups() => {
+                Ok(())
+            }
+            dropped => dropped,
+        }
     }
 
     /// Returns whether the child may continue although it cannot drop its supplementary groups:
