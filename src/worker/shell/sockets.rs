@@ -49,6 +49,7 @@ pub(crate) struct SharedListener {
 /// |---|---|---|
 /// | `Blocking` | `unblock` | `NonBlocking` |
 /// | `Blocking` | `accept` would block: another process has called `unblock` | `NonBlocking` |
+/// | `Blocking` | the descriptor limit no longer allows a wait in `accept` | `NonBlocking` |
 ///
 /// A worker never makes its listener block again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
