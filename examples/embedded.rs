@@ -53,7 +53,8 @@ fn host(master: &Master, status: &str) -> Outcome {
     });
     master.on_exit(|master, worker, status| {
         if worker.exited_after_disconnect() != Some(true) {
-            // No worker is replaced. When the last one has exited, `dispatch` returns this error.
+            // No worker is replaced. When all workers have exited, `dispatch` or `run` returns this
+            // error.
             master.give_up(format!("worker {} died ({status})", worker.id()));
         }
     });
@@ -80,7 +81,8 @@ fn host(master: &Master, status: &str) -> Outcome {
         serve_status(&status, master)?;
         master.dispatch(Some(Duration::ZERO))?;
     }
-    Ok(())
+    // Deliver the remaining events.
+    Ok(master.run()?)
 }
 
 fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
@@ -94,6 +96,8 @@ fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
                 let _ = finish(client, master);
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            // The client has disconnected before it was accepted.
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
             Err(error) => return Err(error),
         }
     }
@@ -110,7 +114,10 @@ fn finish(client: TcpStream, master: &Master) -> Outcome {
             .then_some(Interest::Readable)
     };
     let watch = master.watch(client, Interest::Readable, discard)?;
-    master.set_timeout(FINISH_TIMEOUT, move |master| master.unwatch(watch));
+    let timer = master.set_timeout(FINISH_TIMEOUT, move |master| master.unwatch(watch));
+    // The workers, not this client, keep the master running.
+    master.unreference(watch);
+    master.unreference(timer);
     Ok(())
 }
 

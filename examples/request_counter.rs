@@ -20,9 +20,11 @@ fn master(master: &Master) -> cluster::Result<()> {
     // Keep track of requests.
     let requests = Rc::new(Cell::new(0));
     let (total, counts) = (Rc::clone(&requests), log.clone());
-    master.set_interval(Duration::from_secs(1), move |_| {
+    let report = master.set_interval(Duration::from_secs(1), move |_| {
         counts.line(format_args!("requests = {}", total.get()));
     });
+    // The workers, not this timer, keep the master running.
+    master.unreference(report);
     master.on_listening_once(move |_, _, address| {
         log.line(format_args!("listening on {address}"));
     });

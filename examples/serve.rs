@@ -33,13 +33,14 @@ Runs several processes of a program that takes its listeners from LISTEN_FDS.
   --readiness TIME    a process is ready when it has run for this time [default: 1s]
   --drain TIME        a process that has not exited this long after SIGTERM is killed [default: 30s]
   --max-age TIME      a process that has run for this time is replaced [default: never]
-  --max-memory SIZE   a process that holds more memory alone is replaced [default: no limit]
+  --max-memory SIZE   a process with more private memory is replaced [default: no limit]
 
-A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. SIGTERM ends a process, and then
-what it has started, such as a server behind a shell.
+A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. A process is stopped by SIGTERM. When
+it has exited, the processes that it has started, such as a server behind a shell, get SIGTERM, too.
 
 HUP replaces all processes, one after the other; each one ends when its replacement is ready. TTIN and
-TTOU add and remove a process. TERM and INT stop, and a second one stops at once; QUIT stops at once.
+TTOU add and remove a process. TERM and INT stop; a second one, at least a second later, stops at once.
+QUIT stops at once.
 The exit code is 0 after a stop, 1 after failures and 2 if the options are invalid.
 ";
 
@@ -223,7 +224,7 @@ fn serve() -> Result<(), Box<dyn Error>> {
         (Signal::INT, SignalAction::Stop),
         (Signal::QUIT, SignalAction::StopAtOnce),
     ] {
-        // Under nohup, SIGHUP comes from a terminal that is closed.
+        // Under nohup, SIGHUP stays ignored, because it means only that the terminal has closed.
         if signal != Signal::HUP || !master.is_signal_ignored(signal) {
             pool.on_signal(&master, signal, action)?;
         }

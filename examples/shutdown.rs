@@ -2,7 +2,7 @@
 //! the argument `polite` the worker closes its connections when the master sends `shutdown`.
 //!
 //! Usage:     cargo run --example shutdown
-//!            cargo run --example shutdown -- polite
+//! or:        cargo run --example shutdown -- polite
 
 mod usage;
 

@@ -46,7 +46,7 @@ fn main() -> cluster::Result<()> {
             });
             master.on_exit(move |master, worker, status| {
                 at_exit.line(format_args!("worker {} died ({status})", worker.id()));
-                // No worker is replaced. When the last one has exited, `run` returns this error.
+                // No worker is replaced. When all have exited, `run` returns the error of the first exit.
                 master.give_up(format!("worker {} died ({status})", worker.id()));
             });
             for _ in 0..workers {

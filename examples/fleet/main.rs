@@ -5,7 +5,7 @@
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
 //! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
-//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (a second one after a second or more: at once)
+//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM (at once: again after a second)
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
 
@@ -102,12 +102,12 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
         }
         // Until this event, in an upgrade, the old master answers for this host.
         if *event == PoolEvent::QuorumReached {
-            let agent = agent.take().into_iter();
-            agent.for_each(|agent| {
-                if let Err(error) = answer_agent_check(master, pool, agent, &since) {
-                    log.line(format_args!("cannot answer the agent-check: {error}"));
-                }
-            });
+            let answers = agent
+                .take()
+                .map(|agent| answer_agent_check(master, pool, agent, &since));
+            if let Some(Err(error)) = answers {
+                log.line(format_args!("cannot answer the agent-check: {error}"));
+            }
         }
     });
     let notice = Duration::from_secs(options.drain_notice);

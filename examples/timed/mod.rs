@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use cluster::Connection;
 
-/// Time for a client to send its request and to receive the answer.
+/// Maximum time for a client to send its request and to receive the answer.
 ///
 /// A client that is silent, or that sends one byte a second, occupies its worker for this time.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection that can be read and written until `TIMEOUT` has passed.
+/// A connection whose reads and writes fail once `TIMEOUT` has passed.
 pub(crate) struct Timed {
     connection: Connection,
     end: Instant,

@@ -5,9 +5,9 @@ use std::process::exit;
 use cluster::LogWriter;
 use lexopt::prelude::*;
 
-/// Returns the arguments without a name, or the default of each argument that is missing. Ends the
-/// process if there are other arguments.
-#[allow(dead_code, reason = "examples with named options parse them")]
+/// Returns the positional arguments, or the default of each argument that is missing. If there are
+/// options or more arguments, ends the process as `or_exit` does.
+#[allow(dead_code, reason = "examples with options do not call it")]
 pub(crate) fn arguments<const N: usize>(source: &str, defaults: [&str; N]) -> [String; N] {
     let mut values = defaults.map(str::to_owned);
     or_exit(source, fill(&mut values));
@@ -26,11 +26,11 @@ fn fill(values: &mut [String]) -> Result<(), lexopt::Error> {
     Ok(())
 }
 
-/// Returns the parsed options.
+/// Returns the parsed options, or ends the process if parsing has failed.
 ///
-/// If the unknown option of the error is `--help` or `-h`, prints the usage to standard output, and
-/// exits with status 0. For any other error, prints the error and the usage to standard error, and
-/// exits with status 2.
+/// No example parses `--help` and `-h`, so these options arrive here as errors. For them, prints the
+/// usage to standard output, and exits with status 0. For any other error, prints the error and the
+/// usage to standard error, and exits with status 2.
 pub(crate) fn or_exit<T>(source: &str, parsed: Result<T, lexopt::Error>) -> T {
     let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
     let lines: Vec<_> = lines
