@@ -46,7 +46,8 @@ fn main() -> cluster::Result<()> {
             });
             master.on_exit(move |master, worker, status| {
                 at_exit.line(format_args!("worker {} died ({status})", worker.id()));
-                // No worker is replaced. When all have exited, `run` returns the error of the first exit.
+                // No worker is replaced. When all workers have exited, `run` returns the first of
+                // these errors.
                 master.give_up(format!("worker {} died ({status})", worker.id()));
             });
             for _ in 0..workers {
