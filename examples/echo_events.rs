@@ -47,6 +47,8 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     let report = master.set_interval(Duration::from_secs(1), move |_| {
         counts.line(format_args!("requests = {}", total.get()));
     });
+    // The workers, not this timer, keep the master running.
+    master.unreference(report);
     // Start the workers. Each message `notifyRequest` counts as one request.
     for _ in 0..workers {
         let requests = Rc::clone(&requests);
@@ -65,14 +67,12 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
         }
     });
     for signal in [Signal::INT, Signal::TERM] {
-        master.on_signal(signal, move |master, _| {
+        master.on_signal(signal, |master, _| {
             // Make the workers exit at once, because a connection that never ends would keep its
             // worker running.
             for worker in master.workers() {
                 let _ = worker.send(b"shutdown");
             }
-            // Clear the interval at the end, because it would keep the master running.
-            master.on_all_disconnected_once(move |master| master.clear_timer(report));
             master.disconnect();
         })?;
     }
