@@ -87,7 +87,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<dyn Error>> {
     // The time of the first signal to stop.
     let draining_since = Rc::new(Cell::new(None::<Instant>));
-    // No worker uses this listener. It belongs to the pool so that an upgrade passes it to the new master.
+    // No worker uses this listener. It belongs to the pool so that an upgrade passes it to the new
+    // master.
     let address = SocketAddr::new(options.host, AGENT_PORT);
     pool.listen(master, address)?;
     let agent = master.listen(address)?.as_fd().try_clone_to_owned()?;
