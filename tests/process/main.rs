@@ -124,7 +124,6 @@ fn main() -> ExitCode {
         notify::SCENARIOS,
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
-        inherited::SCENARIOS,
         passed::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
