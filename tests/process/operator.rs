@@ -1,5 +1,5 @@
 //! Checks what a pool does if its operator sends signals twice, in an unusual order, or to a master
-//! that cannot obey.
+//! that cannot act on them.
 
 use std::io::{BufRead as _, Read as _, Write as _};
 use std::net::TcpStream;
@@ -10,9 +10,9 @@ use cluster::{Error, Role};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{is_alive, is_watched, wait_for_state, wait_until};
+use crate::harness::{is_watched, wait_for_state, wait_until};
 use crate::host::{is_process_1, output_of, start_as_process_1};
-use crate::pool::{HOLD, Server, pid, quick, server};
+use crate::pool::{HOLD, Server, pid, quick, server, wait_for_exit};
 
 crate::scenarios! {
     stop_signal_that_arrives_twice_spares_clients
@@ -25,7 +25,7 @@ crate::scenarios! {
     signals_that_arrive_together_are_all_handled
 }
 
-/// A client that keeps a worker busy until the client has finished.
+/// A client that keeps a worker busy until [`BusyClient::finish`] is called.
 struct BusyClient(TcpStream);
 
 impl BusyClient {
@@ -44,20 +44,14 @@ impl BusyClient {
     }
 }
 
-/// Upgrades the server while a client keeps a worker of the old master busy. Returns the old
-/// master.
+/// Upgrades the server, and waits until the new master has taken over. Returns the old master,
+/// which continues while a client keeps one of its workers busy.
 fn upgrade(server: &Server) -> Pid {
     let old = server.master();
     server.signal(Signal::SIGUSR2);
     server.wait_for(&format!("{old}: a new master has taken over"), 1);
     assert_ne!(server.master(), old);
     old
-}
-
-fn wait_for_exit(master: Pid) {
-    wait_until("the exit of the master", || {
-        (!is_alive(pid(master))).then_some(())
-    });
 }
 
 fn stop_signal_that_arrives_twice_spares_clients() {
@@ -88,7 +82,8 @@ fn stop_signal_after_an_upgrade_spares_clients() {
     let server = Server::start("rr");
     let client = BusyClient::connect(&server);
     let old = upgrade(&server);
-    // Even signals after one second, which would otherwise be second signals, have no effect.
+    // More than one second after the start of a stop, a stop signal normally kills the workers. It
+    // must not if the pool stops because of an upgrade.
     std::thread::sleep(Duration::from_millis(1100));
     for signal in [Signal::SIGTERM, Signal::SIGTERM, Signal::SIGINT] {
         kill(old, signal).unwrap();
@@ -123,7 +118,7 @@ fn repeated_upgrade_signal_starts_one_new_master() {
     wait_until("a new master", || (server.master() != old).then_some(()));
     kill(old, Signal::SIGUSR2).unwrap();
     server.wait_for(&format!("{old}: a new master has taken over"), 1);
-    // These signals arrive while the old master drains.
+    // These signals arrive while the old master drains, and must start no third master.
     for signal in [Signal::SIGUSR2, Signal::SIGHUP, Signal::SIGTTIN] {
         kill(old, signal).unwrap();
     }
@@ -139,7 +134,8 @@ fn stop_signal_during_a_reload_ends_the_reload() {
     }
     let server = Server::start("rr");
     let client = BusyClient::connect(&server);
-    // The second reload waits for the first one, which does not end by itself.
+    // The first reload cannot end, because the minimum ready time is 1,000 seconds. The second
+    // reload waits for the first one.
     server.signal(Signal::SIGHUP);
     server.wait_for("worker 3 is ready", 1);
     server.signal(Signal::SIGHUP);
@@ -157,7 +153,7 @@ fn scaled_size_survives_an_upgrade() {
     let server = Server::start("rr");
     server.signal(Signal::SIGTTIN);
     server.wait_for("slot 2: worker 3 is ready", 1);
-    // The second new master passes on the size that it was passed itself.
+    // In the second upgrade, the master passes on a size that it has itself received.
     for _ in 0..2 {
         let old = upgrade(&server);
         let new = server.master();
@@ -166,16 +162,17 @@ fn scaled_size_survives_an_upgrade() {
     }
     // Back at the configured size, the new master's own options decide.
     server.signal(Signal::SIGTTOU);
+    // Worker 3 of each old master has also exited.
     server.wait_for("slot 2: worker 3 has exited", 1 + 2);
     let old = upgrade(&server);
     wait_for_exit(old);
     server.wait_for(": ready", 4);
     assert_eq!(server.workers().len(), 2);
-    server.stop_and_check(|_| {});
+    server.stop();
 }
 
-/// Checks that process 1 of a PID namespace refuses to upgrade, by signal and by call, and serves
-/// on.
+/// Checks that process 1 of a PID namespace refuses an upgrade by signal and by call, and continues
+/// to serve.
 fn process_1_refuses_an_upgrade() {
     if is_process_1() {
         return run_process_1();
@@ -228,7 +225,7 @@ fn run_process_1() {
     }
 }
 
-/// Sends several signals while the master is stopped, so that the kernel delivers them all at once.
+/// Sends several signals while the master is stopped, so that the kernel delivers them together.
 fn signals_that_arrive_together_are_all_handled() {
     if is_watched() {
         return server(quick());

@@ -711,10 +711,7 @@ pub fn server(options: PoolOptions) {
                         .write_all(HOLD)
                         .and_then(|()| connection.read_exact(&mut request))
                 } else if length > 0 {
-                    connection.write_all(
-                        b"served
-",
-                    )
+                    connection.write_all(b"served\n")
                 } else {
                     Ok(())
                 };
@@ -813,7 +810,7 @@ impl Server {
         std::fs::write(&self.release, what).unwrap();
     }
 
-    fn stop(self) {
+    pub fn stop(self) {
         self.stop_and_check(|_| {});
     }
 
@@ -830,11 +827,10 @@ impl Server {
         self.finish(master, check);
     }
 
-    /// Waits for the exit of the last master, and calls `check` with the complete output.
+    /// Waits for the exit of this master and of all other processes, and calls `check` with the
+    /// complete output.
     pub fn finish(self, master: Pid, check: impl FnOnce(&Self)) {
-        wait_until("the exit of the master", || {
-            (!is_alive(pid(master))).then_some(())
-        });
+        wait_for_exit(master);
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
         assert!(status.success(), "{status}");
@@ -845,6 +841,12 @@ impl Server {
 
 pub fn pid(pid: Pid) -> u32 {
     pid.as_raw().unsigned_abs()
+}
+
+pub fn wait_for_exit(master: Pid) {
+    wait_until("the exit of the master", || {
+        (!is_alive(pid(master))).then_some(())
+    });
 }
 
 pub fn children(parent: Pid) -> Vec<Pid> {
@@ -1148,7 +1150,7 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
             kill(old, *signal).unwrap();
             if round == 0 {
                 server.wait_for(": the new master failed: the pool is stopping", 1);
-                // A second signal counts after one second.
+                // The pool ignores a repeated stop signal for one second.
                 std::thread::sleep(1100 * MS);
             }
         }
@@ -1333,7 +1335,7 @@ fn second_signal_or_sigquit_kills_busy_workers() {
             server.signal(*signal);
             if signals.len() == 2 {
                 server.wait_for(" has exited", 1);
-                // A second signal counts after one second.
+                // The pool ignores a repeated stop signal for one second.
                 std::thread::sleep(1100 * MS);
             }
         }
