@@ -37,8 +37,8 @@ const WORKERS: usize = 4;
 
 /// Checks that sequential clients reach the workers in strict turns.
 ///
-/// On a loaded machine, a worker may need longer for a connection than the master waits, and lose
-/// its turn. That client does not count, and the order may be another one afterwards.
+/// On a loaded machine, a worker may not receive its connection in time, and lose its turn. The
+/// answer to that client does not count, and a new rotation begins, perhaps in another order.
 fn sequential_connections_rotate_exactly() {
     let log = Log::default();
     let entries = log.clone();
@@ -54,8 +54,8 @@ fn sequential_connections_rotate_exactly() {
     assert_eq!(entries.len(), 100);
 }
 
-/// Keeps all workers busy at the same time, so that none is treated as stalled afterwards, and then
-/// lets them take turns. `log` contains the answers that count.
+/// Keeps all workers busy at the same time, so that no worker is treated as stalled afterwards, and
+/// then calls [`next`]. `log` contains the answers that count.
 fn begin_rotation(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {
         let received = master.ledger().received + WORKERS as u64;
@@ -100,7 +100,7 @@ fn next(master: &Master, address: SocketAddr, mut answers: Vec<String>, log: Log
 
 /// Serves connections, and reads one byte before each answer, so that a silent client keeps the
 /// worker busy.
-fn serve_after_one_byte(worker: &Worker) {
+pub fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
         let mut connection = connection.unwrap();

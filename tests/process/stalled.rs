@@ -1,33 +1,24 @@
-//! Tests of workers that do not receive their connection in time and are treated as stalled.
+//! Tests of stalled workers, which do not receive a dispatched connection in time.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use cluster::{Master, Signal, Worker, WorkerProcess};
+use cluster::{Master, Signal, WorkerProcess};
 
-use crate::harness::{
-    Log, answer_pings, cluster, in_background, stop, when_all_wait, when_listening,
-};
+use crate::harness::{Log, cluster, in_background, stop, when_all_wait, when_listening};
+use crate::round_robin::serve_after_one_byte;
 
 crate::scenarios! {
     connection_of_two_stopped_workers_goes_to_the_one_that_continues
 }
 
-/// Maximum time until the client has its answer. A first penalty lasts 40 ms.
+/// Maximum time in which the client must have its answer. The first penalty of a stalled worker
+/// lasts 40 ms.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Answers each connection with the worker's id, after one byte has arrived.
-fn serve(worker: &Worker) {
-    answer_pings(worker);
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        connection.read_exact(&mut [0]).unwrap();
-        write!(connection, "{}", worker.id()).unwrap();
-    }
-}
-
-/// Calls `then` with the worker from whose queue the connection was reclaimed.
+/// Waits until the master has reclaimed the connection, and calls `then` with the worker that did
+/// not receive it.
 fn when_reclaimed(master: &Master, then: impl FnOnce(&Master, WorkerProcess) + 'static) {
     master.set_timeout(Duration::from_millis(1), move |master| {
         let loads = master.loads().workers;
@@ -40,11 +31,13 @@ fn when_reclaimed(master: &Master, then: impl FnOnce(&Master, WorkerProcess) + '
     });
 }
 
-/// Checks that the master needs no further event to reclaim the connection for a stalled worker.
+/// Checks that the master dispatches a connection to a worker whose penalty has ended, even if no
+/// other event occurs.
 ///
-/// The master reclaims the connection from the first worker for the second one, which does not run
-/// either. Then the first worker runs again, and has nothing to report. The end of its penalty is
-/// the only occasion on which the connection can return to it.
+/// The master reclaims the connection from the first worker and dispatches it to the second one,
+/// which is stopped too. Then the first worker continues, but sends no frame, because its state has
+/// not changed. Only the end of its penalty can make the master dispatch the connection to it
+/// again.
 fn connection_of_two_stopped_workers_goes_to_the_one_that_continues() {
     let log = Log::default();
     let entries = log.clone();
@@ -76,7 +69,7 @@ fn connection_of_two_stopped_workers_goes_to_the_one_that_continues() {
             });
             (0..2).for_each(|_| drop(master.fork().unwrap()));
         },
-        |worker| serve(&worker),
+        |worker| serve_after_one_byte(&worker),
     );
     assert_eq!(entries.take(), ["answered"]);
 }
