@@ -1,4 +1,4 @@
-//! Tests cluster programs that the program of another cluster's worker starts.
+//! Tests cluster programs that a worker of another cluster starts.
 
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
@@ -22,7 +22,8 @@ fn kind() -> Option<String> {
     std::env::var(KIND).ok()
 }
 
-/// Returns settings for this program behind a shell that forks it.
+/// Returns settings for a shell that forks this program. The last command of the script keeps the
+/// shell from executing the program without a fork.
 fn behind_a_shell(args: &[&str]) -> Settings {
     let own = std::env::current_exe().unwrap().into_os_string();
     let script = ["-c".into(), "\"$0\" \"$@\"; exit $?".into(), own];
@@ -41,7 +42,8 @@ fn run_worker(master: &Master) {
     assert_eq!(statuses.take(), ["exit status: 0"]);
 }
 
-/// Plays a master that forks a worker, serves a client, and disconnects the worker.
+/// Forks a worker, disconnects it after a client has received its answer, and checks its exit
+/// status.
 fn serve_a_client(master: &Master) {
     when_listening(master, 1, |master, address| {
         let ask = move || talk(address, b"").unwrap();
@@ -60,8 +62,9 @@ fn say_hello(worker: &Worker) {
     }
 }
 
-/// Starts four masters in a row. Except for the last one, each has a shell as its worker that forks
-/// the next master. The last one has a worker of its own that serves a client.
+/// Starts four masters, each below the previous one. The worker of each master except the last is a
+/// shell that forks the next master. The worker of the last master runs this program, and serves a
+/// client.
 fn program_below_several_wrappers_has_its_own_workers() {
     const LEVELS: usize = 4;
     let level = std::env::args()
@@ -81,8 +84,8 @@ fn program_below_several_wrappers_has_its_own_workers() {
     }
 }
 
-/// Starts a cluster program as process 2 of a PID namespace, below a worker that is process 2 of the
-/// surrounding PID namespace. The worker is a member of its cluster, or only a wrapper.
+/// Starts a cluster program as process 2 of a PID namespace, below a worker that is process 2 of
+/// the surrounding PID namespace. The worker calls `init`, or is only a wrapper that does not.
 fn program_with_the_process_id_of_a_worker_is_a_master() {
     match kind().as_deref() {
         None => {

@@ -15,20 +15,20 @@ crate::scenarios! {
     fork_in_a_user_namespace_accepts_its_own_user: USER_NAMESPACE
 }
 
-/// Makes this process run as `nobody` with these supplementary groups. The process may take back
-/// the user `saved`.
+/// Makes this process run as `nobody` with these supplementary groups. `saved` becomes the saved
+/// user id, to which the process may return.
 fn become_nobody(groups: &[u32], saved: u32) {
     let groups: Vec<_> = groups.iter().copied().map(Gid::from_raw).collect();
     setgroups(&groups).unwrap();
     let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     setresgid(group, group, group).unwrap();
     setresuid(user, user, Uid::from_raw(saved)).unwrap();
-    // Keep the right to read the own entries in `/proc`.
+    // The kernel has cleared this flag, and the process needs it to read its entries in `/proc`.
     nix::sys::prctl::set_dumpable(true).unwrap();
 }
 
-/// Runs this scenario once more for each case, in a process of its own. Returns the case in that
-/// process.
+/// Runs this scenario again in a process of its own for each case. Returns the case in such a
+/// process, and `None` in the process that starts them.
 fn each_case(cases: &[&str]) -> Option<String> {
     const CASE: &str = "CASE";
     let case = std::env::var(CASE).ok();
@@ -45,8 +45,8 @@ fn send_credentials(worker: &Worker) {
     let _ = worker.send(all.as_bytes()).unwrap();
 }
 
-/// Forks a worker with these settings, and returns its credentials. If the fork fails, returns the
-/// step that failed.
+/// Calls `become_user`, forks a worker with these settings, and returns the worker's id and
+/// credentials. If the fork fails, returns the step that failed.
 fn outcome(become_user: impl FnOnce(), settings: Settings) -> String {
     let log = Log::default();
     let entries = log.clone();
@@ -78,7 +78,7 @@ fn fork(master: &Master, settings: Settings) -> Result<(), &'static str> {
 const NO_CAPABILITIES: &str = "CapInh: 0000000000000000, CapPrm: 0000000000000000, \
      CapEff: 0000000000000000, CapAmb: 0000000000000000";
 
-/// Returns the credentials of a worker of `nobody` with these supplementary groups.
+/// Returns the [`outcome`] for a worker that runs as `nobody` with these supplementary groups.
 fn of_nobody(groups: &str) -> String {
     let user = "Uid: 65534 65534 65534 65534, Gid: 65534 65534 65534 65534";
     format!("1 {user}, Groups:{groups}, {NO_CAPABILITIES}")
@@ -105,8 +105,8 @@ fn unprivileged_master_forks_workers_of_its_own_user() {
     );
 }
 
-/// Checks a master that can take back the user 0 but may not change its groups. A worker must not
-/// keep groups beside an identity that it gives up.
+/// Checks a master that may return to user 0 but may not change its groups. A worker that gives up
+/// an identity must not keep groups of that identity, so the fork fails if the master has groups.
 fn groups_that_cannot_be_dropped_refuse_another_identity() {
     let Some(case) = each_case(&["groups", "no groups", "another user"]) else {
         return;

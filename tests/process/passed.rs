@@ -1,4 +1,4 @@
-//! Tests which sockets a master can use that systemd passes to it.
+//! Tests which sockets a master can use when systemd passes them.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _};
@@ -72,7 +72,7 @@ fn abstract_listener_is_served_by_its_name_none() {
     abstract_listener_is_served_by_its_name("none");
 }
 
-/// Returns descriptors that a master cannot share, each with its description.
+/// Returns descriptors that a master cannot share, each with its description in the error.
 fn unusable() -> Vec<(&'static str, OwnedFd)> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket, socketpair};
     let no_flags = SockFlag::empty();

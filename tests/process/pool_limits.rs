@@ -19,8 +19,10 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Starts a pool of two programs under a shortage that lasts for three failed forks. The pool's
-/// failure limit is zero, so a single failure that counted would end the pool.
+/// Starts a pool with two workers during a shortage, which ends after three forks have failed. The
+/// pool's failure limit is zero, so the pool would give up if one of these failures counted.
+///
+/// `shortage` begins the shortage, and returns a closure that ends it.
 fn fill_slots_after(shortage: fn() -> Box<dyn Fn()>) {
     let log = Log::default();
     let entries = log.clone();
@@ -71,11 +73,11 @@ fn slots_fill_after_a_shortage_of_processes() {
     });
 }
 
-/// Size of the master's memory in the test, which is twice the limit.
+/// Size in bytes of the memory that the master shares with its workers: twice the memory limit.
 const SHARED: usize = 64 << 20;
 
-/// Runs workers in copies of a large master. The pool must replace a worker only after the worker
-/// itself has written to as much memory.
+/// Runs a worker in a copy of a master that uses more memory than a worker may use. The pool must
+/// not replace the worker before the worker has written to this memory, and so has its own copy.
 fn memory_shared_with_the_master_does_not_count_towards_the_limit() {
     let log = Log::default();
     let entries = log.clone();
@@ -103,7 +105,7 @@ fn memory_shared_with_the_master_does_not_count_towards_the_limit() {
                 PoolEvent::WorkerShutDown { .. } => pool.stop(master),
                 _ => {}
             });
-            // Let the pool check the worker some 100 times before the worker grows.
+            // Let the pool check the worker about 100 times before the worker grows.
             master.set_timeout(100 * MS, move |master| {
                 log.add("grows");
                 let _ = master.workers()[0].send(b"grow").unwrap();

@@ -563,7 +563,8 @@ fn flags(number: RawFd) -> Option<(i32, i32)> {
 fn print_error_of_init() {
     let state = || (0..8).map(flags).collect::<Vec<_>>();
     let before = (state(), open_fds());
-    // Request the signal that each worker has requested. Otherwise the process is a master.
+    // Request a signal at the parent's exit, as each worker does. Without this request, `init`
+    // would treat the process as a master.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
     let error = cluster::init().unwrap_err();
     assert!(matches!(error, Error::Environment { .. }), "{error}");

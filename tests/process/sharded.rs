@@ -510,8 +510,8 @@ fn read_answer(mut client: TcpStream) -> Option<String> {
 
 /// Checks that no worker receives more than 1.2 times as many connections as another.
 ///
-/// With 10,000 clients, chance alone exceeds this ratio in less than one of 10,000 runs. More
-/// clients would take longer than the test's deadline on an emulated machine.
+/// With 10,000 clients, chance alone exceeds this ratio in fewer than 2 of 10,000 runs. With more
+/// clients, the test would exceed its deadline on an emulated machine.
 fn shards_receive_equal_shares() {
     const CLIENTS: u32 = 10_000;
     let log = Log::default();

@@ -468,8 +468,8 @@ fn master_with_threads_cannot_be_copied() {
     });
 }
 
-/// Checks that a thread is detected that starts as late as possible: in the closure that chooses
-/// the inspect port, which `fork` calls.
+/// Checks that `fork` detects a thread even if it starts as late as possible: in the closure that
+/// chooses the inspect port, which `fork` calls.
 fn thread_started_by_the_inspect_port_closure_is_detected() {
     cluster_without_exec(|master| {
         set_main(master, |_| {});
