@@ -92,6 +92,14 @@ pub const USER_NAMESPACE: Need = Need {
         unshare.output().is_ok_and(|run| run.status.success())
     },
 };
+pub const MOUNT_NAMESPACE: Need = Need {
+    name: "unshare and mount namespaces",
+    is_met: || {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "true"]);
+        unshare.output().is_ok_and(|run| run.status.success())
+    },
+};
 pub const PID_NAMESPACE: Need = Need {
     name: "PID namespace",
     is_met: has_pid_namespaces,

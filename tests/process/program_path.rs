@@ -23,7 +23,7 @@ crate::scenarios! {
     program_called_by_another_name_is_started
     replaced_program_is_started
     missing_program_is_started_when_it_is_back
-    program_is_found_without_proc: ROOT
+    program_is_found_without_proc: MOUNT_NAMESPACE
     interpreter_of_a_script_is_started
     program_that_the_loader_runs_is_unknown: LOADER
     unlinked_program_is_unknown
