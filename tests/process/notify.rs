@@ -5,14 +5,13 @@ use std::io::IoSliceMut;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use cluster::systemd;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::unistd::Pid;
 
-use crate::harness::{is_watched, talk, wait_until, watched};
+use crate::harness::{is_watched, talk, wait_until};
 use crate::pool::{Server, children, quick, server, wait_for_exit};
 
 crate::scenarios! {
@@ -20,7 +19,6 @@ crate::scenarios! {
     failed_upgrade_leaves_the_main_process
     pool_serves_without_a_reachable_manager
     pool_serves_with_a_manager_that_never_reads
-    notification_never_waits
 }
 
 const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
@@ -221,29 +219,5 @@ fn pool_serves_with_a_manager_that_never_reads() {
     });
     assert_eq!(states, ["READY=1", "RELOADING=1", "READY=1"]);
     server.stop();
-    manager.remove();
-}
-
-fn notification_never_waits() {
-    if is_watched() {
-        while systemd::notify("WATCHDOG=1").is_ok() {}
-        let begin = Instant::now();
-        for _ in 0..100 {
-            systemd::notify("WATCHDOG=1").unwrap_err();
-        }
-        // If a call waited for the manager, 100 calls would exceed this time.
-        assert!(
-            begin.elapsed() < Duration::from_secs(5),
-            "{:?}",
-            begin.elapsed()
-        );
-        return;
-    }
-    let manager = Manager::new();
-    let status = watched()
-        .env(NOTIFY_SOCKET, &manager.path)
-        .status()
-        .unwrap();
-    assert!(status.success());
     manager.remove();
 }
