@@ -901,9 +901,7 @@ fn reloads_scalings_and_upgrades_lose_no_client(policy: &str) {
             let old = server.master();
             server.signal(Signal::SIGUSR2);
             wait_until("a new master", || (server.master() != old).then_some(()));
-            wait_until("the exit of the old master", || {
-                (!is_alive(pid(old))).then_some(())
-            });
+            wait_for_exit(old);
             ready += 1;
             server.wait_for(": ready", ready - 1);
         }
@@ -969,9 +967,7 @@ fn unix_socket_passes_from_master_to_master() {
         ask();
         std::fs::remove_file(broken).unwrap();
         kill(old, Signal::SIGUSR2).unwrap();
-        wait_until("the exit of the old master", || {
-            (!is_alive(pid(old))).then_some(())
-        });
+        wait_for_exit(old);
         server.wait_for(": ready", 1 + round);
         ask();
     }
@@ -1022,9 +1018,7 @@ fn pool_notifies_systemd() {
     server.signal(Signal::SIGUSR2);
     wait_until("a new master", || (server.master() != old).then_some(()));
     assert_eq!(next_notification(), ready_of(server.master()));
-    wait_until("the exit of the old master", || {
-        (!is_alive(pid(old))).then_some(())
-    });
+    wait_for_exit(old);
     while receive() != "WATCHDOG=1" {}
 
     // Check that the pool sends no watchdog notification without a quorum.
@@ -1125,9 +1119,7 @@ fn broken_upgrades_change_nothing() {
     assert_no_client_lost(load.end());
     server.release("good");
     kill(master, Signal::SIGTERM).unwrap();
-    wait_until("the exit of the master", || {
-        (!is_alive(pid(master))).then_some(())
-    });
+    wait_for_exit(master);
     assert!(server.group.end().unwrap().success());
     std::fs::remove_file(&server.release).unwrap();
 }
@@ -1147,12 +1139,12 @@ fn stop_at_once_kills_a_new_master_that_does_not_serve() {
         server.signal(Signal::SIGUSR2);
         wait_until("a new master", || (server.master() != old).then_some(()));
         for (round, signal) in signals.iter().enumerate() {
-            kill(old, *signal).unwrap();
-            if round == 0 {
-                server.wait_for(": the new master failed: the pool is stopping", 1);
+            if round > 0 {
                 // The pool ignores a repeated stop signal for one second.
                 std::thread::sleep(1100 * MS);
             }
+            kill(old, *signal).unwrap();
+            server.wait_for(": the new master failed: the pool is stopping", 1);
         }
         assert!(server.group.end().unwrap().success());
         std::fs::remove_file(&server.release).unwrap();
@@ -1222,16 +1214,12 @@ fn new_master_stays_in_the_session_and_process_group() {
         let new = server.master();
         if release == "good" {
             server.wait_for(": ready", 2);
-            wait_until("the exit of the old master", || {
-                (!is_alive(pid(old))).then_some(())
-            });
+            wait_for_exit(old);
         }
         assert_eq!(session_and_group(new), expected);
         killpg(server.group.pid(), Signal::SIGINT).unwrap();
         for master in [old, new] {
-            wait_until("the exit of the master", || {
-                (!is_alive(pid(master))).then_some(())
-            });
+            wait_for_exit(master);
         }
         assert!(server.group.end().unwrap().success());
         std::fs::remove_file(&server.release).unwrap();
@@ -1330,14 +1318,14 @@ fn second_signal_or_sigquit_kills_busy_workers() {
         let mut client = std::net::TcpStream::connect(server.address).unwrap();
         client.write_all(HOLD).unwrap();
         client.read_exact(&mut [0; HOLD.len()]).unwrap();
-        for signal in signals {
-            assert!(is_alive(pid(server.master())));
-            server.signal(*signal);
-            if signals.len() == 2 {
+        for (round, signal) in signals.iter().enumerate() {
+            if round > 0 {
                 server.wait_for(" has exited", 1);
                 // The pool ignores a repeated stop signal for one second.
                 std::thread::sleep(1100 * MS);
             }
+            assert!(is_alive(pid(server.master())));
+            server.signal(*signal);
         }
         assert!(server.group.end().unwrap().success());
         assert_eq!(
