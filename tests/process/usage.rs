@@ -31,7 +31,7 @@ fn names() -> Vec<String> {
 }
 
 fn help(names: &[String]) -> Result<(), Failed> {
-    assert!(names.len() > 18, "{names:?}");
+    assert!(!names.is_empty(), "no example in {EXAMPLES}");
     for name in names {
         for option in ["--help", "-h"] {
             let output = example(name).arg(option).output()?;
