@@ -1,6 +1,7 @@
 //! Tests of workers that block in `accept` or `recv_from` while the system refuses these calls.
 //!
-//! The worker must report the error, must not spin, and must serve clients after the shortage.
+//! The worker must report the error and must not spin. It must serve clients, or disconnect, when it
+//! can.
 
 use std::cell::Cell;
 use std::io::Write as _;
@@ -28,14 +29,17 @@ crate::scenarios! {
     errors_of_earlier_datagrams_do_not_end_recv_from
 }
 
-/// Serves one client, so that the worker is ready to block in `accept`.
+/// Serves one client without a shortage, so that the next `accept` may block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
 }
 
-/// Lets a worker run out of descriptors while clients wait. The master ends the shortage with a
-/// message after the worker's second error, so the worker must also process messages meanwhile.
+/// Lets a worker run out of descriptors while clients wait, and asserts that the worker serves them
+/// after the shortage.
+///
+/// The worker notifies the master of its errors, and a message of the master ends the shortage. The
+/// worker must therefore process messages during the shortage.
 fn accept_after_a_shortage(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -64,7 +68,8 @@ fn accept_after_a_shortage(policy: SchedulingPolicy) {
             worker.on_error(move |worker, error| {
                 assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
                 errors.set(errors.get() + 1);
-                // With round robin, the worker reports a shortage once.
+                // With round robin, the worker reports a shortage once. With other policies, wait for
+                // a second error, which shows that the worker has repeated the call.
                 if errors.get() == 1 + u32::from(policy != SchedulingPolicy::RoundRobin) {
                     let _ = worker.send(b"out of descriptors").unwrap();
                 }
@@ -134,10 +139,11 @@ fn worker_without_descriptors_disconnects_sharded() {
 /// system, and a firewall that forbids the connection.
 const ACCEPT_ERRORS: [i32; 4] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EPERM];
 
-/// The number of errors after which a worker closes its socket.
+/// Number of errors after which a worker closes its socket.
 const ERRORS: u32 = 3;
 
-/// Calls `close` after `ERRORS` errors. Returns the time of the first of them.
+/// Calls `close` at the last of `ERRORS` errors, after asserting that the worker has paused between
+/// the errors. Each error must be `errno`.
 fn close_after_errors(worker: &Worker, errno: i32, close: impl Fn() + 'static) {
     let errors = Cell::new(0);
     let first = Cell::new(None::<Instant>);
@@ -156,6 +162,7 @@ fn close_after_errors(worker: &Worker, errno: i32, close: impl Fn() + 'static) {
     });
 }
 
+/// Asserts that each worker exits with success.
 fn assert_success(master: &Master) {
     master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
 }
@@ -168,7 +175,7 @@ fn refused_accepts_are_reported_and_repeated() {
                 .unwrap();
             assert_success(master);
             let listening = Cell::new(0);
-            // Keep the client open, because no worker can accept it.
+            // Keep the connection open. It stays in the backlog, because no worker can accept it.
             let client = Cell::new(None);
             master.on_listening(move |_, _, address| {
                 listening.set(listening.get() + 1);
@@ -212,8 +219,8 @@ fn refused_receives_are_reported_and_repeated() {
     );
 }
 
-/// Sends a datagram to a port on which no process receives. The kernel then reports the answer,
-/// ECONNREFUSED, at the next call for the socket.
+/// Sends a datagram to a port on which no process receives. The next call on the socket then fails
+/// with ECONNREFUSED, the ICMP error of that datagram. `recv_from` must not return this error.
 fn errors_of_earlier_datagrams_do_not_end_recv_from() {
     let log = Log::default();
     let entries = log.clone();

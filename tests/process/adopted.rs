@@ -25,7 +25,8 @@ crate::scenarios! {
     subreaper_reaps_orphans_on_request
 }
 
-/// Runs `play` as process 1, and asserts that it ends with success.
+/// Runs `play` as process 1 of a new PID namespace. Asserts that the process exits with success and
+/// that its output is only `done`.
 fn as_process_1(play: impl FnOnce()) {
     if is_process_1() {
         return play();
@@ -37,7 +38,7 @@ fn as_process_1(play: impl FnOnce()) {
     assert_eq!(lines, ["done"]);
 }
 
-/// Mounts the `/proc` of the own PID namespace, as a container runtime does.
+/// Mounts a `/proc` for the PID namespace of this process, as a container runtime does.
 fn mount_proc() {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
@@ -45,8 +46,8 @@ fn mount_proc() {
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), NONE).unwrap();
 }
 
-/// Runs a worker that orphans two processes, which exit. `start` is called first. Then `check` is
-/// called with the ids of the orphans every 10 ms until it returns `true`.
+/// Calls `start`, which forks a worker. The worker makes two orphans. Then calls `check` with their
+/// process ids every 10 ms, and exits when `check` returns `true`.
 fn with_orphans(start: impl FnOnce(&Master), check: impl FnMut(&[Pid]) -> bool + 'static) {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -74,16 +75,18 @@ fn with_orphans(start: impl FnOnce(&Master), check: impl FnMut(&[Pid]) -> bool +
     }
 }
 
-/// Starts two processes whose parent exits, and sends their ids to the master.
+/// Starts two processes whose parent exits before them, and sends their ids to the master.
+///
+/// The processes keep the output open, so the ids are sent only after both processes have exited.
 fn make_orphans(worker: &Worker) {
     let mut shell = Command::new("sh");
-    shell.args(["-c", "sleep .01 >&2 & echo $!; sleep .02 >&2 & echo $!"]);
+    shell.args(["-c", "sleep .01 & echo $!; sleep .02 & echo $!"]);
     let output = shell.output().unwrap();
     let _ = worker.send(&output.stdout).unwrap();
 }
 
 fn start_pool(master: &Master) {
-    // The pool's first worker is forked in the loop. It is never listening.
+    // The pool forks its worker in the loop. That worker never listens.
     let _ = Pool::new(master, PoolOptions::default().workers(1));
 }
 
@@ -98,7 +101,8 @@ fn pool_that_is_process_1_reaps_orphans() {
     });
 }
 
-/// Leaves the `/proc` of another PID namespace mounted, which has other process ids.
+/// Keeps the `/proc` of the parent PID namespace, in which processes have other ids. The master can
+/// therefore not find its children there.
 fn orphans_are_reaped_without_a_list_of_children() {
     as_process_1(|| with_orphans(start_pool, |orphans| orphans.iter().all(is_reaped)));
 }
@@ -113,7 +117,8 @@ fn exited_child() -> std::process::Child {
     child
 }
 
-/// The host waits for its child some time after the child's exit, as a busy thread does.
+/// Lets the host wait for its child 300 ms after the child's exit, as a busy thread might. The master
+/// must not reap the child before that.
 fn host_that_is_process_1_gets_the_status_of_its_children() {
     as_process_1(|| {
         mount_proc();
@@ -129,6 +134,7 @@ fn host_that_is_process_1_gets_the_status_of_its_children() {
     });
 }
 
+/// Returns whether this process handles SIGCHLD, as a master that reaps orphans does.
 fn handles_sigchld() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     signals(&status, "SigCgt:").contains(&Signal::SIGCHLD)
@@ -161,7 +167,7 @@ fn subreaper_reaps_orphans_on_request() {
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let mut own = exited_child();
         master.reap_orphans();
-        // The host's own child is a zombie when the first check finds it.
+        // The first check has found the host's own child as a zombie, but must not reap it yet.
         assert_eq!(own.wait().unwrap().code(), Some(7));
         master.fork().unwrap();
     };

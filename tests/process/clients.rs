@@ -1,5 +1,5 @@
-//! Tests the servers among the examples with clients that send more than the server reads, that are
-//! silent, or that send slowly.
+//! Tests the examples that are servers. The clients send more than the server reads, stay silent, or
+//! send slowly.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -42,12 +42,12 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// An example that answers one request for each connection, with `workers` workers that block.
+/// An example whose workers block, and answer one request per connection.
 struct Server {
     example: &'static str,
     args: &'static [&'static str],
     workers: fn() -> usize,
-    /// The last line of an answer, without the number of a worker.
+    /// The start of an answer's last line.
     answer: &'static str,
 }
 
@@ -70,7 +70,8 @@ const SERVERS: &[Server] = &[
         workers: cluster::available_parallelism,
         answer: "hello world\n",
     },
-    // One worker, because all clients of this test have one address.
+    // Use one worker. All clients of this test have the same address, so `sticky` would pass all of
+    // them to one worker anyway.
     Server {
         example: "sticky",
         args: &["127.0.0.1:0", "1"],
@@ -90,12 +91,13 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n";
 /// More bytes than the buffers of a new connection hold.
 const BODY: &[u8] = &[b'x'; 1 << 20];
-/// Number of clients with a large body.
+/// Number of clients that connect one after the other.
 const CLIENTS: usize = 40;
-/// Pause between the bytes of a slow client. An example that limits only the time of each read
-/// would wait for this client for ever.
+/// Pause between the bytes of a slow client. An example that only limits the time of each read, but
+/// not of the whole request, would wait for this client for ever.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Sends a request with a large body, and reads the answer.
 fn post(address: SocketAddr) -> io::Result<String> {
     let mut client = TcpStream::connect(address)?;
     client.write_all(POST)?;
@@ -138,7 +140,7 @@ impl Server {
         stop(&server)
     }
 
-    /// Connects one client more than there are workers.
+    /// Connects more clients than there are workers, so that no worker is left without one.
     fn occupy(&self, address: SocketAddr) -> io::Result<Vec<TcpStream>> {
         (0..=(self.workers)())
             .map(|_| TcpStream::connect(address))
@@ -176,7 +178,8 @@ impl Server {
     }
 }
 
-/// Ends a server that need not handle the signal.
+/// Sends SIGTERM to a server, and waits for its exit. Accepts any exit status, because not all
+/// examples handle the signal.
 fn stop(server: &Group) -> Result<(), Failed> {
     kill(server.pid(), Signal::SIGTERM)?;
     server.end()?;
@@ -201,8 +204,9 @@ fn echo_events() -> Result<(), Failed> {
     let address: SocketAddr = server.line("listening on ").parse()?;
     let mut silent = TcpStream::connect(address)?;
     let silent = std::thread::spawn(move || silent.read(&mut [0]));
-    let mut deaf = TcpStream::connect(address)?;
-    let deaf = std::thread::spawn(move || while deaf.write_all(BODY).is_ok() {});
+    // This client never reads, so the server soon cannot send, and stops reading.
+    let mut stuck = TcpStream::connect(address)?;
+    let stuck = std::thread::spawn(move || while stuck.write_all(BODY).is_ok() {});
     let mut active = TcpStream::connect(address)?;
     let mut echo = || {
         active
@@ -211,10 +215,10 @@ fn echo_events() -> Result<(), Failed> {
     };
     wait_until("the end of the idle clients", || {
         echo().unwrap();
-        (silent.is_finished() && deaf.is_finished()).then_some(())
+        (silent.is_finished() && stuck.is_finished()).then_some(())
     });
     assert_eq!(silent.join().unwrap()?, 0, "end-of-file");
-    deaf.join().unwrap();
+    stuck.join().unwrap();
     echo()?;
     stop(&server)
 }

@@ -32,7 +32,7 @@ const ANSWER: &str = "answer\n";
 const SILENCE_MAX: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends more than the worker reads, and then reads the answer.
+/// Sends a body that the worker does not read before it answers, and then reads the answer.
 fn post(address: SocketAddr) -> io::Result<String> {
     let mut client = TcpStream::connect(address)?;
     client.write_all(BODY)?;
@@ -64,7 +64,7 @@ fn with_clients(master: &Master, clients: fn(SocketAddr)) {
     master.fork().unwrap();
 }
 
-/// Answers each client without reading. Sends the time that `finish` took to the master.
+/// Answers a client without reading, and sends the time that `finish` took to the master.
 fn finish(worker: &Worker, mut connection: Connection) {
     connection.write_all(ANSWER.as_bytes()).unwrap();
     let start = Instant::now();
@@ -159,7 +159,7 @@ fn finish_in_a_callback_delays_no_other_client() {
         for _ in 0..CLIENTS {
             assert_eq!(talk(address, b"").unwrap(), ANSWER);
         }
-        // The loop closes the connection at the time limit.
+        // Wait until the worker's loop closes the first connection at `TIMEOUT`.
         wait_until("the end of the connection", || client.write_all(b"x").err());
     };
     let times = times(stay_open, serve_with_callbacks);
@@ -167,7 +167,8 @@ fn finish_in_a_callback_delays_no_other_client() {
     assert!(times.iter().max() < Some(&SILENCE_MAX), "{times:?}");
 }
 
-/// A worker that has been disconnected reads until its clients have sent everything.
+/// Lets the client send its body after the worker was disconnected. The worker must keep reading, or
+/// the client's write would fail.
 fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
     let disconnect_first = |address| {
         let mut client = connect_and_read(address);
@@ -176,7 +177,9 @@ fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
     };
     cluster(
         |master| {
-            master.on_message(|_, worker, _| drop(worker.disconnect().clone()));
+            master.on_message(|_, worker, _| {
+                worker.disconnect();
+            });
             with_clients(master, disconnect_first);
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         },
@@ -184,7 +187,8 @@ fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
     );
 }
 
-/// A child that a callback has forked has no loop, so that it waits by itself.
+/// Calls `finish` in a child that a callback has forked. The child has no loop, so `finish` must
+/// wait itself.
 fn finish_in_a_forked_child_delivers_the_answer() {
     let fork_and_finish = |worker: Worker| {
         let listener = worker.listen("127.0.0.1:0").unwrap();

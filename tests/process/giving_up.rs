@@ -1,4 +1,4 @@
-//! Checks that the end of a service whose workers fail does not look like success.
+//! Tests that a service does not exit with success if its workers have failed.
 
 use std::net::TcpListener;
 use std::time::Duration;
@@ -33,7 +33,8 @@ fn limited() -> PoolOptions {
     quick().max_failures(2).failure_window(window)
 }
 
-/// Runs a pool whose workers exit with code 3. `run` runs the master's loop to its end.
+/// Runs a pool whose workers exit with code 3, and checks the error that stops the pool. `run` runs
+/// the master's loop until that error, and returns the error.
 fn crash_loop(run: impl FnOnce(&Master) -> Error) {
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -83,6 +84,7 @@ fn run_succeeds_after_a_slot_was_given_up() {
             pool.on_event(|pool, master, event| {
                 if let PoolEvent::FailureLimitReached { slot: 1, .. } = event {
                     let pool = pool.clone();
+                    // The pool decides after this event, so check its decision later.
                     master.set_timeout(Duration::from_millis(50), move |master| {
                         assert!(pool.status(master).slots[1].is_given_up);
                         assert!(!pool.is_stopping());
@@ -90,8 +92,8 @@ fn run_succeeds_after_a_slot_was_given_up() {
                     });
                 }
             });
-            // Let the workers of slot 1 exit when worker 1, in slot 0, is ready. The default
-            // decision is then to give up only slot 1.
+            // Make the workers of slot 1 exit once worker 1, in slot 0, listens. Because slot 0 is
+            // healthy, the pool gives up only slot 1 by default.
             master.on_listening(|master, _, _| {
                 for worker in master.workers().into_iter().skip(1) {
                     let _ = worker.send(b"exit");
@@ -126,7 +128,7 @@ fn stop_chosen_at_the_failure_limit_is_an_error() {
     }
 }
 
-/// Starts an example on an address that is in use, so that no worker or no master can listen.
+/// Starts an example on an address that is in use, so that its workers or its master cannot listen.
 fn fails_if_its_workers_fail(name: &str) -> Result<(), Failed> {
     let other = TcpListener::bind("127.0.0.1:0")?;
     let address = other.local_addr()?.to_string();

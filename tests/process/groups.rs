@@ -1,5 +1,5 @@
-//! Tests workers that do not use this crate and consist of several processes, such as a server
-//! behind a shell.
+//! Tests workers that do not use this crate and consist of several processes: a shell and the server
+//! that it has started.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -40,7 +40,7 @@ pub fn trials() -> Vec<Trial> {
             killed_at_the_deadline,
         ),
         Trial::test(
-            "server_behind_a_shell_is_killed_by_a_stop_at_once",
+            "server_behind_a_shell_is_killed_by_an_immediate_stop",
             killed_at_once,
         ),
         Trial::test(
@@ -50,8 +50,8 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-/// Answers each connection with the id of this process, after the client has written. Exits at the
-/// signal `end`, but not while a client is connected.
+/// Answers each client with the id of this process, after the client has written. Exits at the
+/// signal `end`, but first answers a client that it has accepted. Ignores all other signals.
 fn serve(end: Option<Signal>) {
     #[allow(unsafe_code)]
     // SAFETY: the descriptor was passed to this process, and no other value owns it.
@@ -79,7 +79,7 @@ fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
     let mut command = example("serve");
     command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
     command.args(["--workers", "1"]).args(options);
-    // A shell executes its last command itself, so this is not the last one.
+    // A shell may replace itself with its last command. `true` is last, so that the shell remains.
     command.args(["--", "sh", "-c", "\"$0\"; true"]);
     command.arg(std::env::current_exe().unwrap());
     let serve = Group::start(command.env(SCENARIO, program)).unwrap();
@@ -104,7 +104,7 @@ fn ask(mut client: TcpStream) -> u32 {
     answer.parse().unwrap()
 }
 
-fn wait_for_line(serve: &Group, text: &str) {
+fn wait_for_output(serve: &Group, text: &str) {
     wait_until(text, || serve.output().contains(text).then_some(()));
 }
 
@@ -112,7 +112,7 @@ fn wait_for_end(pid: u32) {
     wait_until("the end of a server", || (!is_alive(pid)).then_some(()));
 }
 
-/// Returns the id of the process that started `pid`.
+/// Returns the parent of `pid`: the shell that started it, unless the shell has exited.
 fn parent(pid: u32) -> Pid {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();
@@ -129,20 +129,20 @@ fn drains_at_reload() -> Result<(), Failed> {
     let (serve, address) = start("server_that_drains", &[]);
     let old = ask(connect(address));
     let client = connect(address);
-    wait_until("accept", || {
+    wait_until("the server to accept the client", || {
         let fds = std::fs::read_dir(format!("/proc/{old}/fd")).unwrap();
         let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
         let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
-        // The listener, the channel to the master, and the connection.
+        // The listener, the channel to the master, and the accepted connection.
         (sockets.count() >= 3).then_some(())
     });
     kill(serve.pid(), Signal::SIGHUP)?;
-    wait_for_line(&serve, "worker 2 is ready");
+    wait_for_output(&serve, "worker 2 is ready");
     wait_until("the end of the shell", || {
         (!is_child_of_a_shell(old)).then_some(())
     });
     assert_eq!(ask(client), old);
-    wait_for_line(&serve, "generation 1 serves");
+    wait_for_output(&serve, "generation 1 serves");
     wait_for_end(old);
     let new = ask(connect(address));
     assert_ne!(new, old);
@@ -154,7 +154,7 @@ fn drains_at_reload() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Returns whether the process that started `pid` is still a shell. An orphan has another parent.
+/// Returns whether the parent of `pid` is a shell. An orphan has another parent.
 fn is_child_of_a_shell(pid: u32) -> bool {
     let parent = parent(pid).as_raw();
     let name = std::fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
@@ -185,7 +185,7 @@ fn killed_after_the_shell() -> Result<(), Failed> {
     let (serve, address) = start("server_that_ignores_signals", &[]);
     let old = ask(connect(address));
     kill(parent(old), Signal::SIGKILL)?;
-    wait_for_line(&serve, "worker 2 is ready");
+    wait_for_output(&serve, "worker 2 is ready");
     wait_for_end(old);
     assert_ne!(ask(connect(address)), old);
     kill(serve.pid(), Signal::SIGQUIT)?;
@@ -196,7 +196,6 @@ fn killed_after_the_shell() -> Result<(), Failed> {
 fn worker_with_passed_descriptors_leads_a_process_group() {
     cluster(
         |master| {
-            assert_eq!(getpgid(None).unwrap(), getpgrp());
             let null = std::fs::File::open("/dev/null").unwrap();
             let sleep = Settings::default().exec("/bin/sleep").args(["1000"]);
             let worker = master.fork_as(sleep.listen_fds([("null", null)])).unwrap();
@@ -206,6 +205,7 @@ fn worker_with_passed_descriptors_leads_a_process_group() {
             master.fork().unwrap();
         },
         |worker| {
+            // A worker that uses the crate stays in the master's group.
             assert_eq!(getpgrp(), getpgid(Some(getppid())).unwrap());
             worker.disconnect().run().unwrap();
         },
