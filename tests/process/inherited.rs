@@ -34,20 +34,21 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("pool_under_nohup_does_not_reload_at_a_hang_up", || {
             let mut pool = example("pool");
             pool.arg("127.0.0.1:0");
-            survives_a_hang_up(&pool)
+            survives_a_hang_up(&pool, cluster::available_parallelism())
         }),
         Trial::test("serve_under_nohup_does_not_reload_at_a_hang_up", || {
             let mut serve = example("serve");
             serve.args(["--listen", "127.0.0.1:0", "--workers", "1"]);
-            survives_a_hang_up(serve.args(["--readiness", "50ms", "sleep", "1000"]))
+            serve.args(["--readiness", "50ms", "sleep", "1000"]);
+            survives_a_hang_up(&serve, 1)
         }),
     ]
 }
 
-/// Environment variable that tells a process of a scenario which part it plays.
+/// Environment variable with the part that a process plays in its scenario.
 const PART: &str = "PART";
 
-/// Returns a command that starts this scenario again, to play a part.
+/// Returns a command that runs this scenario in another process, which plays `part`.
 fn again(part: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(PART, part);
@@ -58,12 +59,14 @@ fn part() -> Option<String> {
     std::env::var(PART).ok()
 }
 
+/// Plays a part in another process, and asserts its success.
 fn play(part: &str) {
     let status = again(part).status().unwrap();
     assert!(status.success(), "{status}");
 }
 
-/// Plays a part in a process that is started with [`IGNORED`] and SIGCHLD ignored.
+/// Plays a part in a process that ignores the signals [`IGNORED`] and SIGCHLD from the start, and
+/// asserts its success.
 fn play_with_ignored_signals(part: &str) {
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP INT USR1 TSTP TTOU CHLD; exec \"$0\""]);
@@ -78,7 +81,7 @@ fn ignore(number: Number) {
     unsafe { signal(number, SigHandler::SigIgn) }.unwrap();
 }
 
-/// Returns the names of the standard signals in a set of `/proc/PID/status`.
+/// Returns the standard signals in a set, such as `SigIgn:`, of a `/proc/PID/status`.
 pub fn signals(status: &str, set: &str) -> Vec<Number> {
     let value = status.lines().find_map(|line| line.strip_prefix(set));
     let bits = u64::from_str_radix(value.unwrap().trim(), 16).unwrap();
@@ -86,6 +89,7 @@ pub fn signals(status: &str, set: &str) -> Vec<Number> {
     Number::iterator().filter(is_in).collect()
 }
 
+/// The signals, besides SIGCHLD, that [`play_with_ignored_signals`] ignores.
 const IGNORED: [Number; 5] = [
     Number::SIGHUP,
     Number::SIGINT,
@@ -100,54 +104,58 @@ fn workers_ignore_signals_that_were_ignored_at_the_start() {
             play_with_ignored_signals("program");
             play_with_ignored_signals("main");
         }
-        Some("program") => {
-            SIGNALS.store(true, Ordering::SeqCst);
-            let file = tempfile::NamedTempFile::new().unwrap();
-            let script = format!("cat /proc/self/status > {}", file.path().display());
-            cluster(
-                |master| {
-                    // The application ignores this signal itself, after the start.
-                    ignore(Number::SIGUSR2);
-                    for number in IGNORED {
-                        assert!(master.is_signal_ignored(Signal::try_from(number as i32).unwrap()));
-                    }
-                    assert!(!master.is_signal_ignored(Signal::USR2));
-                    master.on_signal(Signal::HUP, |_, _| {}).unwrap();
-                    master.setup_master(Settings::default().exec("/bin/sh").args(["-c", &script]));
-                    master.fork().unwrap();
-                },
-                |_| unreachable!("the worker is a shell"),
-            );
-            let status = std::fs::read_to_string(file.path()).unwrap();
-            assert_eq!(signals(&status, "SigIgn:"), IGNORED);
-            assert!(signals(&status, "SigBlk:").is_empty());
-        }
-        Some(_) => {
-            SIGNALS.store(true, Ordering::SeqCst);
-            let log = Log::default();
-            let entries = log.clone();
-            cluster(
-                |master| {
-                    master.on_signal(Signal::HUP, |_, _| {}).unwrap();
-                    master.setup_master(Settings::default().main(|worker| {
-                        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-                        let mut expected = IGNORED.to_vec();
-                        expected.push(Number::SIGPIPE);
-                        expected.sort();
-                        assert_eq!(signals(&status, "SigIgn:"), expected);
-                        let _ = worker.send(b"ignores them").unwrap();
-                        worker.disconnect().run().unwrap();
-                        0
-                    }));
-                    let log = log.clone();
-                    note_messages(master, &log);
-                    master.fork().unwrap();
-                },
-                |_| unreachable!("the worker runs a closure"),
-            );
-            assert_eq!(entries.take(), ["1 ignores them"]);
-        }
+        Some("program") => program_ignores_signals(),
+        Some(_) => closure_ignores_signals(),
     }
+}
+
+fn program_ignores_signals() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let script = format!("cat /proc/self/status > {}", file.path().display());
+    cluster(
+        |master| {
+            // The application ignores this signal itself, after the start. The worker must not
+            // inherit that.
+            ignore(Number::SIGUSR2);
+            for number in IGNORED {
+                assert!(master.is_signal_ignored(Signal::try_from(number as i32).unwrap()));
+            }
+            assert!(!master.is_signal_ignored(Signal::USR2));
+            master.on_signal(Signal::HUP, |_, _| {}).unwrap();
+            master.setup_master(Settings::default().exec("/bin/sh").args(["-c", &script]));
+            master.fork().unwrap();
+        },
+        |_| unreachable!("the worker is a shell"),
+    );
+    let status = std::fs::read_to_string(file.path()).unwrap();
+    assert_eq!(signals(&status, "SigIgn:"), IGNORED);
+    assert!(signals(&status, "SigBlk:").is_empty());
+}
+
+fn closure_ignores_signals() {
+    SIGNALS.store(true, Ordering::SeqCst);
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.on_signal(Signal::HUP, |_, _| {}).unwrap();
+            master.setup_master(Settings::default().main(|worker| {
+                let status = std::fs::read_to_string("/proc/self/status").unwrap();
+                let mut expected = IGNORED.to_vec();
+                expected.push(Number::SIGPIPE);
+                expected.sort();
+                assert_eq!(signals(&status, "SigIgn:"), expected);
+                let _ = worker.send(b"ignores them").unwrap();
+                worker.disconnect().run().unwrap();
+                0
+            }));
+            note_messages(master, &log);
+            master.fork().unwrap();
+        },
+        |_| unreachable!("the worker runs a closure"),
+    );
+    assert_eq!(entries.take(), ["1 ignores them"]);
 }
 
 fn signals_blocked_at_the_start_are_received() {
@@ -164,7 +172,7 @@ fn signals_blocked_at_the_start_are_received() {
     for number in numbers {
         assert!(before.contains(number));
         let signal = Signal::try_from(number as i32).unwrap();
-        // The timer only keeps the loop running.
+        // Without the timer, the loop would have no work and end at once.
         let timer = master.set_timeout(Duration::MAX, |_| {});
         let end = move |master: &Master, _| master.clear_timer(timer);
         master.on_signal(signal, end).unwrap();
@@ -206,8 +214,9 @@ fn worker_receives_a_signal_that_it_had_blocked() {
     );
 }
 
-/// Starts a pool with SIGHUP ignored, as nohup(1) does, and sends SIGHUP to its processes.
-fn survives_a_hang_up(server: &Command) -> Result<(), Failed> {
+/// Starts a pool of `workers` workers with SIGHUP ignored, as nohup(1) does, and sends SIGHUP to all
+/// its processes. Asserts that the pool does not reload and that no worker is killed.
+fn survives_a_hang_up(server: &Command, workers: usize) -> Result<(), Failed> {
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]);
     command.arg(server.get_program()).args(server.get_args());
@@ -217,13 +226,13 @@ fn survives_a_hang_up(server: &Command) -> Result<(), Failed> {
             (pool.output().matches("is ready").count() >= count).then_some(())
         });
     };
-    ready(1);
+    ready(workers);
     let group = nix::unistd::Pid::from_raw(-pool.pid().as_raw());
     kill(group, Number::SIGHUP)?;
-    // Signals are delivered in the order of their numbers, so the pool handles SIGHUP first.
-    let before = pool.output().matches("is ready").count();
+    // SIGTTIN starts one more worker. Signals are delivered in the order of their numbers, so the
+    // pool would handle SIGHUP first.
     kill(pool.pid(), Number::SIGTTIN)?;
-    ready(before + 1);
+    ready(workers + 1);
     kill(pool.pid(), Number::SIGTERM)?;
     let status = pool.finish()?;
     assert!(status.success(), "{status}");
@@ -241,13 +250,14 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
             let spawn = |slave: OwnedFd| again("leader").stderr(Stdio::from(slave)).spawn();
             let mut leader = spawn(terminal.slave).unwrap();
             let mut output = Vec::new();
-            // Reading ends with an error when all processes of the session have exited.
+            // The read ends with an error once all processes of the session have exited.
             let _ = File::from(terminal.master).read_to_end(&mut output);
             let status = leader.wait().unwrap();
             let output = String::from_utf8_lossy(&output);
             assert!(status.success(), "{status}: {output}");
         }
-        // Lead a session. Its terminal sends signals to background jobs that read or write.
+        // Lead a session. With `TOSTOP`, its terminal sends signals not only to background jobs that
+        // read, but also to those that write.
         Some("leader") => {
             setsid().unwrap();
             let terminal = File::open(ttyname(std::io::stderr()).unwrap()).unwrap();
@@ -272,7 +282,8 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
     }
 }
 
-/// Reads from the terminal. The kernel sends SIGTTIN to all processes of the job.
+/// Reads from the terminal, for which the kernel sends SIGTTIN to all processes of the job. The read
+/// fails, because this process ignores the signal.
 fn read_in_the_background() {
     let mut terminal = File::open("/dev/tty").unwrap();
     let error = terminal.read(&mut [0]).unwrap_err();
@@ -289,16 +300,16 @@ fn be_a_background_job(master: &Master) {
         }
         ready += 1;
         match ready {
-            // The worker has read from the terminal. Its neighbour starts only now, because the
-            // kernel stops a process that does not handle the signal yet.
+            // The first worker has read from the terminal. Start the second worker only now: it does
+            // not ignore SIGTTIN at first, so the kernel might have stopped it.
             1 => after_pending_signals(pool, master, 1, |pool, master| pool.scale(master, 2)),
-            // The kernel sends SIGTTOU to all processes of the job.
+            // Write to the terminal. The kernel sends SIGTTOU to all processes of the job.
             2 => {
                 std::io::stderr()
                     .write_all(b"from the background\n")
                     .unwrap();
                 after_pending_signals(pool, master, 2, |_, _| {
-                    // An operator's signal still has its effect.
+                    // The same signal from a process, as an operator sends it, still adds a worker.
                     kill(getpid(), Number::SIGTTIN).unwrap();
                 });
             }
@@ -309,8 +320,8 @@ fn be_a_background_job(master: &Master) {
     assert_eq!(pool.slots(), 3);
 }
 
-/// Calls `next` after the loop has handled the signals that are pending now, which must not have
-/// changed the number of slots.
+/// Lets the loop handle the signals that are pending now, asserts that the pool still has `slots`
+/// slots, and calls `next`.
 fn after_pending_signals(
     pool: &Pool,
     master: &Master,
@@ -320,8 +331,8 @@ fn after_pending_signals(
     let pool = pool.clone();
     master.set_timeout(Duration::from_millis(1), move |master| {
         let pool = pool.clone();
-        // The loop waits for signals and then calls timers, so it does the former between two
-        // timers.
+        // An iteration of the loop handles signals before it calls timers. The second timer belongs
+        // to a later iteration, so all signals that were pending are handled before it.
         master.set_timeout(Duration::from_millis(1), move |master| {
             assert_eq!(pool.slots(), slots);
             next(&pool, master);
