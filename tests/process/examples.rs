@@ -100,8 +100,9 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let pids = (1..=4).map(|id| server.line(&format!("worker {id} ")));
     let pids: Vec<_> = pids.collect();
     let master = server.pid().to_string();
-    let sleep = || pids.iter().chain([&master]).all(|pid| sleeps(pid));
-    wait_until("idle processes", || sleep().then_some(()));
+    // A worker wakes the master before the worker sleeps, so check the master last.
+    let all_sleep = || pids.iter().chain([&master]).all(|pid| sleeps(pid));
+    wait_until("idle processes", || all_sleep().then_some(()));
     let count_fds = || -> Vec<_> { pids.iter().map(|pid| open_fds_of(pid)).collect() };
     let without_connection = count_fds();
     let mut count = [0; 5];
@@ -110,7 +111,7 @@ fn http_server(policy: &str) -> Result<(), Failed> {
         // has processed their frames. A worker that is not idle would lose its turn, and the counts
         // below would differ.
         wait_until("idle processes", || {
-            (count_fds() == without_connection && sleep()).then_some(())
+            (count_fds() == without_connection && all_sleep()).then_some(())
         });
         let answer = talk(address, REQUEST)?;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");

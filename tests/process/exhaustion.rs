@@ -40,6 +40,7 @@ crate::scenarios! {
 const SHORTAGE: Duration = Duration::from_secs(1);
 /// Maximum CPU time that the master may use during `SHORTAGE`. The limit is a tenth of that period.
 const CPU_TIME_MAX: Duration = Duration::from_millis(100);
+
 /// Returns a user id that no other test uses, so that each user's limits affect only one test.
 pub fn unique_user() -> u32 {
     100_000 + std::process::id()
@@ -81,7 +82,7 @@ pub fn leave_free(more: usize) -> impl Fn() + Copy {
     move || setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap()
 }
 
-/// Reads all clients' answers, and calls `then` with them.
+/// Reads all clients' answers on a thread, and then calls `then` with them in the master's loop.
 pub fn read_all(
     master: &Master,
     clients: Vec<TcpStream>,
@@ -96,6 +97,7 @@ pub fn read_all(
     in_background(master, work, then);
 }
 
+/// Connects 10 clients.
 pub fn connect_some(address: SocketAddr) -> Vec<TcpStream> {
     let connect = |_| TcpStream::connect(address).unwrap();
     (0..10).map(connect).collect()

@@ -320,6 +320,7 @@ fn post(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
     read_answer(client)
 }
 
+/// Connects to HAProxy from `source`.
 fn connect_to_proxy(source: Ipv4Addr) -> std::io::Result<TcpStream> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;
@@ -336,6 +337,7 @@ fn connect_to_proxy(source: Ipv4Addr) -> std::io::Result<TcpStream> {
     Ok(socket.into())
 }
 
+/// Reads to end-of-file. Returns `None` if the answer is not from a host.
 fn read_answer(mut client: TcpStream) -> std::io::Result<Option<Answer>> {
     let mut text = String::new();
     client.read_to_string(&mut text)?;

@@ -37,6 +37,7 @@ pub const SCENARIO: &str = "SCENARIO";
 /// Time for one round of a test, after which the test is treated as hanging. No test takes nearly
 /// as long.
 const DEADLINE: Duration = Duration::from_secs(120);
+
 /// Returns how many times a repeatable test runs: the value of `CLUSTER_TEST_ROUNDS`, or 1 if the
 /// variable is not set.
 pub fn rounds() -> u32 {
@@ -105,7 +106,7 @@ pub const PID_NAMESPACE: Need = Need {
     is_met: has_pid_namespaces,
 };
 
-/// Dynamic loader that can also be started with this program as its argument.
+/// A dynamic loader that a test can start with this program as its argument.
 pub const LOADER: Need = Need {
     name: "a dynamically linked test program",
     is_met: || loader().is_some(),
@@ -193,7 +194,7 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Returns the dynamic loader of this process.
+/// Returns the path of this process's dynamic loader, or `None` if the program is statically linked.
 pub fn loader() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let files = maps
@@ -514,9 +515,8 @@ pub fn when_listening(
 /// `answer_pings`, and no client may connect in the meantime.
 ///
 /// A worker that enters `accept` handles messages before it reports to the master that it is idle.
-/// The answer to the first ping may therefore come before the report, but the second ping arrives
-/// after the report has been sent. The master therefore knows that all workers are idle when it
-/// calls `then`.
+/// The answer to the first ping may therefore precede the report, but the answer to the second ping
+/// follows it. When the master calls `then`, it has thus received the reports of all workers.
 pub fn when_all_wait(master: &Master, then: impl FnOnce(&Master) + 'static) {
     let workers = master.workers();
     let mut unanswered: BTreeMap<_, _> = workers.iter().map(|worker| (worker.id(), 2)).collect();
@@ -543,7 +543,7 @@ fn ping(worker: &WorkerProcess) {
     let _ = worker.send(b"ping").unwrap();
 }
 
-/// Returns how often connections were returned to the master because a worker had not received
+/// Returns the number of connections that went back to the master because a worker had not received
 /// them.
 ///
 /// A worker that does not receive its connection within 20 ms, for instance because it has to wait

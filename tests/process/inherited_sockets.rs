@@ -1,4 +1,5 @@
-//! Tests which sockets a new master inherits from an old one, and how it closes them.
+//! Tests which sockets a new master inherits from the old master in an upgrade, and how the new
+//! master closes them.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -12,6 +13,7 @@ use cluster::pool::{Pool, PoolOptions, SLOT, ignore_pool_signals};
 use cluster::{ListenOptions, Master, Role, Worker, systemd};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::counting::Load;
@@ -40,8 +42,9 @@ const MS: Duration = Duration::from_millis(1);
 /// verb and an address:
 ///
 /// - `pool`: the pool and the workers listen on the address.
-/// - `listen`, `bind`: only the workers listen on the address or bind it.
-/// - `unix`: only the workers listen on the abstract name.
+/// - `listen`: only the workers listen on the address.
+/// - `bind`: only the workers bind a datagram socket to the address.
+/// - `unix`: only the workers listen on the address, which is an abstract name.
 /// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
 /// - `exit`: the workers exit at once.
 const CONFIG: &str = "CONFIG";
@@ -139,7 +142,7 @@ fn serve(worker: &Worker, address: &str) {
     });
 }
 
-/// Returns the process id of the worker's master, as the answer to each client.
+/// Returns the process id of the worker's master. Workers answer each client with it.
 fn master_of_worker() -> String {
     std::os::unix::process::parent_id().to_string()
 }
@@ -155,10 +158,11 @@ impl Service {
         Self::start_with(policy, config, Vec::new())
     }
 
-    /// Starts the service, and passes the sockets to it like systemd. Their names are `a`, `b` and so
-    /// on.
+    /// Starts the service, passes the sockets to it like systemd, and waits until the first worker is
+    /// ready. The names of the sockets are `a`, `b` and so on.
     pub fn start_with(policy: &str, config: &str, passed: Vec<OwnedFd>) -> Self {
-        // Become a subreaper, so that a new master becomes this process's child.
+        // Become a subreaper, so that a new master becomes this process's child when the old master
+        // exits.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let path = std::env::temp_dir().join("config");
         std::fs::write(&path, config).unwrap();
@@ -174,11 +178,13 @@ impl Service {
         service
     }
 
+    /// Returns the number of output lines with this end.
     fn count(&self, end: &str) -> usize {
         let output = self.group.output();
         output.lines().filter(|line| line.ends_with(end)).count()
     }
 
+    /// Waits until the output contains `count` lines with this end. Panics if a process has panicked.
     fn wait_for(&self, end: &str, count: usize) {
         wait_until(end, || {
             let output = self.group.output();
@@ -217,8 +223,8 @@ impl Service {
         assert_ne!(self.master(), old);
     }
 
-    /// Upgrades the service to a release whose workers exit at once, and waits until the new master
-    /// has exited.
+    /// Upgrades the service to a release whose workers exit at once, and waits until the old master
+    /// has reaped the new one.
     fn upgrade_in_vain(&self) {
         let config = std::fs::read_to_string(&self.config).unwrap();
         std::fs::write(&self.config, "exit").unwrap();
@@ -226,25 +232,29 @@ impl Service {
         kill(old, Signal::SIGUSR2).unwrap();
         self.wait_for("not ready in time", 1);
         let new = self.master().as_raw().unsigned_abs();
-        wait_until("the exit of the new master", || {
-            (!is_alive(new)).then_some(())
-        });
-        std::fs::write(&self.config, config).unwrap();
-        // The old master may learn of the exit later than this process. Both wait for the zombie.
-        wait_until("the end of the zombie", || {
+        wait_until("the end of the new master", || {
             (!Path::new(&format!("/proc/{new}")).exists()).then_some(())
         });
+        std::fs::write(&self.config, config).unwrap();
     }
 
+    /// Sends SIGTERM to `master`, and waits for the end of the service.
     pub fn stop(self, master: Pid) {
         kill(master, Signal::SIGTERM).unwrap();
         self.wait_for_end(master);
     }
 
+    /// Waits until `master` and all other processes have exited. Asserts that `master` and the first
+    /// master have exited with success.
     fn wait_for_end(self, master: Pid) {
         wait_until("the exit of the master", || {
             (!is_alive(master.as_raw().unsigned_abs())).then_some(())
         });
+        // The group waits only for the first master.
+        if master != self.group.pid() {
+            let status = waitpid(master, None).unwrap();
+            assert_eq!(status, WaitStatus::Exited(master, 0));
+        }
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
         assert!(status.success());
@@ -252,14 +262,15 @@ impl Service {
     }
 }
 
-/// Returns a command that starts this scenario's service and passes descriptors to it, and the
-/// copies of the descriptors that the command needs.
+/// Returns a command that starts this scenario's service and passes descriptors to it. Also returns
+/// copies of the descriptors, which must stay open until the command has started.
 fn passing(passed: &[OwnedFd]) -> (Command, Vec<OwnedFd>) {
     let own = watched();
     if passed.is_empty() {
         return (own, Vec::new());
     }
-    // Move the descriptors above 20 first, so that `exec` overwrites none of them.
+    // Copy the descriptors to numbers from 20, because the shell moves them to 3, 4 and so on, and
+    // must not overwrite one that it has yet to move.
     let high = |fd: &OwnedFd| fcntl(fd, FcntlArg::F_DUPFD(20)).unwrap();
     let numbers: Vec<_> = passed.iter().map(high).collect();
     #[allow(unsafe_code)]
@@ -279,17 +290,20 @@ fn passing(passed: &[OwnedFd]) -> (Command, Vec<OwnedFd>) {
         passed.len(),
         names.join(":")
     );
+    // Some shells redirect only descriptors with one digit, but bash redirects any.
     let mut command = Command::new("bash");
     command.args(["-c", &script]).arg(own.get_program());
     command.env(WATCHED.0, WATCHED.1);
     (command, copies)
 }
 
+/// Asserts that a worker of `master` answers.
 #[track_caller]
 pub fn assert_served(address: SocketAddr, master: Pid) {
     assert_eq!(talk(address, b"x").unwrap(), master.to_string());
 }
 
+/// Connects a client, and returns the kind of the error if that fails within a second.
 fn connect_error(address: SocketAddr) -> Option<ErrorKind> {
     let client = TcpStream::connect_timeout(&address, 1000 * MS);
     client.err().map(|error| error.kind())
@@ -340,10 +354,12 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
         assert_served(slow.1, service.master());
         std::fs::remove_file(&go).unwrap();
         service.upgrade();
-        // The client waits in the backlog of the listener that no worker has requested yet.
+        // No worker of the new master has requested the slow port yet, so the client waits in the
+        // backlog.
         let client = std::thread::spawn(move || talk(slow.1, b"x").unwrap());
-        wait_until("the client", || {
+        wait_until("the client to be connected", || {
             let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+            // The client's entry: 127.0.0.1 and the port as the remote address, and ESTABLISHED.
             let remote = format!("0100007F:{:04X} 01", slow.1.port());
             sockets.contains(&remote).then_some(())
         });
@@ -364,6 +380,21 @@ pub fn ask_udp(address: SocketAddr) -> String {
     let mut answer = [0; 16];
     let length = socket.recv(&mut answer).unwrap();
     String::from_utf8(answer[..length].to_vec()).unwrap()
+}
+
+/// Returns the IPv4 addresses on which workers have listened, except those with a known port. The
+/// workers of all masters share one port that the kernel has chosen, so the addresses must be equal.
+fn chosen_addresses(service: &Service, known: [u16; 2]) -> Vec<SocketAddr> {
+    let output = service.group.output();
+    let lines = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("listens on "));
+    let addresses = lines.map(|line| line.parse::<SocketAddr>().unwrap());
+    let mut addresses: Vec<_> = addresses
+        .filter(|own| own.is_ipv4() && !known.contains(&own.port()))
+        .collect();
+    addresses.dedup();
+    addresses
 }
 
 fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
@@ -387,28 +418,16 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
         config.push_str(&format!("\nlisten {v6}"));
     }
     let service = Service::start(policy, &config);
-    let any = || {
-        let output = service.group.output();
-        let lines = output
-            .lines()
-            .filter_map(|line| line.strip_prefix("listens on "));
-        let known = [tcp.1.port(), all.1.port()];
-        let ports = lines.map(|line| line.parse::<SocketAddr>().unwrap());
-        let mut ports: Vec<_> = ports
-            .filter(|own| own.is_ipv4() && !known.contains(&own.port()))
-            .collect();
-        ports.dedup();
-        ports
-    };
     for _ in 0..3 {
         service.upgrade();
         let master = service.master();
         assert_served(tcp.1, master);
         assert_served(all.1, master);
-        let [any] = any()[..] else {
-            panic!("not one port: {:?}", any());
+        let chosen = chosen_addresses(&service, [tcp.1.port(), all.1.port()]);
+        let [chosen] = chosen[..] else {
+            panic!("not one port: {chosen:?}");
         };
-        assert_served(any, master);
+        assert_served(chosen, master);
         assert_eq!(ask_udp(udp), master.to_string());
         let mut answer = String::new();
         let mut client = UnixStream::connect(&path).unwrap();
@@ -436,8 +455,8 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master_sharded() {
     sockets_that_only_workers_opened_pass_to_the_new_master("sharded");
 }
 
-/// Checks that a listener that only workers opened closes with the last worker, also after a failed
-/// upgrade.
+/// Checks that, even after a failed upgrade, a listener that only workers opened closes when the last
+/// of these workers exits.
 fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
     if is_watched() {
         return service();
@@ -460,7 +479,8 @@ fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
     service.stop(master);
 }
 
-/// Stops the service under load, and asserts that clients are served or refused, but not reset.
+/// Stops the service under load, and asserts that each client is served or refused: none is reset,
+/// waits in vain, or receives an empty answer.
 fn stop_under_load(service: Service, master: Pid, address: SocketAddr) {
     let load = Load::start(address, 8, |answer| !answer.is_empty());
     load.wait_for_requests(100);
@@ -474,6 +494,7 @@ fn stop_after_upgrades_resets_no_client(policy: &str) {
     if is_watched() {
         return service();
     }
+    // Whether a client could be reset depends on timing, so repeat the test.
     for upgrades in [1, 1, 1, 3] {
         let (_reserved, address) = reserve_port();
         let service = Service::start(policy, &format!("pool {address}"));
@@ -498,6 +519,7 @@ fn stop_after_a_failed_upgrade_resets_no_client() {
     if is_watched() {
         return service();
     }
+    // Whether a client could be reset depends on timing, so repeat the test.
     for _ in 0..3 {
         let (_reserved, address) = reserve_port();
         let service = Service::start("rr", &format!("pool {address}"));
@@ -515,15 +537,15 @@ fn hold(address: SocketAddr) -> TcpStream {
     client
 }
 
-/// Stops the service while both workers are busy and one more client waits. Asserts that no further
-/// client can connect, and that the waiting client is served.
+/// Stops the service while both workers are busy and one more client waits. Asserts that the
+/// handshakes of further clients are dropped, not refused, and that the waiting client is served.
 fn assert_drops_handshakes_when_it_stops(service: Service, address: SocketAddr) {
     let master = service.master();
     service.wait_for_both_workers();
     let busy = [hold(address), hold(address)];
     let mut waiting = TcpStream::connect(address).unwrap();
     kill(master, Signal::SIGTERM).unwrap();
-    // Earlier clients only join the backlog.
+    // Clients that connect before the master handles the signal still join the backlog.
     wait_until("a client whose handshake is dropped", || {
         let error = connect_error(address);
         assert_ne!(error, Some(ErrorKind::ConnectionRefused));
