@@ -8,7 +8,6 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, kill};
@@ -45,10 +44,6 @@ pub fn trials() -> Vec<Trial> {
             kills_during_start_up,
         ),
         Trial::test("http_server_explains_its_options", explains_options),
-        Trial::test(
-            "http_server_is_not_blocked_by_a_silent_client",
-            silent_client,
-        ),
         Trial::test("echo_events_echoes_and_counts", echo_events),
         Trial::test("embedded_hosts_a_master", embedded),
         Trial::test("request_counter_counts", request_counter),
@@ -315,17 +310,6 @@ fn explains_options() -> Result<(), Failed> {
         assert!(text.contains(expected), "{text}");
     }
     Ok(())
-}
-
-fn silent_client() -> Result<(), Failed> {
-    let (server, address) = start_server("rr", "1");
-    let silent = TcpStream::connect(address)?;
-    silent.set_read_timeout(Some(Duration::from_secs(30)))?;
-    // This request may have to wait, because the silent client occupies the only worker until the
-    // example's read timeout. It must be answered after that.
-    assert!(talk(address, REQUEST)?.ends_with("hello world\n"));
-    drop(silent);
-    stop(&server, Signal::SIGTERM)
 }
 
 fn echo_events() -> Result<(), Failed> {

@@ -253,7 +253,8 @@ impl Service {
         // The group waits only for the first master.
         if master != self.group.pid() {
             let status = waitpid(master, None).unwrap();
-            assert_eq!(status, WaitStatus::Exited(master, 0));
+            let output = self.group.output();
+            assert_eq!(status, WaitStatus::Exited(master, 0), "{output}");
         }
         let status = self.group.end().unwrap();
         println!("{}", self.group.output());
