@@ -76,11 +76,11 @@
 //!    The first penalty lasts `PENALTY_MIN`. Each further penalty is twice as long, up to
 //!    `PENALTY_MAX`, until the worker receives a connection.
 //!
-//! If all idle workers are stalled, the end of the first penalty is a deadline, because it makes a
-//! worker prompt without any event.
+//! If all idle workers are stalled, the earliest end of a penalty is a deadline, because a worker
+//! then becomes prompt without any event.
 //!
-//! Connections are also reclaimed when a worker pauses or leaves the listener. The worker does not
-//! become stalled then.
+//! Connections are also reclaimed when a worker pauses or when the listener ends for it. Such a
+//! worker does not become stalled.
 //!
 //! # Fairness
 //!
@@ -234,7 +234,7 @@ pub(crate) struct Dispatcher<C> {
     /// The busy workers that are not known to have received a connection since their last idle
     /// report, sorted by the time at which each worker became busy.
     unresponsive: BTreeSet<(Time, WorkerId)>,
-    /// The stalled workers, sorted by the time at which each worker's penalty ends.
+    /// The stalled workers that have not ended, sorted by the time at which each penalty ends.
     penalized: BTreeSet<(Time, WorkerId)>,
     /// The maximum number of connections that a worker may have before it reports that it is idle.
     window: u32,
@@ -731,8 +731,8 @@ impl<C> Dispatcher<C> {
             let times = self.reclaim_times().into_iter().flatten();
             return times.map(|(time, _)| time).min();
         }
-        // If all idle workers are stalled, connections become reclaimable when a penalty ends. The
-        // end may be the only event, because a busy worker reports nothing during a long request.
+        // If all idle workers are stalled, connections become reclaimable when a penalty ends. Do
+        // not rely on an event, because a busy worker reports nothing during a long request.
         let is_awaited = !self.idle.is_empty() && self.may_have_reclaimable();
         let first = self.penalized.first().filter(|_| is_awaited)?;
         Some(first.0)

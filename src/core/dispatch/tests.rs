@@ -279,7 +279,7 @@ fn connections_of_a_stalled_worker_go_to_others() {
 }
 
 #[test]
-fn pausing_worker_is_not_stalled() {
+fn pausing_worker_does_not_become_stalled() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
@@ -289,11 +289,11 @@ fn pausing_worker_is_not_stalled() {
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
     dispatcher.push(6);
-    assert_eq!(dispatch_all(&mut dispatcher), [(1, 6)], "its turn");
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 6)], "prompt");
 }
 
-/// Dispatches a connection to the first of two idle workers and reclaims it, so that the worker is
-/// stalled. The second worker receives the connection, and is idle again.
+/// Dispatches a connection to worker 1 and reclaims it, so that worker 1 becomes stalled. Worker 2
+/// receives the connection, and is idle again.
 fn stall_first(dispatcher: &mut Dispatcher<u32>, now: Time) {
     dispatcher.push(0);
     let dispatched = dispatcher.dispatch_next(now).unwrap();
@@ -314,7 +314,7 @@ fn serve_by(dispatcher: &mut Dispatcher<u32>, worker: u32, now: Time) {
 }
 
 #[test]
-fn penalty_of_a_worker_that_recovered_does_not_end_its_next_penalty() {
+fn expiry_of_an_earlier_penalty_does_not_end_the_next_penalty() {
     let mut dispatcher = with_idle_workers(2);
     stall_first(&mut dispatcher, NOW);
     dispatcher.pause(id(2)).unwrap();
@@ -341,7 +341,7 @@ fn connection_queued_behind_a_slow_request_is_reclaimed_when_a_penalty_ends() {
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 1), (2, 2)]);
     assert_eq!(dispatcher.rebalance_deadline(), None, "no worker is idle");
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
-    assert_eq!(dispatcher.reclaimable(QUICK), None, "a penalty");
+    assert_eq!(dispatcher.reclaimable(QUICK), None, "worker 1 is stalled");
     assert_eq!(dispatcher.rebalance_deadline(), Some(PENALTY_MIN));
     dispatcher.end_penalties(PENALTY_MIN);
     assert_eq!(dispatcher.reclaimable(PENALTY_MIN), Some((id(2), 1)));

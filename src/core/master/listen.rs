@@ -154,9 +154,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Reports the retained socket that occupies the port of a worker's request, if no worker has it.
-    /// The address of the request then probably differs by mistake. The worker itself receives only
-    /// the error number.
+    /// Emits an error event if a worker's request failed because a retained socket that no worker has
+    /// occupies the port. Such a socket was probably meant for this worker, but has a different
+    /// address by mistake. The worker itself receives only the error number.
     fn report_occupant(&mut self, worker: WorkerId, endpoint: &Endpoint, errno: i32) {
         let occupant = self.occupant(endpoint);
         let is_unserved = |own: &&Listener<C>| own.is_retained() && own.members.is_empty();
@@ -180,22 +180,25 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the address of this master's own socket that has the endpoint's port, but was requested
-    /// or passed with another address. `None` if there is none.
+    /// Returns the address of this master's own socket that occupies the endpoint's port, but was
+    /// requested or passed with another address. Returns `None` if there is no such socket.
     pub(crate) fn occupant_address(&self, endpoint: &Endpoint) -> Option<Address> {
         self.occupant(endpoint).map(Listener::public_address)
     }
 
     fn occupant(&self, endpoint: &Endpoint) -> Option<&Listener<C>> {
-        let port = endpoint.address()?.port();
-        let has_port = |listener: &&Listener<C>| {
+        let address = endpoint.address()?;
+        let overlaps = |bound: SocketAddr| {
+            let is_any = bound.ip().is_unspecified() || address.ip().is_unspecified();
+            bound.port() == address.port() && (is_any || bound.ip() == address.ip())
+        };
+        let is_occupant = |listener: &&Listener<C>| {
             let is_udp = listener.key.endpoint.kind == Kind::Udp;
-            let bound = listener.address.map(|bound| bound.port());
-            bound == Some(port)
+            listener.address.is_some_and(overlaps)
                 && is_udp == (endpoint.kind == Kind::Udp)
                 && listener.key.endpoint != *endpoint
         };
-        self.listeners.values().find(has_port)
+        self.listeners.values().find(is_occupant)
     }
 
     /// Adds a listener that has been bound.

@@ -104,9 +104,10 @@ pub(super) enum AcceptState {
 /// | (none) | the master opens the socket | `Sole` |
 /// | (none) | the application passes the socket, or names its descriptor | `Joint` |
 /// | `Sole` | `MasterListener::as_fd` | `Joint` |
-/// | any | `MasterListener::set_foreign_copies` | as the application states |
+/// | any | `MasterListener::set_foreign_copies(true)` | `Joint` |
+/// | any | `MasterListener::set_foreign_copies(false)` | `Sole` |
 ///
-/// The master cannot learn that no other process has a copy any more, so only the application can
+/// The master cannot find out whether another process still has a copy, so only the application can
 /// return a listener to `Sole`. SYN filters and shutdowns are only for `Sole` listeners, because
 /// both affect all copies of the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +142,7 @@ pub(super) struct Listener<C> {
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
     /// Whether a worker or the application has requested the listener's address. `false` only for a
-    /// passed socket.
+    /// passed socket that has not been used yet.
     pub(super) is_requested: bool,
     /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps
     /// the backlog for the next worker.

@@ -516,9 +516,10 @@ impl<C, F> MasterCore<C, F> {
         listeners.map(|each| each.dispatcher.in_flight()).sum()
     }
 
-    /// Returns whether a worker has capacity for a connection, but the connection waits in the
-    /// master, was reclaimable at the last tick, can become reclaimable without a deadline, or may
-    /// be in a backlog that the master has not checked.
+    /// Returns whether a connection is stuck although a worker has capacity for it. A connection is
+    /// stuck if it waits in the master, if it was already reclaimable at the last tick, or if it can
+    /// become reclaimable without a deadline. It is also stuck if it may be in a backlog that the
+    /// master has not checked.
     pub(crate) fn has_stuck_connection(&self, last_tick: Time) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;

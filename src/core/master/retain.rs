@@ -13,10 +13,10 @@ use crate::wire::frame::{HandleId, HandleKey};
 impl<C, F> MasterCore<C, F> {
     /// Retains a listener that is open on this endpoint, and returns it.
     ///
-    /// The first choice is a listener that is not retained. The second is a passed listener that has
-    /// not been requested. If there is neither and the system does not choose the port, the first
-    /// listener is retained one more time. Returns `None` if there is no suitable listener. The
-    /// shell then opens one and calls `retained`.
+    /// The first choice is a listener that is not retained. The second choice is a passed listener
+    /// that has not been requested. If there is neither, and the endpoint has a fixed port or a path,
+    /// an existing listener is retained one more time. Returns `None` if there is no suitable
+    /// listener. The shell then opens one and calls `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
         let open = || self.handles_at(endpoint);
         let unretained = open().find(|handle| !self.listeners[handle].is_retained());
@@ -32,8 +32,8 @@ impl<C, F> MasterCore<C, F> {
         Some(handle)
     }
 
-    /// Retains every listener and UDP socket that is open for new clients, and returns them. A
-    /// borrowed descriptor is left out, because it belongs to the application.
+    /// Retains every listener and UDP socket that is open for new workers, and returns them. Borrowed
+    /// descriptors are left out, because they belong to the application.
     pub(crate) fn retain_all(&mut self) -> Vec<HandleId> {
         let mut handles = self.listeners.ids();
         handles.retain(|handle| {
@@ -130,7 +130,7 @@ impl<C, F> MasterCore<C, F> {
         Some(&self.listeners.get(&handle)?.key.endpoint)
     }
 
-    /// Returns the path of a Unix socket's file. `None` if the socket has no file.
+    /// Returns the path of a Unix socket's file, or `None` if the socket has no file.
     pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
         match &self.listeners.get(&handle)?.key.endpoint.place {
             Place::Path(path) if abstract_name(path).is_none() => Some(path.clone()),

@@ -506,7 +506,7 @@ fn workers_cannot_make_the_master_accept_from_their_own_listener() {
 }
 
 #[test]
-fn adopted_socket_is_requested_once_a_worker_or_the_application_asks_for_it() {
+fn adopted_socket_is_requested_only_after_a_worker_or_the_application_requests_it() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let mut adopt = |endpoint: Endpoint, bound: &str| {
         let handle = core.next_handle();
@@ -518,7 +518,8 @@ fn adopted_socket_is_requested_once_a_worker_or_the_application_asks_for_it() {
     let unused = adopt(ip("127.0.0.1:82"), "127.0.0.1:82");
     let worker = online(&mut core);
     request(&mut core, worker, ip("127.0.0.1:80"));
-    // The application receives the adopted port once. The next request opens another port.
+    // The first request for port 0 receives the adopted socket. The second one must open another
+    // socket.
     assert_eq!(core.retain(&ip("127.0.0.1:0")), Some(any));
     assert_eq!(core.retain(&ip("127.0.0.1:0")), None);
     let requested = [fixed, any, unused].map(|handle| core.is_requested(handle));
@@ -539,7 +540,7 @@ fn adopted_udp_socket_is_shared_and_has_one_key() {
 }
 
 #[test]
-fn all_open_sockets_are_retained_except_borrowed_descriptors() {
+fn retain_all_retains_open_sockets_except_borrowed_descriptors() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
     let own = listen(&mut core, worker, 1);
@@ -557,7 +558,7 @@ fn all_open_sockets_are_retained_except_borrowed_descriptors() {
 }
 
 #[test]
-fn new_connections_of_a_passed_shard_group_go_to_the_first_shard() {
+fn new_connections_go_to_the_first_shard_if_foreign_copies_may_exist() {
     for (ownership, expected) in [(Ownership::Sole, 1), (Ownership::Joint, 0)] {
         let mut core = Core::new(SchedulingPolicy::Sharded);
         let handle = retain(&mut core, port(1));
@@ -581,7 +582,7 @@ fn new_connections_of_a_passed_shard_group_go_to_the_first_shard() {
 }
 
 #[test]
-fn master_names_its_own_socket_that_occupies_a_port() {
+fn error_names_the_masters_own_socket_that_occupies_the_port() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let handle = core.next_handle();
     core.adopted(handle, ip("[::]:80"), "[::]:80".parse().ok());
@@ -594,7 +595,7 @@ fn master_names_its_own_socket_that_occupies_a_port() {
             _ => None,
         });
     let errors: Vec<_> = errors.collect();
-    assert_eq!(errors.len(), 2, "for both levels: {errors:?}");
+    assert_eq!(errors.len(), 2, "at both levels: {errors:?}");
     let expected = "cannot listen on 0.0.0.0:80: ";
     assert!(errors[0].starts_with(expected), "{errors:?}");
     assert!(
@@ -604,4 +605,8 @@ fn master_names_its_own_socket_that_occupies_a_port() {
     assert_eq!(core.occupant_address(&ip("0.0.0.0:81")), None);
     let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:80".parse().unwrap()));
     assert_eq!(core.occupant_address(&udp), None);
+    let local = core.next_handle();
+    core.adopted(local, ip("127.0.0.1:82"), "127.0.0.1:82".parse().ok());
+    assert!(core.occupant_address(&ip("0.0.0.0:82")).is_some());
+    assert_eq!(core.occupant_address(&ip("127.0.0.2:82")), None);
 }

@@ -106,7 +106,7 @@ impl<F> WorkerCore<F> {
                     ListenStatus::Done(entry.address)
                 }
             },
-            // The reply has removed an abandoned listener.
+            // The listener was abandoned, and the reply has removed it.
             None => ListenStatus::Done(None),
         }
     }

@@ -177,7 +177,7 @@ fn listener_without_its_descriptor_is_released() {
     assert_eq!(core.listen_status(listener), failed);
 }
 
-/// Returns the two results that a master's reply can have.
+/// Returns the results to test for a master's reply: success and failure.
 fn replies() -> [Result<Bound, i32>; 2] {
     let bound = Bound {
         handle: HANDLE,
@@ -187,7 +187,8 @@ fn replies() -> [Result<Bound, i32>; 2] {
     [Ok(bound), Err(errno::EADDRINUSE)]
 }
 
-/// Requests a listener, and carries out `abandon` before the master's reply arrives.
+/// Requests a listener, calls `abandon`, and then processes the master's reply. Asserts that the
+/// listener has ended.
 fn abandoned(result: Result<Bound, i32>, abandon: impl Fn(&mut Core, ListenerId)) -> Core {
     let mut core = Core::new();
     let path = Place::Path("/path".into());
@@ -210,7 +211,7 @@ fn dropped_listener_is_removed_by_the_masters_reply() {
 }
 
 #[test]
-fn listen_ends_although_a_reply_follows_the_disconnect() {
+fn listen_returns_if_the_reply_arrives_after_the_disconnect() {
     for result in replies() {
         abandoned(result, |core, _| {
             core.frame(ToWorker::Disconnect).map(drop).unwrap()
