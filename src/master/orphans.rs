@@ -1,17 +1,18 @@
-//! Reaps orphans: children that the process has not started but adopted, because their parent has
-//! exited.
+//! Reaps orphans: children that this process has not started. The kernel gives them to this process
+//! when their parent exits.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::error::Error;
 use crate::master::Master;
 use crate::sys::process::Pid;
 
-/// The time that an exited child stays available to the application before the master reaps it.
+/// The time for which the master leaves an exited child to the application before it reaps the
+/// child.
 ///
-/// With a shorter time, an application whose threads wait for their own children late would lose
-/// their status. With a longer time, more zombies exist while many orphans exit. No benchmark chose
-/// the value.
+/// If it is shorter, an application that waits late for its own children loses their exit statuses.
+/// If it is longer, more zombies exist while many orphans exit. No benchmark chose the value.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Whether the master reaps orphans, and which of them have exited.
@@ -23,27 +24,29 @@ pub(super) enum Orphans {
     /// No child had exited at the last check. The next SIGCHLD triggers another check.
     Watched,
     /// These children had exited at the last check. A timer triggers the next check.
-    Exited(Vec<Pid>),
+    Exited(BTreeSet<Pid>),
 }
 
 impl Master {
-    /// Reaps exited children of this process that are not the master's, one to two seconds after
-    /// their exit.
+    /// Starts to reap the children of this process that the master has not started, one to two
+    /// seconds after they exit.
     ///
     /// Node has no counterpart.
     ///
     /// If a process exits before its children, the kernel makes them children of process 1, or of
     /// the nearest ancestor that is a subreaper (`PR_SET_CHILD_SUBREAPER`). If that ancestor does
     /// not wait for them, each of them stays a zombie and occupies a process id. A
-    /// [`Pool`](crate::pool::Pool) that is process 1, for example in a container, makes this call
-    /// itself. An application that is a subreaper makes it after it has become one.
+    /// [`Pool`](crate::pool::Pool) that is process 1, for example in a container, calls this method
+    /// itself. An application that makes itself a subreaper calls this method afterwards.
     ///
-    /// The master cannot tell orphans from children that the application has started itself. The
-    /// application must therefore wait for its own children within one second after their exit, or
-    /// not make this call. Without orphans, the master does not wake up. The call cannot be undone.
+    /// The master cannot distinguish orphans from children that the application has started itself.
+    /// An application that calls this method must therefore wait for its own children within one
+    /// second after their exit. While no child exits, the master does not wake up. The call cannot
+    /// be undone.
     ///
-    /// The master finds exited children in `/proc`. Without it, the master finds only one child per
-    /// second. If SIGCHLD cannot be handled, an [`error`](Self::on_error) event reports the reason.
+    /// The master finds exited children in `/proc`. Without `/proc`, the master reaps at most one
+    /// orphan per second. If SIGCHLD cannot be handled, an [`error`](Self::on_error) event reports
+    /// the reason.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -60,7 +63,7 @@ impl Master {
         }
         let is_ignored = matches!(*self.orphans.borrow(), Orphans::Ignored);
         if is_ignored {
-            self.await_orphans(self.shell.exited_orphans());
+            self.await_orphans();
         }
     }
 
@@ -68,11 +71,13 @@ impl Master {
     pub(super) fn check_orphans(&self) {
         let is_watched = matches!(*self.orphans.borrow(), Orphans::Watched);
         if is_watched {
-            self.await_orphans(self.shell.exited_orphans());
+            self.await_orphans();
         }
     }
 
-    fn await_orphans(&self, exited: Vec<Pid>) {
+    /// Checks for exited orphans. If there are any, schedules the timer that reaps them.
+    fn await_orphans(&self) {
+        let exited: BTreeSet<_> = self.shell.exited_orphans().into_iter().collect();
         if exited.is_empty() {
             self.orphans.replace(Orphans::Watched);
             return;
@@ -82,8 +87,8 @@ impl Master {
         self.unreference(timer);
     }
 
-    /// Reaps the orphans that had already exited at the last check, and waits for those that have
-    /// exited since.
+    /// Reaps the orphans that had already exited at the last check. Orphans that have exited since
+    /// then are reaped by the next timer.
     fn reap_exited_orphans(&self) {
         let Orphans::Exited(earlier) = self.orphans.take() else {
             return;
@@ -92,6 +97,6 @@ impl Master {
         exited
             .filter(|pid| earlier.contains(pid))
             .for_each(Pid::reap);
-        self.await_orphans(self.shell.exited_orphans());
+        self.await_orphans();
     }
 }

@@ -1,8 +1,8 @@
 //! The names under which a master passes its sockets to another master.
 //!
-//! A name of [`Settings::listen_fds`](crate::Settings::listen_fds()) is the only text that travels
-//! with a descriptor. If the kernel chose a socket's port, the name tells so. Workers request such a
-//! socket by port 0, and the socket's own address does not show this.
+//! The name in [`Settings::listen_fds`](crate::Settings::listen_fds()) is the only information that
+//! accompanies a descriptor. If the kernel chose the port, workers request the socket by port 0. The
+//! socket's own address does not show this, so the name does.
 
 use crate::types::endpoint::{Endpoint, Kind, Place};
 
@@ -13,7 +13,7 @@ const ANY_PORT: &str = "cluster-any-port";
 /// The name of a TCP listener that workers request by port 0 without a host.
 const ANY_PORT_AND_HOST: &str = "cluster-any-port-and-host";
 
-/// Returns the name for a socket that workers request by this endpoint.
+/// Returns the name under which to pass a socket that workers request by this endpoint.
 pub(super) fn name_of(endpoint: &Endpoint) -> &'static str {
     match endpoint.place {
         Place::Port(0) => ANY_PORT_AND_HOST,
@@ -22,8 +22,8 @@ pub(super) fn name_of(endpoint: &Endpoint) -> &'static str {
     }
 }
 
-/// Returns the endpoint by which workers request a passed socket. `bound` is the endpoint of the
-/// socket's own address.
+/// Returns the endpoint by which workers request a passed socket. `bound` is the endpoint to which
+/// the socket is bound.
 pub(super) fn requested(name: Option<&str>, bound: Endpoint) -> Endpoint {
     let place = match (name, &bound.place) {
         (Some(ANY_PORT), Place::Ip(address)) => {
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requested_endpoint_survives_the_name() {
+    fn name_preserves_the_requested_endpoint() {
         let ip = |text: &str| Place::Ip(text.parse().unwrap());
         for (kind, requested_by, bound) in [
             (Kind::Tcp, ip("127.0.0.1:0"), ip("127.0.0.1:7")),
@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn other_names_change_nothing() {
+    fn other_names_leave_the_bound_endpoint() {
         let bound = Endpoint::new(Kind::Tcp, Place::Ip("127.0.0.1:7".parse().unwrap()));
         for name in [None, Some("web"), Some("listener")] {
             assert_eq!(requested(name, bound.clone()), bound);

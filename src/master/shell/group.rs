@@ -4,10 +4,14 @@
 //! started. The worker's process leads a group, and the others are its members. When the leader
 //! has exited, the master kills the members, because they would otherwise serve for ever.
 //!
-//! If the master has asked the leader to end, the members get the same signal instead, so that they
-//! can finish their requests. Each process inherits the worker's end of the channel, so
-//! end-of-file tells that the members have exited. Until then the leader is not reaped, because its
-//! process id, which is also the id of the group, could otherwise be reused.
+//! If the master has sent the leader a signal that asks it to end, such as SIGTERM, the members
+//! receive the same signal instead of SIGKILL, so that they can finish their requests. Each member
+//! inherits the worker's end of the channel, so the master reads end-of-file when all members have
+//! exited. Until then, the master does not reap the leader. The id of the group is the leader's
+//! process id, which could otherwise be reused.
+//!
+//! If the kernel has no process descriptors, the members are killed even then. The loop could not
+//! wait for the channel to close before it reaps the leader.
 
 use super::{MasterShell, WorkerIo};
 use crate::types::signal::Signal;
@@ -17,18 +21,19 @@ use crate::types::signal::Signal;
 pub(super) enum GroupState {
     /// The worker leads no group.
     None,
+    /// The leader has not been sent a signal that asks it to end.
     Running,
     /// The leader has been sent this signal, which asks it to end.
     Ending(Signal),
-    /// The leader has exited, and the members have been sent the signal, too.
+    /// The leader has exited, and the members have been sent the same signal. They may still run.
     Draining,
     /// The group has been killed.
     Killed,
 }
 
 impl MasterShell {
-    /// Records that a worker's process has been sent a signal, and kills its group if the signal is
-    /// SIGKILL.
+    /// Records that a worker's process has been sent a signal. If the signal is SIGKILL, or if only
+    /// the members still run, sends the signal to the group too.
     pub(super) fn leader_signalled(&self, worker_io: &WorkerIo, signal: Signal) {
         match (worker_io.group.get(), signal) {
             (GroupState::None, _) => {}
@@ -47,12 +52,18 @@ impl MasterShell {
         }
     }
 
-    /// Ends the group of a worker whose process may have exited. Returns whether the members are
-    /// draining, so that the process must not be reaped yet.
+    /// Ends the group of a worker if its process has exited. Returns whether the process must not be
+    /// reaped yet, because the members are draining or the process is still running.
     pub(super) fn drain_group(&self, worker_io: &WorkerIo) -> bool {
         let (state, process) = (worker_io.group.get(), worker_io.process.borrow());
-        if state == GroupState::None || !worker_io.pid.has_exited(process.as_deref()) {
+        if state == GroupState::None {
             return false;
+        }
+        if !worker_io.pid.has_exited(process.as_deref()) {
+            // Do not let the caller reap a process that exits only now, because its members could
+            // no longer be killed. SIGCHLD or the process descriptor will report the exit. The
+            // signal 0 fails if other code has reaped the process.
+            return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
         let is_open = worker_io.channel.with(|_| ()).is_some();
         match (state, process.as_ref()) {
@@ -73,7 +84,7 @@ impl MasterShell {
         }
     }
 
-    /// Lets the loop reap a worker's process after its channel has closed.
+    /// Lets the loop reap the leader of a draining group after the channel has closed.
     pub(super) fn group_drained(&self, worker_io: &WorkerIo) {
         if worker_io.group.get() == GroupState::Draining {
             self.watch_exit(worker_io.id);

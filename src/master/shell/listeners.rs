@@ -26,7 +26,7 @@ use crate::wire::frame::HandleId;
 #[derive(Debug)]
 pub(super) struct MasterSocket {
     is_unix: bool,
-    /// The name with which the socket was passed to this process.
+    /// The name with which the socket was passed to this process, if any.
     name: Option<String>,
     /// The socket's file. The field is declared before `sockets` so that the file is removed before
     /// the sockets close. Another process that notices the close can then bind the path at once.
@@ -207,7 +207,7 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Adds a socket that was open before the master received it, and retains it.
+    /// Adds a socket that was passed to this process, and retains it.
     pub(crate) fn adopt(
         &self,
         kind: Kind,
@@ -236,7 +236,7 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Retains every listener and UDP socket that is open for new clients.
+    /// Retains every listener and UDP socket that is open for new workers.
     pub(crate) fn retain_all(&self) -> Vec<RetainedListener> {
         self.act();
         let handles = self.core_now().retain_all();
@@ -258,7 +258,7 @@ impl MasterShell {
 
 // Retained listeners.
 impl MasterShell {
-    /// Returns the name for passing the listener to another master.
+    /// Returns the name under which to pass the listener to another master.
     pub(crate) fn name_of(&self, handle: HandleId) -> String {
         let sockets = self.sockets.borrow();
         let passed = sockets.get(&handle).and_then(|own| own.name.clone());

@@ -93,7 +93,7 @@ pub(crate) struct MasterShell {
     pub(crate) core: RefCell<Core>,
     poller: Poller,
     start: Instant,
-    /// The signals that were ignored when the master was created. Workers ignore them, too.
+    /// The signals that were ignored when the master was created. Workers ignore them too.
     pub(crate) ignored_signals: SignalSet,
     workers: RefCell<BTreeMap<WorkerId, Rc<WorkerIo>>>,
     unreaped: Unreaped,

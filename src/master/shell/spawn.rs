@@ -82,7 +82,7 @@ impl MasterShell {
         let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
         let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
-        // Check only now, because the closure may have started a thread.
+        // Check for threads after the closure, because the closure may have started one.
         if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
             let reason = "the master has other threads, whose locks the copy would hold for ever";
             let error = io::Error::new(io::ErrorKind::Deadlock, reason);
@@ -290,8 +290,8 @@ impl MasterShell {
     }
 }
 
-/// Returns the program of a worker, without the worker's descriptors. A worker that executes the
-/// master's own program has the master's name.
+/// Returns the program of a worker, without the worker's descriptors. If the worker executes the
+/// master's own program, its `argv[0]` is the same as the master's.
 fn program(
     settings: &Settings,
     exec: &Path,
