@@ -75,11 +75,11 @@ pub enum Error {
     /// child that the application forked, or a worker that executes no program
     /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
-    /// The init process of a container or system, which has the process id 1, cannot be upgraded.
-    /// Its process id cannot change, and the kernel kills the whole PID namespace when it exits
-    /// (pid_namespaces(7)).
+    /// A master that is process 1 of a container or system cannot be upgraded. In an upgrade, the old
+    /// master exits, but when process 1 exits, the kernel kills all other processes of the PID
+    /// namespace (pid_namespaces(7)).
     InitProcess,
-    /// The workers failed repeatedly, and their supervisor has stopped
+    /// The workers failed, and their supervisor gave up
     /// ([`Master::give_up`](crate::Master::give_up)).
     ///
     /// ```no_run
@@ -87,7 +87,7 @@ pub enum Error {
     /// use cluster::{Error, pool::WorkerFailure};
     ///
     /// if let Err(Error::GaveUp { reason, .. }) = master.run() {
-    ///     // A pool passes the last failure.
+    ///     // A pool's reason is the last failure.
     ///     let failure = reason.downcast_ref::<WorkerFailure>();
     ///     let status = failure.and_then(|failure| failure.status);
     /// #   let _ = status;
@@ -96,7 +96,7 @@ pub enum Error {
     /// ```
     #[non_exhaustive]
     GaveUp {
-        /// The reason, as the supervisor gave it. A [`Pool`](crate::pool::Pool) gives a
+        /// The argument of `give_up`. A [`Pool`](crate::pool::Pool) passes a
         /// [`WorkerFailure`](crate::pool::WorkerFailure).
         reason: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -118,9 +118,11 @@ pub enum Error {
         /// The reason, for instance that the address is in use.
         reason: io::Error,
         /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
-        /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
-        /// worker, which does not know the master's sockets. If no worker has the socket, the master
-        /// emits an `error` event with this error for the worker.
+        /// `0.0.0.0:80` was requested. `None` if there is no such socket.
+        ///
+        /// In a worker, always `None`, because a worker does not know the master's sockets. If a
+        /// worker's request fails because of a retained socket that no worker has, the master emits
+        /// an `error` event with this address.
         occupied_by: Option<Address>,
     },
     /// A worker could not bind a UDP socket.
@@ -131,9 +133,11 @@ pub enum Error {
         /// The reason, for instance that the address is in use.
         reason: io::Error,
         /// The address of the master's own socket that occupies the port, for instance `[::]:80` if
-        /// `0.0.0.0:80` was requested. `None` if there is no such socket, and always `None` in a
-        /// worker, which does not know the master's sockets. If no worker has the socket, the master
-        /// emits an `error` event with this error for the worker.
+        /// `0.0.0.0:80` was requested. `None` if there is no such socket.
+        ///
+        /// In a worker, always `None`, because a worker does not know the master's sockets. If a
+        /// worker's request fails because of a retained socket that no worker has, the master emits
+        /// an `error` event with this address.
         occupied_by: Option<Address>,
     },
     /// The master could not accept a connection. The master tries again after 100 ms.
@@ -144,10 +148,10 @@ pub enum Error {
         /// The system's reason, for instance too many open files.
         reason: io::Error,
     },
-    /// The scheduling policy that the application or `CLUSTER_SCHED_POLICY` selected has no effect on
-    /// a worker, because the worker received listeners by
-    /// [`Settings::listen_fds`](crate::Settings::listen_fds()). Such a worker accepts connections
-    /// from these listeners itself. The master reports this error once.
+    /// The scheduling policy that the application or `CLUSTER_SCHED_POLICY` selected has no effect
+    /// on a worker. The worker received listeners through
+    /// [`Settings::listen_fds`](crate::Settings::listen_fds()), and accepts connections from these
+    /// listeners itself. The master reports this error once.
     #[non_exhaustive]
     PolicyIgnored {
         /// The policy that was selected.

@@ -45,16 +45,17 @@ pub enum Role {
 /// Call `init` once, early in `main`, before any code that a worker must not run. In a worker, the
 /// call makes the master emit the `online` event.
 ///
-/// Only the process that a master has executed is a worker. `init` does not remove the variables
-/// that a master sets from the worker's environment. All programs that a worker starts inherit the
-/// variables, but are masters, and may have workers of their own. This holds at any depth, and also
-/// in a nested PID namespace, where a program may have the worker's process id.
+/// Only a process that a master has started is a worker. The programs that a worker starts are
+/// masters, and may have workers of their own. They inherit the variables that a master sets for its
+/// worker, because `init` does not remove the variables from the environment. This changes nothing
+/// at any depth, even in a nested PID namespace, where a program may have the worker's process id.
 ///
-/// A wrapper that replaces itself with the program, such as `env`, `nice` or `sh -c 'exec program'`,
-/// changes nothing: the process is the same. If a master starts a program through a forking wrapper,
-/// such as `sh -c 'program; true'`, the wrapper is the master's child, and the program is a master.
-/// If that program starts the same program with the same arguments through a forking wrapper again,
-/// `init` fails there. Otherwise, masters would start masters without end.
+/// A wrapper that replaces itself with the program, such as `env`, `nice` or
+/// `sh -c 'exec program'`, changes nothing, because the process stays the same. If a master starts a
+/// program through a forking wrapper, such as `sh -c 'program; true'`, the wrapper is the master's
+/// child, and the program is a master. If that program starts the same program with the same
+/// arguments through a forking wrapper again, `init` fails in the new program. Otherwise, masters
+/// would start masters without end.
 ///
 /// If a worker executes its own program once more, `init` fails, because the process has lost its
 /// channel.
@@ -85,8 +86,8 @@ pub enum Role {
 /// - [`Error::Environment`] in a worker if `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
 ///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
 ///   to a master stays unchanged;
-/// - [`Error::Environment`] if this program and its master's program have the same command line, and
-///   both were started through forking wrappers;
+/// - [`Error::Environment`] if this program and its master's program have the same command line,
+///   and both were started through forking wrappers;
 /// - [`Error::Frame`] if the master was built with a version of this crate that has another
 ///   protocol;
 /// - [`Error::Io`] if the system has no descriptors left for the event loop, or if the channel to
@@ -193,7 +194,7 @@ enum Identity {
     },
 }
 
-/// Reads a number that a master sets.
+/// Reads a variable whose value is a number that a master has set.
 fn number(variable: &'static str) -> Result<u32> {
     let value = std::env::var_os(variable).unwrap_or_default();
     let value = value.to_string_lossy().into_owned();
@@ -209,9 +210,9 @@ fn number(variable: &'static str) -> Result<u32> {
 
 /// Reads the variables that a master sets, and returns the role of this process.
 ///
-/// All programs below a worker inherit the variables, but the variables apply only to the process
-/// that the master has executed. A process id alone does not identify that process, because a
-/// program in a nested PID namespace may have the same one.
+/// The programs that a worker starts inherit the variables, but the variables apply only to the
+/// process that the master has started. A process id alone does not identify that process, because
+/// a program in a nested PID namespace may have the same id.
 fn identity() -> Result<Identity> {
     if std::env::var_os(WORKER_PID).is_none() {
         return Ok(Identity::Master);
@@ -223,16 +224,17 @@ fn identity() -> Result<Identity> {
     let id = number(UNIQUE_ID).map(WorkerId::new);
     let channel = number(CHANNEL_FD).map(descriptor);
     // A worker that calls `init` removes the preamble from its channel and makes the channel
-    // close-on-exec. If the preamble is still there, but another process owns the channel, that
-    // process is only a wrapper, such as a shell, and has started this program.
+    // close-on-exec. If the preamble is still there, but another process owns the channel, then the
+    // owner is only a wrapper, such as a shell, that has started this program. `None` means that
+    // there is no channel with a preamble.
     let owns_unread = match channel {
         Ok(number) => peek_preamble(number)
             .and_then(preamble_version)
             .map(|_| sys::fd::is_owned(number)),
         Err(_) => None,
     };
-    // A worker that has lost its channel is recognized by the request for a signal when its master
-    // exits, because its children do not inherit the request.
+    // A worker that has lost its channel still has the request for SIGKILL at its master's exit. Its
+    // children do not inherit that request, so the request distinguishes the worker from them.
     let is_executed = || pid == std::process::id() && sys::parent_death_signal::is_requested();
     match owns_unread {
         Some(false) => wrapped_master(pid),
@@ -244,12 +246,13 @@ fn identity() -> Result<Identity> {
     }
 }
 
-/// Returns the role of a program behind a wrapper that forks.
+/// Returns the role of a program that a forking wrapper has started. `wrapper` is the wrapper's
+/// process id.
 ///
 /// # Errors
 ///
-/// Returns an error if a master with the same command line is behind such a wrapper, too, and has
-/// started the wrapper of this program. Each further master would do the same.
+/// Returns an error if the master that started the wrapper is also a wrapped program with the same
+/// command line. Each master would otherwise start another one.
 fn wrapped_master(wrapper: u32) -> Result<Identity> {
     let mut hasher = DefaultHasher::new();
     std::env::args_os().for_each(|argument| argument.hash(&mut hasher));
@@ -280,7 +283,7 @@ fn inspect_port() -> Result<Option<u16>> {
     }
 }
 
-/// Reads the policy that the user has selected.
+/// Reads the policy that `CLUSTER_SCHED_POLICY` selects. Returns `None` if the variable is not set.
 fn policy() -> Result<Option<SchedulingPolicy>> {
     let Some(value) = std::env::var_os(SCHED_POLICY) else {
         return Ok(None);

@@ -188,8 +188,8 @@ impl Master {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
-    /// - [`Error::GaveUp`] if a supervisor, such as a [`Pool`](crate::pool::Pool), has called
-    ///   [`give_up`](Self::give_up) and nothing is left to wait for;
+    /// - [`Error::GaveUp`] if nothing is left to wait for after a call of [`give_up`](Self::give_up),
+    ///   for instance by a [`Pool`](crate::pool::Pool);
     /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`Master`] for an example.
@@ -201,15 +201,15 @@ impl Master {
         self.outcome()
     }
 
-    /// Lets [`run`](Self::run) or [`dispatch`](Self::dispatch) return [`Error::GaveUp`] when nothing
-    /// is left to wait for.
+    /// Makes [`run`](Self::run) or [`dispatch`](Self::dispatch) return [`Error::GaveUp`] once nothing
+    /// is left to wait for. The loop continues until then.
     ///
     /// Node: `process.exitCode = 1`.
     ///
-    /// A supervisor calls this method when it stops because its workers fail. The application then
-    /// exits with an error, so that a service manager does not take the exit for a normal stop. A
-    /// [`Pool`](crate::pool::Pool) calls this method itself. If several calls give a reason, the
-    /// first reason is returned, and it is returned once.
+    /// A supervisor calls this method when it stops because its workers fail. The application can
+    /// then exit with an error, so that a service manager does not mistake the exit for a normal
+    /// stop. A [`Pool`](crate::pool::Pool) calls this method itself. After several calls, the error
+    /// contains the first reason. The error is returned once.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -232,7 +232,7 @@ impl Master {
         }
     }
 
-    /// Returns the error of `give_up` if nothing is left to wait for.
+    /// Returns `Error::GaveUp` if `give_up` was called and nothing is left to wait for.
     fn outcome(&self) -> Result<()> {
         if self.gave_up.borrow().is_none() || self.has_work() {
             return Ok(());
@@ -285,8 +285,8 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // Skip `settle` if the loop could have slept forever (`limit` is `None`) and `tick` did
-        // nothing, because nothing then waited to be settled.
+        // Skip `settle` if `limit` is `None` and `tick` did nothing. A `limit` of `None` means that
+        // no notification waited before the wait.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }

@@ -11,10 +11,10 @@ use crate::types::address::Address;
 ///
 /// Node has no counterpart.
 ///
-/// [`Master::listen`](crate::Master::listen), [`Master::adopt`](crate::Master::adopt) and
-/// [`Master::retain_all`](crate::Master::retain_all) return this value. While the value exists and no
-/// worker has the listener, connections wait in the kernel's backlog, and the next worker that
-/// listens serves them. No client is refused or reset when all workers exit or are replaced. A
+/// The methods [`Master::listen`](crate::Master::listen), [`Master::adopt`](crate::Master::adopt)
+/// and [`Master::retain_all`](crate::Master::retain_all) return this type. While the value exists
+/// and no worker has the listener, connections wait in the kernel's backlog, and the next worker
+/// that listens serves them. No client is refused or reset when all workers exit or are replaced. A
 /// worker that disconnects closes its copy. Even the last worker serves only the connections that
 /// the master has already accepted; the others stay in the backlog.
 /// [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
@@ -27,20 +27,23 @@ use crate::types::address::Address;
 /// `disconnect`. If another process with the same socket should serve the backlog, keep the value
 /// until all workers have exited.
 ///
-/// Another process may have the same socket if the socket was passed to this process, or after the
-/// first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that the other process
-/// would notice, except that the socket is non-blocking. Clients that connect while the last workers
-/// disconnect may be reset. If no process outside the cluster can have the socket, the master drops
-/// new TCP handshakes while the last workers disconnect. Afterwards, the master shuts the socket
-/// down, so that copies in forked children stop listening too. If the other process has exited, call
+/// A process outside the cluster may have a copy of the socket if the socket was passed to this
+/// process, or after the first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that
+/// the other process would notice, except that the socket is non-blocking. Clients that connect
+/// while the last workers disconnect may be reset. If the other process has exited, call
 /// [`set_foreign_copies`](Self::set_foreign_copies).
 ///
-/// For a UDP socket, everything that this page says about connections holds for datagrams.
+/// If no process outside the cluster can have a copy, the master drops new TCP handshakes while the
+/// last workers disconnect. Afterwards, the master shuts the socket down, so that copies in forked
+/// children stop listening too.
+///
+/// A UDP socket has no backlog and no handshakes. Datagrams wait in its receive buffer, as
+/// connections do in a backlog.
 ///
 /// With the sharded policy, each worker has its own listener. Connections that waited for an exited
 /// worker wait for its replacement, so start as many workers as before. New connections do not go
 /// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
-/// A listener that was passed to `listen` is shared, not sharded.
+/// A listener that was passed to this process is shared, not sharded.
 ///
 /// Like the [`Master`](crate::Master), this type is not `Send`. To use the socket on another thread
 /// or in another process, copy the descriptor that [`AsFd`] returns.
@@ -85,14 +88,15 @@ impl MasterListener {
         self.retained.address.clone()
     }
 
-    /// Returns the name under which to pass the listener to another master, with
+    /// Returns the name under which to pass the listener to another master with
     /// [`Settings::listen_fds`](crate::Settings::listen_fds()). If the listener was itself passed to
-    /// this process with a name, the result is that name.
+    /// this process with a name, the result is that name. After the master has been dropped, the
+    /// result is empty.
     ///
     /// Node has no counterpart.
     ///
-    /// If the kernel chose the port, the name tells the other master so. Its workers receive the
-    /// listener when they request port 0, as this master's workers do.
+    /// If this listener was opened for port 0, the name says so. The other master's workers then
+    /// receive the listener when they request port 0, as this master's workers do.
     ///
     /// See [`Master::retain_all`](crate::Master::retain_all) for an example.
     #[must_use]
@@ -119,7 +123,8 @@ impl MasterListener {
         master.is_some_and(|master| master.is_requested(self.retained.handle))
     }
 
-    /// Returns whether a process outside the cluster may have a copy of the socket.
+    /// Returns whether a process outside the cluster may have a copy of the socket. After the master
+    /// has been dropped, the result is `false`.
     ///
     /// Node has no counterpart.
     ///
@@ -130,16 +135,17 @@ impl MasterListener {
         master.is_some_and(|master| master.has_foreign_copies(self.retained.handle))
     }
 
-    /// Sets whether a process outside the cluster may have a copy of the socket. By default, such a
-    /// process may exist if the socket was passed to this process, or after the first call of
+    /// Sets whether a process outside the cluster may have a copy of the socket. By default, a copy
+    /// may exist if the socket was passed to this process, or after a call of
     /// [`as_fd`](AsFd::as_fd).
     ///
     /// Node has no counterpart.
     ///
-    /// Set `may_exist` to false when the last other process with a copy has exited. The master then
-    /// drains and closes the listener like one that only it has had. If another process still has a
-    /// copy, it receives no connections after the listener has closed here. The call has no effect
-    /// after the master has been dropped.
+    /// Set `may_exist` to `false` when the last other process with a copy has exited. The master then
+    /// drains and closes the listener as if only this cluster had ever had it. If another process
+    /// still has a copy, that process receives no more connections after the listener has closed
+    /// here. A later call of `as_fd` sets `may_exist` to `true` again. The call has no effect after
+    /// the master has been dropped.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, inherited: cluster::MasterListener) {

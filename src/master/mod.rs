@@ -123,8 +123,8 @@ pub struct Master {
     worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
-    /// The policy that the user or the application has selected. `None` if neither has, and after
-    /// `PolicyIgnored` has been reported.
+    /// The policy that `CLUSTER_SCHED_POLICY` or the application has selected. `None` if neither
+    /// has, or after `PolicyIgnored` has been reported.
     selected_policy: Cell<Option<SchedulingPolicy>>,
     /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts,
     /// or until the master reaps orphans.
@@ -136,7 +136,7 @@ pub struct Master {
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
-    /// The reason of the first call of `give_up`, until `run` or `dispatch` has returned it.
+    /// The reason from the first call of `give_up`, until `run` or `dispatch` returns it.
     gave_up: RefCell<Option<Box<dyn std::error::Error + Send + Sync>>>,
     /// The log for the lines that `CLUSTER_DEBUG=1` requests. `None` without that variable.
     debug_log: Option<LogWriter>,
@@ -163,8 +163,8 @@ impl std::fmt::Debug for Master {
     }
 }
 
-/// Returns the workers' program for an error message. If the path of the master's own program is
-/// unknown, this is the name by which the master was called.
+/// Returns the workers' program for an error message. If its path is unknown, returns the name by
+/// which the master's own program was called.
 fn program_name(settings: &Settings) -> PathBuf {
     let own_name = || std::env::args_os().next().map(PathBuf::from);
     let program = settings.get_exec().map(Path::to_owned);
@@ -214,11 +214,12 @@ impl Master {
     ///
     /// The worker inherits the master's environment, except the variables that
     /// [`systemd`](crate::systemd) sets for the master only. No signal is blocked in the worker.
-    /// The worker ignores the signals that were ignored when [`init`](crate::init()) returned the
-    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect. When the call returns,
-    /// [`workers`](Self::workers) contains the worker. The events `setup` and `fork` are emitted in
-    /// the next iteration of the loop. The calling thread waits until the program has started, or
-    /// until `main` is about to be called.
+    /// The worker ignores the signals that were ignored when [`init`](crate::init()) created the
+    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect.
+    ///
+    /// The calling thread waits until the program has started, or until `main` is about to be
+    /// called. When the call returns, [`workers`](Self::workers) contains the worker. The events
+    /// `setup` and `fork` are emitted in the next iteration of the loop.
     ///
     /// # Errors
     ///
@@ -331,8 +332,8 @@ impl Master {
         Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
-    /// Reports that a selected policy has no effect, because the worker accepts connections from
-    /// passed listeners itself.
+    /// Reports that the selected policy has no effect if the worker accepts connections from passed
+    /// listeners itself. Reports this once.
     fn report_ignored_policy(&self, settings: &Settings) {
         let is_ignored = |policy: &SchedulingPolicy| {
             *policy != SchedulingPolicy::Shared
@@ -504,8 +505,8 @@ impl Master {
     ///
     /// The argument can also be a listening socket, for instance from systemd or from another
     /// process that served it before. Workers receive that socket if they request its address. The
-    /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener on
-    /// all addresses also matches requests that name only its port. The call makes the socket
+    /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener
+    /// on all addresses also matches requests that name only its port. The call makes the socket
     /// non-blocking.
     ///
     /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
@@ -543,7 +544,8 @@ impl Master {
         }
     }
 
-    /// Returns the address of this master's own socket because of which a request has failed.
+    /// Returns the address of the master's own socket that occupies the requested port, if the
+    /// request has failed because the address is in use.
     fn occupant(&self, bind_request: &BindRequest, reason: &io::Error) -> Option<Address> {
         if reason.kind() != io::ErrorKind::AddrInUse {
             return None;
@@ -562,18 +564,19 @@ impl Master {
     ///
     /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
     /// request its address. The address of a Unix listener is its path, or its abstract name after a
-    /// zero byte. A TCP listener on all addresses also matches requests that name only its port. If
-    /// another master passed the socket under its [name](MasterListener::name), and the kernel had
-    /// chosen the port, workers receive the socket if they request port 0. The call makes the socket
-    /// non-blocking.
+    /// zero byte. A TCP listener on all addresses also matches requests that name only its port. The
+    /// call makes the socket non-blocking.
     ///
-    /// The scheduling policy cannot change after this call. The sharded policy shares the socket,
-    /// because the process that opened it may not allow other sockets on its port.
+    /// If another master opened the socket for port 0 and passed it under its
+    /// [name](MasterListener::name), workers receive the socket if they request port 0.
+    ///
+    /// The scheduling policy cannot change after this call. With the sharded policy, workers share
+    /// the socket, because the process that opened it may not have allowed other sockets on its port.
     ///
     /// # Errors
     ///
     /// Returns [`Error::Descriptor`] if the descriptor is of another kind, and [`Error::Listen`] if
-    /// the system denies access to it.
+    /// the socket cannot be used, for instance because it has no address.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {
@@ -599,9 +602,10 @@ impl Master {
         }
     }
 
-    /// Retains every listener and UDP socket that is open for workers, also those that only workers
-    /// have requested, and returns them. Descriptors that a worker has named by their numbers are
-    /// left out, because they belong to the application.
+    /// Retains all listeners and UDP sockets that are open for workers, and returns them. The result
+    /// includes sockets that were opened for a worker's request. It does not include descriptors
+    /// that a worker has requested by number ([`ListenOptions::fd`]), because they belong to the
+    /// application.
     ///
     /// Node has no counterpart.
     ///

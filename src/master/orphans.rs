@@ -56,6 +56,9 @@ impl Master {
     /// # }
     /// ```
     pub fn reap_orphans(&self) {
+        if self.event_loop.check_own().is_err() {
+            return;
+        }
         if let Err(reason) = self.watch_children() {
             let attempt = "handle SIGCHLD";
             let error = Error::Io { attempt, reason };

@@ -38,7 +38,7 @@ pub enum ForkStep {
     WaitForStart,
     /// Watching the process for its exit.
     Watch,
-    /// Finding the master's own program, which is the default of
+    /// Finding the path of the master's own program, which is the default of
     /// [`Settings::exec`](crate::Settings::exec).
     FindProgram,
     /// Executing the program.
@@ -56,7 +56,8 @@ pub enum ForkStep {
     Capabilities,
     /// Turning the copy of the master into a worker, for [`Settings::main`](crate::Settings::main).
     BecomeWorker,
-    /// Starting the session of [`Settings::setsid`](crate::Settings::setsid).
+    /// Starting the session of [`Settings::setsid`](crate::Settings::setsid), or the process group
+    /// of a worker with [`Settings::listen_fds`](crate::Settings::listen_fds).
     Session,
 }
 

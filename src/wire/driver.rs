@@ -28,8 +28,8 @@ pub(crate) struct ChannelDriver<In, Out> {
 /// The shell's task after it has sent a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// The shell has nothing to do. `has_capacity` tells whether the application may continue to
-    /// send without a pause.
+    /// The shell has nothing to do. `has_capacity` is `true` if the application may continue to send
+    /// without a pause.
     Done { has_capacity: bool },
     /// The shell must flush the channel.
     FlushNeeded,
@@ -96,8 +96,9 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         let sent = self.with(|channel| {
             let was_blocked = channel.is_blocked();
             channel.send(message, fds, receipt)?;
-            // Skip the flush while the channel stays blocked. Flushing for each queued message made
-            // short messages a third slower (`cargo bench -- messages`, one way).
+            // Skip the flush while the channel stays blocked, because it would write nothing.
+            // Flushing after each queued message made short messages a third slower
+            // (`cargo bench -- messages`, one way).
             let stays_blocked = was_blocked && channel.is_blocked();
             let has_capacity = channel.has_capacity();
             Ok(match stays_blocked || channel.is_settled() {

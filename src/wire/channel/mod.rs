@@ -233,7 +233,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         self.outbox.is_empty() && !self.outbox.has_receipts()
     }
 
-    /// Returns whether frames are queued and a flush would write none of them. The poller reports
+    /// Returns whether frames are queued, a flush would write none of them, and the poller reports
     /// when the socket has capacity again.
     pub(crate) fn is_blocked(&self) -> bool {
         let is_watched = matches!(self.interest, Some(Interest::Writable | Interest::Both));
