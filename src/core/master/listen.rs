@@ -158,26 +158,30 @@ impl<C, F> MasterCore<C, F> {
     /// occupies the port. Such a socket was probably meant for this worker, but has a different
     /// address by mistake. The worker itself receives only the error number.
     fn report_occupant(&mut self, worker: WorkerId, endpoint: &Endpoint, errno: i32) {
-        let occupant = self.occupant(endpoint);
-        let is_unserved = |own: &&Listener<C>| own.is_retained() && own.members.is_empty();
-        let occupied_by = occupant.filter(is_unserved).map(Listener::public_address);
-        if errno == errno::EADDRINUSE && occupied_by.is_some() {
-            let address = endpoint.to_string();
-            let reason = io::Error::from_raw_os_error(errno);
-            let error = match endpoint.kind {
-                Kind::Udp => Error::Bind {
-                    address,
-                    reason,
-                    occupied_by,
-                },
-                Kind::Tcp | Kind::Unix => Error::Listen {
-                    address,
-                    reason,
-                    occupied_by,
-                },
-            };
-            self.error(Some(worker), error);
+        if errno != errno::EADDRINUSE {
+            return;
         }
+        let is_unserved = |own: &&Listener<C>| own.is_retained() && own.members.is_empty();
+        let occupant = self.occupant(endpoint).filter(is_unserved);
+        let occupied_by = occupant.map(Listener::public_address);
+        if occupied_by.is_none() {
+            return;
+        }
+        let address = endpoint.to_string();
+        let reason = io::Error::from_raw_os_error(errno);
+        let error = match endpoint.kind {
+            Kind::Udp => Error::Bind {
+                address,
+                reason,
+                occupied_by,
+            },
+            Kind::Tcp | Kind::Unix => Error::Listen {
+                address,
+                reason,
+                occupied_by,
+            },
+        };
+        self.error(Some(worker), error);
     }
 
     /// Returns the address of this master's own socket that occupies the endpoint's port, but was

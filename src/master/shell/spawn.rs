@@ -238,24 +238,7 @@ impl MasterShell {
     fn start_program(&self, new: &mut NewProcess<'_>) -> Result<Started, Failure> {
         let settings = new.settings;
         let number = new.worker_end.as_raw_fd();
-        let passed = settings.passed_fds();
-        let mut env = systemd::inherited_environment();
-        env.extend(std::mem::take(&mut new.extra));
-        if let Some(command) = new.launch.wrapped {
-            env.insert(WRAPPED.into(), command.to_string().into());
-        }
-        if !passed.is_empty() {
-            let announced = systemd::set_listen_variables(&mut env, passed);
-            announced.map_err(failed(ForkStep::Descriptors))?;
-        }
-        if !settings.is_detached() {
-            env.insert(UNIQUE_ID.into(), new.id.to_string().into());
-            env.insert(CHANNEL_FD.into(), number.to_string().into());
-            env.remove(&OsString::from(WORKER_PID));
-        }
-        if let Some(port) = new.inspect_port {
-            env.insert(INSPECT_PORT.into(), port.to_string().into());
-        }
+        let env = environment(new, number).map_err(failed(ForkStep::Descriptors))?;
         let exec = settings.get_exec().ok_or_else(|| {
             let reason = "no path leads to this program: set `Settings::exec`";
             let error = io::Error::new(io::ErrorKind::NotFound, reason);
@@ -271,7 +254,7 @@ impl MasterShell {
         } else {
             program.pid_variable(WORKER_PID);
         }
-        if !passed.is_empty() {
+        if !settings.passed_fds().is_empty() {
             program.pid_variable(LISTEN_PID);
         }
         program.spawn(number, &self.unreaped)
@@ -288,6 +271,32 @@ impl MasterShell {
         let _choosing = Reset(&self.is_choosing_port);
         Ok(port.next())
     }
+}
+
+/// Returns the environment of a new process, without the variables that contain its process id.
+/// `number` is the number of its channel's descriptor.
+fn environment(
+    new: &mut NewProcess<'_>,
+    number: RawFd,
+) -> io::Result<SortedMap<OsString, OsString>> {
+    let passed = new.settings.passed_fds();
+    let mut env = systemd::inherited_environment();
+    env.extend(std::mem::take(&mut new.extra));
+    if let Some(command) = new.launch.wrapped {
+        env.insert(WRAPPED.into(), command.to_string().into());
+    }
+    if !passed.is_empty() {
+        systemd::set_listen_variables(&mut env, passed)?;
+    }
+    if !new.settings.is_detached() {
+        env.insert(UNIQUE_ID.into(), new.id.to_string().into());
+        env.insert(CHANNEL_FD.into(), number.to_string().into());
+        env.remove(&OsString::from(WORKER_PID));
+    }
+    if let Some(port) = new.inspect_port {
+        env.insert(INSPECT_PORT.into(), port.to_string().into());
+    }
+    Ok(env)
 }
 
 /// Returns the program of a worker, without the worker's descriptors. If the worker executes the
