@@ -75,8 +75,8 @@ pub enum Error {
     /// child that the application forked, or a worker that executes no program
     /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
-    /// A master that is process 1 of a container or system cannot be upgraded. In an upgrade, the old
-    /// master exits, but when process 1 exits, the kernel kills all other processes of the PID
+    /// A master that is process 1 of a container or system cannot be upgraded. In an upgrade, the
+    /// old master exits, but when process 1 exits, the kernel kills all other processes of the PID
     /// namespace (pid_namespaces(7)).
     InitProcess,
     /// The workers failed, and their supervisor gave up

@@ -46,16 +46,17 @@ pub enum Role {
 /// call makes the master emit the `online` event.
 ///
 /// Only a process that a master has started is a worker. The programs that a worker starts are
-/// masters, and may have workers of their own. They inherit the variables that a master sets for its
-/// worker, because `init` does not remove the variables from the environment. This changes nothing
-/// at any depth, even in a nested PID namespace, where a program may have the worker's process id.
+/// masters, and may have workers of their own. They inherit the variables that a master sets for
+/// its worker, because `init` does not remove the variables from the environment. These variables
+/// do not make such a program a worker, even in a nested PID namespace, where the program may have
+/// the worker's process id.
 ///
 /// A wrapper that replaces itself with the program, such as `env`, `nice` or
-/// `sh -c 'exec program'`, changes nothing, because the process stays the same. If a master starts a
-/// program through a forking wrapper, such as `sh -c 'program; true'`, the wrapper is the master's
-/// child, and the program is a master. If that program starts the same program with the same
-/// arguments through a forking wrapper again, `init` fails in the new program. Otherwise, masters
-/// would start masters without end.
+/// `sh -c 'exec program'`, changes nothing, because the process stays the same. If a master starts
+/// a program through a forking wrapper, such as `sh -c 'program; true'`, the wrapper is the
+/// master's child, and the program is a master. If that program starts the same program with the
+/// same arguments through a forking wrapper again, `init` fails in the new program. Otherwise,
+/// masters would start masters without end.
 ///
 /// If a worker executes its own program once more, `init` fails, because the process has lost its
 /// channel.
@@ -233,8 +234,8 @@ fn identity() -> Result<Identity> {
             .map(|_| sys::fd::is_owned(number)),
         Err(_) => None,
     };
-    // A worker that has lost its channel still has the request for SIGKILL at its master's exit. Its
-    // children do not inherit that request, so the request distinguishes the worker from them.
+    // A worker that has lost its channel still has the request for SIGKILL at its master's exit.
+    // Its children do not inherit that request, so the request distinguishes the worker from them.
     let is_executed = || pid == std::process::id() && sys::parent_death_signal::is_requested();
     match owns_unread {
         Some(false) => wrapped_master(pid),

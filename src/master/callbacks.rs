@@ -220,15 +220,15 @@ impl Master {
     /// application installed earlier still runs. If the same signal arrives several times in a
     /// short period, the callback may be called only once.
     ///
-    /// The callback is also called if the process was started with the signal blocked or ignored. For
-    /// example, nohup(1) starts programs with SIGHUP ignored. To respect that choice, check
+    /// The callback is also called if the process was started with the signal blocked or ignored.
+    /// For example, nohup(1) starts programs with SIGHUP ignored. To respect that choice, check
     /// [`is_signal_ignored`](Self::is_signal_ignored) first. This method unblocks the signal on the
     /// calling thread until the master is dropped. It does not change the signal masks of other
     /// threads (pthread_sigmask(3)).
     ///
-    /// The kernel sends SIGTTIN or SIGTTOU to a background job that reads from its terminal or writes
-    /// to it. In this case, the callback is not called and the process does not stop. If this process
-    /// itself reads or writes, the write succeeds and the read fails with EIO.
+    /// The kernel sends SIGTTIN or SIGTTOU to a background job that reads from its terminal or
+    /// writes to it. In this case, the callback is not called and the process does not stop. If
+    /// this process itself reads or writes, the write succeeds and the read fails with EIO.
     ///
     /// # Errors
     ///
@@ -269,15 +269,16 @@ impl Master {
         self.event_loop.on_signal_once(signal, callback)
     }
 
-    /// Returns whether this process ignored `signal` when [`init`](crate::init()) created the master.
-    /// Workers ignore the same signals.
+    /// Returns whether this process ignored `signal` when [`init`](crate::init()) created the
+    /// master. Workers ignore the same signals.
     ///
     /// Node has no counterpart.
     ///
     /// A process inherits ignored signals from the process that starts it. For example, nohup(1)
-    /// ignores SIGHUP, and a shell without job control ignores SIGINT and SIGQUIT for its background
-    /// jobs. The result is always `false` for SIGPIPE and SIGCHLD. The runtime of every Rust program
-    /// ignores SIGPIPE, so its disposition does not show what the process has inherited.
+    /// ignores SIGHUP, and a shell without job control ignores SIGINT and SIGQUIT for its
+    /// background jobs. The result is always `false` for SIGPIPE and SIGCHLD. The runtime of every
+    /// Rust program ignores SIGPIPE, so its disposition does not show what the process has
+    /// inherited.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

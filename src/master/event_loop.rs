@@ -188,7 +188,8 @@ impl Master {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
-    /// - [`Error::GaveUp`] if nothing is left to wait for after a call of [`give_up`](Self::give_up),
+    /// - [`Error::GaveUp`] if nothing is left to wait for after a call of
+    ///   [`give_up`](Self::give_up),
     ///   for instance by a [`Pool`](crate::pool::Pool);
     /// - [`Error::Io`] if waiting fails.
     ///
@@ -201,8 +202,8 @@ impl Master {
         self.outcome()
     }
 
-    /// Makes [`run`](Self::run) or [`dispatch`](Self::dispatch) return [`Error::GaveUp`] once nothing
-    /// is left to wait for. The loop continues until then.
+    /// Makes [`run`](Self::run) or [`dispatch`](Self::dispatch) return [`Error::GaveUp`] once
+    /// nothing is left to wait for. The loop continues until then.
     ///
     /// Node: `process.exitCode = 1`.
     ///

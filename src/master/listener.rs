@@ -89,8 +89,8 @@ impl MasterListener {
     }
 
     /// Returns the name under which to pass the listener to another master with
-    /// [`Settings::listen_fds`](crate::Settings::listen_fds()). If the listener was itself passed to
-    /// this process with a name, the result is that name. After the master has been dropped, the
+    /// [`Settings::listen_fds`](crate::Settings::listen_fds()). If the listener was itself passed
+    /// to this process with a name, the result is that name. After the master has been dropped, the
     /// result is empty.
     ///
     /// Node has no counterpart.
@@ -123,8 +123,8 @@ impl MasterListener {
         master.is_some_and(|master| master.is_requested(self.retained.handle))
     }
 
-    /// Returns whether a process outside the cluster may have a copy of the socket. After the master
-    /// has been dropped, the result is `false`.
+    /// Returns whether a process outside the cluster may have a copy of the socket. After the
+    /// master has been dropped, the result is `false`.
     ///
     /// Node has no counterpart.
     ///
@@ -141,11 +141,11 @@ impl MasterListener {
     ///
     /// Node has no counterpart.
     ///
-    /// Set `may_exist` to `false` when the last other process with a copy has exited. The master then
-    /// drains and closes the listener as if only this cluster had ever had it. If another process
-    /// still has a copy, that process receives no more connections after the listener has closed
-    /// here. A later call of `as_fd` sets `may_exist` to `true` again. The call has no effect after
-    /// the master has been dropped.
+    /// Set `may_exist` to `false` when the last other process with a copy has exited. The master
+    /// then drains and closes the listener as if only this cluster had ever had it. If another
+    /// process still has a copy, that process receives no more connections after the listener has
+    /// closed here. A later call of `as_fd` sets `may_exist` to `true` again. The call has no
+    /// effect after the master has been dropped.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, inherited: cluster::MasterListener) {

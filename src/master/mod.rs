@@ -563,15 +563,16 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
-    /// request its address. The address of a Unix listener is its path, or its abstract name after a
-    /// zero byte. A TCP listener on all addresses also matches requests that name only its port. The
-    /// call makes the socket non-blocking.
+    /// request its address. The address of a Unix listener is its path, or its abstract name after
+    /// a zero byte. A TCP listener on all addresses also matches requests that name only its port.
+    /// The call makes the socket non-blocking.
     ///
     /// If another master opened the socket for port 0 and passed it under its
     /// [name](MasterListener::name), workers receive the socket if they request port 0.
     ///
     /// The scheduling policy cannot change after this call. With the sharded policy, workers share
-    /// the socket, because the process that opened it may not have allowed other sockets on its port.
+    /// the socket, because the process that opened it may not have allowed other sockets on its
+    /// port.
     ///
     /// # Errors
     ///
@@ -602,10 +603,10 @@ impl Master {
         }
     }
 
-    /// Retains all listeners and UDP sockets that are open for workers, and returns them. The result
-    /// includes sockets that were opened for a worker's request. It does not include descriptors
-    /// that a worker has requested by number ([`ListenOptions::fd`]), because they belong to the
-    /// application.
+    /// Retains all listeners and UDP sockets that are open for workers, and returns them. The
+    /// result includes sockets that were opened for a worker's request. It does not include
+    /// descriptors that a worker has requested by number ([`ListenOptions::fd`]), because they
+    /// belong to the application.
     ///
     /// Node has no counterpart.
     ///

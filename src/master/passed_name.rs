@@ -1,8 +1,8 @@
 //! The names under which a master passes its sockets to another master.
 //!
 //! The name in [`Settings::listen_fds`](crate::Settings::listen_fds()) is the only information that
-//! accompanies a descriptor. If the kernel chose the port, workers request the socket by port 0. The
-//! socket's own address does not show this, so the name does.
+//! accompanies a descriptor. If the kernel chose the port, workers request the socket by port 0.
+//! The socket's own address does not show this, so the name does.
 
 use crate::types::endpoint::{Endpoint, Kind, Place};
 

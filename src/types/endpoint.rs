@@ -91,8 +91,8 @@ impl Endpoint {
     }
 }
 
-/// Returns the abstract name that a path stands for, without the zero byte at its beginning. Returns
-/// `None` if the path names a file.
+/// Returns the abstract name that a path stands for, without the zero byte at its beginning.
+/// Returns `None` if the path names a file.
 pub(crate) fn abstract_name(path: &Path) -> Option<&[u8]> {
     path.as_os_str().as_bytes().strip_prefix(&[0])
 }

@@ -28,8 +28,8 @@ pub(crate) struct ChannelDriver<In, Out> {
 /// The shell's task after it has sent a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// The shell has nothing to do. `has_capacity` is `true` if the application may continue to send
-    /// without a pause.
+    /// The shell has nothing to do. `has_capacity` is `true` if the application may continue to
+    /// send without a pause.
     Done { has_capacity: bool },
     /// The shell must flush the channel.
     FlushNeeded,

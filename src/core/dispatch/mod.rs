@@ -228,8 +228,8 @@ pub(crate) struct Dispatcher<C> {
     idle: BTreeSet<IdleRank>,
     /// The busy workers that are not stalled, the one with the lowest recent load first.
     busy: BTreeSet<BusyRank>,
-    /// The workers that may have connections queued behind their current request, sorted by the time
-    /// at which each worker became busy.
+    /// The workers that may have connections queued behind their current request, sorted by the
+    /// time at which each worker became busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
     /// The busy workers that are not known to have received a connection since their last idle
     /// report, sorted by the time at which each worker became busy.

@@ -154,8 +154,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Emits an error event if a worker's request failed because a retained socket that no worker has
-    /// occupies the port. Such a socket was probably meant for this worker, but has a different
+    /// Emits an error event if a worker's request failed because a retained socket that no worker
+    /// has occupies the port. Such a socket was probably meant for this worker, but has a different
     /// address by mistake. The worker itself receives only the error number.
     fn report_occupant(&mut self, worker: WorkerId, endpoint: &Endpoint, errno: i32) {
         if errno != errno::EADDRINUSE {

@@ -517,9 +517,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns whether a connection is stuck although a worker has capacity for it. A connection is
-    /// stuck if it waits in the master, if it was already reclaimable at the last tick, or if it can
-    /// become reclaimable without a deadline. It is also stuck if it may be in a backlog that the
-    /// master has not checked.
+    /// stuck if it waits in the master, if it was already reclaimable at the last tick, or if it
+    /// can become reclaimable without a deadline. It is also stuck if it may be in a backlog that
+    /// the master has not checked.
     pub(crate) fn has_stuck_connection(&self, last_tick: Time) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;

@@ -14,8 +14,8 @@ impl<C, F> MasterCore<C, F> {
     /// Retains a listener that is open on this endpoint, and returns it.
     ///
     /// The first choice is a listener that is not retained. The second choice is a passed listener
-    /// that has not been requested. If there is neither, and the endpoint has a fixed port or a path,
-    /// an existing listener is retained one more time. Returns `None` if there is no suitable
+    /// that has not been requested. If there is neither, and the endpoint has a fixed port or a
+    /// path, an existing listener is retained one more time. Returns `None` if there is no suitable
     /// listener. The shell then opens one and calls `retained`.
     pub(crate) fn retain(&mut self, endpoint: &Endpoint) -> Option<HandleId> {
         let open = || self.handles_at(endpoint);
@@ -32,8 +32,8 @@ impl<C, F> MasterCore<C, F> {
         Some(handle)
     }
 
-    /// Retains every listener and UDP socket that is open for new workers, and returns them. Borrowed
-    /// descriptors are left out, because they belong to the application.
+    /// Retains every listener and UDP socket that is open for new workers, and returns them.
+    /// Borrowed descriptors are left out, because they belong to the application.
     pub(crate) fn retain_all(&mut self) -> Vec<HandleId> {
         let mut handles = self.listeners.ids();
         handles.retain(|handle| {

@@ -102,9 +102,9 @@ impl<C, F> MasterCore<C, F> {
     /// Chooses a spare shard for the next worker if a retained listener has no serving worker.
     ///
     /// The choice is a free shard or, if none is free, the first shard. If a process outside the
-    /// cluster may have a copy, the choice is always the first shard. `MasterListener::as_fd` returns
-    /// that shard, so only its clients can be served by the other process. If the chosen shard still
-    /// has a worker, the worker releases the shard without draining it.
+    /// cluster may have a copy, the choice is always the first shard. `MasterListener::as_fd`
+    /// returns that shard, so only its clients can be served by the other process. If the chosen
+    /// shard still has a worker, the worker releases the shard without draining it.
     fn choose_spare_shard(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -52,8 +52,8 @@ impl MasterShell {
         }
     }
 
-    /// Ends the group of a worker if its process has exited. Returns whether the process must not be
-    /// reaped yet, because the members are draining or the process is still running.
+    /// Ends the group of a worker if its process has exited. Returns whether the process must not
+    /// be reaped yet, because the members are draining or the process is still running.
     pub(super) fn drain_group(&self, worker_io: &WorkerIo) -> bool {
         let (state, process) = (worker_io.group.get(), worker_io.process.borrow());
         if state == GroupState::None {
