@@ -80,6 +80,21 @@ fn worker_id(_: u32) -> cluster::WorkerId {
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+/// Restores the default effects of the signals that this process was started with as ignored, for
+/// example by nohup(1) or in the background of a script. The tests' processes would inherit them.
+#[allow(unsafe_code)]
+fn reset_ignored_signals() {
+    let is_fixed = |signal: &Signal| {
+        // SIGPIPE is ignored by Rust's runtime, which also resets it in every child.
+        matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
+    };
+    for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
+        // SAFETY: the default effect runs no code in this process, which has no handlers yet.
+        unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
+    }
+}
 
 fn main() -> ExitCode {
     let scenarios = [
@@ -141,6 +156,7 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
+    reset_ignored_signals();
     // Adopt the tests' orphans, so that this process can report them. Some emulators do not support
     // the request; orphans then remain unnoticed.
     let subreaper = nix::sys::prctl::set_child_subreaper(true);
