@@ -74,7 +74,7 @@ pub(super) enum Action {
     /// Lets the application decide what happens to the failed worker's slot. The driver reports the
     /// decision with `failure_action_chosen`.
     RequestDecision(WorkerFailure),
-    /// Makes the master's loop end with an error, because this failure has stopped the pool.
+    /// Makes `Master::run` return an error, because this failure has stopped the pool.
     GiveUp(WorkerFailure),
     /// Delivers an event to the application.
     EmittedEvent(PoolEvent),
@@ -192,8 +192,8 @@ impl Core {
         self.reload_requested || self.rollout.as_ref().is_some_and(Rollout::is_reload)
     }
 
-    /// Returns whether workers may still be forked with this generation's settings. This is so for
-    /// the current generation, and for an older one while a slot belongs to it.
+    /// Returns whether workers may still be forked with this generation's settings. Returns `true`
+    /// for the current generation, and for any other generation while a slot belongs to it.
     pub(super) fn uses(&self, generation: u64) -> bool {
         let has_generation = |slot: &Slot| slot.generation == generation;
         self.generation == generation || self.slots.iter().any(has_generation)

@@ -121,7 +121,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// Checks a worker's received connections and its own memory, in bytes, against the limits.
+    /// Checks a worker's received connections and its private memory, in bytes, against the limits.
     pub(in super::super) fn measured(
         &mut self,
         id: WorkerId,
@@ -143,35 +143,39 @@ impl Core {
         self.settle(now);
     }
 
-    /// Schedules a worker that has reached the memory limit for the next recycling. If the slot's
-    /// workers keep reaching the limit soon after their fork, the worker must first reach an age,
-    /// which doubles with each replacement up to `PoolOptions::back_off_cap`.
+    /// Schedules a worker that has reached the memory limit for the next recycling, unless the
+    /// worker is younger than `Slot::memory_age`.
     fn memory_limit_reached(&mut self, id: WorkerId, now: Time) {
         let Some(worker) = self.workers.get(&id) else {
             return;
         };
         let (number, forked_at) = (worker.slot, worker.forked_at);
-        let slot = self.slots.get_mut(number);
+        let is_postponed = worker.is_postponed;
+        let slot = self.slots.get(number);
         let Some(slot) = slot.filter(|slot| slot.worker() == Some(id)) else {
             return;
         };
         let due = forked_at.saturating_add(slot.memory_age);
-        if now < due {
-            if slot.recycle_from < due && !self.is_stopping() {
-                self.slots[number].recycle_from = due;
-                self.emit(PoolEvent::RecyclingPostponed {
-                    slot: number,
-                    worker: id,
-                    limit: Limit::Memory,
-                    by: due - now,
-                });
-            }
-        } else {
-            self.limit_reached(id, Limit::Memory, now);
+        if due <= now {
+            return self.limit_reached(id, Limit::Memory, now);
         }
+        // After a failed recycling, the slot waits longer anyway, and the failure was reported.
+        if is_postponed || slot.recycle_from >= due || self.is_stopping() {
+            return;
+        }
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.is_postponed = true;
+        }
+        self.emit(PoolEvent::RecyclingPostponed {
+            slot: number,
+            worker: id,
+            limit: Limit::Memory,
+            by: due - now,
+        });
     }
 
-    /// Sets the age that the successor of a worker must reach before it is replaced for its memory.
+    /// Sets the minimum age at which this worker's successor is replaced for its memory. The age
+    /// doubles with each replacement, up to `PoolOptions::back_off_cap`.
     fn recycled_for_memory(&mut self, number: usize, worker: WorkerId, now: Time) {
         let (Some(slot), Some(worker)) = (self.slots.get_mut(number), self.workers.get(&worker))
         else {
@@ -179,18 +183,18 @@ impl Core {
         };
         let cap = self.options.back_off_cap;
         let age = now.saturating_sub(worker.forked_at);
-        // A worker that had to wait is a little older than the required age.
+        // Compare with the required age plus the cap. A worker that reached the limit early and had
+        // to wait is only a little older than the required age, so its age alone proves nothing.
         slot.memory_age = if age >= slot.memory_age.saturating_add(cap) {
             Duration::ZERO
         } else {
-            // Begin with the interval of the checks, because the pool does not replace workers
-            // faster anyway.
+            // Begin with the check interval, because the pool cannot replace workers more often.
             let doubled = slot.memory_age.saturating_mul(2);
             doubled.max(self.options.check_interval).min(cap)
         };
     }
 
-    /// Schedules a worker for the next recycling, unless the slot must wait.
+    /// Schedules a worker for the next recycling, unless a recycling of its slot failed recently.
     fn limit_reached(&mut self, id: WorkerId, limit: Limit, now: Time) {
         let Some(number) = self.workers.get(&id).map(|worker| worker.slot) else {
             return;

@@ -33,8 +33,8 @@ pub(in super::super) struct Slot {
     /// The earliest time for the slot's next recycling. After a failed recycling, the next one must
     /// wait.
     pub(super) recycle_from: Time,
-    /// The age before which the slot's worker is not replaced for the memory limit. The age grows
-    /// while workers reach the limit soon after their fork, because new workers then do not help.
+    /// The minimum age at which the slot's worker is replaced for its memory. The age grows while
+    /// workers reach the limit soon after their fork, because a new worker would soon reach it too.
     pub(super) memory_age: Duration,
     pub(in super::super) restarts: u64,
     pub(in super::super) last_failure: Option<WorkerFailure>,
@@ -77,7 +77,7 @@ pub(super) enum Occupancy {
 /// | | the slot is added later | `Pending` |
 /// | `Pending` | a worker of the slot has become ready | `Counted` |
 ///
-/// A pool that grows thus stays ready, because the workers that it had still serve all clients.
+/// A pool that grows therefore stays ready. Its earlier workers still serve all clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QuorumShare {
     Pending,
@@ -180,7 +180,7 @@ impl Slot {
     }
 }
 
-/// Returns the first pause of the back-off, doubled this number of times, up to the cap.
+/// Returns the back-off's first pause, doubled `doublings` times, up to the cap.
 fn pause(options: &PoolOptions, doublings: u32) -> Duration {
     // Limit the shift, because `1 << 32` would overflow. A back-off of 2^31 times the first pause
     // is beyond any useful cap.
@@ -219,7 +219,8 @@ impl Core {
                 self.disconnect(worker, now);
             }
         }
-        // Do not leave a pool that serves no client and never gives up.
+        // Retry if all remaining slots were given up. Otherwise, the pool would serve no client and
+        // would never report an error.
         if self.slots.iter().all(Slot::is_given_up) {
             return self.retry(now);
         }
@@ -282,6 +283,7 @@ impl Core {
             forked_at: now,
             expires_at,
             max_connections,
+            is_postponed: false,
             state: WorkerState::Starting { ready_by },
         };
         self.workers.insert(id, worker);
@@ -379,8 +381,8 @@ impl Core {
 
     /// Records a slot's failure. The slot's successor becomes its worker. If the slot has no
     /// successor, a new worker is forked after the back-off, unless the slot has reached its
-    /// failure limit. A lack of resources does not count towards that limit, because it is no fault
-    /// of the worker.
+    /// failure limit. A lack of resources does not count towards that limit, because the worker is
+    /// not at fault.
     fn worker_failed(&mut self, failure: WorkerFailure, ready_since: Option<Time>, now: Time) {
         self.failures += 1;
         self.emit(PoolEvent::WorkerFailed(failure.clone()));

@@ -10,11 +10,12 @@ use super::upgrade::RejectedMaster;
 use super::worker::WorkerState;
 use super::{Action, Core, Time};
 
-/// The time after the begin of a stop from which another stop signal stops the pool at once.
+/// The minimum time between the start of a stop and a signal that stops the pool at once.
 ///
 /// One Ctrl-C may reach the master twice, from the terminal and from a parent that forwards it. The
-/// two signals arrive within milliseconds, so a shorter time could kill workers that serve clients.
-/// A longer time would make an operator repeat a deliberate second signal.
+/// two signals usually arrive within milliseconds. If the time is too short, the second signal kills
+/// workers that serve clients. If the time is too long, an operator's deliberate second signal has no
+/// effect. The value is an estimate without a benchmark.
 const REPEAT_TIME: Duration = Duration::from_secs(1);
 
 /// The state of a pool's stop.
@@ -22,7 +23,7 @@ const REPEAT_TIME: Duration = Duration::from_secs(1);
 /// | from | input | to |
 /// |---|---|---|
 /// | `Running` | `stop`, a stop signal, or a new master has taken over | `Draining` |
-/// | `Draining` | a stop signal after `REPEAT_TIME`, unless a new master has taken over | `Killing` |
+/// | `Draining` | a stop signal after `REPEAT_TIME`, if no new master has taken over | `Killing` |
 /// | `Running`, `Draining` | `stop_at_once` | `Killing` |
 ///
 /// The pool has ended when its state is not `Running` and all workers and rejected new masters have
@@ -78,10 +79,10 @@ impl Core {
         self.settle(now);
     }
 
-    /// Stops the pool, or stops it at once if the pool has been stopping for `REPEAT_TIME`.
+    /// Stops the pool, or stops it at once if it has been stopping for at least `REPEAT_TIME`.
     ///
-    /// After an upgrade, operators stop the old master with a signal, although it is already
-    /// stopping. This signal must not kill workers that serve clients.
+    /// After an upgrade, the signal has no effect. Operators often send a stop signal to the old
+    /// master although it is already stopping, and its workers may still serve clients.
     pub(in super::super) fn stop_signal_received(&mut self, now: Time) {
         match self.stop {
             StopState::Running => self.stop(now),

@@ -62,9 +62,9 @@ impl Core {
         }
     }
 
-    /// Returns the number of slots that a new master must have, or `None` if it follows from the
-    /// new master's options. A pool without slots never has a quorum, so a new master could not
-    /// take over with 0 slots.
+    /// Returns the number of slots to pass to a new master. Returns `None` if the number is that of
+    /// this pool's options, because the new master then uses its own options. Also returns `None`
+    /// for 0 slots, because a pool without slots never has a quorum and could not take over.
     pub(in super::super) fn handed_over_slots(&self) -> Option<NonZeroUsize> {
         let slots = NonZeroUsize::new(self.slots.len());
         slots.filter(|slots| slots.get() != self.options.workers)

@@ -19,6 +19,8 @@ pub(in super::super) struct Worker {
     /// The time at which the worker reaches its maximum age.
     pub(super) expires_at: Option<Time>,
     pub(super) max_connections: Option<u64>,
+    /// Whether `PoolEvent::RecyclingPostponed` was emitted for the worker.
+    pub(super) is_postponed: bool,
     pub(super) state: WorkerState,
 }
 

@@ -1,4 +1,4 @@
-//! Tests of the quorum of a pool that changes its size, of forks that lack resources, and of the
+//! Tests of the quorum while a pool is scaled, of forks that fail for lack of resources, and of the
 //! memory limit.
 
 use super::*;
@@ -20,14 +20,14 @@ fn growing_pool_keeps_its_quorum() {
     world.ready(3);
     world.ready(4);
     assert_eq!(world.quorum_events(), [] as [&PoolEvent; 0]);
-    // All four slots count now.
+    // All four slots now count, so two ready workers are too few.
     world.exit(3);
     world.exit(4);
     assert_eq!(world.quorum_events(), [&PoolEvent::QuorumLost]);
 }
 
 #[test]
-fn slots_whose_workers_never_become_ready_leave_the_quorum_to_the_others() {
+fn added_slots_do_not_count_towards_the_quorum_before_they_are_ready() {
     let mut world = World::serving(options(2).max_failures(0));
     world.input(|core, now| core.scale(4, now));
     world.exit(3);
@@ -60,7 +60,7 @@ fn pool_that_shrinks_and_grows_keeps_its_quorum() {
 }
 
 #[test]
-fn growing_pool_keeps_a_quorum_that_the_application_chose() {
+fn growing_pool_stays_ready_with_a_configured_quorum() {
     let mut world = World::serving(options(2).quorum(Some(4)));
     world.input(|core, now| core.scale(4, now));
     assert!(world.core.has_quorum());
@@ -76,7 +76,7 @@ fn fork_times(world: &World) -> Vec<u128> {
 }
 
 #[test]
-fn forks_without_resources_do_not_count_towards_the_failure_limit() {
+fn forks_that_lack_resources_do_not_count_towards_the_failure_limit() {
     let mut world = World::new(options(0).max_failures(0));
     world.fork_failure = Some(FailureCause::OutOfResources);
     world.input(|core, now| core.scale(1, now));
@@ -93,7 +93,7 @@ fn forks_without_resources_do_not_count_towards_the_failure_limit() {
 }
 
 #[test]
-fn shortage_leaves_the_back_off_of_failures_unchanged() {
+fn lack_of_resources_leaves_the_back_off_of_failures_unchanged() {
     let mut world = World::new(options(1).max_failures(2));
     world.fork_failure = Some(FailureCause::OutOfResources);
     world.exit(1);
@@ -107,14 +107,14 @@ fn shortage_leaves_the_back_off_of_failures_unchanged() {
     world.exit(worker);
     assert_eq!(world.limits_reached, []);
     assert_eq!(world.core.slots[0].restart_at(), Some(world.now + 100 * MS));
-    // A second shortage begins with the first pause, too.
+    // The next lack of resources also begins with the first pause.
     world.fork_failure = Some(FailureCause::OutOfResources);
     world.advance(100 * MS);
     assert_eq!(world.core.slots[0].restart_at(), Some(world.now + 100 * MS));
 }
 
 #[test]
-fn reload_without_resources_fails_and_leaves_the_old_workers() {
+fn reload_that_lacks_resources_fails_and_leaves_the_old_workers() {
     let mut world = World::serving(options(1).max_failures(0));
     world.fork_failure = Some(FailureCause::OutOfResources);
     world.input(Core::reload);
@@ -127,7 +127,7 @@ fn reload_without_resources_fails_and_leaves_the_old_workers() {
     assert!(world.core.has_quorum() && world.limits_reached.is_empty());
 }
 
-/// A pool of one worker whose memory always reaches the limit.
+/// Runs a pool of one worker for this time. The worker's memory reaches the limit in each check.
 fn recycle_for(time: Duration, options: PoolOptions) -> World {
     let mut world = World::serving(options.max_memory(Some(1000)));
     let mut measured = 0;
@@ -178,6 +178,20 @@ fn worker_that_reaches_the_memory_limit_late_is_replaced_at_once() {
         world.exit(worker);
         assert_eq!(world.slot_workers(), [Some(worker + 1)]);
     }
+}
+
+#[test]
+fn worker_that_waits_for_the_memory_limit_is_replaced_at_the_connection_limit() {
+    let options = options(1).check_interval(SECOND).jitter(0);
+    let mut world = recycle_for(6 * SECOND, options.max_connections(Some(5)));
+    let [Some(worker)] = world.slot_workers()[..] else {
+        panic!("{:?}", world.core)
+    };
+    let is_postponed = |event: &PoolEvent| matches!(event, PoolEvent::RecyclingPostponed { .. });
+    assert!(world.events.iter().any(is_postponed));
+    let forks = world.forks.len();
+    world.input(|core, now| core.measured(id(worker), Some(5), Some(1000), now));
+    assert_eq!(world.forks.len(), forks + 1);
 }
 
 #[test]

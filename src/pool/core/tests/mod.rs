@@ -40,7 +40,7 @@ struct World {
     limits_reached: Vec<WorkerFailure>,
     /// The failures with which the pool has given up.
     gave_up: Vec<WorkerFailure>,
-    /// The cause of the failure of all later forks, or `None` if they succeed.
+    /// The cause with which all later forks fail, or `None` if they succeed.
     fork_failure: Option<FailureCause>,
     measurements: u32,
     /// The settings of the generations that still exist. In these tests, settings are numbers.

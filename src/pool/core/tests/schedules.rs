@@ -24,7 +24,7 @@ enum Step {
     ReloadWith(u32),
     Cancel,
     Retry,
-    /// Sets the cause of the failure of later forks, or `None` if they succeed.
+    /// Sets the cause with which later forks fail, or `None` if they succeed.
     ForksFail(Option<FailureCause>),
     /// Reports that the worker at this index has received five connections, which is the limit.
     Measured(usize),

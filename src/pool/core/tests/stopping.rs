@@ -1,9 +1,9 @@
-//! Tests of stop signals, of a pool that gives up, and of the size that an upgrade keeps.
+//! Tests of stop signals, of pools that give up, and of the number of slots that an upgrade keeps.
 
 use super::*;
 
 #[test]
-fn stop_signal_counts_again_after_one_second() {
+fn second_stop_signal_kills_workers_only_after_one_second() {
     let mut world = World::serving(options(2));
     world.input(Core::stop_signal_received);
     world.input(Core::stop_signal_received);
@@ -68,7 +68,7 @@ fn pool_that_is_stopping_does_not_give_up() {
 }
 
 #[test]
-fn partial_give_up_leaves_the_pool_running() {
+fn pool_that_gives_up_one_slot_keeps_running() {
     let mut world = World::serving(limited(2));
     world.exit(1);
     world.choose(FailureAction::GiveUp);
@@ -77,7 +77,7 @@ fn partial_give_up_leaves_the_pool_running() {
 }
 
 #[test]
-fn scaling_down_to_slots_that_were_given_up_retries_them() {
+fn scaling_down_to_given_up_slots_retries_them() {
     let mut world = World::serving(limited(2));
     world.exit(1);
     world.choose(FailureAction::GiveUp);
@@ -96,7 +96,7 @@ fn scaling_down_cancels_forks_that_have_not_begun() {
 }
 
 #[test]
-fn scaled_size_is_handed_over() {
+fn number_of_slots_is_handed_over_if_it_differs_from_the_options() {
     let mut world = World::serving(options(2));
     let handed_over = |world: &World| world.core.handed_over_slots().map(usize::from);
     assert_eq!(handed_over(&world), None);
