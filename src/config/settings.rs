@@ -310,10 +310,11 @@ impl Settings {
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
-    /// All workers share the descriptors and accept connections from a passed listener themselves, so
-    /// the scheduling policy has no effect on it. If the user or the application has selected another
-    /// policy than [`SchedulingPolicy::Shared`](crate::SchedulingPolicy::Shared), the master emits one
-    /// `error` event with [`Error::PolicyIgnored`](crate::Error::PolicyIgnored). If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
+    /// All workers share the descriptors and accept connections from a passed listener themselves,
+    /// so the scheduling policy has no effect on it. If the user or the application has selected
+    /// another policy than [`SchedulingPolicy::Shared`](crate::SchedulingPolicy::Shared), the
+    /// master emits one `error` event with [`Error::PolicyIgnored`](crate::Error::PolicyIgnored).
+    /// If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
     /// workers and for the master.
     ///
     /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings
@@ -646,8 +647,8 @@ impl Settings {
         self.main.get()
     }
 
-    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`. If the
-    /// path of the master's own program is unknown, `exec` stays without a value.
+    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`. If
+    /// the path of the master's own program is unknown, `exec` stays without a value.
     pub(crate) fn complete(mut self, own_program: Option<&Path>) -> Self {
         match own_program {
             Some(path) => self.exec.fill(|| path.to_owned()),

@@ -50,9 +50,10 @@ pub enum PoolEvent {
         /// The limit that the worker has reached.
         limit: Limit,
     },
-    /// A worker has reached the memory limit soon after its fork, as its predecessor did. The pool
-    /// replaces it later, because a new worker would reach the limit again. This event is emitted
-    /// once for each worker. See [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
+    /// A worker and its predecessor have reached the memory limit soon after their forks. The pool
+    /// replaces the worker later, because a new worker would soon reach the limit too. This event
+    /// is emitted at most once for each worker. See
+    /// [`PoolOptions::max_memory`](super::PoolOptions::max_memory).
     #[non_exhaustive]
     RecyclingPostponed {
         /// The worker's slot.
@@ -61,7 +62,7 @@ pub enum PoolEvent {
         worker: WorkerId,
         /// The limit that the worker has reached.
         limit: Limit,
-        /// The time until the worker is replaced if it still exceeds the limit then.
+        /// The time until the pool replaces the worker, if its memory is then still at the limit.
         by: Duration,
     },
     /// A worker has reached a limit, but its replacement has failed. The old worker stays.
@@ -164,9 +165,9 @@ pub enum UpgradeFailure {
     /// this failure as an event. The text is the error returned by
     /// [`Pool::upgrade`](super::Pool::upgrade).
     NotStarted(String),
-    /// This process has the process id 1
-    /// ([`Error::InitProcess`](cluster::Error::InitProcess)). Only upgrades that were requested by a
-    /// signal report this failure as an event.
+    /// The upgrade is impossible, because this process has the process id 1
+    /// ([`Error::InitProcess`](cluster::Error::InitProcess)). Only upgrades that were requested by
+    /// a signal report this failure as an event.
     InitProcess,
     /// The new master exited before taking over.
     Exited(ExitStatus),

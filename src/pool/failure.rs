@@ -46,12 +46,13 @@ pub struct WorkerFailure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureCause {
-    /// The worker could not be forked for another reason than `OutOfResources`, for example because
+    /// The worker could not be forked for a reason other than `OutOfResources`, for example because
     /// its program does not exist.
     ForkFailed,
     /// The worker could not be forked, because the system lacked processes, memory or descriptors.
-    /// Such a failure does not count towards the slot's failure limit. The pool tries again after
-    /// [`PoolOptions::back_off`](super::PoolOptions::back_off), which doubles with each attempt.
+    /// This failure does not count towards the slot's failure limit. The pool tries again after
+    /// [`PoolOptions::back_off`](super::PoolOptions::back_off). The pause doubles with each
+    /// attempt, up to [`PoolOptions::back_off_cap`](super::PoolOptions::back_off_cap).
     OutOfResources,
     /// The worker exited before it was ready.
     ExitedBeforeReady,
@@ -78,17 +79,17 @@ pub enum FailureAction {
     /// The pool forks a new worker for the slot after this time, and counts the slot's failures
     /// from 0 again.
     RetryAfter(Duration),
-    /// The pool stops, as if the application had called [`Pool::stop`](super::Pool::stop), and
-    /// [`Master::run`](cluster::Master::run) then returns [`Error::GaveUp`](cluster::Error::GaveUp)
-    /// with the [`WorkerFailure`].
+    /// The pool stops, as if the application had called [`Pool::stop`](super::Pool::stop). When the
+    /// pool has stopped, [`Master::run`](cluster::Master::run) returns
+    /// [`Error::GaveUp`](cluster::Error::GaveUp) with the [`WorkerFailure`].
     StopPool,
 }
 
 impl FailureCause {
-    /// Returns the cause of a failure for an error of `fork`.
+    /// Returns the cause of a failure for an error of `Master::fork`.
     ///
-    /// The numbers are those with which fork(2), execve(2), socketpair(2), pidfd_open(2) and
-    /// epoll_ctl(2) report a limit of the process, the user, the control group or the system.
+    /// With the error numbers in this list, fork(2), execve(2), socketpair(2), pidfd_open(2) and
+    /// epoll_ctl(2) report that a limit of the process, user, control group or system is reached.
     pub(super) fn of_fork_error(error: &cluster::Error) -> Self {
         match error.raw_os_error() {
             Some(

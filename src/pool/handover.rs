@@ -1,9 +1,10 @@
 //! The values that an old master passes to a new master in an upgrade.
 //!
-//! The values are fields on the channel between the masters: a number (1 byte), the length of the
-//! value (4 bytes, big-endian) and the value. A master skips fields whose number it does not know,
-//! and uses its own options where a field is missing. So masters of different releases can replace
-//! each other. Never use a number for a second purpose.
+//! The old master writes the values as fields to the channel between the masters. A field consists
+//! of its number (1 byte), the length of the value in bytes (4 bytes, big-endian) and the value. A
+//! master skips fields whose number it does not know. If a field is missing, the master uses its
+//! own options. Masters of different releases can therefore replace each other. A number must never
+//! change its meaning, and the number of a removed field must not be used again.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -27,6 +28,8 @@ impl Handover {
         bytes
     }
 
+    /// Parses the fields.
+    ///
     /// # Errors
     ///
     /// Returns an error of the kind `InvalidData` if a field is incomplete or its value is invalid.

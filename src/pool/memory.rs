@@ -2,19 +2,19 @@
 
 use std::fs;
 
-/// Returns the memory that a process holds alone, in bytes: the private pages that are resident
-/// (`Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`, Linux 4.14). Pages that a
-/// worker without a program still shares with its master do not count, nor do those of shared
-/// libraries.
+/// Returns a process's private memory in bytes. This is the size of its resident pages that no
+/// other process maps (`Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`, Linux
+/// 4.14). Pages that a worker without a program shares with its master do not count. Pages of
+/// libraries that other processes also use do not count either.
 ///
 /// If the resident memory is below `limit`, returns the resident memory instead. The kernel counts
-/// private pages by walking the process's page tables. This takes some 30 ms for each GiB (Linux
-/// 6.18, pages of 4 KiB), in which the master does nothing else. Reading `VmRSS` takes 20 µs.
+/// private pages by walking the process's page tables. The walk takes about 30 ms per GiB (Linux
+/// 6.18, pages of 4 KiB), and the master does nothing else in this time. Reading `VmRSS` takes 20 µs.
 ///
-/// If `smaps_rollup` cannot be read, returns the anonymous memory (`RssAnon`, Linux 4.5), or else
-/// all of the resident memory. Both include the pages that are shared with the master. Reading
-/// `smaps_rollup` needs the permission to trace the process (`PTRACE_MODE_READ` in ptrace(2)), so a
-/// master that is not root cannot read that of a worker of another user.
+/// If `smaps_rollup` cannot be read, returns the anonymous memory (`RssAnon`, Linux 4.5). If this
+/// is also unknown, returns the resident memory. Both include pages that are shared with the
+/// master. Reading `smaps_rollup` requires the permission to trace the process (`PTRACE_MODE_READ`
+/// in ptrace(2)). A master that is not root does not have it for a worker of another user.
 ///
 /// Returns `None` if the memory is unknown, for example outside Linux or without `/proc`.
 pub(super) fn own_memory(pid: u32, limit: u64) -> Option<u64> {

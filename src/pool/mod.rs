@@ -59,8 +59,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::{
-    CallbackId, ListenOptions, Master, MasterListener, Result, Settings, TimerId, WatchId,
-    WorkerId, WorkerProcess,
+    CallbackId, ListenOptions, Master, MasterListener, Result, Settings, TimerId, WorkerId,
+    WorkerProcess,
 };
 
 use self::core::{Core, Time};
@@ -155,9 +155,8 @@ struct Inner {
     /// The old master, until this process has taken over. Always `None` if no old master started
     /// this process for an upgrade.
     old_master: RefCell<Option<OldMaster>>,
-    /// The watch for the exit of the old master from which this process has taken over. `None` if
-    /// there is no such process.
-    old_master_exit: Cell<Option<WatchId>>,
+    /// Whether this process has taken over from an old master that has not exited.
+    is_old_master_running: Cell<bool>,
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
@@ -166,7 +165,7 @@ struct Inner {
 /// A listener or UDP socket that stays open while workers come and go.
 struct PoolListener {
     listener: MasterListener,
-    /// Whether a master of this service opened the socket (see `sockets`).
+    /// Whether the socket is the service's own (see `sockets`).
     is_own: bool,
 }
 
@@ -190,7 +189,8 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// If a worker cannot be forked, the pool reports a failure with [`FailureCause::ForkFailed`]
-    /// and tries again after the back-off.
+    /// or [`FailureCause::OutOfResources`], and tries again after the back-off. A pool that is
+    /// process 1 also reaps orphans ([`PoolOptions::reap_orphans`]).
     ///
     /// See the [module](self) for an example.
     #[must_use]
@@ -211,7 +211,7 @@ impl Pool {
             listeners: RefCell::default(),
             worker_sockets: RefCell::default(),
             old_master: RefCell::default(),
-            old_master_exit: Cell::new(None),
+            is_old_master_running: Cell::new(false),
             new_masters: RefCell::default(),
         }));
         pool.register_callbacks(master);
@@ -357,7 +357,8 @@ impl Pool {
     ///
     /// The limit is [`PoolOptions::max_failures`]. Without a callback, the pool chooses
     /// [`FailureAction::GiveUp`] if at least one worker is ready. If no worker is ready, the pool
-    /// chooses [`FailureAction::StopPool`], and [`Master::run`] returns an error.
+    /// chooses [`FailureAction::StopPool`], and [`Master::run`] returns
+    /// [`Error::GaveUp`](cluster::Error::GaveUp).
     ///
     /// Node has no counterpart.
     ///
@@ -409,8 +410,9 @@ impl Pool {
     /// Changes the number of slots.
     ///
     /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
-    /// the last slots and disconnects their workers. If the pool has given up all remaining slots, it
-    /// forks workers for them. An [`upgrade`](Self::upgrade) keeps the number.
+    /// the last slots and disconnects their workers. If the pool has given up all remaining slots,
+    /// the pool forks workers for them. The number stays the same after an
+    /// [`upgrade`](Self::upgrade).
     ///
     /// Node has no counterpart.
     ///

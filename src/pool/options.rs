@@ -211,13 +211,15 @@ accessors! {
     get_jitter: u32;
 
     /// Sets how many workers of one slot may fail within the
-    /// [`failure_window`](Self::failure_window). Failures of the cause
-    /// [`OutOfResources`](super::FailureCause::OutOfResources) do not count. With one more failure, the slot reaches its
-    /// failure limit. The callback set with
-    /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) then decides
-    /// what happens to the slot. Without a callback, the slot stays empty if another worker is
-    /// ready. If no worker is ready, the pool stops, and [`Master::run`](cluster::Master::run)
-    /// returns [`Error::GaveUp`](cluster::Error::GaveUp). The default is 8.
+    /// [`failure_window`](Self::failure_window). With one more failure, the slot reaches its
+    /// failure limit. Failures with the cause
+    /// [`OutOfResources`](super::FailureCause::OutOfResources) do not count. The default is 8.
+    ///
+    /// At the failure limit, the callback set with
+    /// [`Pool::set_failure_limit_callback`](super::Pool::set_failure_limit_callback) decides what
+    /// happens to the slot. Without a callback, the slot stays empty if another worker is ready. If
+    /// no worker is ready, the pool stops, and [`Master::run`](cluster::Master::run) returns
+    /// [`Error::GaveUp`](cluster::Error::GaveUp).
     ///
     /// ```
     /// use std::time::Duration;
@@ -294,25 +296,28 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_max_connections: Option<u64>;
 
-    /// Sets the memory, in bytes, at which a worker is replaced. Only memory that the worker holds
-    /// alone counts, not the pages that it shares with the master or with other workers
-    /// (`Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`). This option has an effect
-    /// only on Linux. The pool checks the memory every [`check_interval`](Self::check_interval).
-    /// The default, `None`, sets no limit. See [`PoolOptions`] for an example.
+    /// Sets the private memory, in bytes, at which a worker is replaced. Pages that the worker
+    /// shares with the master or with other workers do not count, nor do pages that were swapped
+    /// out. This option has an effect only on Linux. The pool checks the memory every
+    /// [`check_interval`](Self::check_interval). The default, `None`, sets no limit. See
+    /// [`PoolOptions`] for an example.
     ///
-    /// The kernel counts this memory only for workers whose resident memory is above the limit, with
-    /// some 30 ms for each GiB, in which the master does nothing else. Before Linux 4.14, and for workers that the master has no permission to trace
-    /// (`PTRACE_MODE_READ` in ptrace(2)), all anonymous memory counts, including pages that the
-    /// worker shares with the master. Memory that was swapped out does not count.
+    /// The value is the sum of `Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`. If
+    /// a worker's resident memory has reached the limit, each check takes about 30 ms per GiB of
+    /// this memory, during which the master does nothing else. Before Linux 4.14, all anonymous
+    /// memory counts, including pages that the worker shares with the master. The same is true for
+    /// workers that the master has no permission to trace (`PTRACE_MODE_READ` in ptrace(2)).
     ///
-    /// If a worker reaches the limit before the age of [`back_off_cap`](Self::back_off_cap), its
-    /// successor must reach an age before it is replaced for its memory, too. That age is the check
-    /// interval at first. It doubles with each such replacement, up to `back_off_cap`, until a
-    /// worker has run for `back_off_cap` longer than it had to. The pool reports a worker that has
-    /// to wait with [`PoolEvent::RecyclingPostponed`](super::PoolEvent::RecyclingPostponed).
+    /// If a new worker soon reaches the limit again, replacing it does not help, so the pool
+    /// replaces such workers less and less often. If a worker is replaced at an age below
+    /// [`back_off_cap`](Self::back_off_cap), its successor is replaced for its memory only at a
+    /// minimum age. At first, this age is the check interval. The age doubles with each
+    /// replacement, up to `back_off_cap`. It is reset when a worker has lived `back_off_cap` longer
+    /// than its minimum age. If a worker at the limit is too young, the pool emits
+    /// [`PoolEvent::RecyclingPostponed`](super::PoolEvent::RecyclingPostponed).
     max_memory,
-    /// Returns the memory, in bytes, at which the pool replaces a worker. See [`PoolOptions`] for
-    /// an example.
+    /// Returns the private memory, in bytes, at which the pool replaces a worker. See
+    /// [`PoolOptions`] for an example.
     get_max_memory: Option<u64>;
 
     /// Sets the interval at which the pool checks [`max_connections`](Self::max_connections) and
@@ -334,9 +339,10 @@ accessors! {
 
     /// Sets how many workers must be ready for the pool to be ready. A value outside the range from
     /// 1 to the number of slots is replaced by the nearer bound. The default is `None`, which
-    /// stands for more than half of the slots. If a slot is added after the pool has become ready
-    /// for the first time, it counts only from the moment at which its first worker is ready. A
-    /// pool that grows therefore stays ready. See [`PoolOptions`] for an example.
+    /// stands for more than half of the slots. See [`PoolOptions`] for an example.
+    ///
+    /// A slot that is added after the pool has first become ready counts only when its first worker
+    /// has become ready. A pool that grows therefore stays ready.
     quorum,
     /// Returns how many workers must be ready for the pool to be ready. See [`PoolOptions`] for an
     /// example.
@@ -350,11 +356,11 @@ accessors! {
     /// [`PoolOptions`] for an example.
     get_disconnect_signal: Option<Signal>;
 
-    /// Sets whether a pool that is process 1, for example in a container, reaps the orphans that
-    /// the kernel gives to process 1. Set `false` if the application waits for its own children
-    /// later than one second after their exit, or reaps orphans itself. In any other process, this
-    /// option has no effect. See [`Master::reap_orphans`](cluster::Master::reap_orphans). The
-    /// default is `true`.
+    /// Sets whether a pool in process 1, for example in a container, reaps orphans. The kernel
+    /// makes orphaned processes children of process 1. Set `false` if the application reaps orphans
+    /// itself, or waits for its own children later than one second after their exit. In any other
+    /// process, this option has no effect. The default is `true`. See
+    /// [`Master::reap_orphans`](cluster::Master::reap_orphans).
     ///
     /// ```
     /// use cluster::pool::PoolOptions;
@@ -363,7 +369,7 @@ accessors! {
     /// assert!(!options.get_reap_orphans());
     /// ```
     reap_orphans,
-    /// Returns whether a pool that is process 1 reaps orphans. See
+    /// Returns whether a pool in process 1 reaps orphans. See
     /// [`reap_orphans`](Self::reap_orphans) for an example.
     get_reap_orphans: bool;
 }

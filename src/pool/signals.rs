@@ -40,18 +40,19 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
     (Signal::TTOU, SignalAction::Shrink),
 ];
 
-/// The signals that [`Pool::on_default_signals`] leaves ignored if the process was started so. A
-/// terminal or its driver also sends these signals. The others come only from an operator, who must
-/// be able to stop a pool that a shell script has started in the background with SIGINT ignored.
+/// The signals that [`Pool::on_default_signals`] leaves ignored if the process was started with
+/// them ignored. The kernel sends these signals without an operator's request, for example when the
+/// terminal is closed. The other default signals come only from an operator. The pool must handle
+/// them even if a shell script has started it in the background, with SIGINT and SIGQUIT ignored.
 const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
 
 impl Pool {
     /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
     /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool has been stopping for at least
-    ///   one second, these signals call [`stop_at_once`](Self::stop_at_once). Within the first
-    ///   second they have no effect, because one Ctrl-C may arrive twice. They also have no effect
-    ///   if the pool stops because a new master has taken over.
+    ///   one second, these signals call [`stop_at_once`](Self::stop_at_once). If it has been
+    ///   stopping for less than one second, they have no effect, because one Ctrl-C may arrive twice.
+    ///   They also have no effect if the pool stops because a new master has taken over.
     /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
     /// - SIGHUP calls [`reload`](Self::reload).
     /// - SIGUSR2 calls [`upgrade`](Self::upgrade).

@@ -1,9 +1,10 @@
-//! The pool's sockets: which of them pass to a new master, and which of them close after an upgrade.
+//! The pool's sockets: which of them pass to a new master, and which of them close after an
+//! upgrade.
 //!
-//! A socket is the *service's own* if a master of this service opened it. Then no process outside
-//! the service has a copy, except the old or the new master of an upgrade while it runs. The other
-//! sockets belong to a service manager or to the application. They are used, but never closed for
-//! other processes.
+//! A socket is the *service's own* if a master of this service opened it and the application has
+//! not passed it to another process. Only the masters of the service and their workers then have
+//! copies. All other sockets also belong to the application, a service manager or another process.
+//! The pool uses these sockets, but does nothing that the other process would notice.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -11,10 +12,11 @@ use cluster::{Error, Master, Result};
 
 use super::{Pool, PoolListener};
 
-/// The facts about a socket that an old master writes to the channel, in one byte per socket.
+/// The properties of a passed socket. The old master writes one byte with them to the channel for
+/// each socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PassedSocket {
-    /// Whether the new master inherits the socket's file, and must remove it in the end.
+    /// Whether the new master must remove the socket's file when the socket closes.
     pub(super) removes_file: bool,
     /// Whether the socket is the service's own.
     pub(super) is_own: bool,
@@ -45,8 +47,8 @@ pub(super) struct SocketCopy {
 }
 
 impl Pool {
-    /// Retains the sockets that only workers have opened, and returns a copy of each socket that the
-    /// master holds for workers.
+    /// Retains the sockets that only workers have opened, and returns a copy of each socket that
+    /// the master holds for workers.
     pub(super) fn copy_sockets(&self, master: &Master) -> Result<Vec<SocketCopy>> {
         self.recognize_foreign_copies();
         let mut worker_sockets = self.0.worker_sockets.borrow_mut();
@@ -77,7 +79,9 @@ impl Pool {
         copies.collect()
     }
 
-    /// Recognizes the sockets that the application has passed to another process.
+    /// Records which sockets are no longer the service's own, because the application has passed
+    /// them to another process. Does nothing while another master runs, because the pool itself has
+    /// then passed the sockets on.
     fn recognize_foreign_copies(&self) {
         if self.is_only_master() {
             for socket in &mut *self.0.listeners.borrow_mut() {
@@ -89,12 +93,12 @@ impl Pool {
     /// Returns whether neither an old nor a new master of this process is running.
     fn is_only_master(&self) -> bool {
         self.0.old_master.borrow().is_none()
-            && self.0.old_master_exit.get().is_none()
+            && !self.0.is_old_master_running.get()
             && self.0.new_masters.borrow().is_empty()
     }
 
-    /// Handles the exit of an old or a new master. The service's own sockets have no copies in
-    /// another process any more, so the master drains them like those that only it has had.
+    /// Handles the exit of an old or a new master. If no other master of the service is left, no
+    /// other process has the service's own sockets, so the master drains them when they close.
     pub(super) fn other_master_exited(&self) {
         if !self.is_only_master() {
             return;
@@ -107,7 +111,7 @@ impl Pool {
         }
         drop((listeners, worker_sockets));
         if !self.0.core.borrow().is_upgraded() {
-            // The upgrade has failed, so leave these sockets to the workers again.
+            // If an upgrade has failed, leave these sockets to the workers again.
             drop(self.0.worker_sockets.take());
         }
         self.close_unrequested();
@@ -122,8 +126,13 @@ impl Pool {
         if !self.is_only_master() || !self.0.core.borrow().has_all_workers() {
             return;
         }
-        let is_used = |own: &PoolListener| !own.is_own || own.listener.is_requested();
-        self.0.listeners.borrow_mut().retain(is_used);
+        let is_used = |socket: &PoolListener| !socket.is_own || socket.listener.is_requested();
+        let listeners = self.0.listeners.take().into_iter();
+        let (used, unused): (Vec<_>, Vec<_>) = listeners.partition(is_used);
+        self.0.listeners.replace(used);
+        // Close the sockets only after the borrow has ended, because closing runs code of the
+        // master.
+        drop(unused);
     }
 }
 
@@ -132,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn facts_of_a_passed_socket_survive_the_channel() {
+    fn decode_returns_the_encoded_properties_of_a_socket() {
         for (removes_file, is_own) in [(false, false), (true, false), (false, true), (true, true)] {
             let facts = PassedSocket {
                 removes_file,

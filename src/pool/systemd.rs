@@ -13,14 +13,15 @@ use super::event::PoolEvent;
 
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// The pause before a state that found systemd's queue full is sent again.
+/// The pause before the pool sends a state again for which systemd's queue had no space.
 ///
-/// A shorter pause costs more attempts while systemd is busy. A longer pause delays the service's
-/// state. The value is an estimate without a benchmark.
+/// A shorter pause costs more attempts while systemd is busy. With a longer pause, systemd learns
+/// the service's state later. The value is an estimate without a benchmark.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// The maximum number of states that wait for space in systemd's queue. If more states wait, the
-/// oldest is dropped. A reload needs two states, so 16 states are 8 reloads.
+/// The maximum number of states that wait for space in systemd's queue. If one more state is added,
+/// the oldest is dropped. A reload adds two states, so 16 states are 8 reloads. A larger number
+/// only keeps more states that are outdated when systemd receives them.
 const MAX_WAITING: usize = 16;
 
 impl Pool {
@@ -31,16 +32,16 @@ impl Pool {
     /// reported. If systemd's watchdog is enabled, the pool feeds the watchdog four times per
     /// timeout while the pool has a quorum.
     ///
-    /// After an [upgrade](Self::upgrade), the old master reports that the new master is now the main
-    /// process. So `NotifyAccess=main`, which is systemd's default, suffices.
+    /// After an [upgrade](Self::upgrade), the old master reports that the new master is now the
+    /// main process. `NotifyAccess=main`, the default for `Type=notify`, is therefore enough.
     ///
     /// Node has no counterpart.
     ///
-    /// Call this method before the loop runs, and after [`adopt`](Self::adopt). If `NOTIFY_SOCKET`
-    /// is not set, nothing happens. The pool never waits for systemd. If systemd cannot be notified,
-    /// the pool emits [`PoolEvent::NotificationFailed`] and continues. If systemd's queue is full,
-    /// the pool sends the service's state again later, but not status lines and watchdog
-    /// notifications.
+    /// Call this method after [`adopt`](Self::adopt) and before the loop runs. If `NOTIFY_SOCKET`
+    /// is not set, nothing happens. The pool never waits for systemd. If systemd cannot be
+    /// notified, the pool emits [`PoolEvent::NotificationFailed`] and continues. If systemd's queue
+    /// is full, the pool drops status lines and watchdog notifications, and sends the service's
+    /// state again later.
     ///
     /// # Errors
     ///
@@ -89,12 +90,13 @@ impl Pool {
     }
 
     /// Returns whether this process is the service's main process. In an upgrade, the old master is
-    /// the main process until the new one has taken over.
+    /// the main process until the new master has taken over.
     fn is_main_process(&self) -> bool {
         self.0.old_master.borrow().is_none() && !self.0.core.borrow().is_upgraded()
     }
 
-    /// Returns the state to report when the event is delivered.
+    /// Returns the state to report for this event, or `None` if the event does not change the
+    /// state.
     fn state_after(&self, event: &PoolEvent) -> Option<State> {
         if *event == PoolEvent::Upgraded {
             // Report the new master's state, because with `NotifyAccess=main` systemd ignores the
@@ -146,7 +148,7 @@ impl State {
     }
 }
 
-/// Sends a pool's notifications, and keeps states that find systemd's queue full.
+/// Sends a pool's notifications, and keeps states while systemd's queue is full.
 #[derive(Debug, Default)]
 struct Notifier {
     /// The states that wait for space in systemd's queue, oldest first.
@@ -156,7 +158,7 @@ struct Notifier {
 }
 
 impl Notifier {
-    /// Sends a state after the states that wait.
+    /// Sends a state, or queues it behind states that are already waiting.
     fn send(self: &Rc<Self>, pool: &Pool, master: &Master, state: State) {
         let mut waiting = self.waiting.borrow_mut();
         let is_first = waiting.is_empty();
@@ -183,8 +185,8 @@ impl Notifier {
                 let (notifier, pool) = (Rc::clone(self), pool.clone());
                 let retry = move |master: &Master| notifier.send_waiting(&pool, master);
                 let timer = master.set_timeout(RETRY_PAUSE, retry);
-                // Unreference the timer, because a receiver that never reads must not keep the loop
-                // running.
+                // Unreference the timer. A receiver that never reads would otherwise keep the loop
+                // running for ever.
                 return master.unreference(timer);
             }
             self.waiting.borrow_mut().pop_front();
@@ -198,7 +200,8 @@ impl Notifier {
         }
     }
 
-    /// Emits an event for the first of several consecutive failures.
+    /// Records the result of a notification. Emits an event if it failed and the previous
+    /// notification did not.
     fn record(&self, pool: &Pool, master: &Master, sent: Result<bool>) {
         let had_failed = self.has_failed.replace(sent.is_err());
         if let Err(error) = sent {

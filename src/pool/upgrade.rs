@@ -25,8 +25,8 @@ use super::{Pool, PoolListener};
 
 /// The descriptor name of the channel to the old master.
 ///
-/// The old master writes one byte for each socket to the channel (see `sockets`), and then the
-/// fields of a [`Handover`]. It keeps its end open until it exits.
+/// The old master writes one byte for each socket to the channel (see [`PassedSocket`]), and then
+/// the fields of a [`Handover`]. The old master keeps its end open until it exits.
 const CHANNEL: &str = "cluster-predecessor";
 
 /// The byte with which a new master reports that it has taken over.
@@ -46,30 +46,32 @@ pub(super) struct OldMaster {
 
 // The new master's side of an upgrade.
 impl Pool {
-    /// Adopts the sockets that systemd, or the old master of an [upgrade](Self::upgrade), has passed
-    /// to this process. Like the listeners of [`listen`](Self::listen), adopted sockets stay open
-    /// until the pool stops.
+    /// Adopts the sockets that systemd, or the old master of an [upgrade](Self::upgrade), has
+    /// passed to this process. Like the listeners of [`listen`](Self::listen), adopted sockets stay
+    /// open until the pool stops.
     ///
     /// Node has no counterpart.
     ///
-    /// Workers share these sockets by listening on the same addresses, or binding them. Call `adopt`
-    /// before `listen`, so that `listen` reuses an adopted listener instead of opening a new one.
+    /// Workers share the listeners by listening on the same addresses, and the UDP sockets by
+    /// binding the same addresses. Call `adopt` before `listen`, so that `listen` reuses an adopted
+    /// listener instead of opening a new one.
     ///
-    /// After an upgrade, the new release may not use all sockets of the old one. The pool closes a
-    /// socket if neither a worker nor [`listen`](Self::listen) has requested its address when the old
-    /// master has exited and all workers are ready. It then also removes the file of a Unix socket,
-    /// and the kernel resets the clients that wait in the backlog. A worker that requests the address
-    /// later opens it again. Sockets of systemd stay open, because systemd decides about them.
+    /// After an upgrade, the new release may not use all sockets of the old release. The pool waits
+    /// until the old master has exited and all workers are ready. It then closes each socket whose
+    /// address neither a worker nor [`listen`](Self::listen) has requested. The kernel resets the
+    /// clients in the socket's backlog, and the file of a Unix socket is removed. If a worker
+    /// requests the address later, the master opens a new socket. Sockets that systemd has passed
+    /// stay open.
     ///
-    /// If the old master's number of slots differed from its
-    /// [`PoolOptions::workers`](super::PoolOptions::workers), because it was
-    /// [scaled](Self::scale), this pool gets that number of slots.
+    /// If the old pool was [scaled](Self::scale) to a number of slots other than its
+    /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
+    /// slots.
     ///
     /// # Errors
     ///
-    /// Returns the errors of [`Master::adopt`], and [`Error::Io`] if the channel to the old master is
-    /// broken. If a descriptor cannot be adopted, the pool still adopts all others, and returns the
-    /// first error.
+    /// Returns the same errors as [`Master::adopt`]. If a descriptor cannot be adopted, the pool
+    /// still adopts all others and returns the first error. Also returns [`Error::Io`] if the
+    /// channel to the old master is broken. In this case, the pool adopts nothing.
     ///
     /// ```no_run
     /// # use cluster::pool::{Pool, PoolOptions};
@@ -98,8 +100,8 @@ impl Pool {
             let handover = read.and_then(|()| read_handover(&mut channel));
             let handover = handover.map_err(Error::io("read from the old master"))?;
             if let Some(slots) = handover.slots {
-                // Change only the core, because this method must not fork. The workers are forked
-                // in the next iteration of the loop.
+                // Change only the core and do not carry out its actions, because this method must
+                // not fork. The loop forks the workers in its next iteration.
                 let now = self.now();
                 self.0.core.borrow_mut().scale(slots.get(), now);
             }
@@ -177,21 +179,23 @@ impl Pool {
         self.emit(master, PoolEvent::TookOver);
     }
 
-    /// Waits for the end of the channel, because the old master keeps its end open until it exits.
+    /// Watches for the exit of the old master. The old master keeps its end of the channel open
+    /// until it exits, so its exit is the end-of-file of the channel.
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_readable = move |_: &Master, mut channel: &UnixStream| {
             if matches!(channel.read(&mut [0]), Ok(1)) {
                 return Some(Interest::Readable);
             }
-            pool.0.old_master_exit.set(None);
+            pool.0.is_old_master_running.set(false);
             pool.other_master_exited();
             None
         };
-        // Ignore an error, because the sockets then only keep the care for another owner.
+        // Ignore an error. The master then continues to treat the sockets as shared with another
+        // process, which only means that it does not drain them when they close.
         if let Ok(watch) = master.watch(channel, Interest::Readable, on_readable) {
             master.unreference(watch);
-            self.0.old_master_exit.set(Some(watch));
+            self.0.is_old_master_running.set(true);
         }
     }
 }
@@ -211,17 +215,17 @@ impl Pool {
     /// master has taken over, this pool stops. No client is refused in the meantime.
     ///
     /// The new master receives a copy of every listener and UDP socket that this master holds for
-    /// its workers: those of the pool, and those that only workers have opened. If the kernel chose a
-    /// port, the new workers receive the same port when they request port 0. A sharded listener
-    /// passes its first shard, to which all new connections then go. The new workers share it, and
-    /// the old workers serve the connections in the other shards. Private sockets of workers,
-    /// descriptors that workers name by their numbers, and sockets that workers open after this call
-    /// are not passed.
+    /// its workers, including those that only workers have opened. If the kernel chose a port, the
+    /// new workers receive the same port when they request port 0. Of a sharded listener, the new
+    /// master receives only the first shard, to which all new connections then go. The new workers
+    /// share this shard, and the old workers serve the connections in the other shards. The new
+    /// master does not receive private sockets of workers, descriptors that workers request by
+    /// their numbers, and sockets that workers open after this call.
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
     /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved
     /// when the new master starts. The new master must call [`adopt`](Self::adopt) to receive this
-    /// master's listeners. The new master forks its own workers.
+    /// master's sockets. The new master forks its own workers.
     ///
     /// The new master takes over when it has had a [quorum](super::PoolOptions::quorum) for
     /// [`min_ready_time`](super::PoolOptions::min_ready_time). The upgrade then ends with
@@ -237,12 +241,12 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
-    /// An upgrade changes the master's process id, so a master with process id 1 cannot upgrade. The
-    /// same is true if the master's parent ends the service when the master exits, as the init
-    /// process of some containers does. The pool does not detect this case. An application that
+    /// An upgrade changes the master's process id, so a master with process id 1 cannot upgrade. A
+    /// master also cannot upgrade if its parent ends the service when the master exits, as the init
+    /// process of some containers does. The pool does not detect such a parent. An application that
     /// upgrades must have only one pool. The new master's pool keeps the number of slots
-    /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool
-    /// is stopping, nothing happens.
+    /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool is stopping, nothing
+    /// happens.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
     /// not contain it. Like in nginx and gunicorn, the new master stays in this master's session
@@ -266,7 +270,7 @@ impl Pool {
         if std::process::id() == 1 {
             return Err(Error::InitProcess);
         }
-        // Take the sockets back if the new master has not been started.
+        // If the new master was not started, no other process has copies of the sockets.
         self.start_new_master(master)
             .inspect_err(|_| self.other_master_exited())
     }
@@ -313,8 +317,8 @@ impl Pool {
                 return None;
             }
             pool.input(master, |core, now| core.new_master_took_over(id, now));
-            // Keep the channel open, even if the upgrade has failed. Its end tells the new master
-            // that this process has exited.
+            // Keep the channel open, even if the upgrade has failed, because the end-of-file tells
+            // the new master that this process has exited.
             Some(Interest::Readable)
         };
         let watch = master.watch(channel, Interest::Readable, on_readable)?;

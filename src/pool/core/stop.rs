@@ -13,9 +13,9 @@ use super::{Action, Core, Time};
 /// The minimum time between the start of a stop and a signal that stops the pool at once.
 ///
 /// One Ctrl-C may reach the master twice, from the terminal and from a parent that forwards it. The
-/// two signals usually arrive within milliseconds. If the time is too short, the second signal kills
-/// workers that serve clients. If the time is too long, an operator's deliberate second signal has no
-/// effect. The value is an estimate without a benchmark.
+/// two signals usually arrive within milliseconds. If the time is too short, the second signal
+/// kills workers that serve clients. If the time is too long, an operator's deliberate second
+/// signal has no effect. The value is an estimate without a benchmark.
 const REPEAT_TIME: Duration = Duration::from_secs(1);
 
 /// The state of a pool's stop.

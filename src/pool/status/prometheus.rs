@@ -92,7 +92,7 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
         .metric(
             Kind::Counter,
             "pool_failures_total",
-            "Failed workers and failed forks, without those of replacements.",
+            "Failed workers and failed forks, except replacements in a reload or recycling.",
         )
         .sample(&[], status.failures);
 }
@@ -101,7 +101,7 @@ fn slot_metrics(metrics: &mut Metrics, slots: &[SlotStatus]) {
     let mut restarts = metrics.metric(
         Kind::Counter,
         "slot_restarts_total",
-        "Forks and failed forks after a failure.",
+        "Attempts to fork a worker after a failure.",
     );
     for slot in slots {
         restarts.sample(&[("slot", &slot.slot)], slot.restarts);
