@@ -1,7 +1,7 @@
 //! The names of the environment variables that the crate reads and sets.
 
-/// The worker's process id, set by the master. The other variables in `TO_WORKER` are valid only in
-/// this process, because programs that the worker starts inherit them.
+/// The worker's process id, set by the master. Programs that the worker starts inherit all
+/// variables in `TO_WORKER`, but the variables are valid only in the process with this id.
 pub(crate) const WORKER_PID: &str = "CLUSTER_WORKER_PID";
 /// The worker's id, set by the master.
 pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
@@ -12,8 +12,8 @@ pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
 /// The variables that a master sets for its workers.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
 /// The mark that a wrapped master sets for the programs that it starts. A wrapped master is a
-/// program in the child of a forking wrapper, and another master has started the wrapper as a
-/// worker. The value is a hash of the wrapped master's command line. `init` fails if a program with
+/// cluster program that a wrapper runs in a child process. The wrapper is a worker of another
+/// master. The value is a hash of the wrapped master's command line. `init` fails if a program with
 /// this command line is wrapped again, because each master would otherwise start another master.
 pub(crate) const WRAPPED: &str = "CLUSTER_WRAPPED";
 /// The switch for the master's log of events on standard error. The value `1` enables the log.

@@ -132,13 +132,13 @@ impl Settings {
     /// Sets the path of the workers' program. A relative path starts at the master's working
     /// directory.
     ///
-    /// `PATH` is not searched. The path is resolved each time that a worker starts. This method
-    /// cancels an earlier [`main`](Self::main).
+    /// `PATH` is not searched. The path is resolved each time a worker starts. This method cancels
+    /// an earlier [`main`](Self::main).
     ///
-    /// The default is the path by which the master itself was called, made absolute by
-    /// [`init`](crate::init()). Its symbolic links are not resolved. If a link is changed to a new
-    /// release, or the file at the path is replaced, workers that start later run the new program.
-    /// If no path leads to the master's program, `fork` fails unless this method sets one.
+    /// The default is the path with which the master itself was started. [`init`](crate::init())
+    /// makes this path absolute, but does not resolve its symbolic links. If a link is changed to a
+    /// new release, or the file at the path is replaced, workers that start later run the new
+    /// program. If the master's program has no path, `fork` fails unless this method sets one.
     ///
     /// Node: `settings.exec`.
     ///
@@ -295,27 +295,29 @@ impl Settings {
     /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, which kills the worker
     /// at its deadline.
     ///
-    /// The worker leads its own process group, because such a program may start further processes.
-    /// The group ends with the worker:
+    /// The worker leads its own process group, because its program may start further processes. The
+    /// group ends with the worker:
     ///
     /// - When the worker's process has exited, the master kills the rest of the group.
-    /// - If the master has sent SIGTERM, SIGINT or SIGQUIT to the worker before, it sends the same
-    ///   signal to the rest of the group instead. The worker's `exit` event then waits for the
-    ///   processes that still have the channel. On Linux before 5.3, the group is killed.
-    /// - SIGKILL, which also ends a worker at its deadline, kills the whole group.
+    /// - If the master had already sent SIGTERM, SIGINT or SIGQUIT to the worker, the master sends
+    ///   the same signal to the rest of the group instead. The worker's `exit` event then waits for
+    ///   the processes that still have the channel. On Linux before 5.3, the master kills the rest
+    ///   of the group.
+    /// - If the master sends SIGKILL to the worker, for example at a deadline, the signal kills the
+    ///   whole group.
     ///
     /// A terminal's Ctrl-C therefore reaches the master, but not the worker. If the master itself
-    /// is killed, only the worker's process ends with it, and the rest of the group goes on.
+    /// is killed, only the worker's process ends with it, and the rest of the group continues.
     ///
     /// A worker that uses this crate takes the descriptors with
     /// [`systemd::listen_fds`](crate::systemd::listen_fds) before it calls [`init`](crate::init()).
     ///
-    /// All workers share the descriptors and accept connections from a passed listener themselves,
-    /// so the scheduling policy has no effect on it. If the user or the application has selected
-    /// another policy than [`SchedulingPolicy::Shared`](crate::SchedulingPolicy::Shared), the
-    /// master emits one `error` event with [`Error::PolicyIgnored`](crate::Error::PolicyIgnored).
-    /// If a worker makes a descriptor non-blocking, the descriptor becomes non-blocking for all
-    /// workers and for the master.
+    /// All workers share the descriptors. If a worker makes a descriptor non-blocking, the
+    /// descriptor becomes non-blocking for all workers and for the master. Workers accept
+    /// connections from a passed listener themselves, so the scheduling policy has no effect on the
+    /// listener. If the user or the application has selected a policy other than
+    /// [`SchedulingPolicy::Shared`](crate::SchedulingPolicy::Shared), the master emits one `error`
+    /// event with [`Error::PolicyIgnored`](crate::Error::PolicyIgnored).
     ///
     /// `fork` fails if [`stdio`](Self::stdio) has more than three entries, because both settings
     /// would then define descriptor 3. `fork` also fails unless each name consists of 1 to 255
@@ -447,17 +449,18 @@ impl Settings {
     ///
     /// Node: `settings.uid`.
     ///
-    /// The worker has no supplementary groups, with one exception. A master without the permission
-    /// to change its groups (setgroups(2)) passes them on if the real, effective and saved ids of
-    /// the master are already those that `uid` and [`gid`](Self::gid) set. Otherwise, `fork` fails
-    /// with [`ForkStep::Groups`](crate::ForkStep::Groups) if such a master has a supplementary
-    /// group other than the worker's group. In a user namespace, this concerns root, too, unless
+    /// The worker has no supplementary groups, unless the master has no permission to change its
+    /// groups (setgroups(2)). In that case, the worker keeps the master's supplementary groups if
+    /// the master's real, effective and saved ids are already those that `uid` and
+    /// [`gid`](Self::gid) set. If they are not, `fork` fails with
+    /// [`ForkStep::Groups`](crate::ForkStep::Groups) if the master has a supplementary group other
+    /// than the worker's group. In a user namespace, root also has no permission unless
     /// `/proc/PID/setgroups` allows the change (user_namespaces(7)).
     ///
-    /// Unless the user is root (0), the worker has no
-    /// capabilities, even if the master has some. The permitted, effective, inheritable and ambient
-    /// sets are empty before the program or [`main`](Self::main) begins. The bounding set, the
-    /// securebits and `no_new_privs` do not change. See capabilities(7).
+    /// Unless the user is root (0), the worker has no capabilities, even if the master has some.
+    /// The permitted, effective, inheritable and ambient sets are empty before the program or
+    /// [`main`](Self::main) begins. The bounding set, the securebits and `no_new_privs` do not
+    /// change. See capabilities(7).
     ///
     /// With this setting, `fork` waits at most one second for the worker to start.
     ///
@@ -486,10 +489,9 @@ impl Settings {
     ///
     /// Node: `settings.gid`.
     ///
-    /// The worker has no supplementary groups, with the exception that [`uid`](Self::uid)
-    /// describes. Without [`uid`](Self::uid), the worker keeps the
-    /// master's user and capabilities. With this setting, `fork` waits at most one second for the
-    /// worker to start. See `uid` for an example.
+    /// For the worker's supplementary groups, see [`uid`](Self::uid). Without `uid`, the worker
+    /// keeps the master's user and capabilities. With this setting, `fork` waits at most one second
+    /// for the worker to start. See `uid` for an example.
     #[must_use]
     pub fn gid(mut self, gid: u32) -> Self {
         self.gid = Choice::Value(gid);
@@ -569,7 +571,7 @@ impl Settings {
     /// threads is not checked outside Linux, nor in a sandbox that forbids unshare(2) and has no
     /// `/proc`.
     ///
-    /// *Signals.* Signals have the same effect in the worker as in a worker that executes a program
+    /// *Signals.* Signals have the same effects as in a worker that executes a program
     /// ([`Master::fork`](crate::Master::fork)), with one exception. If the master ignores SIGPIPE,
     /// as Rust programs do by default, the worker also ignores it.
     ///
@@ -729,8 +731,8 @@ impl Settings {
         self.get_detached() == Some(true)
     }
 
-    /// Returns whether a worker with these settings may be several processes that do not use this
-    /// crate. Such a worker leads a process group.
+    /// Returns whether a worker with these settings leads its own process group. Its program may
+    /// not use this crate and may start further processes.
     pub(crate) fn leads_group(&self) -> bool {
         !self.is_detached() && !self.passed_fds().is_empty()
     }

@@ -30,7 +30,8 @@ use crate::sys;
 ///   text is too long, or systemd's queue is full
 ///   ([`WouldBlock`](std::io::ErrorKind::WouldBlock)).
 ///
-/// A service can serve without its notifications, so log the error and continue.
+/// A service can serve clients even if systemd receives no notifications. Log the error and
+/// continue.
 ///
 /// ```
 /// // Outside of systemd:

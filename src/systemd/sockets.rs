@@ -81,11 +81,12 @@ impl ListenFd {
         sys::listen::socket_kind(self.fd.as_raw_fd()).ok()
     }
 
-    /// Returns the kind under which a master can share the descriptor with workers.
+    /// Returns the descriptor's kind, if a master can share the descriptor with workers.
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Descriptor`] for all other descriptors.
+    /// Returns [`Error::Descriptor`] if the descriptor is neither a TCP or Unix listener nor a UDP
+    /// socket.
     pub(crate) fn kind(&self) -> Result<Kind> {
         match self.socket_kind() {
             Some(TCP_LISTENER) => Ok(Kind::Tcp),
