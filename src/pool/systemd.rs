@@ -193,7 +193,8 @@ impl Notifier {
         }
     }
 
-    /// Sends a notification that is dropped if it cannot be sent, or if states are waiting.
+    /// Sends a notification, unless states are waiting. If the notification cannot be sent, it is
+    /// dropped.
     fn send_if_possible(&self, pool: &Pool, master: &Master, send: impl FnOnce() -> Result<bool>) {
         if self.waiting.borrow().is_empty() {
             self.record(pool, master, send());

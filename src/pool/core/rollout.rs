@@ -175,7 +175,8 @@ impl Core {
     }
 
     /// Sets the minimum age at which this worker's successor is replaced for its memory. The age
-    /// doubles with each replacement, up to `PoolOptions::back_off_cap`.
+    /// doubles with each early replacement, up to `PoolOptions::back_off_cap`, and is reset by a
+    /// late one.
     fn recycled_for_memory(&mut self, number: usize, worker: WorkerId, now: Time) {
         let (Some(slot), Some(worker)) = (self.slots.get_mut(number), self.workers.get(&worker))
         else {

@@ -64,7 +64,8 @@ impl Core {
 
     /// Returns the number of slots to pass to a new master. Returns `None` if the number is that of
     /// this pool's options, because the new master then uses its own options. Also returns `None`
-    /// for 0 slots, because a pool without slots never has a quorum and could not take over.
+    /// for 0 slots, because a pool without slots never has a quorum, so the new master could not
+    /// take over.
     pub(in super::super) fn handed_over_slots(&self) -> Option<NonZeroUsize> {
         let slots = NonZeroUsize::new(self.slots.len());
         slots.filter(|slots| slots.get() != self.options.workers)
