@@ -91,25 +91,7 @@ impl Pool {
         let channel = passed.iter().position(is_channel);
         let mut facts = Vec::new();
         if let Some(channel) = channel.map(|index| passed.remove(index)) {
-            let mut channel = UnixStream::from(OwnedFd::from(channel));
-            facts.resize(passed.len(), 0);
-            // A non-blocking read is enough, because the old master wrote these bytes before it
-            // started this process.
-            let read = channel.set_nonblocking(true);
-            let read = read.and_then(|()| channel.read_exact(&mut facts));
-            let handover = read.and_then(|()| read_handover(&mut channel));
-            let handover = handover.map_err(Error::io("read from the old master"))?;
-            if let Some(slots) = handover.slots {
-                // Change only the core and do not carry out its actions, because this method must
-                // not fork. The loop forks the workers in its next iteration.
-                let now = self.now();
-                self.0.core.borrow_mut().scale(slots.get(), now);
-            }
-            self.0.old_master.replace(Some(OldMaster {
-                channel,
-                inherits_files: Vec::new(),
-                takeover_timer: None,
-            }));
+            facts = self.connect_to_old_master(channel, passed.len())?;
         }
         let mut result = Ok(());
         for (index, passed) in passed.into_iter().enumerate() {
@@ -133,6 +115,31 @@ impl Pool {
             listeners.push(PoolListener { listener, is_own });
         }
         result
+    }
+
+    /// Reads what the old master has written to the channel, and keeps the channel for the takeover.
+    /// Returns the encoded properties of the sockets, one byte for each socket.
+    fn connect_to_old_master(&self, channel: ListenFd, sockets: usize) -> Result<Vec<u8>> {
+        let mut channel = UnixStream::from(OwnedFd::from(channel));
+        let mut facts = vec![0; sockets];
+        // A non-blocking read is enough, because the old master wrote these bytes before it started
+        // this process.
+        let read = channel.set_nonblocking(true);
+        let read = read.and_then(|()| channel.read_exact(&mut facts));
+        let handover = read.and_then(|()| read_handover(&mut channel));
+        let handover = handover.map_err(Error::io("read from the old master"))?;
+        if let Some(slots) = handover.slots {
+            // Change only the core and do not carry out its actions, because `adopt` must not fork.
+            // The loop forks the workers in its next iteration.
+            let now = self.now();
+            self.0.core.borrow_mut().scale(slots.get(), now);
+        }
+        self.0.old_master.replace(Some(OldMaster {
+            channel,
+            inherits_files: Vec::new(),
+            takeover_timer: None,
+        }));
+        Ok(facts)
     }
 
     /// Restarts the takeover timer after the pool has reached its quorum. This process takes over
