@@ -49,6 +49,12 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     });
     // The workers, not this timer, keep the master running.
     master.unreference(report);
+    master.on_exit(|master, worker, status| {
+        // No worker is replaced. When all workers have exited, `run` returns the first failure.
+        if !status.success() {
+            master.give_up(format!("worker {} died ({status})", worker.id()));
+        }
+    });
     // Start the workers. Each message `notifyRequest` counts as one request.
     for _ in 0..workers {
         let requests = Rc::clone(&requests);

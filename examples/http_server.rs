@@ -16,7 +16,9 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker};
+use cluster::{
+    Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker, WorkerProcess,
+};
 use lexopt::prelude::*;
 use timed::Timed;
 
@@ -81,10 +83,16 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
         errors.line(format_args!("worker {} died ({status})", worker.id()));
         // A worker that exited before it listened is not replaced: its replacement would fail, too.
         let is_hopeless = status.code().is_some() && !listening.borrow().contains(&worker.id());
-        if is_hopeless || master.fork().is_err() {
+        if is_hopeless {
             // `run` returns an error when the other workers have exited.
             master.give_up(format!("worker {} died ({status})", worker.id()));
             master.disconnect();
+        } else if let Err(error) = master.fork() {
+            errors.line(&error);
+            // The other workers, if any, go on.
+            if master.workers().iter().all(WorkerProcess::is_dead) {
+                master.give_up(error);
+            }
         }
     });
     for signal in [Signal::INT, Signal::TERM] {

@@ -28,6 +28,12 @@ fn master(master: &Master) -> cluster::Result<()> {
     master.on_listening_once(move |_, _, address| {
         log.line(format_args!("listening on {address}"));
     });
+    master.on_exit(|master, worker, status| {
+        // No worker is replaced. When all workers have exited, `run` returns the first failure.
+        if !status.success() {
+            master.give_up(format!("worker {} died ({status})", worker.id()));
+        }
+    });
     // Start the workers. Each message `notifyRequest` counts as one request.
     for _ in 0..cluster::available_parallelism() {
         let requests = Rc::clone(&requests);

@@ -15,7 +15,7 @@ use cluster::{ListenOptions, Master, MasterListener, SchedulingPolicy, Signal, W
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{EADDRINUSE, EINVAL};
 
-use crate::harness::{Log, cluster, in_background, serve_id, wait_until};
+use crate::harness::{Log, cluster, in_background, serve_id, talk, wait_until};
 use crate::sharded::{Count, Load};
 
 crate::scenarios! {
@@ -657,14 +657,19 @@ fn listener_opened_by_a_worker_can_be_retained() {
         cluster(
             |master| {
                 crate::harness::when_listening(master, 1, move |master, address| {
-                    master.workers()[0].disconnect();
-                    let retained = master.listen("127.0.0.1:0").unwrap();
-                    assert_eq!(retained.address().to_string(), address.to_string());
-                    end_all(master, disconnect, move |master| {
-                        next_worker_serves_all(master, address, move |master| {
-                            log.add("served");
-                            master.on_all_disconnected_once(move |_| drop(retained));
-                            master.disconnect();
+                    // Serve a client first. The listener then stays open for a grace period after
+                    // the worker has begun to disconnect.
+                    let client = move || talk(address, b"").unwrap();
+                    in_background(master, client, move |master, _| {
+                        master.workers()[0].disconnect();
+                        let retained = master.listen("127.0.0.1:0").unwrap();
+                        assert_eq!(retained.address().to_string(), address.to_string());
+                        end_all(master, disconnect, move |master| {
+                            next_worker_serves_all(master, address, move |master| {
+                                log.add("served");
+                                master.on_all_disconnected_once(move |_| drop(retained));
+                                master.disconnect();
+                            });
                         });
                     });
                 });

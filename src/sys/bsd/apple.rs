@@ -9,8 +9,9 @@ pub(in crate::sys) const MSG_CMSG_CLOEXEC: libc::c_int = 0;
 /// macOS has no such flag, so the caller blocks SIGPIPE instead.
 pub(in crate::sys) const MSG_NOSIGNAL: libc::c_int = 0;
 
-/// The `si_code` of a signal that the kernel itself sends.
-pub(in crate::sys) const SI_KERNEL: libc::c_int = 0;
+/// A value that no signal has. macOS does not tell the kernel's signals from those of kill(2): the
+/// `si_code` of both is 0.
+pub(in crate::sys) const SI_KERNEL: libc::c_int = libc::c_int::MIN;
 
 /// The unit of `ru_maxrss` in bytes.
 pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1;

@@ -12,8 +12,10 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
     check(unsafe { libc::setgroups(0, std::ptr::null()) }).map(drop)
 }
 
-/// Returns whether the real and the effective ids of this process are the given ones. `None` stands
-/// for any id. The saved ids are not compared, because macOS does not report them.
+/// Returns whether the ids of this process are the given ones. `None` stands for any id.
+///
+/// macOS does not report the saved ids. Returns `false` if they may differ because the process has
+/// changed its ids, or because its program has a set-user-ID or set-group-ID bit (issetugid(2)).
 pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
     // SAFETY: getuid has no preconditions.
     let real_user = unsafe { libc::getuid() };
@@ -23,7 +25,10 @@ pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>
     let real_group = unsafe { libc::getgid() };
     // SAFETY: getegid has no preconditions.
     let effective_group = unsafe { libc::getegid() };
-    uid.is_none_or(|uid| [real_user, effective_user] == [uid; 2])
+    // SAFETY: issetugid has no preconditions.
+    let has_changed = unsafe { libc::issetugid() } != 0;
+    !has_changed
+        && uid.is_none_or(|uid| [real_user, effective_user] == [uid; 2])
         && gid.is_none_or(|gid| [real_group, effective_group] == [gid; 2])
 }
 
