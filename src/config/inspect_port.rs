@@ -59,7 +59,7 @@ impl std::fmt::Debug for InspectPort {
     }
 }
 
-/// Two sources are equal if one is a clone of the other.
+/// Two sources are equal only if both are clones of one source.
 impl PartialEq for InspectPort {
     fn eq(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0, &other.0)

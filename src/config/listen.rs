@@ -45,7 +45,7 @@ const MAX_PATH: usize = 4096;
 /// # Ok(()) }
 /// ```
 ///
-/// A generic function can serve both kinds of connections:
+/// A generic function can serve both TCP and Unix connections:
 ///
 /// ```no_run
 /// use std::{io::{Read, Write}, os::fd::OwnedFd};

@@ -1,9 +1,10 @@
 //! The application's requests as data: worker settings and call options.
 //!
-//! This module checks the values and fills in defaults. `master`, `worker` and `sys` use them.
+//! This module checks the requests and fills in defaults. `master`, `worker` and `sys` carry the
+//! requests out.
 //!
-//! `Settings::main` takes a closure whose argument is a `Worker`. So `config` and `worker` import
-//! each other.
+//! `config` and `worker` import each other, because `Settings::main` takes a closure whose argument
+//! is a `Worker`.
 
 pub(crate) mod env;
 pub(crate) mod inspect_port;

@@ -138,7 +138,7 @@ impl Settings {
     /// The default is the path with which the master itself was started. [`init`](crate::init())
     /// makes this path absolute, but does not resolve its symbolic links. If a link is changed to a
     /// new release, or the file at the path is replaced, workers that start later run the new
-    /// program. If the master's program has no path, `fork` fails unless this method sets one.
+    /// program. If the master's program has no path, `fork` fails unless `exec` or `main` is set.
     ///
     /// Node: `settings.exec`.
     ///
@@ -452,10 +452,10 @@ impl Settings {
     /// The worker has no supplementary groups, unless the master has no permission to change its
     /// groups (setgroups(2)). In that case, the worker keeps the master's supplementary groups if
     /// the master's real, effective and saved ids are already those that `uid` and
-    /// [`gid`](Self::gid) set. If they are not, `fork` fails with
-    /// [`ForkStep::Groups`](crate::ForkStep::Groups) if the master has a supplementary group other
-    /// than the worker's group. In a user namespace, root also has no permission unless
-    /// `/proc/PID/setgroups` allows the change (user_namespaces(7)).
+    /// [`gid`](Self::gid) set. If the ids differ, and the master has a supplementary group other
+    /// than the worker's group, `fork` fails with [`ForkStep::Groups`](crate::ForkStep::Groups). In
+    /// a user namespace, root also has no permission unless `/proc/PID/setgroups` allows the change
+    /// (user_namespaces(7)).
     ///
     /// Unless the user is root (0), the worker has no capabilities, even if the master has some.
     /// The permitted, effective, inheritable and ambient sets are empty before the program or
@@ -541,8 +541,9 @@ impl Settings {
     /// neither of them changes. The closure receives the [`Worker`] that [`init`](crate::init())
     /// would return to a program. In the closure, `is_worker` returns true and `init` fails. The
     /// worker has the master's arguments, so [`exec_args`](Self::exec_args) and
-    /// [`args`](Self::args) have no effect. All other settings apply. A later [`exec`](Self::exec)
-    /// cancels `main`.
+    /// [`args`](Self::args) have no effect. `fork` fails if [`listen_fds`](Self::listen_fds) passes
+    /// descriptors or the process is [`detached`](Self::detached). All other settings apply. A later
+    /// [`exec`](Self::exec) cancels `main`.
     ///
     /// *Descriptors.* In the worker, the crate closes the master's internal descriptors and those
     /// that the master [`watch`](crate::Master::watch)es. If the closure needs a watched
@@ -649,8 +650,8 @@ impl Settings {
         self.main.get()
     }
 
-    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`. If
-    /// the path of the master's own program is unknown, `exec` stays without a value.
+    /// Fills in defaults where a setting must have a value, and removes the marks of `unset`.
+    /// `own_program` is the default of `exec`. If it is `None`, `exec` may stay without a value.
     pub(crate) fn complete(mut self, own_program: Option<&Path>) -> Self {
         match own_program {
             Some(path) => self.exec.fill(|| path.to_owned()),
@@ -731,8 +732,9 @@ impl Settings {
         self.get_detached() == Some(true)
     }
 
-    /// Returns whether a worker with these settings leads its own process group. Its program may
-    /// not use this crate and may start further processes.
+    /// Returns whether a worker with these settings leads its own process group. A worker with
+    /// `listen_fds` does, because its program possibly starts further processes and does not use
+    /// this crate.
     pub(crate) fn leads_group(&self) -> bool {
         !self.is_detached() && !self.passed_fds().is_empty()
     }

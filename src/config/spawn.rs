@@ -41,7 +41,8 @@ impl SpawnOptions {
         }
     }
 
-    /// Adds a variable to the environment of the process, or replaces its value.
+    /// Sets an environment variable of the process. The value replaces an inherited or earlier
+    /// value of the variable.
     ///
     /// Node: an entry of the argument of `cluster.fork()`.
     ///
@@ -51,8 +52,8 @@ impl SpawnOptions {
         self
     }
 
-    /// Adds several variables to the environment, like [`env`](Self::env). If a name occurs more
-    /// than once, its last value takes effect.
+    /// Sets several environment variables, like [`env`](Self::env). If a name occurs more than
+    /// once, its last value takes effect.
     ///
     /// Node: the argument of `cluster.fork()`.
     ///

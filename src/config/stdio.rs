@@ -76,7 +76,8 @@ impl Stdio {
     }
 }
 
-/// Two values of [`Stdio::fd`] are equal if one is a clone of the other.
+/// Two values of [`Stdio::fd`] are equal only if both come from the same call of `fd`. Any other
+/// two values are equal if they are of the same kind.
 impl PartialEq for Stdio {
     fn eq(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
