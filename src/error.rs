@@ -68,8 +68,8 @@ pub enum Error {
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
-    /// A callback called `run`, `dispatch`, `accept` or `recv_from`. One of these methods was
-    /// already running, because it had called the callback.
+    /// A callback called `run`, `dispatch`, `accept` or `recv_from`. Calls of these methods cannot be
+    /// nested, and the method that called the callback is still running.
     AlreadyRunning,
     /// This process called a method of a handle that another process created. This process is a
     /// child that the application forked, or a worker that executes no program
@@ -122,7 +122,7 @@ pub enum Error {
         ///
         /// In a worker, always `None`, because a worker does not know the master's sockets. If a
         /// worker's request fails because of a retained socket that no worker has, the master emits
-        /// an `error` event with this address.
+        /// an `error` event. The event's error contains the retained socket's address here.
         occupied_by: Option<Address>,
     },
     /// A worker could not bind a UDP socket.
@@ -137,7 +137,7 @@ pub enum Error {
         ///
         /// In a worker, always `None`, because a worker does not know the master's sockets. If a
         /// worker's request fails because of a retained socket that no worker has, the master emits
-        /// an `error` event with this address.
+        /// an `error` event. The event's error contains the retained socket's address here.
         occupied_by: Option<Address>,
     },
     /// The master could not accept a connection. The master tries again after 100 ms.
