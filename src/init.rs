@@ -46,20 +46,20 @@ pub enum Role {
 /// call makes the master emit the `online` event.
 ///
 /// Only a process that a master has started is a worker. The programs that a worker starts are
-/// masters, and may have workers of their own. They inherit the variables that a master sets for
-/// its worker, because `init` does not remove the variables from the environment. These variables
-/// do not make such a program a worker, even in a nested PID namespace, where the program may have
-/// the worker's process id.
+/// masters, and may have workers of their own. These programs inherit the variables that a master
+/// sets for its worker, because `init` does not remove the variables from the environment. The
+/// variables do not make such a program a worker, even in a nested PID namespace, where the program
+/// may have the worker's process id.
 ///
 /// A wrapper that replaces itself with the program, such as `env`, `nice` or
 /// `sh -c 'exec program'`, changes nothing, because the process stays the same. If a master starts
 /// a program through a forking wrapper, such as `sh -c 'program; true'`, the wrapper is the
 /// master's child, and the program is a master. If that program starts the same program with the
-/// same arguments through a forking wrapper again, `init` fails in the new program. Otherwise,
-/// masters would start masters without end.
+/// same arguments through a forking wrapper again, `init` fails in the new program. Without this
+/// check, masters would start masters without end.
 ///
-/// If a worker executes its own program once more, `init` fails, because the process has lost its
-/// channel.
+/// If a worker replaces itself with its own program (execve(2)) after `init`, `init` fails in the
+/// new program, because the process has lost its channel.
 ///
 /// In a master, `init` also determines the path of the master's program, which is the default of
 /// [`Settings::exec`](crate::Settings::exec()). Call `init` before the process changes its working
@@ -82,11 +82,11 @@ pub enum Role {
 /// Returns:
 ///
 /// - [`Error::AlreadyInitialized`] if `init` has already been called in this process;
-/// - [`Error::Environment`] if `CLUSTER_WORKER_PID` is not a value that a master sets;
+/// - [`Error::Environment`] if `CLUSTER_WORKER_PID` is set but is not a number;
 /// - [`Error::Environment`] in a master if `CLUSTER_SCHED_POLICY` is not a [`SchedulingPolicy`];
 /// - [`Error::Environment`] in a worker if `CLUSTER_UNIQUE_ID`, `CLUSTER_CHANNEL_FD` or
-///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. A descriptor that is not a channel
-///   to a master stays unchanged;
+///   `CLUSTER_INSPECT_PORT` is not a value that a master sets. If `CLUSTER_CHANNEL_FD` is the
+///   number of a descriptor that is not a channel to a master, that descriptor stays unchanged;
 /// - [`Error::Environment`] if this program and its master's program have the same command line,
 ///   and both were started through forking wrappers;
 /// - [`Error::Frame`] if the master was built with a version of this crate that has another
@@ -158,7 +158,7 @@ fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
 }
 
 /// Takes ownership of the channel if the socket contains the preamble that the master sends to this
-/// worker.
+/// worker. Otherwise, returns an error and leaves the descriptor unchanged.
 fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {

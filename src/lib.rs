@@ -59,7 +59,7 @@ pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;
 
 /// Returns the worker id `number`, for the unit tests of the pool. The pool uses only the public
-/// API, which has no constructor for worker ids.
+/// API, and the public API has no constructor for worker ids.
 #[cfg(test)]
 fn worker_id(number: u32) -> WorkerId {
     WorkerId::new(number)
