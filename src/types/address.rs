@@ -10,9 +10,9 @@ use crate::types::endpoint::{Endpoint, Kind, Place, fmt_path};
 ///
 /// Node: the argument `address` of the `listening` event, and its `addressType`.
 ///
-/// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave no host, the address
-/// prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if the worker
-/// requested it by its descriptor. An abstract Unix socket prints as `@name`.
+/// An address prints as `127.0.0.1:8000` or `[::1]:8000`. If the worker gave a TCP port without a
+/// host, the address prints as `*:8000`. A Unix socket prints as its path, or as `descriptor 3` if
+/// the worker requested the socket by its descriptor. An abstract Unix socket prints as `@name`.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {

@@ -18,16 +18,18 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ForkStep {
-    /// Copying the master for [`Settings::main`](crate::Settings::main), which is forbidden while
-    /// the master has other threads.
+    /// Copying the master for [`Settings::main`](crate::Settings::main). This step fails while the
+    /// master has more than one thread.
     CopyMaster,
     /// Creating the channel between the master and the worker.
     Channel,
-    /// Calling the closure of [`InspectPort`](crate::InspectPort), which must not fork a worker.
+    /// Calling the closure of [`InspectPort`](crate::InspectPort). This step fails if the closure
+    /// forks a worker.
     InspectPort,
     /// Assigning a worker id, which fails once all ids have been used.
     Number,
-    /// Checking the arguments, the environment and the settings, some of which exclude each other.
+    /// Checking the arguments, the environment and the settings. For example, this step fails if
+    /// two settings exclude each other.
     Prepare,
     /// Preparing the descriptors of [`Settings::stdio`](crate::Settings::stdio) and
     /// [`Settings::listen_fds`](crate::Settings::listen_fds).
@@ -52,7 +54,8 @@ pub enum ForkStep {
     Groups,
     /// Changing the user to [`Settings::uid`](crate::Settings::uid).
     User,
-    /// Giving up the capabilities, which a worker with a different user does not keep.
+    /// Giving up the capabilities. A worker with [`Settings::uid`](crate::Settings::uid) keeps none
+    /// unless its user is root.
     Capabilities,
     /// Turning the copy of the master into a worker, for [`Settings::main`](crate::Settings::main).
     BecomeWorker,

@@ -1,4 +1,5 @@
-//! The limits of the protocol between the master and its workers, and the ways to break it.
+//! The limits of the protocol between the master and its workers, and the ways to violate the
+//! protocol.
 
 /// The version of the frame format. A frame with any other version is an error.
 pub(crate) const VERSION: u8 = 1;
@@ -13,7 +14,7 @@ pub(crate) const MAX_FDS: usize = 16;
 
 /// Describes why received bytes are not a valid frame.
 ///
-/// See [`Error`](crate::Error) for an example.
+/// See [`Violation`] for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrameError {

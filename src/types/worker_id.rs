@@ -5,8 +5,8 @@
 /// Node: `worker.id`.
 ///
 /// Use the id, or its plain number, to look up the worker with
-/// [`Master::worker`](crate::Master::worker). The worker itself receives its id from
-/// [`Worker::id`](crate::Worker::id). See there for an example.
+/// [`Master::worker`](crate::Master::worker). In the worker, [`Worker::id`](crate::Worker::id)
+/// returns the id. See [`init`](crate::init()) for an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(u32);
 
