@@ -83,12 +83,13 @@ pub(crate) fn inherited_environment() -> SortedMap<OsString, OsString> {
         .collect()
 }
 
-/// Sets the variables that announce passed descriptors to a worker. `LISTEN_PID` is set later,
-/// because the process id is unknown before the fork.
+/// Sets the variables that announce passed descriptors to a worker, and removes the variables with
+/// another process's id. `LISTEN_PID` is set later, because the process id is unknown before the
+/// fork.
 ///
 /// # Errors
 ///
-/// Returns an error if systemd would reject one of the names.
+/// Returns an error if one of the names is not valid (see `is_descriptor_name`).
 pub(crate) fn set_listen_variables(
     env: &mut SortedMap<OsString, OsString>,
     passed: &[(String, Stdio)],
@@ -117,8 +118,8 @@ fn is_descriptor_name(name: &str) -> bool {
 pub(super) mod tests {
     use super::*;
 
-    /// Returns the variable that the error contains. Panics if `result` is not an error of this
-    /// kind.
+    /// Returns the name of the variable that an [`Error::Environment`] contains. Panics if `result`
+    /// is not this error.
     pub(in crate::systemd) fn rejected<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
         let Err(Error::Environment { variable, .. }) = result else {
             panic!("{result:?}");

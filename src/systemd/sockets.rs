@@ -179,8 +179,8 @@ impl TryFrom<ListenFd> for UdpSocket {
 
 /// Returns the descriptors that systemd has passed to this process, in systemd's order.
 ///
-/// The list is empty if systemd has passed no descriptors, or if `LISTEN_PID` contains another
-/// process's id. Only the first call in a process returns descriptors, because its caller owns
+/// The list is empty if systemd has passed no descriptors, or if `LISTEN_PID` is missing or
+/// contains another process's id. Only the first call in a process returns descriptors, because its caller owns
 /// them. Later calls return an empty list. The function marks the descriptors as close-on-exec. The
 /// variables `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay in the environment.
 ///
@@ -223,16 +223,16 @@ pub fn listen_fds() -> Result<Vec<ListenFd>> {
     Ok(passed.collect())
 }
 
-/// The contents of the variables. The count comes from the environment and may be too large, so
-/// allocate no memory in proportion to it.
+/// The contents of `LISTEN_FDS` and `LISTEN_FDNAMES`. The count comes from the environment and may
+/// be too large, so allocate no memory in proportion to the count.
 #[derive(Debug, PartialEq, Eq)]
 struct Passed {
     count: usize,
     names: Option<Vec<String>>,
 }
 
-/// Parses the variables. Returns `None` if no descriptor was passed to the process with the id
-/// `own`.
+/// Parses the values of `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES`. Returns `None` if no
+/// descriptor was passed to the process with the id `own`.
 fn parse_passed(
     own: u32,
     pid: Option<String>,
