@@ -1,4 +1,4 @@
-//! Wraps a channel for the shells of the master and the worker. See `wire` for the term.
+//! Wraps a channel for the shells of the master and the worker. See `wire` for the term *shell*.
 
 use std::cell::RefCell;
 use std::io;
@@ -96,8 +96,8 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         let sent = self.with(|channel| {
             let was_blocked = channel.is_blocked();
             channel.send(message, fds, receipt)?;
-            // Skip the flush while the channel stays blocked, because it would write nothing.
-            // Flushing after each queued message made short messages a third slower
+            // Skip the flush if the channel is settled or stays blocked, because the flush would
+            // write nothing. Flushing after each queued message made short messages a third slower
             // (`cargo bench -- messages`, one way).
             let stays_blocked = was_blocked && channel.is_blocked();
             let has_capacity = channel.has_capacity();

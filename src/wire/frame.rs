@@ -25,7 +25,8 @@
 //! A successful `Reply` carries one descriptor. Depending on the request and the policy, the
 //! descriptor is a listener, a UDP socket or the worker's end of a queue (`sys/queue`).
 //!
-//! The tables list all kinds of frames. The module `kind` has a constant for each kind.
+//! The tables list all kinds of frames. The number after the name of a field is the field's length
+//! in bytes. The module `kind` has a constant for each kind.
 //!
 //! ```text
 //! kind  to master            body                     fds
@@ -43,7 +44,7 @@
 //!
 //! kind  to worker            body                     fds
 //!  64   preamble             worker id 4              0
-//!  65   Reply, success       request 4, 0 4,
+//!  65   Reply, success       request 4, zero 4,
 //!                            handle 4, policy 1,
 //!                            address                  1
 //!  65   Reply, failure       request 4, errno 4       0
@@ -53,8 +54,9 @@
 //!
 //! address:     family 1 (4, 6, or 0 for none), port 2, IP 4 or 16;
 //!              after an IPv6 address also flow 4, scope 4
-//! place:       an address, or 1 and port 2, or 2 and descriptor number 4,
-//!              or 3, length 2 and path
+//! place:       an address, or the byte 1 and port 2,
+//!              or the byte 2 and descriptor number 4,
+//!              or the byte 3, length 2 and path
 //! socket type: 0 TCP, 1 Unix, 2 UDP
 //! policy:      0 round robin, 1 shared, 2 sharded
 //! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
@@ -92,7 +94,7 @@ pub(crate) const PREAMBLE_LENGTH: usize = HEADER + 4;
 /// below `MAX_FDS`, some frames would not fit into a batch.
 pub(crate) const MAX_BATCH: usize = 64;
 /// The offset of the batch size in the header. The outbox sets the batch size when it writes the
-/// frame, because the size is unknown before.
+/// frame, because the size is unknown until then.
 pub(crate) const BATCH_OFFSET: usize = 7;
 
 /// The values of the header's `kind` byte.
@@ -210,7 +212,7 @@ pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
 
 /// A frame type for one direction of a channel.
 pub(crate) trait Frame: Sized {
-    /// Appends the frame, including its header, to `out`.
+    /// Appends the frame to `out`, with a header that announces `fds` descriptors.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
     /// Decodes the body of a frame whose header announced `kind` and `fds` descriptors.
     fn decode(kind: u8, fds: usize, body: &[u8]) -> Result<Self, FrameError>;
@@ -406,8 +408,8 @@ impl Body<'_> {
             _ => None,
         }
     }
-    /// Reads an optional address. Returns `Some(None)` if the body states that the listener has
-    /// none.
+    /// Reads an optional address. Returns `Some(None)` if the body states that the listener has no
+    /// address.
     fn address(&mut self) -> Option<Option<SocketAddr>> {
         match self.u8()? {
             0 => Some(None),
@@ -460,7 +462,7 @@ impl Body<'_> {
             _ => None,
         }
     }
-    /// Returns `frame` if it is valid and the whole body has been read.
+    /// Returns the decoded frame, or an error if `frame` is `None` or a part of the body is unread.
     fn finish<F>(self, kind: u8, frame: Option<F>) -> Result<F, FrameError> {
         frame
             .filter(|_| self.0.is_empty())

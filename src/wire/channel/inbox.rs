@@ -10,8 +10,8 @@ use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
 /// The length in bytes of the buffer for reading. The rest of a large body (`LARGE_BODY`) is not
 /// read into this buffer.
 ///
-/// With a smaller value, a burst of frames takes more system calls. A larger value costs little
-/// memory, because each process allocates the buffer only once.
+/// With a smaller value, a burst of frames takes more system calls. With a larger value, the buffer
+/// takes more memory in each process, and each inbox keeps more memory after a burst.
 pub(crate) const READ_SIZE: usize = 64 << 10;
 /// The maximum number of descriptors that may arrive before their frames.
 ///
@@ -204,8 +204,8 @@ impl Inbox {
     }
 
     /// Returns whether the descriptors in `early` exceed the limit. A batch of which the kernel
-    /// dropped all descriptors counts as one descriptor, so that the number of batches is limited
-    /// too.
+    /// dropped all descriptors counts as one descriptor, so that the number of batches is also
+    /// limited.
     fn has_too_many_early_fds(&self) -> bool {
         let early = self.early.iter().map(|batch| batch.fds.len().max(1));
         early.sum::<usize>() > MAX_EARLY_FDS
@@ -216,8 +216,9 @@ impl Inbox {
     ///
     /// # Errors
     ///
-    /// Returns an error if no batch has arrived, if its size differs from `count` although the
-    /// kernel dropped nothing, or if the previous batch has descriptors left.
+    /// Returns an error if no batch has arrived, or if the previous batch has descriptors left.
+    /// Also returns an error if more than `count` descriptors arrived, or fewer although the kernel
+    /// dropped none.
     fn open_batch(&mut self, count: usize) -> Result<(), FrameError> {
         let Some(EarlyBatch { fds, lost_fds }) = self.early.pop_front() else {
             return Err(FrameError::Descriptors);

@@ -16,17 +16,20 @@
 //!
 //! # Limits
 //!
+//! A *protocol frame* is a frame that the crate itself sends, as opposed to the application's
+//! message.
+//!
 //! | quantity | limit | consequence |
 //! |---|---|---|
 //! | bytes that wait in this process, plus one more message | `HIGH_WATER` | `has_capacity` advises a pause |
 //! | bytes that wait in this process, plus the message to send | `HARD_LIMIT` | `send` fails |
 //! | bytes that wait in this process | `UNREAD_MAX` | the peer is disconnected |
 //! | protocol frames with a descriptor that wait in this process | `UNREAD_FDS_MAX` | the peer is disconnected |
-//! | bytes from the peer in one frame | `MAX_BODY` | the peer is disconnected |
+//! | bytes in the body of a frame from the peer | `MAX_BODY` | the peer is disconnected |
 //! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
 //!
-//! In a process that did not create the channel, the channel neither reads nor writes, because the
-//! creator would lose the data.
+//! In a process that did not create the channel, such as a forked child, the channel neither reads
+//! nor writes. If two processes used one end of the socketpair, frames would be lost or mixed.
 
 pub(crate) mod inbox;
 pub(crate) mod outbox;
@@ -53,11 +56,12 @@ use outbox::{Batch, Outbox};
 /// The number of bytes above which `has_capacity` advises the application to pause. The channel
 /// compares this number with the sum of the unwritten bytes and the last message's length.
 ///
-/// The last message's length stands for the next message. The channel must copy the next message to
-/// the queue if other bytes are already queued.
+/// The last message's length is an estimate of the next message's length. If any bytes are queued,
+/// the next message must also wait in the queue.
 ///
 /// A larger value delays the advice and uses more memory. If the value were below the usual message
-/// length, the application would pause after each message. The public API documents the value.
+/// length, the application would pause whenever any bytes are queued. The public API documents the
+/// value.
 const HIGH_WATER: usize = 64 << 10;
 /// The number of unwritten bytes above which `send` fails. The value bounds the memory that an
 /// application can use for a peer that does not read. A message of `MAX_BODY` bytes must fit. The
@@ -365,8 +369,9 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             self.shut_down();
         }
         let is_queued = !self.outbox.is_empty();
-        // A socket that was full is likely to fill up again soon. Therefore, keep watching it for
-        // capacity until a call of `flush` begins with an empty queue.
+        // Watch the socket for capacity while frames are queued. Stop watching only in a call of
+        // `flush` that began with an empty queue, because a socket that was full is likely to fill
+        // up again soon.
         if is_queued || had_nothing_queued {
             self.watch_writable(is_queued)?;
         }

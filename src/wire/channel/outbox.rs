@@ -125,7 +125,7 @@ impl Outbox {
     }
 
     /// Returns the bytes and descriptors that the next system call should write. Stores the number
-    /// of descriptors in the first of their frames.
+    /// of descriptors in the header of the batch's first frame with descriptors.
     pub(super) fn next_batch(&mut self) -> Batch<'_> {
         let BatchSize { bytes, fds } = self.batch_size();
         if let (Some(first), Ok(count @ 1..)) = (self.fds.front(), u8::try_from(fds)) {

@@ -334,10 +334,10 @@ fn unannounced_descriptors_are_an_error() {
     let mut outcome = Ok(None);
     for _ in 0..4 {
         let fds = [fd.as_fd(); MAX_BATCH];
-        socket::send(&worker.socket, &junk[..1], &fds).unwrap();
-        let mut scratch = [0; 64];
         // A header of zeroes has version 0, which is invalid. Send one byte per call, so that the
         // header stays incomplete and only the descriptors can cause the error.
+        socket::send(&worker.socket, &junk[..1], &fds).unwrap();
+        let mut scratch = [0; 64];
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
         outcome = master.next();
         if outcome.is_err() {
