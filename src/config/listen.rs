@@ -14,8 +14,8 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, fm
 use crate::types::errno;
 
 /// The longest path that the application may pass, in bytes. The value is Linux's `PATH_MAX`. A
-/// relative path becomes absolute before it is sent, so it can double in length. The result must
-/// still fit into a frame.
+/// relative path becomes absolute before it is sent, so its length can double. The absolute path
+/// must still fit into the 2-byte length of a frame's path.
 const MAX_PATH: usize = 4096;
 
 /// An address to listen on and its options, for [`Worker::listen`](crate::Worker::listen) and

@@ -542,8 +542,8 @@ impl Settings {
     /// would return to a program. In the closure, `is_worker` returns true and `init` fails. The
     /// worker has the master's arguments, so [`exec_args`](Self::exec_args) and
     /// [`args`](Self::args) have no effect. `fork` fails if [`listen_fds`](Self::listen_fds) passes
-    /// descriptors or the process is [`detached`](Self::detached). All other settings apply. A later
-    /// [`exec`](Self::exec) cancels `main`.
+    /// descriptors or the process is [`detached`](Self::detached). All other settings apply. A
+    /// later [`exec`](Self::exec) cancels `main`.
     ///
     /// *Descriptors.* In the worker, the crate closes the master's internal descriptors and those
     /// that the master [`watch`](crate::Master::watch)es. If the closure needs a watched
