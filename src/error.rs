@@ -68,8 +68,8 @@ pub enum Error {
     AlreadyInitialized,
     /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
     PolicyFrozen,
-    /// A callback called `run`, `dispatch`, `accept` or `recv_from`. Calls of these methods cannot be
-    /// nested, and the method that called the callback is still running.
+    /// A callback called `run`, `dispatch`, `accept` or `recv_from`. Calls of these methods cannot
+    /// be nested, and the method that called the callback is still running.
     AlreadyRunning,
     /// This process called a method of a handle that another process created. This process is a
     /// child that the application forked, or a worker that executes no program
