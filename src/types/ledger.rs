@@ -18,7 +18,7 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Ledger {
-    /// Connections that the master has accepted since it started.
+    /// Connections that the master has accepted since the master started.
     pub accepted: u64,
     /// Connections that a worker's application received.
     pub received: u64,

@@ -14,8 +14,8 @@ impl<K: Ord, V> SortedMap<K, V> {
         Self(VecDeque::new())
     }
 
-    /// Returns the entry's index. If the key has no entry, returns the index for inserting one, as
-    /// an error.
+    /// Returns the index of the key's entry. If the key has no entry, returns `Err` with the index
+    /// at which to insert one.
     fn search(&self, key: &K) -> Result<usize, usize> {
         // Check both ends first, because most keys are either new and the highest, or the lowest in
         // the map.
