@@ -180,9 +180,10 @@ impl TryFrom<ListenFd> for UdpSocket {
 /// Returns the descriptors that systemd has passed to this process, in systemd's order.
 ///
 /// The list is empty if systemd has passed no descriptors, or if `LISTEN_PID` is missing or
-/// contains another process's id. Only the first call in a process returns descriptors, because its caller owns
-/// them. Later calls return an empty list. The function marks the descriptors as close-on-exec. The
-/// variables `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay in the environment.
+/// contains another process's id. Only the first call in a process returns descriptors, because its
+/// caller owns them. Later calls return an empty list. The function marks the descriptors as
+/// close-on-exec. The variables `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` stay in the
+/// environment.
 ///
 /// Call this function early in `main`, before the application opens descriptors, because passed
 /// descriptors are identified only by their numbers. See [`ListenFd`] for an example.
