@@ -168,7 +168,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         Error::Exhausted { worker, reason }
     }
 
-    /// Returns the error for a broken channel.
+    /// Returns the error to report when the channel fails for `reason`.
     pub(crate) fn broken(&self, reason: io::Error) -> Error {
         let worker = self.peer;
         Error::Channel { worker, reason }

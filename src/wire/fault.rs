@@ -2,9 +2,9 @@
 //! code is compiled only with debug assertions.
 //!
 //! `CLUSTER_FAULT=POINT:FAULT:N` makes a worker fail at the N-th pass of the fault point POINT.
-//! With `:again` at the end, a worker fails at every N-th pass. The two shells name the fault
-//! points, and `fail` names the faults. A fault point in the master affects the worker that the
-//! master is handling.
+//! With `:again` at the end, a worker fails at every N-th pass. The shells of the master and the
+//! worker define the names of the fault points, and `fail` defines the names of the faults. A fault
+//! point in the master affects the worker that the master is handling.
 
 #[cfg(debug_assertions)]
 pub(crate) use armed::point;

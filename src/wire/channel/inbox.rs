@@ -105,7 +105,7 @@ impl Inbox {
     }
 
     /// Returns the buffer for the rest of a large body, or `None` if the next bytes do not belong
-    /// to one.
+    /// to a large body.
     pub(super) fn unfinished_body(&mut self) -> Option<UnfinishedBody<'_>> {
         let large = self.large.as_mut()?;
         let missing = large.missing();

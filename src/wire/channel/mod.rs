@@ -81,9 +81,9 @@ const UNREAD_FDS_MAX: usize = 256;
 /// The number of bytes that must be added to the queue of a full socket before the next attempt to
 /// write.
 ///
-/// The poller reports new capacity, but an application that only sends does not run the event loop.
-/// With a smaller value, this application makes more useless system calls. With a larger value,
-/// more messages are queued although the peer reads.
+/// The poller reports new capacity, but an application that only sends does not run the event loop
+/// and receives no report. With a smaller value, this application makes more useless system calls.
+/// With a larger value, more messages are queued although the peer reads.
 const RETRY: usize = 4 << 10;
 
 /// The result of one attempt to write.
