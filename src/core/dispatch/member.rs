@@ -36,11 +36,11 @@ enum State {
 /// ```text
 /// from       event                                                 to
 /// ---------  ----------------------------------------------------  ----------------------------
-/// Prompt     all connections dispatched while the worker was       Stalled, for `PENALTY_MIN`
-///            idle were reclaimed
+/// Prompt     all connections dispatched since the worker's last    Stalled, for `PENALTY_MIN`
+///            idle report were reclaimed
 /// Stalled    the penalty ends                                      Retried, with that penalty
-/// Retried    all connections dispatched while the worker was       Stalled, for twice as long
-///            idle were reclaimed
+/// Retried    all connections dispatched since the worker's last    Stalled, for twice as long
+///            idle report were reclaimed
 /// any        the worker reports that it received a connection      Prompt
 /// ```
 ///
@@ -242,7 +242,8 @@ impl Member {
     }
 
     /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
-    /// number of connections that are still on their way to the queue.
+    /// number of connections that are still on their way to the queue. Otherwise, `queued` is
+    /// `None`.
     pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
@@ -262,7 +263,7 @@ impl Member {
         }
     }
 
-    /// Records that all connections that were dispatched while the worker was idle were reclaimed.
+    /// Records that all connections dispatched since the worker's last idle report were reclaimed.
     fn stall(&mut self) {
         let penalty = match self.response {
             Response::Prompt => PENALTY_MIN,

@@ -19,9 +19,9 @@
 //!
 //! In this table, a connection that was reclaimed counts as not dispatched.
 //!
-//! An idle worker can also be *stalled*: all connections that were dispatched while it was idle had
-//! to be reclaimed, probably because its process is stopped. All other idle workers are *prompt*.
-//! Until its penalty ends, a stalled worker comes after all prompt workers.
+//! An idle worker can also be *stalled*: all connections that were dispatched to it since its last
+//! idle report had to be reclaimed, probably because its process is stopped. All other idle workers
+//! are *prompt*. Until its penalty ends, a stalled worker comes after all prompt workers.
 //!
 //! # The next connection
 //!
@@ -36,7 +36,7 @@
 //!    is next. Fairness (see its section) can pass the turn to a busy worker.
 //! 3. If no worker is idle, the connection goes to the busy worker with the lowest recent load
 //!    whose window has space. Only the `BUSY_WORKERS_CHECKED` workers with the lowest loads are
-//!    checked.
+//!    checked. Workers whose penalty has not ended are left out.
 //! 4. If no rule applies, the connection waits.
 //!
 //! If the application has a scheduler, the dispatcher skips rule 3 and fairness. The reason is that
@@ -231,8 +231,9 @@ pub(crate) struct Dispatcher<C> {
     /// The workers that may have connections queued behind their current request, sorted by the
     /// time at which each worker became busy.
     queued_behind: BTreeSet<(Time, WorkerId)>,
-    /// The busy workers that are not known to have received a connection since their last idle
-    /// report, sorted by the time at which each worker became busy.
+    /// The workers to which connections have been dispatched since their last idle report, but that
+    /// are not known to have received any of these connections. They are sorted by the time at
+    /// which each worker became busy.
     unresponsive: BTreeSet<(Time, WorkerId)>,
     /// The stalled workers that have not ended, sorted by the time at which each penalty ends.
     penalized: BTreeSet<(Time, WorkerId)>,
@@ -526,6 +527,7 @@ impl<C> Dispatcher<C> {
 
     /// Takes back connections that were reclaimed from the worker's queue. If the queue is now
     /// empty, `queued` is the number of connections that are still on their way to the queue.
+    /// Otherwise, `queued` is `None`.
     ///
     /// Returns how many more connections are now known to have been received. The number is
     /// negative if the worker had reported receiving connections that were in fact reclaimed.
@@ -620,7 +622,8 @@ impl<C> Dispatcher<C> {
         dropped.count() as u64
     }
 
-    /// Takes the first connection that is assigned to a worker with capacity (rule 1).
+    /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
+    /// Returns `None` if there is no such worker.
     fn next_assigned(&mut self) -> Option<(WorkerId, Sequenced<C>)> {
         let worker = *self.assignable.first()?;
         let (&sequence, ()) = self.members.get(&worker)?.assigned.first_key_value()?;
@@ -707,8 +710,8 @@ impl<C> Dispatcher<C> {
         })
     }
 
-    /// Returns how many connections to reclaim for an idle worker now, and from which worker. Call
-    /// `end_penalties` first.
+    /// Returns how many connections to reclaim for an idle worker now, and from which worker.
+    /// Returns `None` if no connection can be reclaimed now. Call `end_penalties` first.
     ///
     /// A worker that became busy recently keeps its connections, because it may only be waiting for
     /// a core. Without this rule, the workers that happen to run would take all connections.

@@ -149,7 +149,7 @@ impl<C, F> MasterCore<C, F> {
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {
             // Stop watching, because the level-triggered poller would wake the event loop
-            // repeatedly until a worker is idle.
+            // repeatedly until the master can accept again.
             self.watch(handle, false);
         }
     }

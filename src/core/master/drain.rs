@@ -19,7 +19,7 @@ pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 // Starting and continuing a drain.
 impl<C, F> MasterCore<C, F> {
     /// Starts draining the listener when all workers that serve it are disconnecting. A retained
-    /// listener pauses instead, and a borrowed one is returned to the application.
+    /// listener pauses instead. A borrowed TCP or Unix listener is returned to the application.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let now = self.now;
         let Some(listener) = self.listeners.get_mut(&handle) else {
@@ -110,7 +110,7 @@ impl<C, F> MasterCore<C, F> {
         self.keys.retain(|_, other| *other != handle);
     }
 
-    /// Continues a drain after its grace period has ended.
+    /// Continues a drain after its grace period has ended, or immediately if none is needed.
     pub(super) fn finish_drain(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -238,7 +238,7 @@ impl<C, F> MasterCore<C, F> {
                 self.remove_key(handle);
                 if master_accepts {
                     self.close_socket(handle);
-                } // A shared socket is closed when the last worker has closed its copy.
+                } // Otherwise, close the socket only when the last worker has closed its copy.
             }
         }
     }

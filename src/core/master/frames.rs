@@ -135,7 +135,7 @@ impl<C, F: Default> MasterCore<C, F> {
         let received = dispatcher.idle_reported(worker, received, open, now)?;
         self.count_received(received);
         self.dispatch_waiting(handle);
-        // Reclaim first, because the connections queued behind a slow request were accepted earlier
+        // Reclaim before accepting, because the connections queued behind a slow request are older
         // than those in the backlog.
         if !self.rebalance(handle) {
             self.accept_if_possible(handle);

@@ -227,7 +227,8 @@ impl<C, F> MasterCore<C, F> {
 
     /// Makes the worker serve the listener.
     pub(super) fn join(&mut self, worker: WorkerId, request: u32, handle: HandleId) {
-        // End the listener for the disconnecting workers, because the new worker takes their place.
+        // If all serving workers are disconnecting, reopen the listener. End it below for those
+        // workers, because the new worker takes their place.
         let relieved = match self.reopen(handle) {
             true => self.serving(handle),
             false => Vec::new(),

@@ -1,6 +1,6 @@
 //! The state of one listener.
 //!
-//! If the application does not retain a listener, the listener exists only while workers serve it:
+//! If the application does not retain a listener, the listener exists only while workers have it:
 //!
 //! ```text
 //!   from           event                                                        to
@@ -18,11 +18,11 @@
 //!
 //! - `Emptying` is for listeners whose backlog is visible only to their workers. A sharded listener
 //!   also enters this stage if its last serving worker exits while others are disconnecting. A UDP
-//!   socket enters this stage immediately, because no client waits for an answer to a queued
-//!   datagram.
-//! - Two kinds of draining listeners never return to `Open`, so the next worker receives a new
-//!   listener. The file of a Unix path has been removed. A borrowed listener has been returned to
-//!   the application.
+//!   socket enters this stage immediately, because UDP has no handshakes and so needs no grace
+//!   period.
+//! - In two cases, a draining listener never returns to `Open`, so the next worker receives a new
+//!   listener: its Unix path has been removed, or the borrowed listener has been returned to the
+//!   application.
 //!
 //! A retained listener stays open without workers, and new connections wait in its backlog.
 //!
@@ -53,9 +53,9 @@ use crate::wire::frame::HandleKey;
 pub(super) enum Stage {
     /// The listener receives new connections.
     Open,
-    /// New connections are kept out. The value is the end of the grace period for handshakes. Until
-    /// then, an empty backlog does not close the listener. The value is `None` if the period has
-    /// ended or none is needed.
+    /// New connections are kept out, unless a process outside the cluster may have a copy of the
+    /// socket. The value is the end of the grace period for handshakes. Until then, an empty backlog
+    /// does not close the listener. The value is `None` if the period has ended or none is needed.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,

@@ -13,7 +13,7 @@ use crate::types::worker_id::WorkerId;
 /// Closing         its queue is closed                                      (removed)
 /// ```
 ///
-/// A worker without a queue is removed as soon as it is `Closing`.
+/// A worker without a queue does not become `Closing`, but is removed immediately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// The worker is eligible for new connections.

@@ -28,10 +28,10 @@
 //! still processed:
 //!
 //! 1. The shell calls `exited` (`workers`). The worker receives no more connections or frames, and
-//!    the core emits `CloseChannel`.
+//!    the core produces the action `CloseChannel`.
 //! 2. The shell processes the final frames, and calls `channel_closed` (`workers`).
-//! 3. The core calls `leave_listener` (`leave`) for each of the worker's listeners, and emits
-//!    `CloseQueue`.
+//! 3. The core calls `leave_listener` (`leave`) for each of the worker's listeners, and produces
+//!    the action `CloseQueue`.
 //! 4. The shell empties the queue, and calls `queue_closed` (`queues`). The connections return to
 //!    the dispatcher, which keeps their order and dispatches them again.
 //! 5. If no worker serves the listener and the application does not retain it, the listener closes,
@@ -518,8 +518,8 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns whether a connection is stuck although a worker has capacity for it. A connection is
     /// stuck if it waits in the master, if it was already reclaimable at the last tick, or if it
-    /// can become reclaimable without a deadline. It is also stuck if it may be in a backlog that
-    /// the master has not checked.
+    /// may become reclaimable later but its listener has no deadline. It is also stuck if it may be
+    /// in a backlog that the master has not checked.
     pub(crate) fn has_stuck_connection(&self, last_tick: Time) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;

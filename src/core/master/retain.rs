@@ -145,7 +145,8 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Releases a listener that the application has retained. If the application has now released
-    /// it as often as it has retained it, the listener closes unless a worker serves it.
+    /// it as often as it has retained it, the listener closes if no worker serves it, and drains if
+    /// it is paused.
     pub(crate) fn release(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -185,9 +186,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Reopens a paused listener for new workers once its disconnecting workers have received all
-    /// accepted connections, and tells these workers that the listener has ended for them.
-    /// Otherwise, updates the count of connections in the workers' queues.
+    /// Reopens a paused listener if its disconnecting workers have received all accepted
+    /// connections, and notifies these workers that the listener has ended for them. If connections
+    /// are still in flight, updates the count of connections in the workers' queues.
     pub(super) fn resume_if_served(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -284,8 +284,8 @@ impl<C, F> MasterCore<C, F> {
         self.begin_disconnect(&[worker]);
     }
 
-    /// Disconnects all workers. If the end is `awaited`, `Disconnected` is emitted once all workers
-    /// have exited, and all listeners are closed except those that the application retains.
+    /// Disconnects all workers. If the end is `awaited`, the core emits `Disconnected` as soon as
+    /// all workers have exited and no listener is open except those that the application retains.
     pub(crate) fn disconnect_all(&mut self, awaited: bool) {
         self.is_end_awaited |= awaited;
         let workers: Vec<_> = self.worker_ids().collect();
@@ -336,8 +336,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the channel without a `Disconnect` frame. The worker treats this as unexpected and
-    /// exits immediately.
+    /// Closes the channel without a `Disconnect` frame. A worker that has not received such a frame
+    /// before treats this as unexpected, and exits immediately.
     pub(crate) fn close_channel(&mut self, worker: WorkerId) {
         let entry = self.workers.get(&worker);
         if entry.is_some_and(WorkerEntry::is_writable) {

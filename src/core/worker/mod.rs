@@ -101,7 +101,8 @@ pub(crate) struct WorkerCore<F> {
     /// Whether the channel keeps the application running.
     referenced: bool,
     /// The maximum number of connections that the application may hold while descriptors are
-    /// scarce. Otherwise `None`. The limit applies only to listeners with a callback and a queue.
+    /// scarce, or `None` while they are plentiful. The limit applies only to listeners with a
+    /// callback and a queue.
     connection_limit: Option<u64>,
     /// Whether the queues are paused until `backoff_elapsed`, because no descriptor was left for a
     /// connection.
@@ -221,8 +222,8 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the listeners without a callback, and then the channel if the worker is drained. The
-    /// shell calls this when the application runs the event loop.
+    /// Closes the listeners without a callback if the worker is disconnecting, and then the channel
+    /// if the worker is drained. The shell calls this when the application runs the event loop.
     ///
     /// The channel must not close before this call, because an application that accepts with
     /// blocking calls may still send something after its last connection.

@@ -36,7 +36,8 @@ pub(crate) use master::Call;
 use process::{Detached, Process, ProcessState};
 use socket::{Client, Fate, Port, Queue};
 
-/// The back-off delay of the shells after a descriptor could not be sent or received.
+/// The back-off delay of the shells after a descriptor could not be sent or received, or a queue
+/// could not be emptied.
 const BACKOFF: Time = Time::from_millis(100);
 /// The number of waiting connections whose clients the shell checks in each tick. The number is
 /// small, so that checking all waiting connections often takes several ticks.
@@ -103,7 +104,8 @@ pub(crate) struct World {
     /// The workers whose queued frames the master must try to write.
     unflushed: BTreeSet<WorkerId>,
     /// The worker and the kind of the last event, if the event was delivered on the worker's level.
-    /// The next event must be the same event on the cluster's level.
+    /// The next event must be the same event on the cluster's level. `None` after the exit of a
+    /// detached process, because no event on the cluster's level follows it.
     second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
     pub(crate) processes: BTreeMap<WorkerId, Process>,
     pub(crate) detached: BTreeMap<WorkerId, Detached>,

@@ -24,7 +24,8 @@ use crate::types::worker_id::WorkerId;
 const SERVING: usize = 2;
 /// The number of a fixed port in `requested_endpoint` and in `Call::Retain`.
 const FIXED_PORT: u8 = 1;
-/// Maximum time until a client is served. A stalled worker's penalty lasts up to one second.
+/// The maximum time until a client is served. It is longer than a stalled worker's penalty, which
+/// lasts up to one second.
 const PATIENCE: Time = Time::from_secs(3);
 
 struct Scene {
@@ -41,8 +42,8 @@ impl Scene {
             rng: Rng::with_seed(seed),
             signalled: BTreeSet::new(),
         };
-        // A listener that is not retained closes while all workers disconnect, so clients that
-        // connect then are refused.
+        // Retain the listener. Otherwise, it would close while all workers disconnect, and clients
+        // that connect then would be refused.
         scene.world().call(Call::Retain, None, FIXED_PORT);
         scene
     }
@@ -134,7 +135,8 @@ impl Scene {
                 self.schedule.preemption.begin(runner, n);
             }
             (8, Some(worker)) => drop(self.signalled.insert(worker)),
-            // A connection that closes soon makes the worker quick, so that its window grows.
+            // Connections that close soon make the worker's reports quick, so that the window
+            // grows.
             (9..=14, Some(worker)) => self.world().close_connection(worker, 0),
             (15..=130, Some(worker)) => {
                 let runner = Some(Runner::Worker(worker));

@@ -61,8 +61,8 @@ pub(super) enum StepKind {
     Stop,
     /// Resumes a suspended worker, as SIGCONT does.
     Continue,
-    /// Preempts a worker for its next `choice` steps. `process` selects it without the modulo; if
-    /// there are not that many workers, preempts the master.
+    /// Preempts a process for its next `choice` steps. `process` is the index of a worker, without
+    /// the modulo. If no worker has this index, the master is preempted.
     Preempt,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
