@@ -476,8 +476,8 @@ fn ended_worker_gets_no_connection() {
 }
 
 proptest! {
-    /// Checks that the dispatcher's sums match the simulated queues after each of a random sequence
-    /// of events, and that no queue exceeds the largest window.
+    /// Checks after each event of a random sequence that the dispatcher's sums match the simulated
+    /// queues, and that no queue exceeds the largest window.
     #[test]
     fn sums_match_the_queues(steps in proptest::collection::vec((0..6u8, 1..4u32, 0..30u64), 0..200)) {
         let mut dispatcher = with_idle_workers(3);

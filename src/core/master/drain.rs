@@ -177,8 +177,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Counts the connections in the workers' queues, unless connections wait in the master. A busy
-    /// worker may have received all its connections and not reported it yet.
+    /// Counts the connections in the workers' queues, unless connections wait in the master. The
+    /// count is needed because a busy worker may have received all its connections without having
+    /// reported this.
     pub(super) fn count_queues(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         if let Some(listener) = listener.filter(|listener| !listener.dispatcher.has_waiting()) {

@@ -54,8 +54,9 @@ pub(super) enum Stage {
     /// The listener receives new connections.
     Open,
     /// New connections are kept out, unless a process outside the cluster may have a copy of the
-    /// socket. The value is the end of the grace period for handshakes. Until then, an empty backlog
-    /// does not close the listener. The value is `None` if the period has ended or none is needed.
+    /// socket. The value is the end of the grace period for handshakes. Until then, an empty
+    /// backlog does not close the listener. The value is `None` if the period has ended or none is
+    /// needed.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,
@@ -136,8 +137,9 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
-    /// The time at which the master watches for shutdowns of the listener again, after it has
-    /// reported one. `None` if it already watches. Only for listeners whose workers accept.
+    /// The time at which the master begins to watch for shutdowns again, after another process has
+    /// shut the listener down. `None` if no such time is set. Only for listeners whose workers
+    /// accept.
     pub(super) hang_up_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,

@@ -11,9 +11,9 @@ use crate::wire::frame::HandleId;
 impl<C, F> MasterCore<C, F> {
     /// Takes back a connection that could not be put into the worker's queue.
     ///
-    /// If `is_exhausted`, the system lacks a resource, and the listener dispatches to no worker
-    /// until `RETRY_DELAY` has passed. Otherwise, the queue is full or broken, and nothing is
-    /// dispatched to this worker until it reports that it is idle.
+    /// If `is_exhausted`, the system lacks a resource, and none of the listener's connections is
+    /// dispatched until `RETRY_DELAY` has passed. Otherwise, the queue is full or broken, and
+    /// nothing is dispatched to this worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         handle: HandleId,

@@ -57,17 +57,18 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Counts connections that reached no shard and were reset, and reports them as an error if the
-    /// listener is open.
+    /// Counts connections that reached no shard and were reset. If the listener is open, reports
+    /// them as an error, and selects the shards again.
     pub(crate) fn misdirected(&mut self, handle: HandleId, count: u64) {
         self.ledger.accepted += count;
         self.ledger.dropped += count;
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // Report the resets only for an open listener. A draining listener directs new connections
-        // to the selector on purpose. Some still arrive there, because a SYN cookie completes their
-        // handshake. Their reset is no error.
+        // Report the resets only for an open listener. While a listener drains, the kernel chooses
+        // the selector (see `shard_group`) for all new connections, and its SYN filter drops them.
+        // A connection whose handshake a SYN cookie completes passes the filter, and its reset is
+        // no error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });

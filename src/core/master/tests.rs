@@ -237,7 +237,8 @@ fn drain_ends_although_the_worker_is_not_idle_again() {
     core.frame(worker, idle);
     core.accepted(handle, 7);
     core.accept_done(handle);
-    // The connection reaches the queue, and the worker receives it.
+    // Carry out the dispatch. The worker then receives the connection, and pauses instead of
+    // reporting that it is idle.
     actions(&mut core);
     core.frame(worker, ToMaster::Pause { handle });
     core.reclaimed(handle, worker, Vec::new(), true);

@@ -38,8 +38,9 @@ fn master_input_corpus() {
     replay("master_input", master_input);
 }
 
-/// The maximum length of a random input in bytes. A script has at most a tenth as many scenes. The
-/// limit is smaller in Miri, because Miri runs the code about a thousand times slower.
+/// The maximum length of a random input in bytes. The maximum number of scenes in a script is a
+/// tenth of this number. The limit is smaller in Miri, because Miri runs the code about a thousand
+/// times slower.
 const MAX_INPUT: usize = if cfg!(miri) { 40 } else { 600 };
 
 /// Generates sequences of frames. The headers have correct lengths and mostly plausible kinds, and

@@ -45,9 +45,9 @@ pub(crate) enum Call {
     Send,
     DisconnectAll,
     DisconnectAllWithin,
-    /// Opens a listener and retains it.
+    /// Retains a listener. Opens it first if no suitable listener is open.
     Retain,
-    /// Retains a listener that was already open.
+    /// Adopts a socket that was open before the master received it, and retains it.
     Adopt,
     /// Releases a retained listener.
     Release,

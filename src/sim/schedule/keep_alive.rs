@@ -1,8 +1,9 @@
 //! Checks that a worker that keeps its connection for a long time delays no other client.
 //!
 //! The simulation resembles a benchmark of two keep-alive connections: each of two clients connects
-//! again when its connection closes. A worker serves one connection at a time and reads nothing from
-//! its channel in the meantime. After a signal, a worker closes its connection and disconnects.
+//! again when its connection closes. A worker serves one connection at a time and reads nothing
+//! from its channel in the meantime. After a signal, a worker closes its connection and
+//! disconnects.
 
 use std::collections::BTreeSet;
 use std::os::unix::process::ExitStatusExt as _;
@@ -20,7 +21,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The number of clients, and the number of workers that have not received the signal.
+/// The number of connected clients, and of workers without the signal, that `replenish` maintains.
 const SERVING: usize = 2;
 /// The number of a fixed port in `requested_endpoint` and in `Call::Retain`.
 const FIXED_PORT: u8 = 1;
@@ -69,8 +70,8 @@ impl Scene {
         self.schedule.world.clients() - self.schedule.world.served
     }
 
-    /// Forks a worker if fewer than `SERVING` workers have not received the signal. Connects a client
-    /// if fewer than `SERVING` clients are connected.
+    /// Forks a worker if fewer than `SERVING` workers have not received the signal. Connects a
+    /// client if fewer than `SERVING` clients are connected.
     fn replenish(&mut self) {
         let lasting = self.living().into_iter();
         if lasting.filter(|id| !self.signalled.contains(id)).count() < SERVING {
@@ -83,8 +84,8 @@ impl Scene {
     }
 
     /// Makes one step of a worker: of its library if the library has work, otherwise of its
-    /// application. A worker that serves a connection does nothing until the signal, and then closes
-    /// the connection.
+    /// application. A worker that serves a connection does nothing until the signal, and then
+    /// closes the connection.
     fn worker_step(&mut self, worker: WorkerId, n: u8) {
         let is_signalled = self.signalled.contains(&worker);
         let world = self.world();

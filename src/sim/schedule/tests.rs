@@ -211,8 +211,9 @@ fn sequential_clients_rotate_exactly() {
     assert_eq!(served, [250; 4]);
 }
 
-/// Checks that connections go to another worker if their worker does not receive them, whatever
-/// the worker reports. After the master has discarded the worker's channel, all clients are served.
+/// Checks that connections go to another worker if the worker to which they are dispatched does not
+/// receive them, whatever that worker reports. Also checks that the other worker serves all clients
+/// after the master has discarded that worker's channel.
 #[test]
 fn worker_that_receives_nothing_delays_no_client() {
     let (mut schedule, workers) = listening_workers(2);
