@@ -55,8 +55,8 @@ enum Response {
         penalty: Time,
         until: Time,
     },
-    /// The worker takes turns again, but has not reported any received connection since its last
-    /// penalty. The value is the length of that penalty.
+    /// The worker takes turns like a prompt worker again, but has not reported any received
+    /// connection since its last penalty. The value is the length of that penalty.
     Retried(Time),
 }
 
