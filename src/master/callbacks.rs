@@ -75,8 +75,8 @@ pub(super) struct MasterCallbacks {
 /// The methods that add and remove callbacks.
 ///
 /// Each `on_…` method adds a callback to the existing ones, and returns the id of the callback for
-/// [`remove_callback`](Master::remove_callback). For every event except `message`, the worker's own
-/// callbacks are called before the cluster's callbacks.
+/// [`remove_callback`](Master::remove_callback). The worker's own callbacks for an event are called
+/// before the cluster's callbacks. For `message`, they are called after the cluster's callbacks.
 impl Master {
     callback_methods! {
         /// Calls `callback` when a worker has been forked.
@@ -313,8 +313,8 @@ impl Master {
         self.callbacks.setup.remove(id);
         self.callbacks.all_disconnected.remove(id);
         self.callbacks.workers.remove(id);
-        // Release the borrow of the table first, because dropping a callback may run code that
-        // calls this method again.
+        // Collect the lists first, so that the table is not borrowed while callbacks are removed:
+        // dropping a callback may run code that calls this method again.
         let workers: Vec<_> = self
             .worker_callbacks
             .borrow()
@@ -330,9 +330,9 @@ impl Master {
 
 /// The methods that add callbacks for one worker.
 ///
-/// For every event except `message`, these callbacks are called before the cluster's callbacks.
-/// [`Master::remove_callback`] removes these callbacks. The master drops them after the worker's
-/// `exit` event.
+/// These callbacks are called before the cluster's callbacks for the same event. For `message`,
+/// they are called after the cluster's callbacks. [`Master::remove_callback`] removes these
+/// callbacks. The master drops them after the worker's `exit` event.
 impl WorkerProcess {
     callback_methods! {
         /// Calls `callback` when the worker is online: its program has called

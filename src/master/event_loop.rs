@@ -42,13 +42,14 @@ const FINAL_READS_MAX: u32 = 64;
 ///
 /// A longer interval delays `exit` events; a shorter one wakes an idle master more often.
 const EXIT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
-/// Maximum number of reads from one worker's channel in one iteration, if each read fills the
-/// buffer.
+/// Maximum number of reads from one worker's channel in one iteration. The loop reads again only if
+/// the previous read has filled the buffer.
 ///
 /// A higher limit delays the other workers. A lower limit costs more polls while one worker sends
 /// many frames.
 const READS_PER_ITERATION: u32 = 4;
-/// Maximum number of one worker's frames that are processed in one iteration.
+/// Maximum number of one worker's frames that are processed before the loop serves other
+/// descriptors. The remaining frames wait for the next iteration.
 ///
 /// A higher limit delays the other workers. With a lower limit, a busy worker needs more
 /// iterations.
@@ -189,8 +190,7 @@ impl Master {
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
     /// - [`Error::GaveUp`] if nothing is left to wait for after a call of
-    ///   [`give_up`](Self::give_up),
-    ///   for instance by a [`Pool`](crate::pool::Pool);
+    ///   [`give_up`](Self::give_up), for instance by a [`Pool`](crate::pool::Pool);
     /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`Master`] for an example.
@@ -286,8 +286,8 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // Skip `settle` if `limit` is `None` and `tick` did nothing. A `limit` of `None` means that
-        // no notification waited before the wait.
+        // Settle if `tick` may have caused actions or events, or if notifications may have been
+        // pending before the wait. If they were, `limit` is zero, so it is not `None`.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }
@@ -359,8 +359,9 @@ impl Master {
         earlier(check, self.event_loop.time_left(due))
     }
 
-    /// Returns whether a worker may exit without a report from the system. If every worker has a
-    /// process descriptor, the system reports every exit.
+    /// Returns whether a worker may exit without a report from the system. The result is `false` if
+    /// the handler of SIGCHLD has never been installed, because every worker then has a process
+    /// descriptor.
     fn has_unwatched_exits(&self) -> bool {
         self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
@@ -605,8 +606,8 @@ impl Master {
         }
     }
 
-    /// Processes the remaining frames of a worker that may have exited, and then reaps its process
-    /// if it has.
+    /// Processes the frames that are left in the channel of a worker that may have exited, and then
+    /// reaps the worker's process if the process has exited.
     fn process_ready(&self, worker: WorkerId) {
         let Some(worker_io) = self.shell.worker_io(worker) else {
             return;
@@ -622,8 +623,9 @@ impl Master {
         self.shell.try_reap(worker);
     }
 
-    /// Processes frames that have arrived, at most `left` of them. Returns whether all frames that
-    /// have been read are processed. The caller must call `settle` for the last frame.
+    /// Processes at most `left` of the frames that have been read, and reduces `left`. Returns
+    /// `false` if frames may remain, and notes the worker as pending in that case. The caller must
+    /// call `settle` for the last frame.
     fn process_frames(&self, worker: &WorkerIo, left: &mut u32) -> bool {
         let mut is_noted = false;
         while *left > 0 {

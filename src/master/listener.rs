@@ -23,9 +23,9 @@ use crate::types::address::Address;
 /// When the value is dropped, the listener closes with its last worker, which first serves the
 /// backlog. If no worker has the listener, it closes at once, and the kernel resets the waiting
 /// connections. The master then removes the file of a Unix socket, unless the socket was passed to
-/// this process. Therefore, an application that stops for good drops the value before it calls
-/// `disconnect`. If another process with the same socket should serve the backlog, keep the value
-/// until all workers have exited.
+/// this process. If the application stops for good, drop the value before the call of `disconnect`,
+/// so that the workers serve the backlog. If another process with the same socket should serve the
+/// backlog, keep the value until all workers have exited.
 ///
 /// A process outside the cluster may have a copy of the socket if the socket was passed to this
 /// process, or after the first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that

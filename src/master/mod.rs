@@ -126,11 +126,11 @@ pub struct Master {
     /// The policy that `CLUSTER_SCHED_POLICY` or the application has selected. `None` if neither
     /// has, or after `PolicyIgnored` has been reported.
     selected_policy: Cell<Option<SchedulingPolicy>>,
-    /// The handler of SIGCHLD. `None` until the first worker without a process descriptor starts,
-    /// or until the master reaps orphans.
+    /// The handler of SIGCHLD. `None` until the first worker without a process descriptor or the
+    /// first call of `reap_orphans` requires it.
     child_signal: RefCell<Option<InstalledHandler>>,
     /// Whether all workers without a process descriptor must be checked for their exit, because
-    /// SIGCHLD has arrived or its handler has just been installed.
+    /// SIGCHLD has arrived or `watch_children` has been called.
     reap: Cell<bool>,
     orphans: RefCell<Orphans>,
     /// The time of the last check for exits that the system does not report.
@@ -332,8 +332,8 @@ impl Master {
         Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
     }
 
-    /// Reports that the selected policy has no effect if the worker accepts connections from passed
-    /// listeners itself. Reports this once.
+    /// Emits an error, at most once, if the selected policy has no effect because the worker
+    /// accepts connections itself, from the listeners that `listen_fds` passes to it.
     fn report_ignored_policy(&self, settings: &Settings) {
         let is_ignored = |policy: &SchedulingPolicy| {
             *policy != SchedulingPolicy::Shared
@@ -348,8 +348,8 @@ impl Master {
     }
 
     /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
-    /// requests one check of all workers, because a worker may have exited before the handler was
-    /// installed.
+    /// requests one check of all workers without a process descriptor, because such a worker may
+    /// have exited before the handler was installed.
     fn watch_children(&self) -> io::Result<()> {
         let mut installed = self.child_signal.borrow_mut();
         if installed.is_none() {
@@ -520,8 +520,8 @@ impl Master {
     /// - the options contain [`exclusive`](ListenOptions::exclusive),
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;
-    /// - the argument is a socket, but not a stream socket of the requested kind, or a Unix socket
-    ///   without a name.
+    /// - the argument is a socket that is not a stream socket of the requested kind, or that is a
+    ///   Unix socket without a name.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -576,8 +576,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Descriptor`] if the descriptor is of another kind, and [`Error::Listen`] if
-    /// the socket cannot be used, for instance because it has no address.
+    /// Returns [`Error::Descriptor`] if the descriptor is none of these sockets, and
+    /// [`Error::Listen`] if the socket cannot be used, for instance because it has no address.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {
@@ -636,7 +636,8 @@ impl Master {
         listeners.collect()
     }
 
-    /// Opens a listener on the first usable address of those that the request resolves to.
+    /// Retains the socket that the request contains. Without one, retains the listener on the first
+    /// usable address of those that the request resolves to, and opens the listener if necessary.
     fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {

@@ -11,8 +11,9 @@ use crate::sys::process::Pid;
 /// The time for which the master leaves an exited child to the application before it reaps the
 /// child.
 ///
-/// If it is shorter, an application that waits late for its own children loses their exit statuses.
-/// If it is longer, more zombies exist while many orphans exit. No benchmark chose the value.
+/// With a shorter time, an application that waits late for its own children loses their exit
+/// statuses. With a longer time, more zombies exist while many orphans exit. No benchmark chose the
+/// value.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// Whether the master reaps orphans, and which of them have exited.
@@ -21,9 +22,9 @@ pub(super) enum Orphans {
     /// The master does not reap orphans.
     #[default]
     Ignored,
-    /// No child had exited at the last check. The next SIGCHLD triggers another check.
+    /// No orphan had exited at the last check. The next SIGCHLD triggers another check.
     Watched,
-    /// These children had exited at the last check. A timer triggers the next check.
+    /// These orphans had exited at the last check. A timer triggers the next check.
     Exited(BTreeSet<Pid>),
 }
 
@@ -70,7 +71,8 @@ impl Master {
         }
     }
 
-    /// Checks for exited orphans after SIGCHLD.
+    /// Checks for exited orphans after SIGCHLD. Does nothing if the master does not reap orphans,
+    /// or if a timer will check anyway.
     pub(super) fn check_orphans(&self) {
         let is_watched = matches!(*self.orphans.borrow(), Orphans::Watched);
         if is_watched {

@@ -169,7 +169,8 @@ mod tests {
                 if let Some(shard) = is_shut {
                     let own = &shards[shard];
                     assert!(!sys::poll::has_hung_up(own.as_fd()).unwrap());
-                    // Shut the socket down twice, because a second shutdown must change nothing.
+                    // Shut the socket down twice, to check that the second shutdown changes
+                    // nothing.
                     for _ in 0..2 {
                         let _ = nix::sys::socket::shutdown(
                             own.as_raw_fd(),

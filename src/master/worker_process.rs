@@ -80,7 +80,7 @@ impl WorkerProcess {
         self.worker_io.exit_report.set(Some(exit_report));
     }
 
-    /// Returns the result of `query` on the core, or `None` if the worker's `exit` event has been
+    /// Returns the result of `query` on the core, or `None` once the worker's `exit` event is
     /// delivered or the master has been dropped.
     fn query<T>(&self, query: impl FnOnce(&Core) -> T) -> Option<T> {
         if self.worker_io.exit_report.get().is_some() {
@@ -110,7 +110,8 @@ impl WorkerProcess {
         self.worker_io.id
     }
 
-    /// Returns the worker's process. Its methods bypass the orderly disconnect.
+    /// Returns the worker's process. Its methods [`kill`](Process::kill) and
+    /// [`disconnect`](Process::disconnect) bypass the orderly disconnect.
     ///
     /// Node: `worker.process`.
     ///

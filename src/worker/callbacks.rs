@@ -51,7 +51,7 @@ pub(super) struct ListenerCallbacks {
 
 /// The methods that add and remove callbacks.
 ///
-/// Each method adds a callback to the existing ones, and returns its id for
+/// Each `on_…` method adds a callback to the existing ones, and returns the id of the callback for
 /// [`remove_callback`](Worker::remove_callback).
 impl Worker {
     callback_methods! {
@@ -69,7 +69,7 @@ impl Worker {
         /// Node: `process.on('disconnect')` or `worker.on('disconnect')`.
         ///
         /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`. An
-        /// application that returns from `main` earlier does not receive the event. See
+        /// application that returns from `main` before such a call does not receive the event. See
         /// [`is_connected`](Self::is_connected) for an example.
         on_disconnect, on_disconnect_once(worker: &Self) of |this| this.inner.callbacks.disconnect;
 
@@ -92,9 +92,9 @@ impl Worker {
     ///
     /// The signal loses its default effect until the worker is dropped. A terminal sends `INT` to
     /// both the master and its workers, and some supervisors send `TERM` to all of them. A worker
-    /// that should finish its work ignores these signals and lets the master react. See
-    /// [`Master::on_signal`](crate::Master::on_signal) for other handlers, repeated, ignored and
-    /// blocked signals, and the signals of a terminal.
+    /// that should finish its work handles these signals with an empty callback, and lets the
+    /// master react. See [`Master::on_signal`](crate::Master::on_signal) for other handlers,
+    /// repeated, ignored and blocked signals, and the signals of a terminal.
     ///
     /// # Errors
     ///

@@ -41,8 +41,8 @@ use crate::worker::{Inner, finish};
 /// ```
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
-    // Keep this field order, because the client must receive end-of-file before the master is
-    // notified.
+    // Keep this field order, because the client must receive end-of-file before the worker, and
+    // through it the master, is notified.
     stream: S,
     counted: Counted,
 }

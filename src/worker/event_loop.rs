@@ -19,11 +19,11 @@ use crate::worker::connection::Connection;
 /// A higher limit would delay the other listeners, messages and timers. With a lower limit, a busy
 /// listener needs more iterations.
 const ACCEPT_BATCH: u32 = 16;
-/// Time for which a listener is not watched after accepting has failed, for instance for lack of
-/// descriptors.
+/// Time for which a listener or UDP socket is not watched after accepting or receiving has failed,
+/// for instance for lack of descriptors.
 ///
-/// The listener stays readable, so the loop would spin without the pause. A longer pause would
-/// delay connections after a brief lack of descriptors.
+/// The socket stays readable, so the loop would spin without the pause. A longer pause would delay
+/// connections and datagrams after a brief lack of resources.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 // Timers, watches, and waiting.
@@ -136,9 +136,10 @@ impl Worker {
     /// Node: a worker runs until it has nothing left to wait for.
     ///
     /// If the channel closes without a disconnect request, for instance because the master has
-    /// exited, `run` returns at once. After `run` has returned, no message can be sent. Send the
-    /// last message in a callback, for example in reply to another message, or use the blocking
-    /// way.
+    /// exited, `run` returns at once. When `run` returns, the channel is closed, so no message can
+    /// be sent any more, unless [`OwnProcess::unreference`](crate::OwnProcess::unreference) has let
+    /// `run` return earlier. Send the last message in a callback, for example in reply to another
+    /// message, or use the blocking way.
     ///
     /// # Errors
     ///
@@ -172,8 +173,8 @@ impl Worker {
     /// With a timeout of `None`, the call waits without a limit; with a timeout of zero, it does
     /// not wait.
     ///
-    /// Use this method in an application that runs its own event loop. The application exits when
-    /// [`is_connected`](Self::is_connected) returns `false`. See
+    /// Use this method in an application that runs its own event loop. The application should exit
+    /// when [`is_connected`](Self::is_connected) returns `false`. See
     /// [`Master::dispatch`](crate::Master::dispatch) for an example.
     ///
     /// # Errors
@@ -231,7 +232,7 @@ impl Worker {
         // so the iteration does not wait after the delivery. A limit from after the delivery could
         // be `None`, and the poller would wait although the caller may now have something to do.
         let limit = self.time_left();
-        // If `limit` is `None`, no event is pending, so there is nothing to settle.
+        // Settle only if there is a limit, because `None` means that no event is pending.
         if limit.is_some() {
             self.settle();
         }
@@ -305,8 +306,8 @@ impl Worker {
         }
     }
 
-    /// Passes a connection to the connection callback, or to the drop callback if it is an excess
-    /// connection.
+    /// Passes a connection to the connection callback, or to the drop callback if the connection
+    /// exceeds the application's limit.
     pub(super) fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
         self.inner.shell.fault("worker.after_receive");
         let connection = Connection::new(fd, &self.inner, Some(listener));
@@ -328,8 +329,8 @@ impl Worker {
     }
 
     fn listener_ready(&self, listener: ListenerId) {
-        // Check the watch, because a callback of this iteration may have ended it after the poller
-        // reported the listener.
+        // Check the watch, because a callback of this iteration may have ended the watch after the
+        // poller reported the listener.
         let socket = self.inner.shell.socket(listener);
         if socket.is_some_and(|socket| !socket.is_watched()) {
             return;
@@ -359,8 +360,8 @@ impl Worker {
             }
         }
         // The batch may have emptied the listener or queue, which then does not become readable
-        // again. Schedule another attempt. If it finds nothing, it closes a draining listener, or
-        // reports to the master that the queue is empty.
+        // again. Schedule another attempt. If that attempt finds no connection, it closes a
+        // draining listener, or reports to the master that the queue is empty.
         let mut core = shell.core.borrow_mut();
         if core.is_draining(listener) || core.has_queue(listener) {
             core.notify_ready(listener);

@@ -19,9 +19,10 @@ use crate::worker::{Inner, Worker};
 ///
 /// Node: the `net.Server` after `server.listen()`.
 ///
-/// [`Worker::listen`] returns this value. The listener closes when the value is dropped, unless the
-/// listener has a callback. A listener with a callback stays open until [`close`](Self::close). A
-/// listener also closes when the worker disconnects.
+/// [`Worker::listen`] returns this value. The listener closes when the value is dropped, unless it
+/// has a connection callback ([`set_connection_callback`](Self::set_connection_callback)). With
+/// such a callback, the listener stays open until [`close`](Self::close). In both cases, the
+/// listener closes when the worker disconnects.
 ///
 /// Like the [`Worker`], a listener is not `Send`. To serve a connection on another thread, send the
 /// stream of [`Connection::into_stream`] there.
@@ -75,9 +76,11 @@ impl<S> Listener<S> {
     ///
     /// Node: `server.maxConnections`.
     ///
-    /// At the limit, further connections go to other workers. If no other worker can serve them,
-    /// they wait in the kernel's backlog. The worker no longer counts a connection once the
-    /// application has dropped it or taken the stream out of its [`Connection`].
+    /// At the limit, further connections go to the callback of
+    /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
+    /// workers. If no other worker can serve them, they wait in the kernel's backlog. The worker no
+    /// longer counts a connection once the application has dropped it or taken the stream out of
+    /// its [`Connection`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -95,8 +98,8 @@ impl<S> Listener<S> {
     ///
     /// Node: `server.removeListener('connection')`.
     ///
-    /// Until the next call of `accept`, connections go to other workers. Nothing happens if there
-    /// is no callback.
+    /// Until the next call of `accept`, new connections go to other workers. Nothing happens if
+    /// there is no callback.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) -> cluster::Result<()> {
@@ -184,8 +187,9 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// Node has no counterpart: in Node, connections are events.
     ///
     /// While the call waits, the worker handles messages, timers, signals and watches. While the
-    /// application is not in this call, connections go to other workers. If several listeners have
-    /// no callback, only the listener whose `accept` is being called receives connections.
+    /// application is not in this call, connections go to other workers. With the sharded policy,
+    /// however, connections in this worker's shard wait for the next call. If several listeners
+    /// have no callback, only the listener whose `accept` is being called receives connections.
     ///
     /// After the listener has ended, the application can still send messages and finish its work.
     /// Then call [`Worker::run`] if timers or watches still own connections, or if the application

@@ -54,8 +54,9 @@ use crate::worker::udp_socket::UdpSocket;
 ///   [`AsFd`](std::os::fd::AsFd), [`time_left`](Self::time_left) and [`dispatch`](Self::dispatch).
 ///
 /// All methods can be called at any time, even by callbacks, unless their description says
-/// otherwise. When the master exits, `accept` and `run` return as if the worker had been requested
-/// to disconnect. On Linux, the kernel also kills the worker then, in case it is stuck.
+/// otherwise. If the channel closes without a disconnect request, for instance because the master
+/// has been dropped, `accept` returns `None`, and `run` returns without waiting for connections. On
+/// Linux, the kernel kills the worker when its master exits, even if the worker is stuck.
 ///
 /// A worker is not `Send`: it stays on the thread that called `init`. Another thread can send its
 /// result through a pipe or socket that the worker [`watch`](Self::watch)es. To pass a connection
@@ -142,8 +143,8 @@ impl Worker {
         self.inner.id
     }
 
-    /// Returns the port that this worker may open for a debugger or for metrics, or `None` unless
-    /// [`Settings::inspect_port`](crate::Settings::inspect_port) is set.
+    /// Returns the port that this worker may open for a debugger or for metrics, or `None` if
+    /// [`Settings::inspect_port`](crate::Settings::inspect_port) is not set.
     ///
     /// Node: `process.debugPort`.
     ///
@@ -160,7 +161,8 @@ impl Worker {
         self.inner.inspect_port
     }
 
-    /// Returns this worker's process. Its methods bypass the orderly disconnect.
+    /// Returns this worker's process. Its method [`disconnect`](OwnProcess::disconnect) closes the
+    /// channel without an orderly disconnect.
     ///
     /// Node: `worker.process`, which is `process` in a worker.
     ///

@@ -35,8 +35,8 @@ use crate::worker::{Inner, Worker};
 /// ```
 #[derive(Debug)]
 pub struct UdpSocket {
-    /// The socket's handle, shared with the values that are passed to a callback. When the last of
-    /// these values is dropped, the socket closes, unless it has a callback.
+    /// The state that this value shares with the values that are passed to a callback. When the
+    /// last of these values is dropped, the socket closes, unless the socket has a callback.
     handle: Rc<Handle>,
 }
 

@@ -70,9 +70,9 @@ impl FdLimit {
 pub(crate) enum Processed {
     /// No frame was processed: no complete one was available, or the next one was invalid.
     Nothing,
-    /// A frame was processed, and more bytes have been read.
+    /// A frame was processed, and the buffer contains more bytes.
     More,
-    /// A frame was processed, and no more bytes have been read.
+    /// A frame was processed, and the buffer is now empty.
     Drained,
     /// A frame that is slow to handle was processed, so other workers must be served next.
     Yield,
@@ -245,7 +245,8 @@ impl MasterShell {
             (_, true) => Processed::Drained,
             (_, false) => Processed::More,
         };
-        // Do not set the core's clock yet, because no decision about a message depends on the time.
+        // Do not set the core's clock here, because no decision about a message depends on the
+        // time. For other frames, the clock is set below.
         let mut core = self.core.borrow_mut();
         if lost_fds {
             core.error(Some(worker), Error::no_descriptors(Some(worker)));
@@ -315,7 +316,7 @@ impl MasterShell {
         worker.channel.with(Channel::shut_down);
         let (mut left, mut limit) = (FINAL_FRAMES_MAX, FdLimit::AtMost(FINAL_FDS_MAX));
         loop {
-            // Process the frames in memory before each read. The last one may be incomplete; the
+            // Process the frames in memory before each read. The last frame may be incomplete; the
             // next read completes it.
             while left > 0 && self.process_frame_within(worker, &mut limit) != Processed::Nothing {
                 left -= 1;
@@ -333,7 +334,7 @@ impl MasterShell {
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
         // `OutOfMemory` means that too many replies wait in the master. A worker that never reads
-        // its replies may ignore end-of-file also, so kill it.
+        // its replies may ignore end-of-file too, so kill it.
         let is_violation = reason.kind() == io::ErrorKind::OutOfMemory;
         let mut core = self.core_now();
         if is_violation {

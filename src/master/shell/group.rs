@@ -10,8 +10,8 @@
 //! exited. Until then, the master does not reap the leader. The id of the group is the leader's
 //! process id, which could otherwise be reused.
 //!
-//! If the kernel has no process descriptors, the members are killed even then. The loop could not
-//! wait for the channel to close before it reaps the leader.
+//! If the kernel has no process descriptors, the members are killed even after such a signal,
+//! because the loop could not wait for the channel to close before it reaps the leader.
 
 use super::{MasterShell, WorkerIo};
 use crate::types::signal::Signal;
@@ -53,16 +53,17 @@ impl MasterShell {
     }
 
     /// Ends the group of a worker if its process has exited. Returns whether the process must not
-    /// be reaped yet, because the members are draining or the process is still running.
+    /// be reaped yet, because the members are draining, or because the process was still running
+    /// and has no process descriptor.
     pub(super) fn drain_group(&self, worker_io: &WorkerIo) -> bool {
         let (state, process) = (worker_io.group.get(), worker_io.process.borrow());
         if state == GroupState::None {
             return false;
         }
         if !worker_io.pid.has_exited(process.as_deref()) {
-            // Do not let the caller reap a process that exits only now, because its members could
-            // no longer be killed. SIGCHLD or the process descriptor will report the exit. The
-            // signal 0 fails if other code has reaped the process.
+            // Without a process descriptor, do not let the caller reap a process that exits only
+            // now, because its members could no longer be killed. SIGCHLD will report the exit. The
+            // signal 0 fails if other code has reaped the process; the caller then reports that.
             return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
         let is_open = worker_io.channel.with(|_| ()).is_some();

@@ -33,8 +33,8 @@ pub(super) struct MasterSocket {
     pub(super) file: Option<SocketFile>,
     /// The socket, or all shards if the listener is sharded.
     pub(super) sockets: Vec<Rc<Registered<OwnedFd>>>,
-    /// The group of the shards. `None` if the listener is not sharded, or if the kernel does not
-    /// support selecting a shard.
+    /// The group of the shards. `None` if the listener is not sharded, or if the selector could not
+    /// be created.
     pub(super) group: Option<ShardGroup>,
     /// The address with the actual port. `None` for a Unix path.
     address: Option<SocketAddr>,
@@ -125,8 +125,9 @@ impl MasterShell {
         if blocks && !endpoint.is_borrowed() {
             sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
         }
-        // If the selector cannot be created, continue without one. The kernel then chooses a shard
-        // by a hash, and `select_shards` reports an error.
+        // If the selector cannot be created, continue without one. `select_shards` then selects
+        // through the first shard. If the kernel supports no selection, it chooses a shard by a
+        // hash, and `select_shards` reports an error.
         let group = is_sharded.then(|| ShardGroup::new(&bound.socket, flags, &self.poller, handle));
         let socket = NewSocket {
             bound,

@@ -67,8 +67,8 @@ pub(crate) struct WorkerIo {
     /// The channel to the worker. For a detached process, the channel is closed from the start.
     channel: ChannelDriver<ToMaster, ToWorker>,
     /// The process descriptor. It is readable once the process has exited. `None` if the kernel has
-    /// no process descriptors, or after the process has been reaped. While the process cannot be
-    /// reaped, the descriptor is not watched.
+    /// no process descriptors, or after the process has been reaped. While the process has exited
+    /// but cannot be reaped, the descriptor is not watched.
     process: RefCell<Option<Registered<OwnedFd>>>,
     /// The master's ends of the worker's pipes, by the worker's descriptor number.
     pub(crate) stdio: RefCell<SortedMap<usize, UnixStream>>,
@@ -105,8 +105,9 @@ pub(crate) struct MasterShell {
     retries: RefCell<Retries>,
     /// The receipts that have not been delivered to the application.
     receipts: RefCell<VecDeque<(WorkerId, Receipt)>>,
-    /// The workers with unprocessed frames in memory. A worker's frames stay unprocessed when it
-    /// reaches the limit for one iteration.
+    /// The workers with unprocessed frames in memory. Frames stay unprocessed if the worker has
+    /// reached `FRAMES_PER_ITERATION`, or if the last processed frame was slow to handle
+    /// (`Processed::Yield`).
     pending: RefCell<BTreeSet<WorkerId>>,
     /// The workers whose channels have queued frames that can still be written.
     writing: RefCell<BTreeSet<WorkerId>>,
@@ -132,9 +133,10 @@ struct Retries {
     channels: BTreeSet<WorkerId>,
     /// The queues that must be closed and may still contain connections.
     queues: Vec<(HandleId, WorkerId)>,
-    /// The workers that have exited and cannot be reaped because another process, such as a
-    /// debugger, traces them. Until the retry, the process descriptors of these workers are not
-    /// watched, because the descriptors stay readable.
+    /// The workers whose process descriptors must be watched again. Either watching has failed, or
+    /// the worker has exited and cannot be reaped because another process, such as a debugger,
+    /// traces it. The descriptor of such a worker stays readable, so it is not watched until the
+    /// retry.
     processes: Vec<WorkerId>,
     backoff: Backoff,
 }
@@ -269,7 +271,8 @@ impl MasterShell {
     /// usually finds nothing to do.
     #[inline(never)]
     fn carry_all_out(&self) {
-        // Stop in a forked child, because all actions concern the process that created the master.
+        // Carry nothing out in a forked child, because all actions concern the process that created
+        // the master.
         while self.poller.is_own() {
             let action = self.core.borrow_mut().next_action();
             match action {

@@ -78,8 +78,8 @@ impl MasterShell {
             None => Err(io::ErrorKind::NotFound.into()),
         };
         match dispatched {
-            // The kernel keeps a copy of the connection in the queue, so the master's copy closes
-            // at the end of this method.
+            // The kernel keeps a copy of the connection in the queue, so the master's copy can
+            // close at the end of this method.
             Ok(()) => self.fault("master.after_dispatch", worker),
             Err(reason) => {
                 let is_exhausted = sys::socket::is_exhaustion(&reason);
@@ -107,8 +107,8 @@ impl MasterShell {
         core.reclaimed(handle, worker, connections, is_empty);
     }
 
-    /// Closes a queue once it is empty. If a lack of descriptors prevents the check, the shell
-    /// tries again after the back-off delay.
+    /// Reclaims all connections from a queue, and closes the queue. If the queue cannot be emptied,
+    /// for instance for lack of descriptors, the shell tries again after the back-off delay.
     pub(super) fn close_queue(&self, handle: HandleId, worker: WorkerId) {
         let mut queues = self.queues.borrow_mut();
         let mut core = self.core_now();

@@ -55,7 +55,8 @@ impl MasterShell {
         self.retry_process(worker_io.id);
     }
 
-    /// Watches the process again when the retry is due.
+    /// Watches the process descriptor again, if there is one, so that the loop reaps the process.
+    /// If watching fails, reports the error and schedules a retry.
     pub(super) fn watch_exit(&self, worker: WorkerId) {
         let Some(worker_io) = self.worker_io(worker) else {
             return;

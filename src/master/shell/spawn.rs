@@ -60,7 +60,7 @@ struct NewProcess<'a> {
 }
 
 /// The pid of a process that has started, and its process descriptor. The descriptor is readable
-/// once the process has exited. It is `None` if the kernel has no process descriptors.
+/// once the process has exited. The descriptor is `None` if the kernel has no process descriptors.
 type Started = (Pid, Option<OwnedFd>);
 
 impl MasterShell {
@@ -78,7 +78,8 @@ impl MasterShell {
         abandon_watches: impl FnOnce() -> Vec<RawFd>,
     ) -> Result<Rc<WorkerIo>, Failure> {
         self.unreaped.reap();
-        // Call the application's closure first, because the closure may itself fork a worker.
+        // Call the application's closure before the worker gets its id: the closure may itself fork
+        // a worker, which would otherwise get the same id.
         let inspect_port = settings.get_inspect_port();
         let inspect_port = inspect_port.map(|port| self.choose_port(port)).transpose();
         let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
@@ -211,8 +212,8 @@ impl MasterShell {
             for number in abandon_watches() {
                 sys::fd::replace(number, inert.as_fd())?;
             }
-            // Close these descriptors explicitly, because their owners are in stack frames to which
-            // the child does not return, so no destructor closes them.
+            // Return these descriptors too, so that the child closes them. Their owners are in
+            // stack frames to which the child does not return, so no destructor closes them.
             numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
             numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
             numbers.extend(settings.descriptors());

@@ -76,7 +76,7 @@ impl WorkerShell {
 
     /// Accepts a connection from a shared listener, or returns `None` if no connection waits. Most
     /// errors are returned only if a connection waits, because accept(2) fails without a free
-    /// descriptor even if there is none.
+    /// descriptor even if no connection waits.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         loop {
             // Make the listener non-blocking again, because any process with a copy may have made
@@ -112,8 +112,8 @@ impl WorkerShell {
             // If the master has closed the queue, a frame on the channel tells the worker what to
             // do.
             Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
-            // The check for a free descriptor fails even if the queue is empty. A draining queue then
-            // closes. An open queue pauses, so that the master dispatches to other workers.
+            // Without a free descriptor, `receive` fails even if the queue is empty. A draining
+            // queue that is empty must still close.
             Err(_) if self.core.borrow().is_draining(listener) && queue::is_empty(queue) => {
                 Ok(None)
             }

@@ -244,8 +244,9 @@ impl WorkerShell {
         }
     }
 
-    /// Waits until the channel is readable, or writable if frames are queued. Then writes the
-    /// queued frames and reads once.
+    /// Waits until the channel is readable, or writable if frames are queued. If the system lacks
+    /// the resources to write them, waits for at most `BACKOFF` instead. Then writes the queued
+    /// frames and reads once.
     fn wait_for_channel(&self) -> Result<()> {
         let waited = self.channel.with(|channel| {
             if channel.is_flushed() {
