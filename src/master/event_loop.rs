@@ -350,7 +350,8 @@ impl Master {
         self.time_until(self.shell.deadline())
     }
 
-    /// Returns how long the loop may wait. `due` is the shell's own deadline.
+    /// Returns how long the loop may wait, or `None` if it may wait without a limit. `due` is the
+    /// shell's own deadline.
     fn time_until(&self, due: Option<Time>) -> Option<Duration> {
         if self.has_notifications() || self.reap.get() || self.shell.has_pending() {
             return Some(Duration::ZERO);

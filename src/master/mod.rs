@@ -412,12 +412,12 @@ impl Master {
     ///
     /// Node: `cluster.schedulingPolicy = …`.
     ///
-    /// Call this method before the first [`fork`](Self::fork) and the first
-    /// [`listen`](Self::listen).
+    /// Call this method before the first call of [`fork`](Self::fork), [`listen`](Self::listen) or
+    /// [`adopt`](Self::adopt).
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`] after the first `fork` or `listen`.
+    /// Returns [`Error::PolicyFrozen`] after the first `fork`, `listen` or `adopt`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -15,9 +15,9 @@ use crate::worker::{Inner, finish};
 ///
 /// Node: `net.Socket`.
 ///
-/// Like any new stream, a connection blocks. In [`Worker::run`](crate::Worker::run) and
-/// [`Worker::dispatch`](crate::Worker::dispatch), a worker that is disconnecting waits until all of
-/// its connections are dropped.
+/// Like any new stream, a connection blocks. A worker that is disconnecting in
+/// [`Worker::run`](crate::Worker::run) or [`Worker::dispatch`](crate::Worker::dispatch) keeps its
+/// channel open until all of its connections are dropped.
 ///
 /// Dropping a connection closes it. If the client has sent bytes that the worker has not read, the
 /// system then resets the connection, and the client may lose the answer.

@@ -16,14 +16,14 @@ use crate::sys;
 use crate::sys::poll::Interest;
 use crate::worker::Worker;
 
-/// Maximum time for which a client may send nothing.
+/// Maximum time for which a client may send nothing while `blocking` waits for it.
 ///
 /// A worker that blocks serves no other client during this time, so a longer time would let a few
 /// silent clients occupy all workers. A client that pauses for longer, for example because a packet
 /// was lost twice, may lose its answer. nginx, which does not block, allows 5 seconds
 /// (`lingering_timeout`).
 const SILENCE_MAX: Duration = Duration::from_secs(1);
-/// Maximum time from the call until the connection is closed.
+/// Maximum time from the call of `finish` until the connection is closed.
 ///
 /// A longer time would let a client that sends one byte a second occupy a worker for longer. A
 /// shorter time would disconnect clients that send a large request slowly. nginx allows 30 seconds

@@ -191,9 +191,9 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// however, connections in this worker's shard wait for the next call. If several listeners
     /// have no callback, only the listener whose `accept` is being called receives connections.
     ///
-    /// After the listener has ended, the application can still send messages and finish its work.
-    /// Then call [`Worker::run`] if timers or watches still own connections, or if the application
-    /// needs the `disconnect` event.
+    /// After the listener has ended, the application can still finish its work and, unless the
+    /// master has exited, send messages. Then call [`Worker::run`] if timers or watches still own
+    /// connections, or if the application needs the `disconnect` event.
     ///
     /// # Errors
     ///

@@ -95,7 +95,7 @@ impl UdpSocket {
     ///
     /// While the call waits, the worker handles messages, timers, signals and watches. If the
     /// datagram is longer than `buffer`, the excess bytes are lost. After the socket has closed,
-    /// the application can still send messages to the master.
+    /// the application can still send messages to the master, unless the master has exited.
     ///
     /// # Errors
     ///

@@ -237,7 +237,8 @@ impl MasterShell {
         self.retained(handle)
     }
 
-    /// Retains every listener and UDP socket that is open for new workers.
+    /// Retains every listener and UDP socket that is open for new workers, except borrowed
+    /// descriptors.
     pub(crate) fn retain_all(&self) -> Vec<RetainedListener> {
         self.act();
         let handles = self.core_now().retain_all();
