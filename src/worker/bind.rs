@@ -17,7 +17,8 @@ use crate::worker::shell::SocketOwner;
 /// A listener or socket that the worker has opened.
 pub(super) struct Opened {
     pub(super) id: ListenerId,
-    /// The bound address. `None` for a Unix socket, and if the worker is disconnecting.
+    /// The bound address. `None` for a Unix socket, and if the worker is disconnecting or its
+    /// channel has closed.
     pub(super) address: Option<SocketAddr>,
 }
 

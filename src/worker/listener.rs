@@ -163,8 +163,8 @@ impl Listener<TcpStream> {
     ///
     /// Node: `server.address()`.
     ///
-    /// Returns `None` if the worker was already disconnecting when it requested the listener. Such
-    /// a listener is never bound.
+    /// Returns `None` if the worker was already disconnecting, or its channel had closed, when it
+    /// requested the listener. Such a listener is never bound.
     ///
     /// ```no_run
     /// # fn f(listener: &cluster::Listener) {

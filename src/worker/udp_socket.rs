@@ -71,8 +71,8 @@ impl UdpSocket {
     ///
     /// Node: `socket.address()`.
     ///
-    /// Returns `None` if the worker was already disconnecting when it requested the socket. Such a
-    /// socket is never bound.
+    /// Returns `None` if the worker was already disconnecting, or its channel had closed, when it
+    /// requested the socket. Such a socket is never bound.
     ///
     /// ```no_run
     /// # fn f(socket: &cluster::UdpSocket) {

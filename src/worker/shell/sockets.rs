@@ -108,8 +108,8 @@ impl WorkerShell {
         }
     }
 
-    /// Adds a socket that the master does not know. If the worker is disconnecting, the socket is
-    /// closed and the returned listener has already ended.
+    /// Adds a socket that the master does not know. If the worker is disconnecting or its channel
+    /// has closed, the socket is closed and the returned listener has already ended.
     pub(crate) fn add_exclusive(
         &self,
         kind: Kind,
