@@ -208,8 +208,8 @@ impl Pool {
             core.fork_failed(slot, generation, cause, error, self.now());
         };
         if is_detached == Some(true) {
-            // Reject a detached process, because the master emits no `exit` event for it. A pool
-            // that is stopping would wait forever for the exit.
+            // Reject a detached process, because the pool's `Master::on_exit` callback would not be
+            // called for it. A pool that is stopping would wait forever for the exit.
             let error = "a detached process is not a worker".to_owned();
             return failed(FailureCause::ForkFailed, error);
         }
@@ -251,9 +251,9 @@ impl Pool {
     }
 
     fn disconnect_all(&self, master: &Master) {
-        // Close the pool's listeners, so that the workers serve all connections in the kernel's
-        // queue before their listeners close. After an upgrade, keep the listeners open, because
-        // the new master shares them and serves the queue.
+        // Close the pool's listeners, so that the workers serve all connections in the backlogs
+        // before their own listeners close. After an upgrade, keep the listeners open, because the
+        // new master shares them and serves the backlogs.
         if !self.0.core.borrow().is_upgraded() {
             drop(self.0.listeners.take());
         }

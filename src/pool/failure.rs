@@ -74,7 +74,8 @@ pub enum FailureCause {
 #[non_exhaustive]
 pub enum FailureAction {
     /// The slot stays empty until the next reload or a call of [`Pool::retry`](super::Pool::retry).
-    /// The pool keeps running, even if it has given up all slots.
+    /// A call of [`Pool::scale`](super::Pool::scale) also fills the slot if all remaining slots are
+    /// given up. The pool keeps running, even if it has given up all slots.
     GiveUp,
     /// The pool forks a new worker for the slot after this time, and counts the slot's failures
     /// from 0 again.

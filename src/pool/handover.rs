@@ -9,13 +9,13 @@
 use std::io;
 use std::num::NonZeroUsize;
 
-/// The number of the field with the number of slots (8 bytes, big-endian).
+/// Identifies the field whose value is the pool's number of slots (8 bytes, big-endian).
 const SLOTS: u8 = 1;
 
 /// The values that an old master passes to a new master.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Handover {
-    /// The number of slots, if it differs from the old master's options.
+    /// The number of slots, or `None` if the new master uses the number in its own options.
     pub(super) slots: Option<NonZeroUsize>,
 }
 

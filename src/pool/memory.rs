@@ -4,8 +4,8 @@ use std::fs;
 
 /// Returns a process's private memory in bytes. This is the size of its resident pages that no
 /// other process maps (`Private_Clean` and `Private_Dirty` in `/proc/PID/smaps_rollup`, Linux
-/// 4.14). Pages that a worker without a program shares with its master do not count. Pages of
-/// libraries that other processes also use do not count either.
+/// 4.14). Pages that a worker shares with its master, because the worker has executed no other
+/// program, do not count. Pages of libraries that other processes also use do not count either.
 ///
 /// If the resident memory is below `limit`, returns the resident memory instead. The kernel counts
 /// private pages by walking the process's page tables. The walk takes about 30 ms per GiB (Linux

@@ -5,8 +5,8 @@
 //! upgrade replaces the master itself. The pool reports these changes as events. The module uses
 //! only this crate's public API, so an application can implement its own supervisor instead.
 //!
-//! This module contains code that every application with workers would otherwise write around
-//! [`Master::fork`]. Code that needs the crate's internals belongs elsewhere.
+//! Without this module, every application with workers would write such a supervisor around
+//! [`Master::fork`].
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -220,7 +220,7 @@ impl Pool {
     }
 
     /// Opens a listener that stays open until the pool stops. While no worker serves the listener,
-    /// clients wait in the kernel's queue.
+    /// clients wait in the listener's backlog.
     ///
     /// Node has no counterpart.
     ///
@@ -252,8 +252,8 @@ impl Pool {
 
     /// Disconnects all workers and lets [`Master::run`] return after the workers have exited.
     ///
-    /// The workers still serve the clients in the kernel's queue. A worker that has not exited
-    /// within [`PoolOptions::drain_timeout`] is killed.
+    /// The workers still serve the clients in the backlogs of the pool's listeners. A worker that
+    /// has not exited within [`PoolOptions::drain_timeout`] is killed.
     ///
     /// Node has no counterpart.
     ///
@@ -270,7 +270,8 @@ impl Pool {
 
     /// Kills all workers and lets [`Master::run`] return.
     ///
-    /// If an [`upgrade`](Self::upgrade) is in progress, this method also kills the new master.
+    /// This method also kills every new master that an [`upgrade`](Self::upgrade) has started and
+    /// that has not taken over.
     ///
     /// Node has no counterpart.
     ///

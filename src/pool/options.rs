@@ -257,9 +257,11 @@ accessors! {
     get_surge: usize;
 
     /// Sets the canary step of a reload, in which some new workers serve clients together with all
-    /// old workers. After the canary's duration, the reload replaces the other workers. The reload
-    /// ends early if a new worker fails or [`Pool::cancel_reload`](super::Pool::cancel_reload) is
-    /// called. With the default, `None`, a reload has no canary step.
+    /// old workers. In this step, the canary's duration is used instead of
+    /// [`min_ready_time`](Self::min_ready_time). After the duration, the reload replaces the other
+    /// workers. The reload ends early if a new worker fails or
+    /// [`Pool::cancel_reload`](super::Pool::cancel_reload) is called. With the default, `None`, a
+    /// reload has no canary step.
     ///
     /// ```
     /// use std::time::Duration;
@@ -309,11 +311,12 @@ accessors! {
     /// workers that the master has no permission to trace (`PTRACE_MODE_READ` in ptrace(2)).
     ///
     /// If a new worker soon reaches the limit again, replacing it does not help, so the pool
-    /// replaces such workers less and less often. If a worker is replaced at an age below
-    /// [`back_off_cap`](Self::back_off_cap), its successor is replaced for its memory only at a
-    /// minimum age. At first, this age is the check interval. The age doubles with each
-    /// replacement, up to `back_off_cap`. It is reset when a worker has lived `back_off_cap` longer
-    /// than its minimum age. If a worker at the limit is too young, the pool emits
+    /// replaces such workers less and less often. If a worker is replaced for its memory at an age
+    /// below [`back_off_cap`](Self::back_off_cap), its successor must reach a minimum age before
+    /// the pool replaces it for its memory. At first, the minimum age is the check interval. The
+    /// minimum age doubles with each such replacement, up to `back_off_cap`. It is reset when a
+    /// worker is replaced that has lived at least `back_off_cap` longer than its minimum age. If a
+    /// worker at the limit is too young, the pool emits
     /// [`PoolEvent::RecyclingPostponed`](super::PoolEvent::RecyclingPostponed).
     max_memory,
     /// Returns the private memory, in bytes, at which the pool replaces a worker. See

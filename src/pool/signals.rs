@@ -42,8 +42,9 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
 
 /// The signals that [`Pool::on_default_signals`] leaves ignored if the process was started with
 /// them ignored. The kernel sends these signals without an operator's request, for example when the
-/// terminal is closed. The other default signals come only from an operator. The pool must handle
-/// them even if a shell script has started it in the background, with SIGINT and SIGQUIT ignored.
+/// terminal is closed. The other default signals come only from an operator or a service manager.
+/// The pool must handle them even if a shell script has started the process in the background, with
+/// SIGINT and SIGQUIT ignored.
 const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
 
 impl Pool {

@@ -12,8 +12,8 @@ use cluster::{Error, Master, Result};
 
 use super::{Pool, PoolListener};
 
-/// The properties of a passed socket. The old master writes one byte with them to the channel for
-/// each socket.
+/// The properties of a passed socket. For each socket, the old master encodes them in one byte and
+/// writes the byte to the channel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PassedSocket {
     /// Whether the new master must remove the socket's file when the socket closes.
@@ -80,8 +80,8 @@ impl Pool {
     }
 
     /// Records which sockets are no longer the service's own, because the application has passed
-    /// them to another process. Does nothing while another master runs, because the pool itself has
-    /// then passed the sockets on.
+    /// them to another process. Does nothing while another master runs, because that master's
+    /// copies also count as foreign copies.
     fn recognize_foreign_copies(&self) {
         if self.is_only_master() {
             for socket in &mut *self.0.listeners.borrow_mut() {
@@ -111,7 +111,8 @@ impl Pool {
         }
         drop((listeners, worker_sockets));
         if !self.0.core.borrow().is_upgraded() {
-            // If an upgrade has failed, leave these sockets to the workers again.
+            // Release the sockets that a failed upgrade has retained. Each socket then closes again
+            // when the last worker has closed it.
             drop(self.0.worker_sockets.take());
         }
         self.close_unrequested();
@@ -120,8 +121,9 @@ impl Pool {
     /// Closes the service's own sockets that this master has inherited, and that neither a worker
     /// nor the application has requested. The new release does not use them.
     ///
-    /// Does nothing while another master runs, because the socket would stay open there. Also does
-    /// nothing while a worker is missing or starting, because that worker may request the socket.
+    /// Does nothing while another master runs, because the sockets would stay open in that master.
+    /// Also does nothing while a worker is missing or starting, because that worker may request one
+    /// of the sockets.
     pub(super) fn close_unrequested(&self) {
         if !self.is_only_master() || !self.0.core.borrow().has_all_workers() {
             return;

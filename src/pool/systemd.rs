@@ -13,7 +13,7 @@ use super::event::PoolEvent;
 
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// The pause before the pool sends a state again for which systemd's queue had no space.
+/// The pause before the pool tries again to send a state after systemd's queue was full.
 ///
 /// A shorter pause costs more attempts while systemd is busy. With a longer pause, systemd learns
 /// the service's state later. The value is an estimate without a benchmark.

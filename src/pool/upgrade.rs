@@ -65,7 +65,8 @@ impl Pool {
     ///
     /// If the old pool was [scaled](Self::scale) to a number of slots other than its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
-    /// slots.
+    /// slots. If the old pool was scaled to 0 slots, this pool uses its own options, because it
+    /// could not take over without workers.
     ///
     /// # Errors
     ///
@@ -198,8 +199,9 @@ impl Pool {
             pool.other_master_exited();
             None
         };
-        // Ignore an error. The master then continues to treat the sockets as shared with another
-        // process, which only means that it does not drain them when they close.
+        // Ignore an error. The master then does not notice the old master's exit and continues to
+        // treat the sockets as shared with another process. It does not drain the sockets when they
+        // close.
         if let Ok(watch) = master.watch(channel, Interest::Readable, on_readable) {
             master.unreference(watch);
             self.0.is_old_master_running.set(true);
@@ -256,7 +258,7 @@ impl Pool {
     /// happens.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
-    /// not contain it. Like in nginx and gunicorn, the new master stays in this master's session
+    /// not contain it. As in nginx and gunicorn, the new master stays in this master's session
     /// and process group. A signal to the process group, such as SIGINT for Ctrl-C in a terminal,
     /// therefore reaches both masters.
     ///
@@ -277,7 +279,8 @@ impl Pool {
         if std::process::id() == 1 {
             return Err(Error::InitProcess);
         }
-        // If the new master was not started, no other process has copies of the sockets.
+        // If the start has failed, release the sockets that `copy_sockets` has retained, because no
+        // new master uses copies of them.
         self.start_new_master(master)
             .inspect_err(|_| self.other_master_exited())
     }

@@ -37,8 +37,9 @@ impl Core {
             WorkerState::Ready { last_heartbeat, .. } => {
                 let timeout = self.options.heartbeat_timeout;
                 let silent_at = timeout.map(|timeout| last_heartbeat.saturating_add(timeout));
-                // Ignore the maximum age during a rollout, because the next rollout begins only
-                // after the current one has ended.
+                // Ignore the maximum age if the worker already waits for a recycling. Also ignore
+                // the maximum age during a rollout, because the next rollout begins only after the
+                // current one has ended.
                 let is_blocked =
                     self.limits_reached.contains_key(&worker.slot) || self.rollout.is_some();
                 let slot = self.slots.get(worker.slot);
@@ -59,7 +60,7 @@ impl Core {
             worker.is_some_and(Worker::has_failed)
         });
         // If a successor was killed because it missed a deadline, the rollout needs no deadline,
-        // because it ends when the killed successor exits.
+        // because the rollout ends when the killed successor exits.
         rollout.observed_until().filter(|_| !has_failed)
     }
 

@@ -115,8 +115,8 @@ pub(super) struct Core {
     failures: u64,
     /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
-    /// The most recent result of `next_deadline`, from which `tick` computes how late the call of
-    /// `tick` is.
+    /// The most recent result of `next_deadline`. A tick compares it with the current time to
+    /// determine how late the tick is.
     next_tick: Option<Time>,
     random: u64,
     actions: VecDeque<Action>,
@@ -127,8 +127,8 @@ impl Core {
         options.jitter = options.jitter.min(100);
         options.surge = options.surge.max(1);
         options.check_interval = options.check_interval.max(MIN_PAUSE);
-        // With `Readiness::Alive`, a worker becomes ready only after that time, so the start-up
-        // timeout starts then.
+        // With `Readiness::Alive(time)`, a worker becomes ready only when it has run for `time`, so
+        // the start-up timeout begins only then.
         if let Some(time) = options.readiness.ready_at(Time::ZERO) {
             options.startup_timeout = options.startup_timeout.saturating_add(time);
         }
@@ -236,8 +236,8 @@ impl Core {
     }
 
     /// Advances the rollout and emits an event if the quorum was reached or lost. Each input that
-    /// changes the slots, the ready workers or the workers for which a rollout waits must end with
-    /// this call.
+    /// changes the number of slots or of ready workers, or after which a rollout can begin or
+    /// continue, must end with this call.
     fn settle(&mut self, now: Time) {
         self.advance_rollout(now);
         let slots = self.slots.iter();

@@ -3,8 +3,8 @@
 //! A rollout is either a reload, which replaces all workers, or a recycling, which replaces workers
 //! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
 //! batches and forks a successor for each slot of the batch. After all successors have been ready
-//! for `PoolOptions::min_ready_time`, the old workers are disconnected. If a successor fails, the
-//! rollout fails.
+//! for `PoolOptions::min_ready_time`, or in a canary step for the canary's duration, the old
+//! workers are disconnected. If a successor fails, the rollout fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -143,8 +143,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// Schedules a worker that has reached the memory limit for the next recycling, unless the
-    /// worker is younger than `Slot::memory_age`.
+    /// Schedules a worker that has reached the memory limit for the next recycling. If the worker
+    /// is younger than `Slot::memory_age`, reports the postponement instead, once for each worker.
     fn memory_limit_reached(&mut self, id: WorkerId, now: Time) {
         let Some(worker) = self.workers.get(&id) else {
             return;
@@ -159,7 +159,8 @@ impl Core {
         if due <= now {
             return self.limit_reached(id, Limit::Memory, now);
         }
-        // After a failed recycling, the slot waits longer anyway, and the failure was reported.
+        // Do not report the postponement twice. Also do not report it if the slot must wait at
+        // least as long because of a failed recycling, because that failure was reported.
         if is_postponed || slot.recycle_from >= due || self.is_stopping() {
             return;
         }

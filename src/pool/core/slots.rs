@@ -21,8 +21,9 @@ pub(in super::super) struct Slot {
     /// The generation of the slot's next worker, except that a reload forks a successor of its own
     /// generation.
     pub(super) generation: u64,
-    /// The number of failures since the back-off was last reset. A worker that stays ready for
-    /// `PoolOptions::back_off_reset`, a promotion and the failure limit reset the back-off.
+    /// The number of failures since the back-off was last reset. The back-off is reset before the
+    /// failure of a worker that was ready for `PoolOptions::back_off_reset` is counted, when a
+    /// rollout promotes a successor, and when the slot reaches its failure limit.
     consecutive_failures: u32,
     /// The times of the failures within `PoolOptions::failure_window` that count towards the
     /// failure limit.
@@ -44,12 +45,12 @@ pub(in super::super) struct Slot {
 ///
 /// | from | input | to |
 /// |---|---|---|
-/// | | the slot is added, and a worker is forked | `Vacant` |
+/// | | the slot is added, and the fork of a worker begins | `Vacant` |
 /// | `Vacant`, `Waiting`, `GivenUp` | a worker for the slot was forked | `Occupied` |
 /// | `Vacant`, `Occupied` | the worker failed while a successor exists | `Occupied` by the successor |
 /// | `Vacant`, `Occupied` | the worker failed | `Waiting`, or `GivenUp` at the failure limit |
 /// | `Vacant` | the system lacked resources for the fork | `Waiting` |
-/// | `Waiting` | the pause has ended, no rollout fills the slot, and a worker is forked | `Vacant` |
+/// | `Waiting` | the pause has ended, no rollout fills the slot, and a fork begins | `Vacant` |
 /// | `GivenUp` | `retry`, or the application chooses `RetryAfter` | `Waiting` |
 /// | any | the rollout promotes the successor | `Occupied` by the successor |
 /// | any except `GivenUp` | the pool stops | `Vacant` |
@@ -413,8 +414,8 @@ impl Core {
         }
     }
 
-    /// Forks workers for the slots whose pause has ended. If a slot is in the rollout's batch, its
-    /// successor fills the slot.
+    /// Forks workers for the slots whose pause has ended. Skips the slots in the rollout's batch,
+    /// because their successors fill them.
     pub(super) fn restart(&mut self, now: Time) {
         let batch = self.rollout.as_ref().map(|rollout| &rollout.batch);
         for (number, slot) in self.slots.iter_mut().enumerate() {

@@ -68,8 +68,8 @@ pub struct SlotStatus {
     pub restart_in: Option<Duration>,
     /// Whether the slot stays empty because it has reached its failure limit.
     pub is_given_up: bool,
-    /// The most recent failure of the slot's current worker or its predecessors, or `None` if none
-    /// has failed.
+    /// The most recent failure of a worker of the slot, or `None` if none has failed. Failures of a
+    /// [`successor`](Self::successor) are not recorded here.
     pub last_failure: Option<WorkerFailure>,
 }
 
@@ -99,7 +99,7 @@ pub struct WorkerStatus {
 }
 
 /// The phase of a worker between its fork and its exit. A worker passes through the phases in the
-/// order of the variants, and may skip `Ready`.
+/// order of the variants, and may skip phases.
 ///
 /// Node has no counterpart.
 ///
