@@ -99,8 +99,8 @@ impl<F: ?Sized> Callbacks<F> {
     /// Calls all closures in order. Closures that are added or removed in the meantime are not
     /// called.
     ///
-    /// Skips a closure that is already running, because an `FnMut` closure cannot be called by
-    /// itself.
+    /// Skips a closure that is already running, because an `FnMut` closure cannot be called again
+    /// before it has returned.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
         let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
             return;

@@ -516,8 +516,10 @@ impl<R> EventLoop<R> {
         }
     }
 
-    /// Returns the signals that have arrived since the last call. Also handles a terminal's signals
-    /// again if the handler has made the process ignore them.
+    /// Returns the signals that have arrived since the last call.
+    ///
+    /// In a background job, a handler may have made the process ignore SIGTTIN or SIGTTOU (see
+    /// `suspend` in `sys::signal`). This function then installs that handler again.
     pub(crate) fn take_signals(&self) -> Vec<Signal> {
         let pipe = self.signal_pipe.borrow();
         let numbers = pipe.as_ref().map(|pipe| pipe.take()).unwrap_or_default();

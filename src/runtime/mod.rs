@@ -1,8 +1,8 @@
 //! Contains the event loop of both roles, with a poller, timers, signals, watched descriptors,
 //! lists of callbacks, and logs.
 //!
-//! The modules contain no logic for workers, listeners or frames. `event_loop::Token` only says
-//! which of them a ready descriptor belongs to.
+//! The modules contain no logic for workers, listeners or frames. `event_loop::Token` only
+//! identifies the channel, process, listener or other owner to which a ready descriptor belongs.
 
 pub(crate) mod backoff;
 pub(crate) mod callback_methods;
