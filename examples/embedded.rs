@@ -91,7 +91,7 @@ fn serve_status(status: &TcpListener, master: &Master) -> std::io::Result<()> {
             Ok((mut client, _)) => {
                 let workers = master.workers();
                 let text = format!("{} workers, {:?}\n", workers.len(), master.ledger());
-                // The write fails if the client has disconnected.
+                // Ignore an error, because the client may have disconnected.
                 let _ = client.write_all(text.as_bytes());
                 let _ = finish(client, master);
             }

@@ -89,7 +89,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
             master.disconnect();
         } else if let Err(error) = master.fork() {
             errors.line(&error);
-            // The other workers, if any, go on.
+            // Give up only if no other worker is left to serve clients.
             if master.workers().iter().all(WorkerProcess::is_dead) {
                 master.give_up(error);
             }

@@ -62,7 +62,7 @@ fn options() -> Result<Options, lexopt::Error> {
         // A process is ready when it has run for this time. `serve` has no other way to learn
         // whether a program is ready.
         .readiness(Readiness::Alive(Duration::from_secs(1)))
-        // The old process ends at once when its replacement is ready.
+        // Send SIGTERM to the old process as soon as its replacement is ready.
         .min_ready_time(Duration::ZERO);
     let mut args = lexopt::Parser::from_env();
     let time = |args: &mut lexopt::Parser| amount(args, MILLISECONDS).map(Duration::from_millis);
@@ -215,7 +215,8 @@ fn serve() -> Result<(), Box<dyn Error>> {
         shown.log(event);
         shown.show(describe(&pool.status(master)));
     });
-    // No signal upgrades `serve` itself, because a new master would not get these listeners.
+    // No signal upgrades `serve` itself. Its new master could not take over, because `serve` does
+    // not call `Pool::adopt`.
     for (signal, action) in [
         (Signal::HUP, SignalAction::Reload),
         (Signal::TTIN, SignalAction::Grow),

@@ -35,7 +35,8 @@ fn master(master: &Master) -> cluster::Result<()> {
     worker.on_exit(move |_, _, status| {
         log.line(format_args!("the worker has ended: {status}"));
     });
-    // A client that stays connected until the worker closes the connection.
+    // Once the worker listens, connect a client that stays connected until the worker closes the
+    // connection.
     worker.on_listening(|master, _, address| {
         if let Ok(client) = TcpStream::connect(address.to_string()) {
             let _ = master.watch(client, Interest::Readable, |_, _| None);

@@ -101,7 +101,8 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
         if *event == PoolEvent::Upgraded {
             was_upgraded.set(true);
         }
-        // Until this event, in an upgrade, the old master answers for this host.
+        // Do not answer before this event. In an upgrade, the old master answers for this host in
+        // the meantime.
         if *event == PoolEvent::QuorumReached {
             let answers = agent
                 .take()
@@ -117,8 +118,9 @@ fn supervise(master: &Master, pool: &Pool, options: &Options) -> Result<(), Box<
         let upgraded = Rc::clone(&upgraded);
         master.on_signal(signal, move |master, _| {
             if let Some(since) = since.get() {
-                // One Ctrl-C may arrive twice, so a second signal counts after one second. After an
-                // upgrade this master ends by itself.
+                // One Ctrl-C may arrive twice, so a second signal has an effect only after one
+                // second. After an upgrade, it has no effect, because this master is already
+                // stopping.
                 if since.elapsed() >= Duration::from_secs(1) && !upgraded.get() {
                     pool.stop_at_once(master);
                 }
