@@ -175,8 +175,8 @@ impl Pool {
             let callback = callbacks.iter().find(|(other, _)| *other == id);
             let callback = callback.map(|(_, callback)| callback.clone());
             drop(callbacks);
-            // Skip a callback that another callback has removed. Also skip a callback that is
-            // already running and has re-entered the loop.
+            // Call the callback only if no other callback has removed it and it is not running
+            // already. A running callback may have re-entered the loop.
             let callback = callback.as_ref().map(|callback| callback.try_borrow_mut());
             if let Some(Ok(mut callback)) = callback {
                 callback(self, master, event);

@@ -339,8 +339,8 @@ impl Core {
                 break;
             };
             let LimitReached { worker, limit } = reached;
-            // Skip a worker that is no longer its slot's worker, because the worker has failed
-            // after it reached the limit.
+            // Replace the worker only if it is still its slot's worker. It may have failed after it
+            // reached the limit.
             let slot = self.slots.get(number);
             if let Some(slot) = slot.filter(|slot| slot.worker() == Some(worker)) {
                 batch.push((number, slot.generation));
