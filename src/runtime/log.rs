@@ -119,7 +119,7 @@ impl LogWriter {
     /// Node has no counterpart.
     ///
     /// If the descriptor is not open for writing, no line is ever written. On a datagram socket,
-    /// the writer sends each line as one datagram.
+    /// the writer sends each line as one datagram and drops lines that are too long for one.
     ///
     /// ```no_run
     /// # fn f() -> std::io::Result<()> {
@@ -297,11 +297,11 @@ impl State {
             if error.kind() == io::ErrorKind::WouldBlock {
                 return Written::Partly(has_progress);
             }
-            // Drop a line that is too long for a datagram. No later attempt could send it, and it
-            // would block all further lines.
             if error.raw_os_error() != Some(errno::EMSGSIZE) {
                 return Written::Failed;
             }
+            // Drop the line, because it is too long for a datagram. No later attempt could send it,
+            // and it would block all further lines.
             self.lines.drop_first();
         }
         Written::All
