@@ -42,9 +42,9 @@ fn master(master: &Master) -> cluster::Result<()> {
         worker.disconnect();
     });
     master.on_exit(move |master, worker, _| {
-        // A worker that has listened has no entry any more. A worker whose timeout has fired was
-        // disconnected, so `exited_after_disconnect` is `Some(true)`, and its error has already
-        // been printed.
+        // Only a worker that has not listened still has an entry. If its timeout has fired, the
+        // error has already been printed, and the worker was disconnected. In this case,
+        // `exited_after_disconnect` returns `Some(true)`.
         if let Some(timeout) = exited.borrow_mut().remove(&worker.id()) {
             master.clear_timer(timeout);
             if worker.exited_after_disconnect() != Some(true) {

@@ -225,7 +225,8 @@ fn serve() -> Result<(), Box<dyn Error>> {
         (Signal::INT, SignalAction::Stop),
         (Signal::QUIT, SignalAction::StopAtOnce),
     ] {
-        // Under nohup, SIGHUP stays ignored, because it means only that the terminal has closed.
+        // Handle SIGHUP only if it is not ignored. Under nohup(1), it is ignored, because it means
+        // only that the terminal has closed.
         if signal != Signal::HUP || !master.is_signal_ignored(signal) {
             pool.on_signal(&master, signal, action)?;
         }
