@@ -122,8 +122,8 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 ///
 /// Node has no counterpart.
 ///
-/// A clone is a handle to the same pool. Most methods take the master as an argument. Callbacks also
-/// receive the master, so they may call these methods.
+/// A clone is a handle to the same pool. Most methods take the master as an argument. Callbacks
+/// also receive the master, so they may call these methods.
 ///
 /// The application may send messages to a pool's workers. If the application kills a worker, the
 /// pool replaces it. The application must not disconnect a pool's workers. Workers that the
@@ -240,8 +240,8 @@ impl Pool {
         let listener = master.listen(options)?;
         let address = listener.address();
         let mut listeners = self.0.listeners.borrow_mut();
-        // Add the listener only if its address is new. The list already contains an adopted listener
-        // that has this address.
+        // Add the listener only if its address is new. If an adopted listener has this address, the
+        // list already contains it.
         let is_new = |other: &PoolListener| other.listener.address() != address;
         if listeners.iter().all(is_new) {
             let is_own = !listener.has_foreign_copies();
