@@ -1,7 +1,8 @@
-//! Opens an endpoint's socket, in the master or, for an exclusive endpoint, in a worker.
+//! Opens the socket of an endpoint. A worker opens the socket itself if the endpoint is exclusive.
+//! Otherwise, the master does.
 //!
-//! This module only chooses among the functions of `listen` and `socket_file`. It makes no `libc`
-//! calls itself.
+//! This module only combines functions of other modules, mainly of `listen` and `socket_file`. It
+//! makes no `libc` calls itself.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -20,7 +21,8 @@ pub(crate) struct BoundSocket {
     /// The file of a Unix socket that was bound to a path.
     pub(crate) file: Option<SocketFile>,
     pub(crate) socket: OwnedFd,
-    /// The local address with the actual port, or `None` for a Unix socket.
+    /// The local address with the actual port, or `None` for a Unix socket, or if no descriptor was
+    /// free for reading the address.
     pub(crate) address: Option<SocketAddr>,
 }
 
@@ -122,10 +124,10 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
     Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
 }
 
-/// Makes an open socket non-blocking, and makes a stream socket listen.
+/// Makes an open socket non-blocking. Makes a stream socket listen if it does not listen yet.
 ///
-/// Also detaches another master's SYN filter from a TCP listener. The filter stays attached if that
-/// master exited while it drained the listener.
+/// Also detaches the SYN filter from a TCP listener. Another master leaves this filter attached if
+/// it exits while it drains the listener.
 pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     let found = sys::listen::socket_kind(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {

@@ -1,6 +1,7 @@
 //! Environment variables of a forked child that executes no program.
 //!
-//! The master's environment never changes, because other threads may read it at any time.
+//! This crate never changes the master's environment, because other threads may read it at any
+//! time.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;

@@ -191,7 +191,7 @@ pub(crate) struct NoLingerFd {
 }
 
 impl NoLingerFd {
-    /// Converts the value into a plain descriptor. SO_LINGER stays enabled.
+    /// Converts the value into a plain descriptor. SO_LINGER keeps its setting.
     pub(crate) fn into_owned_fd(self) -> OwnedFd {
         let mut this = ManuallyDrop::new(self);
         // SAFETY: neither `fd` nor the value that contained it is used again.

@@ -272,8 +272,8 @@ pub(crate) fn accept_if_ready(listener: &impl AsFd) -> io::Result<OwnedFd> {
     }
 }
 
-/// Returns whether a socket has something to receive: a connection, a datagram or an error. Returns
-/// true if the check itself fails.
+/// Returns whether a socket has something to receive: a connection, a datagram or an error. Also
+/// returns `true` if the check itself fails.
 pub(crate) fn has_input(socket: BorrowedFd<'_>) -> bool {
     let ready = super::poll::wait_readable([socket], Some(Duration::ZERO));
     !matches!(ready, Ok([false]))

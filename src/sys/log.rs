@@ -23,7 +23,7 @@ use super::poll;
 use super::retry;
 use super::socket::{SEND_FLAGS, without_signals};
 
-/// The destination of log lines. Each variant is written to in a different way.
+/// The destination of log lines. The variant determines how lines are written.
 #[derive(Debug)]
 pub(crate) enum Target {
     /// A standard descriptor, by its number, that could not be duplicated because the system lacked

@@ -14,7 +14,7 @@
 //! - systems: `linux` and `bsd`, which have the same items
 //!
 //! The module of the system for which the crate is compiled is called `platform`. Differences
-//! between systems or architectures belong only in `linux` and `bsd`.
+//! between systems or architectures belong in `linux` and `bsd`, except those in how `log` writes.
 
 pub(crate) mod bind;
 pub(crate) mod env;

@@ -9,14 +9,15 @@ use super::platform::own_program::{candidates, status};
 /// Returns the absolute path by which this process's program was called. Returns `None` if no known
 /// path leads to the program.
 ///
-/// Symbolic links in the path stay unresolved. If a link is changed later, executing the path starts
-/// the program behind the new link. The caller must determine the path before it changes its working
-/// directory.
+/// Symbolic links in the path stay unresolved. If a link is changed later, executing the path
+/// starts the program behind the new link. The caller must determine the path before it changes its
+/// working directory.
 pub(crate) fn own_program() -> Option<PathBuf> {
     let own = status();
     let is_own = |path: &PathBuf| match (path.metadata(), &own) {
         (Ok(file), Ok(own)) => is_same_file(&file, own),
-        // The system does not report which file this process executes.
+        // If the system does not report which file this process executes, accept any path that
+        // exists.
         (file, Err(_)) => file.is_ok(),
         (Err(_), Ok(_)) => false,
     };

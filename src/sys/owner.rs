@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::platform::zeroed_on_fork;
 
-/// Identifies a process. Its ancestors and descendants all have different identifiers.
+/// The identifier of a process. It differs from the identifiers of all ancestors and descendants of
+/// the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner(usize);
 

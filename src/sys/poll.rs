@@ -1,5 +1,5 @@
-//! Waits for descriptors. A [`Poller`] waits for many descriptors, each of which is owned by a
-//! [`Registered`].
+//! Waits for descriptors. A [`Poller`] waits for many descriptors. A [`Registered`] owns each of
+//! these descriptors.
 //!
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
@@ -334,8 +334,8 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
-/// Returns whether a listener has been shut down. A TCP listener need only be shut down in one
-/// direction, but a Unix listener in both.
+/// Returns whether a listener has been shut down. For a TCP listener, the shutdown of one direction
+/// suffices. For a Unix listener, both directions must be shut down.
 pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [hung_up] = poll_fds([(fd, 0)], Some(Duration::ZERO))?;
     Ok(hung_up)

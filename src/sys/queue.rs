@@ -110,9 +110,9 @@ pub(crate) enum Dequeued {
 ///
 /// # Errors
 ///
-/// Returns EMFILE if no descriptor is free. The connection stays in the queue, unless another
-/// thread took the last descriptor after the check. In that case, the connection is lost. Also
-/// returns the system's other errors.
+/// Returns EMFILE if no descriptor is free. This function checks for a free descriptor before it
+/// receives, so the connection stays in the queue. If another thread takes the last descriptor
+/// after the check, the connection is lost. Also returns the system's other errors.
 pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
     // Check first that a descriptor is free. Without one, the kernel would remove the message and
     // drop its connection.
@@ -192,7 +192,8 @@ mod tests {
         };
         assert_eq!(name(first), 0);
         assert_eq!(reclaimed(&queue), Some((8, 1)));
-        // After the worker has exited, the last connection is still in the queue.
+        // Close the worker's end, as the worker's exit would. The last connection must stay in the
+        // queue.
         drop(worker);
         assert_eq!(reclaimed(&queue), Some((9, 2)));
         assert_eq!(reclaimed(&queue), None);

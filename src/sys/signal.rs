@@ -309,9 +309,10 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
         let inherited = libc::SA_RESTART | libc::SA_NODEFER | libc::SA_ONSTACK;
         action.sa_flags |= previous.sa_flags & inherited;
     } else {
-        // Otherwise, the kernel would nest the stack frames of handlers whose signals arrive
-        // together. With AVX-512, a frame takes 3 KiB, so three frames overflow the alternate stack
-        // of a Rust thread, and SIGSEGV kills the process.
+        // Block all signals while the handler runs. The kernel would otherwise nest the stack
+        // frames of handlers whose signals arrive together. With AVX-512, a frame takes 3 KiB, so
+        // three frames overflow the alternate stack of a Rust thread, and SIGSEGV kills the
+        // process.
         action.sa_mask = SignalSet::all().into_raw();
         action.sa_flags |= libc::SA_RESTART | libc::SA_ONSTACK;
     }
@@ -327,8 +328,8 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
 /// Returns an error if the signal does not exist or cannot be handled.
 pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
     let previous = current_action(signal)?;
-    // Do not store our own handler as the replaced handler, because our handler would then call
-    // itself forever.
+    // Store the replaced handler unless it is our own, because our handler would then call itself
+    // forever.
     if previous.sa_sigaction != address(handler) {
         if let Some(state) = state(signal) {
             state.replaced.store(&previous);
@@ -357,7 +358,8 @@ impl InstalledHandler {
         let state = state(self.signal);
         let was_suspended =
             state.is_some_and(|state| state.is_suspended.swap(false, Ordering::SeqCst));
-        // Keep an action that the application has set in the meantime.
+        // Install the handler only if the signal is still ignored. Otherwise, the application has
+        // set an action in the meantime, and this action stays.
         if was_suspended && is_ignored(self.signal) {
             // SAFETY: the handler makes only async-signal-safe calls.
             let _ = unsafe { set_action(self.signal, &self.own.0) };
@@ -368,7 +370,8 @@ impl InstalledHandler {
 impl Drop for InstalledHandler {
     fn drop(&mut self) {
         self.resume();
-        // Keep a handler that the application has installed over ours.
+        // Restore the previous action only if our handler is still installed. A handler that the
+        // application has installed over ours stays.
         if is_handled(self.signal) {
             if self.was_blocked {
                 SignalSet::only(self.signal).block();

@@ -218,8 +218,8 @@ fn consume(signal: libc::c_int) {
 const MAX_RECEIVED_FDS: usize = 256;
 
 /// Makes the socket deliver out-of-band data in order with all other data. Without this option, the
-/// kernel would skip the out-of-band data, and close the descriptors that came with it within the
-/// next call.
+/// next receiving call would skip the out-of-band data, and the kernel would close the descriptors
+/// that came with these data during that call.
 pub(crate) fn enable_oob_inline(socket: &UnixStream) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_OOBINLINE, 1)
 }

@@ -36,8 +36,8 @@ pub(crate) struct SocketFile {
 /// Returns an error if a file with this path exists, or if the system rejects the path. An existing
 /// file stays.
 pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, SocketFile)> {
-    // Use the shorter of two forms, because the system limits a path to about 100 bytes. The path
-    // relative to the current directory may be shorter.
+    // Bind with `path` or with its form relative to the current directory, whichever is shorter,
+    // because the system limits a path to about 100 bytes.
     let current_dir = std::env::current_dir();
     let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
     let has_zero = path.as_os_str().as_bytes().contains(&0);
@@ -46,8 +46,8 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
     };
     let directory = file::open_directory(parent)?;
     let listener = UnixListener::bind(&short).map_err(|error| {
-        // Supply the error number, because std checks the length itself and returns an error
-        // without one.
+        // Supply the error number, because std checks the length itself, and its error has no
+        // number.
         let too_long = error.kind() == io::ErrorKind::InvalidInput;
         let errno = too_long.then_some(errno::ENAMETOOLONG);
         io::Error::from_raw_os_error(error.raw_os_error().or(errno).unwrap_or(errno::EINVAL))
@@ -114,7 +114,8 @@ impl SocketFile {
     }
 }
 
-/// Returns the absolute form of a path that `listen` has shortened in the current directory.
+/// Returns the absolute form of a path that `listen` may have shortened relative to the current
+/// directory.
 ///
 /// # Errors
 ///
@@ -136,8 +137,8 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
     Ok(absolute)
 }
 
-/// Returns the shorter of `path` and the same path relative to `current_dir`. Both must be
-/// absolute.
+/// Returns the shorter of `path` and the same path relative to `current_dir`. Both arguments must
+/// be absolute.
 fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
     let (mut to, mut from) = (path.components(), current_dir.components());
     let mut rest = (to.clone(), from.clone());

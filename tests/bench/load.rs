@@ -22,8 +22,8 @@ pub struct Answered<'a> {
     pub request: &'static [u8],
     /// The bytes that were read until the server closed the connection.
     pub answer: &'a [u8],
-    /// The time when the client called `connect`. In [`drive_on_time`], the time when it should
-    /// have called `connect`.
+    /// The time when the client called `connect`. In [`drive_on_time`], the time when the client
+    /// should have called `connect`.
     pub started: i64,
     /// The time when `connect` returned.
     pub connected: i64,

@@ -10,9 +10,9 @@
 //! another server or a tool is missing, its row says so.
 //!
 //! Every variant runs in its own group of processes. To start a group, this binary executes itself
-//! in another role: as the master and its workers, as the bare loop, or as a process that executes
-//! another program. Variants that are compared with each other are measured in turn (A B C A B C
-//! …). A group that is not being measured has nothing to do, and its processes block.
+//! in another role, for example as the master and its workers, as the bare loop, or as a process
+//! that executes another program. Variants that are compared with each other are measured in turn
+//! (A B C A B C …). A group that is not being measured has nothing to do, and its processes block.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::print_stdout,

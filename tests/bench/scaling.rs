@@ -138,7 +138,7 @@ struct Batch {
 
 impl Batch {
     /// Counts one iteration, and returns the interest for the next one. Returns `None` in the
-    /// batch's last iteration, which ends the watch.
+    /// batch's last iteration, because `None` ends the watch.
     fn next(&mut self) -> Option<Interest> {
         self.left -= 1;
         if self.left > 0 {

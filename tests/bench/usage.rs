@@ -41,7 +41,7 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
 }
 
 /// Returns the voluntary context switches of these processes. Counts only the main thread of each
-/// process. Processes of this crate have no other thread.
+/// process, because the processes of this crate have no other thread.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()

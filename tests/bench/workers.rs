@@ -1,5 +1,5 @@
 //! Measures the CPU time per short connection with 8 and 64 workers, and the number of workers that
-//! wake for it.
+//! wake for a connection.
 
 use crate::costs::{Round, Variant, compare, figure};
 use crate::server::{BARE, Server};

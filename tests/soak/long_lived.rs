@@ -1,4 +1,4 @@
-//! The worker that runs through all rounds and executes the master's commands.
+//! A worker that runs through all rounds and executes the master's commands.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -35,7 +35,7 @@ pub fn run_orders(worker: &Worker, job: impl Fn(&Worker, u64)) {
     }
 }
 
-/// The master's handle for the long-lived worker.
+/// The master's handle for a long-lived worker.
 pub struct LongLived {
     worker: WorkerProcess,
     answer: Rc<RefCell<Option<String>>>,

@@ -1,4 +1,4 @@
-//! Checks that the memory and descriptors of a master and a worker stay bounded.
+//! Checks that the memory and descriptors of a master and its workers stay bounded.
 //!
 //! A plain `cargo test` plays 500 respawns, 50,000 connections, 50,000 message round trips, 1,000
 //! listeners with each policy, and 2,000 timers and watches in each role. The following command
@@ -10,9 +10,10 @@
 //! ```
 //!
 //! Each scenario has twenty rounds. Everything that a round starts has ended when the round ends.
-//! Then the test measures the master, and a worker that runs through all rounds (see `measure`).
-//! The first round is the warm-up. After the last round, the processes may hold no more than after
-//! the first round, apart from the small growth that the constants in `measure` allow.
+//! Then the test measures the master, and the workers that run through all rounds, if there are any
+//! (see `measure`). The first round is the warm-up. After the last round, the processes may hold no
+//! more than after the first round, apart from the small growth that the constants in `measure`
+//! allow.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -78,7 +79,8 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    // Adopt orphans as children of this process, which then checks that there are none.
+    // Make orphans of a scenario children of this process, so that `Group::finish` can check that
+    // there are none.
     nix::sys::prctl::set_child_subreaper(true).expect("subreaper");
     let trials = scenarios.map(trial).collect();
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
@@ -86,7 +88,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// The output of all scenarios. Each line is a row of the table.
+/// The output of all scenarios, with the rows of the table and lines with the amounts of work.
 static TABLE: Mutex<String> = Mutex::new(String::new());
 
 fn trial(scenario: &'static Scenario) -> Trial {

@@ -118,7 +118,7 @@ impl Sample {
 /// Makes the allocator release unused memory. After long messages, this can be some megabytes.
 fn trim() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: the function has no preconditions.
+    // SAFETY: malloc_trim has no preconditions.
     #[allow(unsafe_code)]
     unsafe {
         libc::malloc_trim(0);

@@ -113,7 +113,7 @@ fn listen_on_everything(worker: &Worker, then: impl FnOnce()) {
     then();
 }
 
-/// Counts of events in all rounds.
+/// Counts of events. Unless stated otherwise, a count covers all rounds.
 #[derive(Default)]
 struct Tally {
     /// Number of workers that this round still has to start.
@@ -172,8 +172,8 @@ fn count_events(master: &Master, tally: &Rc<Tally>) {
     });
 }
 
-/// Starts the next worker of this round. If its program cannot be executed, no worker starts, and
-/// the next one in turn is tried.
+/// Starts the next worker of this round, if there is one left. If its program cannot be executed,
+/// no worker starts, and the next one in turn is tried.
 fn start_one(master: &Master, tally: &Tally) {
     while let Some(left) = tally.left.get().checked_sub(1) {
         tally.left.set(left);

@@ -6,14 +6,14 @@ use std::os::fd::RawFd;
 pub(in crate::sys) const SOCK_CLOEXEC: libc::c_int = 0;
 pub(in crate::sys) const SOCK_NONBLOCK: libc::c_int = 0;
 pub(in crate::sys) const MSG_CMSG_CLOEXEC: libc::c_int = 0;
-/// macOS has no such flag, so the caller blocks SIGPIPE instead.
+/// macOS lacks this flag, so the caller blocks SIGPIPE instead.
 pub(in crate::sys) const MSG_NOSIGNAL: libc::c_int = 0;
 
-/// A value that no signal has. macOS does not tell the kernel's signals from those of kill(2): the
-/// `si_code` of both is 0.
+/// A value that the `si_code` of no signal has. On macOS, the `si_code` does not distinguish the
+/// kernel's signals from those of kill(2). It is 0 for both.
 pub(in crate::sys) const SI_KERNEL: libc::c_int = libc::c_int::MIN;
 
-/// The unit of `ru_maxrss` in bytes.
+/// The number of bytes in one unit of `ru_maxrss`.
 pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1;
 
 pub(super) fn accept(listener: RawFd) -> libc::c_int {

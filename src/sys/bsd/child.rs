@@ -14,8 +14,9 @@ pub(in crate::sys) fn drop_groups() -> io::Result<()> {
 
 /// Returns whether the ids of this process are the given ones. `None` stands for any id.
 ///
-/// macOS does not report the saved ids. Returns `false` if they may differ because the process has
-/// changed its ids, or because its program has a set-user-ID or set-group-ID bit (issetugid(2)).
+/// macOS does not report the saved ids. They may differ from the others if the process has changed
+/// its ids, or if its program has a set-user-ID or set-group-ID bit (issetugid(2)). In these cases,
+/// returns `false`.
 pub(in crate::sys) fn has_ids(uid: Option<libc::uid_t>, gid: Option<libc::gid_t>) -> bool {
     // SAFETY: getuid has no preconditions.
     let real_user = unsafe { libc::getuid() };

@@ -7,7 +7,7 @@ pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK
 /// The `si_code` of a signal that the kernel itself sends.
 pub(in crate::sys) const SI_KERNEL: libc::c_int = 0x1_0006;
 
-/// The unit of `ru_maxrss` in bytes.
+/// The number of bytes in one unit of `ru_maxrss`.
 pub(in crate::sys) const MAX_RSS_UNIT: u64 = 1024;
 
 pub(super) fn accept(listener: RawFd) -> libc::c_int {

@@ -77,7 +77,7 @@ pub(super) mod file {
     use crate::sys::check;
     use crate::sys::file::{FileStatus, c_string};
 
-    /// The flag that opens a directory to name its files.
+    /// The flag for opening a directory relative to which files are named.
     pub(in crate::sys) const NAME_ONLY: libc::c_int = libc::O_RDONLY;
 
     /// The flag that selects a symbolic link's own status.
@@ -107,8 +107,9 @@ pub(crate) mod parent_death_signal {
         Ok(())
     }
 
-    /// Returns `true`, although these systems have no such request. The caller also compares the
-    /// process id, and without PID namespaces no other process has the same one.
+    /// Returns `true`, although these systems have no such request. The caller must distinguish a
+    /// worker from the worker's children. Its comparison of process ids suffices, because without
+    /// PID namespaces no other process has the same id.
     pub(crate) fn is_requested() -> bool {
         true
     }

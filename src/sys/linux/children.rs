@@ -1,8 +1,8 @@
 //! Lists the children of this process.
 
-/// Returns the process ids of the children of all threads. Returns `None` if `/proc` is not mounted,
-/// belongs to another PID namespace, or does not list children (`CONFIG_PROC_CHILDREN`, see
-/// proc_tid_children(5)).
+/// Returns the process ids of the children of all threads. Returns `None` if `/proc` is not
+/// mounted, belongs to another PID namespace, or does not list children (`CONFIG_PROC_CHILDREN`,
+/// see proc_tid_children(5)).
 ///
 /// The list may lack a child if another child is reaped, or a thread exits, at the same time.
 pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
@@ -18,8 +18,9 @@ pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
                 let numbers = numbers.split_ascii_whitespace();
                 children.extend(numbers.filter_map(|number| number.parse::<libc::pid_t>().ok()));
             }
-            // The thread has exited, and the kernel has moved its children to another thread. The
-            // error is ENOENT, as for a kernel that does not list children, so check the directory.
+            // The thread has exited, and the kernel has moved its children to another thread. A
+            // kernel that does not list children returns the same error, ENOENT, so check whether
+            // the thread's directory still exists.
             Err(_) if !directory.exists() => {}
             Err(_) => return None,
         }

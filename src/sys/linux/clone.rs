@@ -15,17 +15,18 @@ const STACK: usize = 64 << 10;
 /// Creates a child that executes its program. Returns `None` if the kernel or a sandbox rejects the
 /// call or its flags.
 ///
-/// The kernel creates the process descriptor together with the child. A later call could open
-/// another process's descriptor. If the host ignores SIGCHLD, the process id of a child that exits
-/// at once may soon be reused.
+/// The kernel creates the process descriptor together with the child. A later call could open the
+/// descriptor of another process: if the host ignores SIGCHLD, the process id of a child that exits
+/// at once may be reused before the call.
 ///
-/// If the child keeps its user, the kernel suspends the parent until the child has executed its
-/// program or reported a failure. In the meantime, the child uses its parent's memory, so nothing
-/// is copied. Only the child, or a signal that kills the parent, ends the suspension.
+/// If the child keeps its user and group, the kernel suspends the parent until the child has
+/// executed its program or exited. In the meantime, the child uses its parent's memory, so nothing
+/// is copied, unless an old glibc prevents this (see [`can_share_memory`]). Only the child, or a
+/// signal that kills the parent, ends the suspension.
 ///
-/// If the child changes its user, the parent is not suspended, because processes of that user may
-/// stop the child. The child receives its own memory, because a process that traces the child could
-/// otherwise reach the parent.
+/// If the child changes its user or group, the parent is not suspended, because processes of
+/// another user may stop the child. The child receives its own memory, because a process that
+/// traces the child could otherwise reach the parent.
 pub(in crate::sys) fn clone(child: &Child<'_>) -> Option<io::Result<Started>> {
     match try_clone(child) {
         Err(error)

@@ -42,7 +42,8 @@ pub(crate) fn change_mode_at(
     if changed == 0 {
         return Ok(());
     }
-    // Before Linux 6.6, use the descriptor's entry in /proc, which refers to the same file.
+    // The call fails before Linux 6.6. In that case, use the descriptor's entry in /proc, because
+    // it refers to the same file.
     let path = c_string(format!("/proc/self/fd/{number}").as_ref())?;
     // SAFETY: the path is zero-terminated and lives through the call.
     check(unsafe { libc::chmod(path.as_ptr(), mode) })?;

@@ -40,11 +40,11 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     ]
 }
 
-/// Detaches the SYN filter if another process left it on a listener. Keeps any other filter,
-/// because it belongs to the application.
+/// Detaches the SYN filter that another process may have left on a listener. Keeps any other
+/// filter, because it belongs to the application.
 pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
-    // `getsockopt` reads the filter under the number by which `setsockopt` attaches one. The length
-    // counts statements, not bytes.
+    // The option of `getsockopt` that reads the filter has the same number as the option of
+    // `setsockopt` that attaches one. The length of this option counts statements, not bytes.
     const SO_GET_FILTER: libc::c_int = libc::SO_ATTACH_FILTER;
     let own = syn_filter();
     let mut found = [statement(0, 0, 0, 0); 5];
@@ -86,9 +86,9 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
 /// Returns the program that draws one of these indexes, which must ascend.
 ///
 /// The program's length depends on the number of gaps between the indexes, not on the number of
-/// indexes. Before Linux 6.8, the kernel rejects a program of more than 20,480 bytes
-/// (`net.core.optmem_max`) after its translation. The translation makes at most 4 instructions of 8
-/// bytes for a run of consecutive indexes.
+/// indexes. Before Linux 6.8, the kernel rejects a program whose translation takes more than 20,480
+/// bytes (`net.core.optmem_max`). The translation makes at most 4 instructions of 8 bytes for a run
+/// of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
     let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
@@ -125,8 +125,8 @@ fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
 /// The number of 16-bit words between the fields of `sock_fprog`.
 const PADDING: usize = size_of::<usize>() / 2 - 1;
 
-/// A `sock_fprog` whose padding is initialised. The kernel copies the padding too, and memory checkers
-/// object to uninitialised bytes.
+/// A `sock_fprog` whose padding is initialised. The kernel copies the padding too, and memory
+/// checkers object to uninitialised bytes.
 #[repr(C)]
 struct FilterProgram {
     length: u16,
@@ -216,12 +216,13 @@ mod tests {
         }
     }
 
-    /// Returns the number of bytes that a kernel before 6.8 counts for the translated program.
+    /// Estimates the number of bytes that a kernel before 6.8 counts for the translated program.
+    /// The estimate is too high rather than too low.
     fn translated_size(program: &[libc::sock_filter]) -> usize {
         // The bytes of `struct bpf_prog` and of each program's prologue.
         const FIXED: usize = 256;
         // A run's three statements become at most four instructions. The jump and the addition take
-        // one each, and the return takes at most two. Calculate with five as a margin.
+        // one each, and the return takes at most two. Calculate with five, to leave a margin.
         FIXED + program.len() * 5 / 3 * 8
     }
 
@@ -230,7 +231,7 @@ mod tests {
         const OPTMEM_MAX: usize = 20_480;
         let all: Vec<_> = [0].into_iter().chain(2..10_000).collect();
         assert!(translated_size(&selection(&all).unwrap()) < 512);
-        // Remove every second index, which produces the most gaps.
+        // Leave out every second index, because this produces the most gaps.
         let gaps: Vec<_> = (0..1000).step_by(2).collect();
         assert!(translated_size(&selection(&gaps).unwrap()) <= OPTMEM_MAX);
     }

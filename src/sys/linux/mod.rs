@@ -28,7 +28,7 @@ pub(super) const MAX_SIGNAL: u8 = if cfg!(any(target_arch = "mips", target_arch 
 /// background job that reads from its terminal.
 pub(super) const SI_KERNEL: libc::c_int = 0x80;
 
-/// The unit of `ru_maxrss` in bytes.
+/// The number of bytes in one unit of `ru_maxrss`.
 pub(super) const MAX_RSS_UNIT: u64 = 1024;
 
 /// Returns the address of the calling thread's errno. Async-signal-safe.

@@ -20,8 +20,8 @@ pub(in crate::sys) fn status() -> io::Result<Metadata> {
 
 /// Returns the paths that may lead to this process's program, the preferred one first.
 pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
-    // In this case, the kernel has executed the loader, so both paths lead to the loader instead of
-    // the program.
+    // If the kernel has executed the loader, both paths below lead to the loader instead of the
+    // program.
     if is_run_by_loader() {
         return Vec::new();
     }
@@ -38,12 +38,13 @@ fn called_path() -> Option<PathBuf> {
     let address = usize::try_from(address)
         .ok()
         .filter(|address| *address != 0)?;
-    // SAFETY: the kernel has written a zero-terminated string to this address. The string is part of
-    // the process's initial stack, which is never freed.
+    // SAFETY: the kernel has written a zero-terminated string to this address. The string is part
+    // of the process's initial stack, which is never freed.
     let path = unsafe { CStr::from_ptr(std::ptr::with_exposed_provenance(address)) };
     let path = PathBuf::from(OsStr::from_bytes(path.to_bytes()));
-    // These paths have another meaning in each process. The kernel also reports such a path for a
-    // program that was executed by its descriptor (execveat(2)).
+    // Reject a path in `/proc` or `/dev/fd`, because it may lead to another file in another
+    // process. The kernel reports such a path for a program that was executed by its descriptor
+    // (execveat(2)).
     let is_relative_to_process = path.starts_with("/proc") || path.starts_with("/dev/fd");
     (!is_relative_to_process).then_some(path)
 }

@@ -31,7 +31,8 @@ struct KernelUsage {
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
 /// may have the same id after the host has waited for this child. Returns `None` if the kernel does
-/// not support this call.
+/// not support this call. The inner result is `None` if `options` contains WNOHANG and the process
+/// is still running.
 ///
 /// The system call is made directly, because the C library's `waitid` does not return the usage.
 pub(in crate::sys) fn wait(
@@ -132,7 +133,7 @@ fn send_signal(
         return Some(Ok(()));
     }
     let error = io::Error::last_os_error();
-    // The kernel rejects flags that it does not know with EINVAL.
+    // EINVAL means that the kernel does not know the flags.
     let refused = [libc::ENOSYS, libc::EPERM, libc::EINVAL].map(Some);
     (!refused.contains(&error.raw_os_error())).then_some(Err(error))
 }

@@ -17,13 +17,14 @@ use crate::sys::platform::{MAX_SIGNAL, child as platform};
 use crate::sys::signal_mask::SignalSet;
 use crate::sys::{check, fd, parent_death_signal, retry, signal, socket};
 
-/// How the parent waits until the child has executed its program.
+/// How the parent waits for the start of the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::sys) enum ParentWait {
     /// The kernel suspends the parent (`CLONE_VFORK`). The parent reads the report afterwards.
     #[allow(dead_code, reason = "only Linux does this")]
     Suspended,
-    /// The parent polls for the report. The end of the stream means that the program was executed.
+    /// The parent polls for the report. If the child executes a program, the end of the stream
+    /// means that it has done so.
     Polling,
 }
 
@@ -153,7 +154,7 @@ impl Child<'_> {
     }
 
     /// Waits until the parent has opened this child's process descriptor. The parent then sends one
-    /// byte.
+    /// byte. Closes the report stream afterwards.
     fn wait_for_parent(&self) {
         let mut byte = 0u8;
         let _ = retry(|| {
@@ -250,8 +251,8 @@ impl Child<'_> {
                 platform::drop_capabilities().map_err(at(Step::Capabilities))?;
             }
         }
-        // Request the parent-death signal after all other steps, because the kernel drops the
-        // request when the user changes.
+        // A detached child does not request the parent-death signal. Any other child requests the
+        // signal after all other steps, because the kernel drops the request when the user changes.
         if self.is_detached {
             return Ok(());
         }
@@ -309,8 +310,8 @@ impl Child<'_> {
         Ok(())
     }
 
-    /// Closes all descriptors except the standard ones, the channel and the report stream. The host
-    /// may have left others open for programs that it executes itself.
+    /// Closes all descriptors except 0, 1, 2, the further ones that `stdio` sets, the channel and
+    /// the report stream. The host may have left others open for programs that it executes itself.
     fn close_others(&self) {
         let standard = self.stdio.len().max(LISTEN_FDS_START);
         let standard = RawFd::try_from(standard).unwrap_or(RawFd::MAX);
@@ -337,8 +338,8 @@ fn close_all(numbers: impl IntoIterator<Item = RawFd>) {
     }
 }
 
-/// Returns whether this process has no supplementary group other than `gid`, or than its effective
-/// group if `gid` is `None`.
+/// Returns whether this process has no supplementary group except `gid`. If `gid` is `None`, the
+/// process's effective group takes its place.
 fn has_only_group(gid: Option<libc::gid_t>) -> bool {
     // SAFETY: getegid has no preconditions.
     let own = gid.unwrap_or_else(|| unsafe { libc::getegid() });

@@ -37,7 +37,8 @@ pub struct Usage {
     /// The CPU time that the system spent on behalf of the process.
     pub system_cpu_time: Duration,
     /// The peak of resident memory, in bytes. On Linux, this is at least the memory that the master
-    /// had when it forked the worker, because a worker starts with a copy of its master's memory.
+    /// had when it forked the worker, because the kernel also counts the memory that a worker has
+    /// before it executes its program.
     pub max_rss: u64,
 }
 
@@ -105,8 +106,8 @@ impl Pid {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
-        // Read the status from the process descriptor. Waiting fails if the host ignores SIGCHLD or
-        // has already waited for this child, but newer kernels keep the status.
+        // If waiting fails, read the status from the process descriptor. Waiting fails if the host
+        // ignores SIGCHLD or has already waited for this child, but newer kernels keep the status.
         waited.or_else(|error| {
             let status = process.and_then(|process| pidfd::exit_status(process.as_fd()));
             let exit = status.map(|status| Exit {
@@ -148,8 +149,8 @@ impl Pid {
     /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100
     /// ms, adds it to `unreaped`.
     pub(crate) fn discard(self, process: Option<OwnedFd>, unreaped: &Unreaped) {
-        // Kill only a child that is still running. If the host ignores SIGCHLD, the number of an
-        // exited child may already be reused.
+        // Do not kill a child that is no longer running. If the host ignores SIGCHLD, the process
+        // id of an exited child may already belong to another process.
         if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
             return;
         }

@@ -18,13 +18,13 @@ use crate::sys::signal_mask::SignalSet;
 use crate::sys::socket;
 use crate::types::fork_step::ForkStep;
 
-/// How long a child of another user may take to execute its program, or to become a worker without
-/// one, before it is killed.
+/// How long a child that changes its user or group may take to start, before the child is killed.
+/// To start, a child must execute its program, or become a worker if it executes none.
 ///
-/// The master's loop waits for the child. Without a limit, another process of that user could block
-/// the master by stopping the child. With this limit and the time for reaping, `fork` takes at most
-/// one second. With a shorter limit, a healthy child could be killed while a busy machine reads the
-/// program from a disk. A longer limit would block the master for longer.
+/// The master's loop waits for the child. Without a limit, another process of the child's user
+/// could block the master by stopping the child. With this limit and the time for reaping, such a
+/// fork takes at most one second. With a shorter limit, a healthy child could be killed while a
+/// busy machine reads the program from a disk. A longer limit would block the master for longer.
 pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
 
 /// Everything that `execve` needs, prepared before the fork because the child must not allocate.
@@ -159,8 +159,8 @@ impl Program {
     /// # Errors
     ///
     /// Returns an error if the process cannot be forked, or if the program cannot be executed. Also
-    /// fails if a child of another user has not executed the program within [`START_TIMEOUT`]. A
-    /// child that cannot be reaped at once is added to `unreaped`.
+    /// fails if a child that changes its user or group has not executed the program within
+    /// [`START_TIMEOUT`]. A child that cannot be reaped at once is added to `unreaped`.
     pub(crate) fn spawn(
         &self,
         channel: RawFd,
@@ -179,9 +179,9 @@ impl Program {
     /// # Errors
     ///
     /// Returns an error if the process cannot be forked, or if one of the child's steps fails. The
-    /// last step is the call of `begin`. Also fails if a child of another user has not completed
-    /// the steps within [`START_TIMEOUT`]. A child that cannot be reaped at once is added to
-    /// `unreaped`.
+    /// last step is the call of `begin`. Also fails if a child that changes its user or group has
+    /// not completed the steps within [`START_TIMEOUT`]. A child that cannot be reaped at once is
+    /// added to `unreaped`.
     pub(crate) fn fork<M: FnOnce() -> i32>(
         &self,
         channel: RawFd,
@@ -251,7 +251,8 @@ impl Program {
         let mask = SignalSet::all().set_as_mask();
         let started = fork(&child, &reports);
         mask.set_as_mask();
-        // Close the parent's copy, because the stream would not end while it is open.
+        // Close the parent's copy of the child's end, because the stream would not end while this
+        // copy is open.
         drop(childs_end);
         let Started { pid, process, wait } = started.map_err(forking)?;
 

@@ -132,7 +132,8 @@ pub(super) fn wait_for_start(
         let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
         let has_exited = match process {
             // Also wait for the process, because the stream may stay open after the child's exit. A
-            // child that another thread of the host forked may have a copy.
+            // child that another thread of the host forked may have a copy of the stream's other
+            // end.
             Some(process) => wait_readable([reports.as_fd(), process.as_fd()], left)
                 .map(|[_, has_exited]| has_exited),
             None => wait_readable([reports.as_fd()], left).map(|_| false),

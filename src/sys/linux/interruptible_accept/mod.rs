@@ -3,13 +3,14 @@
 //! Linux queues processes that block in `accept` first in, first out, and wakes one for each
 //! connection. A process that polls does not take part in this queue. So a worker blocks in
 //! `accept` although it also has to wait for its channel. The kernel signals each arrival on the
-//! channel to this thread by SIGURG, which is ignored unless a handler is installed. The signal is
-//! blocked except during the call, so it does not interrupt the application's calls.
+//! channel to the worker's thread. The signal is SIGURG, because it has no effect without a
+//! handler. The signal is blocked except during the call, so it does not interrupt the
+//! application's calls.
 //!
 //! A signal must not be lost if it arrives after it was unblocked, but before `accept` sleeps. So
 //! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
-//! handler replaces the slot with the *stub*, a descriptor that is no socket. As a result, `accept`
-//! fails, whether it has begun or not.
+//! handler replaces the slot's content with a copy of the *stub*, a descriptor that is no socket.
+//! As a result, `accept` fails, even if it begins only after the signal.
 
 mod async_io;
 
@@ -40,7 +41,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     REPLACED.call_after(signal, info, context, || {
         // Act only on the thread that owns the `InterruptibleAccept`. If the handler ran `dup3` on
         // another thread, the owner could close the descriptors at the same time, and their numbers
-        // could be reused. That other thread is also not blocked in `accept`.
+        // could be reused. Another thread also has no `accept` of this module to interrupt.
         if THREAD.load(Ordering::SeqCst) == own_thread() {
             INTERRUPTED.store(true, Ordering::SeqCst);
             let (stub, slot) = (STUB.load(Ordering::SeqCst), SLOT.load(Ordering::SeqCst));
@@ -129,7 +130,8 @@ impl InterruptibleAccept {
     }
 
     /// Waits for a connection and returns it, blocking and closed on exec. Returns `None` if a
-    /// source may have something to process, or if the deadline has passed.
+    /// source may have something to process, if a signal has interrupted the call, or if the
+    /// deadline has passed.
     ///
     /// The kernel signals an arrival only once. So the caller must read all sources until they
     /// would block, before the first call and after each call that returns `None`.
@@ -140,9 +142,10 @@ impl InterruptibleAccept {
     ///
     /// # Errors
     ///
-    /// Returns the errors of accept(2), for example `WouldBlock` if the listener is non-blocking.
-    /// Also returns `WouldBlock` if the process's descriptor limit has been lowered so far that it
-    /// excludes the slot. The caller must then poll the listener.
+    /// Returns the errors of accept(2), for example `WouldBlock` if the listener is non-blocking,
+    /// and the errors of timer_create(2). Also returns `WouldBlock` if the process's descriptor
+    /// limit has been lowered so far that it excludes the slot. The caller must then poll the
+    /// listener.
     pub(crate) fn accept(
         &self,
         listener: BorrowedFd<'_>,
@@ -208,7 +211,7 @@ impl InterruptibleAccept {
         accepted
     }
 
-    /// Sets the timer to the deadline. Returns whether the deadline has passed.
+    /// Returns whether the deadline has passed. If not, sets the timer to the deadline.
     fn set_timer(&self, deadline: Option<Instant>) -> io::Result<bool> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
@@ -263,8 +266,9 @@ impl std::fmt::Debug for InterruptibleAccept {
 
 impl Drop for InterruptibleAccept {
     fn drop(&mut self) {
-        // Leave sources and timer alone in a child that the application has forked. The child
-        // shares the sources with its parent, and does not inherit timers.
+        // Reset the sources and delete the timer only on the thread that set them up. A child that
+        // the application has forked shares the sources with its parent, and does not inherit the
+        // timer.
         if self.owner.is_current() && THREAD.load(Ordering::SeqCst) == own_thread() {
             for &source in self.sources.borrow().iter() {
                 async_io::disable(source, own_thread());
@@ -277,8 +281,8 @@ impl Drop for InterruptibleAccept {
         SLOT.store(-1, Ordering::SeqCst);
         STUB.store(-1, Ordering::SeqCst);
         INTERRUPTED.store(false, Ordering::SeqCst);
-        // Keep a handler that the application has installed over ours. The application's handler
-        // may still call ours.
+        // Restore the previous action only if our handler is still installed. A handler that the
+        // application has installed over ours stays, and may still call ours.
         if is_handled() {
             // SAFETY: this action was in force before ours, so its handler may run at any time.
             let _ = unsafe { set_action(SIGNAL, &self.previous_action) };
