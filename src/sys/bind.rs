@@ -21,7 +21,7 @@ pub(crate) struct BoundSocket {
     /// The file of a Unix socket that was bound to a path.
     pub(crate) file: Option<SocketFile>,
     pub(crate) socket: OwnedFd,
-    /// The local address with the actual port, or `None` for a Unix socket, or if no descriptor was
+    /// The local address with the actual port. `None` for a Unix socket, or if no descriptor was
     /// free for reading the address.
     pub(crate) address: Option<SocketAddr>,
 }

@@ -4,8 +4,8 @@
 //! return a plain `io::Error`, and the caller adds the operation that failed. Decisions, frames and
 //! callbacks belong elsewhere.
 //!
-//! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a handle
-//!   after a fork)
+//! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a
+//!   handle after a fork)
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
 //! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
@@ -14,7 +14,8 @@
 //! - systems: `linux` and `bsd`, which have the same items
 //!
 //! The module of the system for which the crate is compiled is called `platform`. Differences
-//! between systems or architectures belong in `linux` and `bsd`, except those in how `log` writes.
+//! between systems or architectures belong in `linux` and `bsd`, except for the ways in which `log`
+//! writes.
 
 pub(crate) mod bind;
 pub(crate) mod env;

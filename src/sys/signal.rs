@@ -2,10 +2,11 @@
 //!
 //! The handler marks the signal as pending, and then writes a byte to a pipe. The reader drains the
 //! pipe before it reads the marks. If a signal arrives between these two steps, the reader may be
-//! woken once more without a pending signal, but the signal is never lost.
+//! woken once more without a pending signal, but the signal is never lost. A SIGTTIN or SIGTTOU
+//! that the kernel sends is not marked (see [`suspend`]).
 //!
-//! The previously installed handler still runs, after ours. The previous handler is restored when
-//! the last `InstalledHandler` of the signal is dropped.
+//! The previously installed handler still runs, after ours. Dropping the `InstalledHandler`s of the
+//! signal restores the previous handler.
 //!
 //! A handled signal is unblocked on the thread that installs the handler, because the process that
 //! started this one may have blocked it.
@@ -33,8 +34,8 @@ static PIPE: OnceLock<Pipe> = OnceLock::new();
 
 /// The state of one signal, shared with the signal's handler.
 ///
-/// Each signal has its own flag instead of a bit, because not every 32-bit architecture has 64-bit
-/// atomic operations.
+/// Each signal has its own flags instead of bits of a shared word, because not every 32-bit
+/// architecture has 64-bit atomic operations.
 #[derive(Debug)]
 struct SignalState {
     /// Whether the signal has arrived since the last read.
@@ -328,8 +329,8 @@ pub(super) fn chained_action(handler: Handler, previous: &libc::sigaction) -> li
 /// Returns an error if the signal does not exist or cannot be handled.
 pub(crate) fn install(signal: libc::c_int) -> io::Result<InstalledHandler> {
     let previous = current_action(signal)?;
-    // Store the replaced handler unless it is our own, because our handler would then call itself
-    // forever.
+    // Store the previous handler as the replaced one, unless it is our own. Our handler would
+    // otherwise call itself forever.
     if previous.sa_sigaction != address(handler) {
         if let Some(state) = state(signal) {
             state.replaced.store(&previous);

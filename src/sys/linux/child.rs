@@ -81,8 +81,8 @@ pub(in crate::sys) fn set_user(uid: libc::uid_t) -> io::Result<()> {
 /// SECBIT_NO_SETUID_FIXUP or SECBIT_KEEP_CAPS, or if the parent was not root, capabilities stay.
 /// The inheritable set always stays.
 ///
-/// On a kernel without capabilities, this call fails. Such a kernel has no user except root
-/// (`CONFIG_MULTIUSER`), so `set_user` has already failed for any other user.
+/// On a kernel without capabilities, this call fails. Such a kernel (without `CONFIG_MULTIUSER`)
+/// has no user except root, so `set_user` has already failed for any other user.
 pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
     #[repr(C)]
     struct Header {

@@ -17,7 +17,7 @@ use crate::sys::platform::{MAX_SIGNAL, child as platform};
 use crate::sys::signal_mask::SignalSet;
 use crate::sys::{check, fd, parent_death_signal, retry, signal, socket};
 
-/// How the parent waits for the start of the child.
+/// How the parent waits until the child has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::sys) enum ParentWait {
     /// The kernel suspends the parent (`CLONE_VFORK`). The parent reads the report afterwards.

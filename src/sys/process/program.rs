@@ -150,9 +150,9 @@ impl Program {
     /// child exits, if the system has one.
     ///
     /// The child inherits only the descriptors of `stdio` (or 0, 1 and 2 of this process) and
-    /// `channel`. The number of `channel` must be higher than the others. A detached child does not
-    /// inherit `channel`. The child's signals have their default dispositions, except those that
-    /// [`ignore`](Self::ignore) sets, and no signal is blocked.
+    /// `channel`. The number of `channel` must be higher than the numbers that `stdio` sets. A
+    /// detached child does not inherit `channel`. The child's signals have their default
+    /// dispositions, except those that [`ignore`](Self::ignore) sets, and no signal is blocked.
     ///
     /// On Linux, a child that is not detached is killed when the calling thread exits.
     ///

@@ -1,4 +1,4 @@
-"""The same answer, served by gunicorn."""
+"""Sends the same answer as the other measured servers, with gunicorn."""
 
 
 def app(_environ, start_response):

@@ -1,4 +1,5 @@
-// Sends the same answer with Node's cluster. Usage: node server.js rr|none WORKERS
+// Sends the same answer as the other measured servers, with Node's cluster. Usage: node server.js
+// rr|none WORKERS
 //
 // The program uses plain `net`, because each connection would cost Node far more with `http`.
 'use strict';
