@@ -28,7 +28,7 @@ const TIMES: usize = 30;
 /// Number of forks that precede the measured ones.
 const WARM_UP: usize = 5;
 /// Number of forks with exec for each fork without exec. With a smaller number, the benchmark would
-/// take long, because a fork without exec copies the page tables, and those of 1 GiB are large.
+/// take longer, because a fork without exec copies the page tables, and those of 1 GiB are large.
 const COPY_EVERY: usize = 3;
 
 pub fn measure(table: &mut Table) {

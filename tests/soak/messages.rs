@@ -102,7 +102,7 @@ fn send(worker: &cluster::WorkerProcess, counters: &Rc<Counters>, null: &File) {
     let _ = worker.send_with(&bytes, options).unwrap();
 }
 
-/// Checks that messages return complete and in order.
+/// Checks that a returned message is complete and in order.
 fn check(message: &Message, counters: &Counters) {
     let bytes = message.bytes();
     if bytes.starts_with(ORDER.as_bytes()) {

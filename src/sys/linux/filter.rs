@@ -83,7 +83,7 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
     attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
 }
 
-/// Returns the program that draws one of these indexes, which must ascend.
+/// Returns the program that draws one of these indexes. The indexes must ascend.
 ///
 /// The program's length depends on the number of gaps between the indexes, not on the number of
 /// indexes. Before Linux 6.8, the kernel rejects a program whose translation takes more than 20,480
