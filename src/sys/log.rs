@@ -9,7 +9,7 @@
 //! | socket | `send` with `MSG_DONTWAIT` | never |
 //! | file | `write` | for the disk only |
 //! | pipe, terminal | `write` to a separate, non-blocking open file description (Linux) | never |
-//! | pipe that cannot be opened again | `pwritev2`, `RWF_NOWAIT` (Linux 6.5, not for a FIFO) | never |
+//! | pipe, if that fails | `pwritev2`, `RWF_NOWAIT` (Linux 6.5, not for a FIFO) | never |
 //! | all others | `poll`, then `write` of at most `PIPE_BUF` bytes | see `write_if_ready` |
 
 use std::fs::{File, Metadata};
