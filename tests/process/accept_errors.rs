@@ -1,7 +1,7 @@
 //! Tests of workers that block in `accept` or `recv_from` while the system refuses these calls.
 //!
-//! The worker must report the error and must not spin. It must serve clients, or disconnect, when it
-//! can.
+//! The worker must report the error and must not spin. It must serve clients once the calls succeed
+//! again, and must be able to disconnect before that.
 
 use std::cell::Cell;
 use std::io::Write as _;
@@ -29,7 +29,8 @@ crate::scenarios! {
     errors_of_earlier_datagrams_do_not_end_recv_from
 }
 
-/// Serves one client without a shortage, so that the next `accept` may block.
+/// Serves one client before the shortage. The first call of `accept` opens the descriptors that the
+/// worker needs in order to block. Without them, later calls would not block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
@@ -38,8 +39,8 @@ fn serve_first(listener: &cluster::Listener) {
 /// Lets a worker run out of descriptors while clients wait, and asserts that the worker serves them
 /// after the shortage.
 ///
-/// The worker notifies the master of its errors, and a message of the master ends the shortage. The
-/// worker must therefore process messages during the shortage.
+/// The worker notifies the master of its errors, and a message from the master ends the shortage.
+/// The worker must therefore process messages during the shortage.
 fn accept_after_a_shortage(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();
@@ -135,8 +136,8 @@ fn worker_without_descriptors_disconnects_sharded() {
     disconnect_without_descriptors(SchedulingPolicy::Sharded);
 }
 
-/// Errors that accept(2) documents, besides those of a single connection: a shortage in the whole
-/// system, and a firewall that forbids the connection.
+/// Errors of accept(2) that the worker must report, besides EMFILE: shortages of system resources,
+/// and a firewall rule (EPERM).
 const ACCEPT_ERRORS: [i32; 4] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EPERM];
 
 /// Number of errors after which a worker closes its socket.

@@ -46,7 +46,7 @@ fn mount_proc() {
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), NONE).unwrap();
 }
 
-/// Calls `start`, which forks a worker. The worker makes two orphans. Then calls `check` with their
+/// Calls `start`, which forks a worker that makes two orphans. Then calls `check` with the orphans'
 /// process ids every 10 ms, and exits when `check` returns `true`.
 fn with_orphans(start: impl FnOnce(&Master), check: impl FnMut(&[Pid]) -> bool + 'static) {
     match cluster::init().unwrap() {
@@ -86,7 +86,7 @@ fn make_orphans(worker: &Worker) {
 }
 
 fn start_pool(master: &Master) {
-    // The pool forks its worker in the loop. That worker never listens.
+    // The pool works without this handle, and forks its worker in the loop.
     let _ = Pool::new(master, PoolOptions::default().workers(1));
 }
 
@@ -167,7 +167,7 @@ fn subreaper_reaps_orphans_on_request() {
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let mut own = exited_child();
         master.reap_orphans();
-        // The first check has found the host's own child as a zombie, but must not reap it yet.
+        // `reap_orphans` has found the host's own child as a zombie, but must not have reaped it.
         assert_eq!(own.wait().unwrap().code(), Some(7));
         master.fork().unwrap();
     };

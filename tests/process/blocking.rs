@@ -241,7 +241,8 @@ fn messages_are_delivered_in_accept_under_load() {
                 while !stop.load(Ordering::SeqCst) {
                     match talk(address, b"") {
                         Ok(answer) => assert_eq!(answer, "served"),
-                        // Connecting may fail once the worker has stopped.
+                        // Clients may fail once `stop` is set, because the master then disconnects
+                        // the worker.
                         Err(error) => assert!(stop.load(Ordering::SeqCst), "{error}"),
                     }
                 }

@@ -521,7 +521,8 @@ fn all_of<C: 'static>(
 ) -> Calls {
     let (weak, has_run) = (Rc::downgrade(target), Rc::clone(has_run));
     Rc::new(move || {
-        // Set the flag first, because a method in the loop may call this closure recursively.
+        // Set the flag first, because a method that is called below may call this closure
+        // recursively.
         if has_run.replace(true) {
             return;
         }

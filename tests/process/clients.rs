@@ -140,7 +140,7 @@ impl Server {
         stop(&server)
     }
 
-    /// Connects more clients than there are workers, so that no worker is left without one.
+    /// Connects one client more than there are workers, so that every worker is occupied.
     fn occupy(&self, address: SocketAddr) -> io::Result<Vec<TcpStream>> {
         (0..=(self.workers)())
             .map(|_| TcpStream::connect(address))

@@ -464,8 +464,8 @@ fn deadline_starts_at_the_call() {
     let (at, at_later) = (Rc::clone(&own), Rc::clone(&all));
     let parts = &["looping", "looping"];
     let (entries, exits, _) = stopped_by(parts, move |master, workers| {
-        // Also delay the second deadline: this callback runs before the one that sets the deadline
-        // at the same exit.
+        // Also spin before the second deadline is set. At the first exit, this callback runs before
+        // the callback that sets the deadline.
         master.on_exit(|_, _, _| spin_past_the_deadline());
         stop_after_exits(master, 1, SOON, &at_later);
         spin_past_the_deadline();

@@ -46,7 +46,7 @@ fn is_running(process: &WorkerProcess) -> bool {
     !process.is_dead() && is_alive(process.process().id())
 }
 
-/// Makes `run` wait for the process, and closes the stream at whose end the process exits.
+/// Makes `run` wait for the process, and closes the stream, so that the process exits.
 fn end(process: &WorkerProcess, life: &RefCell<Option<UnixStream>>) {
     process.process().reference();
     life.take();
@@ -223,7 +223,7 @@ fn exit_of_a_detached_process_is_delivered_and_leaves_no_zombie() {
     assert_eq!(exits.get(), 1);
 }
 
-/// Checks that the error callback is called at most 16 times (`LATE_ERRORS_MAX` in
+/// Checks that the error callback is called only 16 times (`LATE_ERRORS_MAX` in
 /// `src/core/master/workers.rs`), although each call causes another error.
 fn messages_to_a_detached_process_fail_without_endless_errors() {
     let errors = Rc::new(Cell::new(0));

@@ -111,8 +111,8 @@ fn connection_limit_is_kept_while_clients_wait() {
                 let _ = worker.send(b"served").unwrap();
             });
             listener.set_max_connections(Some(1));
-            // Send the address last. When the master reads it and connects clients, it has already
-            // processed all frames that the worker sent before.
+            // Send the address last. The master connects clients when it receives the address, and
+            // has then processed all frames that the worker sent before.
             let address = listener.local_addr().unwrap().to_string();
             let _ = worker.send(address.as_bytes()).unwrap();
             worker.on_message(move |worker, _| {

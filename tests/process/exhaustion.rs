@@ -169,8 +169,8 @@ fn for_descriptor(fd: u64) -> SeccompRule {
 
 const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
 
-/// Makes `accept` fail on three of four listeners, each with another error, and connects one client
-/// to each of these three.
+/// Makes `accept` fail on three of four listeners, each with a different error, and connects one
+/// client to each of these three.
 ///
 /// The master must report each error with the listener's address, and must still accept ten clients
 /// of the fourth listener.
@@ -583,8 +583,8 @@ const USER_FDS_MAX: u64 = 64;
 /// Exceeds the user's limit on descriptors in flight (see `RLIMIT_NOFILE` in unix(7)). Descriptors
 /// that a stopped worker has not received count towards this limit.
 ///
-/// The channel must back off, and continue once the worker reads. The channel to the other worker
-/// must also wait, and must lose nothing.
+/// The channel to the stopped worker must back off, and continue once the worker reads. The channel
+/// to the other worker must also wait, and must lose nothing.
 fn descriptors_beyond_the_users_limit_wait() {
     let program = cluster::is_master().then(|| program_for(unique_user()));
     let log = Log::default();

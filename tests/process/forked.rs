@@ -259,7 +259,7 @@ fn dispatch_until_counted(what: &str, worker: &Worker, counter: &Cell<u32>, caus
 }
 
 impl WorkerHandles {
-    /// Checks that every handle in the parent still works.
+    /// Checks that no child has woken the parent's loop, and that the parent's handles still work.
     fn check(&self, seen: &Rc<Seen>, path: &Path, mut watched: &UnixStream) {
         let worker = &self.worker;
         assert!(is_idle(worker), "the child has woken its parent");
@@ -392,7 +392,7 @@ fn handles_of_a_worker_are_inert_in_a_forked_child_none() {
     handles_of_a_worker_are_inert(SchedulingPolicy::Shared);
 }
 
-/// The handles that a master can have, one of each kind.
+/// The handles that a master can have, at least one of each kind.
 struct MasterHandles {
     worker: WorkerProcess,
     tcp: MasterListener,

@@ -18,7 +18,7 @@ crate::scenarios! {
     worker_with_passed_descriptors_leads_a_process_group
 }
 
-/// The scenarios that `serve` runs as its program. They do not use this crate.
+/// The scenarios that the example `serve` runs as its program. They do not use this crate.
 pub const PROGRAMS: &[Scenario] = &[
     Scenario {
         name: "server_that_drains",
@@ -74,7 +74,7 @@ fn serve(end: Option<Signal>) {
     }
 }
 
-/// Starts `serve` with a program that runs behind a shell.
+/// Starts the example `serve` with a program that runs behind a shell.
 fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
     let mut command = example("serve");
     command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
@@ -133,7 +133,8 @@ fn drains_at_reload() -> Result<(), Failed> {
         let fds = std::fs::read_dir(format!("/proc/{old}/fd")).unwrap();
         let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
         let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
-        // The listener, the channel to the master, and the accepted connection.
+        // Expect three sockets: the listener, the channel to the master, and the accepted
+        // connection.
         (sockets.count() >= 3).then_some(())
     });
     kill(serve.pid(), Signal::SIGHUP)?;

@@ -20,7 +20,9 @@ use nix::unistd::Pid;
 
 use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
 
-/// Environment variable that selects a fault point, a fault and a pass (see `src/wire/fault.rs`).
+/// Environment variable that selects a fault point, a fault and a pass (see `src/wire/fault.rs`). A
+/// fault point is a place in the code at which a worker can fail. A pass is one execution of this
+/// place.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
 /// Number of writes that a worker makes until it has served a connection. For each of these writes,
@@ -231,8 +233,9 @@ impl Play {
         let has_failed = Rc::new(Cell::new(false));
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
-            // Count a worker as failed if it exited although no disconnect was requested. If a
-            // signal has stopped the worker, `failed` is already set.
+            // Count a worker as failed if it exited although no disconnect was requested. A worker
+            // that was stopped and continued exits after its disconnect, but `failed` was set
+            // before the disconnect.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);
@@ -257,7 +260,8 @@ impl Play {
             move |master, outcome| {
                 play.count(round, &outcome);
                 has_failed.set(outcome.stopped);
-                // Disconnect a worker that was only stopped, or that has not failed by now.
+                // Disconnect the worker if it was stopped and has continued. If the worker has
+                // exited, the call does nothing.
                 failing.disconnect_within(Duration::from_millis(500));
                 end_part(&play, master);
             },

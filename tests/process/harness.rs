@@ -51,7 +51,7 @@ const GRACE: Duration = Duration::from_secs(1);
 pub struct Scenario {
     pub name: &'static str,
     pub play: fn(),
-    /// Requirement that some machines do not meet.
+    /// Requirement that some machines do not meet. `None` if the scenario runs on every machine.
     pub need: Option<&'static Need>,
 }
 
@@ -547,7 +547,8 @@ fn ping(worker: &WorkerProcess) {
 /// them.
 ///
 /// A worker that does not receive its connection within 20 ms, for instance because it has to wait
-/// for a core, loses its turn in the rotation.
+/// for a core, loses its turn in the rotation. Tests therefore check the exact rotation only if
+/// this number has not grown.
 pub fn count_returned(master: &Master) -> u64 {
     master
         .loads()
@@ -675,8 +676,9 @@ impl Log {
     }
 }
 
-/// Logs all events in the master except messages, for example "1 online" or "2 exit Some(true) exit
-/// status: 0". Errors are logged without a worker's id.
+/// Logs the workers' events and the errors in the master, but no messages. Entries are, for
+/// example, "1 online" or "2 exit Some(true) exit status: 0". Errors are logged without a worker's
+/// id.
 pub fn note_events(master: &Master, log: &Log) {
     let note = |event: &'static str| {
         let log = log.clone();

@@ -68,7 +68,7 @@ fn child(code: i32) -> Child {
     Command::new("sh").args(["-c", &exit]).spawn().unwrap()
 }
 
-/// Exits with the code in the worker's environment variable.
+/// Exits with the code in the environment variable `CODE`.
 fn exit_with_requested_code() -> ! {
     std::process::exit(std::env::var("CODE").unwrap().parse().unwrap())
 }
@@ -228,7 +228,8 @@ fn handle(number: Number, handler: SigHandler, flags: SaFlags, mask: SigSet) {
     unsafe { sigaction(number, &action) }.unwrap();
 }
 
-/// Installs handlers with and without `SA_SIGINFO`, an ignored signal, and a default disposition.
+/// Installs handlers with and without `SA_SIGINFO`, ignores one signal, and gives another signal
+/// its default disposition.
 fn install_handlers_of_the_host() {
     let (simple, full) = (
         SigHandler::Handler(count),
@@ -436,8 +437,9 @@ fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// Makes the kernel reap children as soon as they exit. `how` is the disposition of SIGCHLD:
-/// ignored, or with SA_NOCLDWAIT and the default action or a handler.
+/// Makes the kernel reap children as soon as they exit. `how` chooses the disposition of SIGCHLD:
+/// `ignored` ignores the signal. The others set SA_NOCLDWAIT, `default` with the default action and
+/// `handled` with a handler.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;
@@ -515,7 +517,7 @@ fn children_are_reaped_though_the_host_ignores_them_on_old_kernels() {
         },
         |worker| run_to_completion(&worker),
     );
-    // Get the error's text from the C library, because libraries differ in the text.
+    // Get the error's text from the C library, because C libraries use different texts.
     let no_child = std::io::Error::from(nix::errno::Errno::ECHILD);
     let expected = [
         "1 fork".to_owned(),
@@ -833,7 +835,7 @@ fn forked_child_of_the_host_delays_no_fork() {
             }
             forking_threads.fetch_sub(1, Ordering::SeqCst);
             // Keep the children alive for up to 20 s. The master must set `stop` before that time.
-            // It would be late if `fork` waited for these children.
+            // If `fork` waited for these children, the master would set it too late.
             let end = Instant::now() + Duration::from_secs(20);
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
@@ -1008,10 +1010,11 @@ pub fn output_of(process: &mut Child) -> BufReader<ChildStdout> {
     BufReader::new(process.stdout.take().unwrap())
 }
 
-/// Kills a worker that has a child of its own. This orphan becomes the host's child, because the
-/// host is process 1.
+/// Kills a worker that has a child of its own. The child becomes an orphan and then the host's
+/// child, because the host is process 1.
 ///
-/// The host then receives SIGTERM, as from a container runtime, and the other worker disconnects.
+/// The host then forks another worker. That worker must disconnect when the host receives SIGTERM,
+/// as from a container runtime.
 #[expect(clippy::zombie_processes, reason = "it is left behind")]
 fn process_1_can_be_a_master() {
     if !is_process_1() {

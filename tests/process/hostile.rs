@@ -95,15 +95,17 @@ const SLACK_BYTES: usize = 4 << 20;
 const SLACK_FDS: usize = 8;
 /// Maximum factor by which an attack may increase the master's median CPU time between a client's
 /// arrival and its acceptance. The largest measured factor is 21, in the flood of Idle and Pause
-/// frames. The master processes at most 64 of these frames per iteration. Without this limit, the
-/// factor is 100.
+/// frames, of which the master processes at most 64 per iteration. Without the limit of 64 frames,
+/// the factor is 100.
 const WORK_FACTOR_MAX: u32 = 50;
-/// Minimum that the test uses for the median without an attack. If the measured median were
-/// smaller, cache misses alone could exceed `WORK_FACTOR_MAX`.
+/// Lower bound for the median without an attack. The test replaces a smaller median with this
+/// bound, because cache misses alone could increase a smaller median by more than
+/// `WORK_FACTOR_MAX`.
 const WORK_MIN: Duration = Duration::from_micros(20);
 /// Maximum number of loop iterations from a client's arrival until the test sees that the master
-/// has accepted the client. The master may accept the client only in the second iteration, after
-/// the measuring watch was called. The watch then sees this in the third iteration.
+/// has accepted the client. In the worst allowed case, the master accepts the client in the second
+/// iteration, after that iteration has called the measuring watch. The watch then sees the
+/// acceptance in the third iteration.
 const ITERATIONS_MAX: u32 = 3;
 /// Maximum number of messages from one worker between two calls of the measuring watch.
 ///
@@ -146,8 +148,8 @@ const OTHER_INDEX: u32 = 2;
 fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
-    // The header's last byte is the number of descriptors that are sent together. This frame is
-    // sent alone, so the number is `fds` again.
+    // The header's last byte is the number of descriptors of all frames that are sent with one
+    // call. This frame is sent alone, so the number is `fds` again.
     frame.extend([1, kind, fds, fds]);
     frame.extend(body);
     frame
@@ -892,8 +894,8 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
             let at_error = log.clone();
             master.on_error(move |_, _, error| at_error.add(error.to_string()));
             master.on_exit(move |_, worker, status| {
-                // This line only makes the closure own the listener, so that it stays open until
-                // the worker exits.
+                // This line only makes the closure own the listener, so that the listener stays
+                // open until the worker exits.
                 let _ = &listener;
                 let flag = worker.exited_after_disconnect();
                 log.add(format!("{:?} {flag:?}", status.signal()));
@@ -1026,7 +1028,7 @@ fn worker_that_returns_every_connection_does_not_delay_other_workers() {
     }));
 }
 
-/// Sends the last 64 KiB of a frame one byte at a time, but stops one byte before the frame's end.
+/// Sends a frame that lacks one byte. The last 64 KiB are sent one byte at a time.
 fn unfinished_frame_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -1250,8 +1252,9 @@ fn worker_that_requests_and_never_reads_is_disconnected() {
             attacker.send(&many);
         }
     };
-    // Expect "out of memory", because a worker that does not read has not broken the protocol yet.
-    // The application has already filled most of the outgoing queue, so few replies fit.
+    // Expect "out of memory": the master has no space for further replies, and a worker that does
+    // not read them breaks no rule of the protocol. The application has already filled most of the
+    // outgoing queue, so few replies fit.
     let case = Case::new(attack, Outcome::Disconnected("out of memory"));
     let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER + FDS_OUT;
     let bytes = BYTES_IN + BYTES_OUT;
@@ -1446,7 +1449,8 @@ fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
     println!("option {option}: {set}");
 }
 
-/// Requests a connection and returns it, 100 times. Then starts the clients and waits to be killed.
+/// Requests 100 connections, one after the other. Pauses after each, so that the master reclaims
+/// the connection. Then starts the clients and waits to be killed.
 fn pause_repeatedly(own: &Listener<'_>) -> ! {
     for _ in 0..100 {
         own.idle(0);

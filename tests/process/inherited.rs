@@ -282,8 +282,8 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
     }
 }
 
-/// Reads from the terminal, for which the kernel sends SIGTTIN to all processes of the job. The read
-/// fails, because this process ignores the signal.
+/// Reads from the terminal, and thereby makes the kernel send SIGTTIN to all processes of the job.
+/// The read fails, because this process ignores the signal.
 fn read_in_the_background() {
     let mut terminal = File::open("/dev/tty").unwrap();
     let error = terminal.read(&mut [0]).unwrap_err();
@@ -309,7 +309,7 @@ fn be_a_background_job(master: &Master) {
                     .write_all(b"from the background\n")
                     .unwrap();
                 after_pending_signals(pool, master, 2, |_, _| {
-                    // The same signal from a process, as an operator sends it, still adds a worker.
+                    // SIGTTIN from a process, as an operator sends it, must still add a worker.
                     kill(getpid(), Number::SIGTTIN).unwrap();
                 });
             }

@@ -39,7 +39,7 @@ crate::scenarios! {
 const MS: Duration = Duration::from_millis(1);
 
 /// Environment variable with the path of the file that configures the service. Each line contains a
-/// verb and an address:
+/// verb and, unless the verb is `exit`, an address:
 ///
 /// - `pool`: the pool and the workers listen on the address.
 /// - `listen`: only the workers listen on the address.
@@ -193,7 +193,7 @@ impl Service {
         });
     }
 
-    /// Returns the newest master.
+    /// Returns the newest master's process id.
     pub fn master(&self) -> Pid {
         let output = self.group.output();
         let mut masters = output
@@ -250,7 +250,7 @@ impl Service {
         wait_until("the exit of the master", || {
             (!is_alive(master.as_raw().unsigned_abs())).then_some(())
         });
-        // The group waits only for the first master.
+        // Wait for a later master here, because the group waits only for the first master.
         if master != self.group.pid() {
             let status = waitpid(master, None).unwrap();
             let output = self.group.output();
@@ -304,7 +304,8 @@ pub fn assert_served(address: SocketAddr, master: Pid) {
     assert_eq!(talk(address, b"x").unwrap(), master.to_string());
 }
 
-/// Connects a client, and returns the kind of the error if that fails within a second.
+/// Connects a client with a timeout of one second. Returns the kind of the error, or `None` if the
+/// client has connected.
 fn connect_error(address: SocketAddr) -> Option<ErrorKind> {
     let client = TcpStream::connect_timeout(&address, 1000 * MS);
     client.err().map(|error| error.kind())
@@ -384,7 +385,8 @@ pub fn ask_udp(address: SocketAddr) -> String {
 }
 
 /// Returns the IPv4 addresses on which workers have listened, except those with a known port. The
-/// workers of all masters share one port that the kernel has chosen, so the addresses must be equal.
+/// workers of all masters share one port that the kernel has chosen, so the result should have one
+/// element.
 fn chosen_addresses(service: &Service, known: [u16; 2]) -> Vec<SocketAddr> {
     let output = service.group.output();
     let lines = output
@@ -546,7 +548,8 @@ fn assert_drops_handshakes_when_it_stops(service: Service, address: SocketAddr) 
     let busy = [hold(address), hold(address)];
     let mut waiting = TcpStream::connect(address).unwrap();
     kill(master, Signal::SIGTERM).unwrap();
-    // Clients that connect before the master handles the signal still join the backlog.
+    // Clients that connect before the master handles the signal still join the backlog, so connect
+    // repeatedly.
     wait_until("a client whose handshake is dropped", || {
         let error = connect_error(address);
         assert_ne!(error, Some(ErrorKind::ConnectionRefused));
