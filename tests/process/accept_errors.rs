@@ -29,8 +29,9 @@ crate::scenarios! {
     errors_of_earlier_datagrams_do_not_end_recv_from
 }
 
-/// Serves one client before the shortage. The first call of `accept` opens the descriptors that the
-/// worker needs in order to block. Without them, later calls would not block.
+/// Serves one client before the shortage. With the policy `none`, the first call of `accept` opens
+/// the descriptors that the worker needs in order to block. Without them, later calls would not
+/// block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
