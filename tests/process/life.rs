@@ -469,7 +469,8 @@ fn children_inherit_only_their_channel() {
         .iter()
         .filter_map(|(left, _)| left.rsplit(' ').next())
         .filter(|fd| !["0", "1", "2"].contains(fd))
-        // Skip the shell's saved copy of its standard output, which is not a socket.
+        // Keep only sockets. The only other descriptor here is the shell's saved copy of its
+        // standard output.
         .filter(|fd| {
             fds.iter()
                 .all(|(l, to)| !l.ends_with(fd) || to.starts_with("socket:"))

@@ -160,8 +160,8 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
                     other.set_nonblocking(true).unwrap();
-                    // Accept any connection. It need not be the one of `client`, because no worker
-                    // may have accepted an earlier client.
+                    // Accept any connection. It may be that of an earlier client, because the
+                    // workers may have left one in the backlog.
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 master.disconnect();
@@ -194,7 +194,8 @@ fn serve_path(worker: &Worker, act: fn(&[u8]) -> String) {
     worker.on_disconnect(|_| std::process::exit(0));
     for connection in worker.listen(path.as_path()).unwrap().incoming() {
         let Ok(mut connection) = connection else {
-            // The socket no longer listens, but messages still arrive.
+            // An error means that the socket no longer listens. The worker must still receive
+            // messages.
             return worker.run().unwrap();
         };
         let id = worker.id().to_string();

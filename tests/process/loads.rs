@@ -53,7 +53,7 @@ fn connect(address: SocketAddr, clients: usize) -> Vec<TcpStream> {
     (0..clients).map(connect).collect()
 }
 
-/// Sends a byte for each client and returns what each client receives.
+/// Sends a byte from each client and returns what each client receives.
 fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
     let read = |mut client: TcpStream| {
         let _ = client.write_all(b"x");
@@ -127,8 +127,9 @@ fn loads_count_dispatched_and_received_connections() {
 /// Waits until each worker waits for a connection, checks the loads after `served` connections, and
 /// connects the next client.
 ///
-/// The workers have equal loads only if they take strict turns. A worker loses its turn if it does
-/// not receive its connection in time, and the connection returns to the master.
+/// The workers have equal loads only if they take strict turns. A worker that does not receive its
+/// connection in time loses its turn, and the connection returns to the master. Equal loads are
+/// therefore asserted only if no connection has returned.
 fn connect_next(master: &Master, address: SocketAddr, served: u64, log: Log) {
     when_all_wait(master, move |master| {
         let workers = master.loads().workers;

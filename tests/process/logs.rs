@@ -220,7 +220,8 @@ fn read_until(mut source: impl std::io::Read, end: &str) -> String {
         assert!(length > 0, "the end");
         text.extend_from_slice(&buffer[..length]);
         let text = String::from_utf8_lossy(&text);
-        // A terminal adds a carriage return to each line.
+        // Trim the end of the line, which is a newline, or on a terminal a carriage return and a
+        // newline.
         if text.trim_end().ends_with(end) {
             return text.into_owned();
         }

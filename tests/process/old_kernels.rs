@@ -185,7 +185,7 @@ fn hide_proc() {
     assert!(!Path::new("/proc/self").exists());
 }
 
-/// Returns the number of open descriptors, without using /proc.
+/// Returns the number of open descriptors below 256, without using /proc.
 fn count_fds() -> usize {
     let is_open = |number: &i32| {
         #[allow(unsafe_code)]

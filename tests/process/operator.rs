@@ -160,9 +160,10 @@ fn scaled_size_survives_an_upgrade() {
         server.wait_for(&format!("{new}: slot 2: worker 3 is ready"), 1);
         wait_for_exit(old);
     }
-    // Back at the configured size, the new master's own options decide.
+    // Scale down to the configured size. The size of the next new master must then come from its
+    // own options.
     server.signal(Signal::SIGTTOU);
-    // Worker 3 of each old master has also exited.
+    // Two of the three lines are about worker 3 of the two old masters.
     server.wait_for("slot 2: worker 3 has exited", 1 + 2);
     let old = upgrade(&server);
     wait_for_exit(old);

@@ -23,12 +23,13 @@ fn become_nobody(groups: &[u32], saved: u32) {
     let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     setresgid(group, group, group).unwrap();
     setresuid(user, user, Uid::from_raw(saved)).unwrap();
-    // The kernel has cleared this flag, and the process needs it to read its entries in `/proc`.
+    // The change of user has cleared the dumpable flag. Without this flag, the process cannot read
+    // its own entries in `/proc`.
     nix::sys::prctl::set_dumpable(true).unwrap();
 }
 
-/// Runs this scenario again in a process of its own for each case. Returns the case in such a
-/// process, and `None` in the process that starts them.
+/// Starts a child process for each case, which runs this scenario again. Returns the case in a
+/// child process, and `None` in the parent.
 fn each_case(cases: &[&str]) -> Option<String> {
     const CASE: &str = "CASE";
     let case = std::env::var(CASE).ok();
@@ -105,8 +106,9 @@ fn unprivileged_master_forks_workers_of_its_own_user() {
     );
 }
 
-/// Checks a master that may return to user 0 but may not change its groups. A worker that gives up
-/// an identity must not keep groups of that identity, so the fork fails if the master has groups.
+/// Checks a master that may not change its groups, and a worker that gives up an identity: user 0,
+/// to which the master may return, or the master's own user. The worker must not keep groups of an
+/// identity that it gives up, so the fork fails if the master has groups.
 fn groups_that_cannot_be_dropped_refuse_another_identity() {
     let Some(case) = each_case(&["groups", "no groups", "another user"]) else {
         return;

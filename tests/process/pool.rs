@@ -164,8 +164,8 @@ fn crash_loop_ends_when_the_pool_gives_up() {
 
 /// Checks the times and the number of forks in a crash loop that runs for [`test_duration`].
 ///
-/// The pool has one worker, adds no jitter and never gives up. All other options have their
-/// defaults.
+/// The pool has one worker and adds no jitter. Its failure limit and failure window keep it from
+/// ever giving up. All other options have their defaults.
 fn crash_loop_forks_at_the_configured_times() {
     let forks = Rc::new(RefCell::new(Vec::new()));
     let noted_forks = Rc::clone(&forks);
@@ -215,8 +215,9 @@ fn failed_fork_is_treated_as_a_death() {
                     assert!(error.contains("/nowhere/at/all"), "{error}");
                     failures.set(failures.get() + 1);
                 }
-                // By default, a pool that gives up and has no workers stops.
                 PoolEvent::FailureLimitReached { .. } => assert!(failures.get() >= 3),
+                // By default, a pool that gives up and has no workers stops. Any other event must
+                // come from this stop.
                 event => assert!(pool.is_stopping(), "{event}"),
             });
             assert!(matches!(master.run(), Err(Error::GaveUp { .. })));
@@ -656,7 +657,7 @@ fn failure_limit_callback_chooses_retry_give_up_or_stop() {
 /// Environment variable with the path to a file. The content of the file selects how [`server`]
 /// behaves.
 const RELEASE: &str = "RELEASE";
-/// Request that keeps a worker busy until the client closes the connection.
+/// Request that keeps a worker busy until the client sends 512 more bytes or closes the connection.
 pub const HOLD: &[u8] = b"hold";
 /// Environment variable with the address on which [`server`] listens.
 const ADDRESS: &str = "ADDRESS";

@@ -387,7 +387,8 @@ fn copies_of_descriptors(pid: Pid) -> Vec<(&'static str, nix::Result<libc::c_lon
     (0..64).map(copy).collect()
 }
 
-/// Tries every way to access another process. Returns the attempts that the kernel did not refuse.
+/// Tries to access another process in several ways. Returns the attempts that the kernel did not
+/// refuse.
 fn successful_accesses(pid: Pid) -> Vec<String> {
     let (denied, perm) = (Errno::EACCES, Errno::EPERM);
     let of = |name: &str| format!("/proc/{pid}/{name}");

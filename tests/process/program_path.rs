@@ -33,8 +33,8 @@ const MS: Duration = Duration::from_millis(1);
 
 /// Runs a pool with one worker. The master and the worker print which program they execute.
 ///
-/// SIGUSR1 reloads with settings that have no path. The master changes its working directory, in
-/// which the relative paths of the scenarios do not exist.
+/// SIGUSR1 reloads with settings that have no path. The master changes its working directory to
+/// `/`, where the relative paths of the scenarios do not exist.
 fn server() {
     let own = std::fs::read_link("/proc/self/exe").unwrap_or_default();
     let pid = std::process::id();
@@ -63,8 +63,8 @@ fn server() {
     }
 }
 
-/// Makes this program available under another path. The file is copied only if it cannot be linked,
-/// because it is large.
+/// Makes this program available under another path. The program is large, so it is copied only if a
+/// hard link is impossible.
 fn link_program(path: &Path) {
     let own = std::env::current_exe().unwrap();
     std::fs::hard_link(&own, path)
@@ -105,7 +105,8 @@ impl Releases {
         Server(Group::start(&mut shell).unwrap())
     }
 
-    /// Replaces the link `current` in one step, as `ln -sfn` followed by `mv -T`.
+    /// Replaces the link `current` atomically: creates a new link and renames it to `current`, like
+    /// `ln -s` and `mv -T`.
     fn switch(&self, release: &str) {
         symlink(release, self.path("next")).unwrap();
         std::fs::rename(self.path("next"), self.path("current")).unwrap();

@@ -30,7 +30,7 @@ crate::scenarios! {
 /// The number of simultaneous clients. Each client receives one byte.
 const CLIENTS: usize = 4;
 
-/// Connects all clients before any of them is served and adds their answers to the log.
+/// Connects all clients before any of them is served, and adds their answers to the log.
 fn connect_clients(master: &Master, address: SocketAddr, log: Log) {
     let clients = [(); CLIENTS].map(|()| TcpStream::connect(address).unwrap());
     let read = |mut client: TcpStream| {

@@ -386,7 +386,7 @@ fn port_zero_is_the_same_port_in_master_and_worker() {
 /// Checks that two workers share a listener that the application opened before the master retained
 /// it. The application keeps a duplicate of the listener.
 ///
-/// The first worker requests the listener's address, and the second worker requests only its port.
+/// The first worker requests only the listener's port, and the second worker requests its address.
 fn existing_listener_is_shared(policy: SchedulingPolicy) {
     let log = Log::default();
     let entries = log.clone();

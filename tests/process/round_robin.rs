@@ -37,8 +37,8 @@ const WORKERS: usize = 4;
 
 /// Checks that sequential clients reach the workers in strict turns.
 ///
-/// On a loaded machine, a worker may not receive its connection in time, and lose its turn. The
-/// answer to that client does not count, and a new rotation begins, perhaps in another order.
+/// On a loaded machine, a worker may receive its connection too late and lose its turn. The answer
+/// to that client does not count, and a new rotation begins, perhaps in another order.
 fn sequential_connections_rotate_exactly() {
     let log = Log::default();
     let entries = log.clone();
@@ -240,7 +240,8 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
 /// Plays rounds of many quick requests and two slow ones. The slow requests usually keep both
 /// workers busy.
 ///
-/// The rounds end once connections were queued behind a slow request in `times` of them.
+/// The last round is the one in which connections are queued behind a slow request for the
+/// `times`th time.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
@@ -310,7 +311,8 @@ fn with_a_stopped_worker(
         });
     };
     when_listening(master, 2, move |master, address| {
-        // Remember which worker served the last connection, because the other worker is next.
+        // Make both workers slow, one after the other. `last` is the worker that served the last
+        // connection, so the other worker is next.
         make_worker_slow(master, address, move |master, _| {
             make_worker_slow(master, address, move |master, last| {
                 stop_next(master, address, last);

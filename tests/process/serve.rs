@@ -240,7 +240,7 @@ fn unix_socket() -> Result<(), Failed> {
 }
 
 /// Checks that clients do not fail while a process is replaced. `serve` runs one process, so a
-/// client that connects after its exit waits for the next process.
+/// client that connects after the process's exit waits for the next process.
 fn replaces_dead_process() -> Result<(), Failed> {
     let (serve, address) = start(1);
     let mut pid = ask(address).unwrap();
@@ -430,8 +430,8 @@ fn terminal() -> Result<(), Failed> {
     assert!(before.ends_with('\r'), "{before:?}");
     stop(&serve)?;
     assert_eq!(serve.output(), "", "output outside the terminal");
-    // Only this process still has the terminal's slave side open, so reading ends once it is
-    // closed.
+    // Only this process still has the terminal's slave side open. Close that side, so that reading
+    // ends.
     drop(pty.slave);
     let mut rest = Vec::new();
     let end = terminal.read_to_end(&mut rest).unwrap_err();

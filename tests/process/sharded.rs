@@ -474,7 +474,8 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
                 master.disconnect();
                 let read = || {
                     // Let all clients send before the first one reads. The killed worker's clients
-                    // are reset only after the other clients are served.
+                    // are reset only after the other clients are served, so reading from one of
+                    // them waits until all others have sent.
                     let send = |mut client: &TcpStream| drop(client.write_all(b"x"));
                     clients.iter().for_each(send);
                     clients.into_iter().map(read_answer).collect::<Vec<_>>()
@@ -525,7 +526,8 @@ fn shards_receive_equal_shares() {
                     let mut parts = BTreeMap::new();
                     for _ in 0..CLIENTS / 4 {
                         let answer = ask(address);
-                        // End the other threads too, so that the first failure ends the test.
+                        // Stop if another thread has failed, so that the first failure ends the
+                        // test.
                         if has_failed.fetch_or(answer.is_err(), Ordering::SeqCst) {
                             break;
                         }

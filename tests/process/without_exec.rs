@@ -427,7 +427,8 @@ fn stale_handles_in_a_copy_refer_to_no_new_descriptor() {
     });
 }
 
-/// Asserts that the master cannot be copied, because it has more than one thread.
+/// Asserts that `error` comes from a `fork` that cannot copy the master, because the master has
+/// more than one thread.
 fn expect_threads_found(error: Error) {
     match error {
         Error::Fork { step, reason, .. } => {

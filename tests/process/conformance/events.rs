@@ -54,7 +54,8 @@ struct Events {
 }
 
 /// Registers callbacks with `$reason`, the master or the worker's handle, for all events that both
-/// emit. The callbacks log each event with the worker's state, and check it.
+/// emit. The callbacks log the content of messages, and other events with the worker's state. They
+/// assert that the event is about `$worker`.
 macro_rules! listen_to {
     ($reason:expr, $log:expr, $worker:expr) => {{
         let (log, own) = ($log.clone(), $worker.clone());

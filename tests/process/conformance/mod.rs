@@ -1,5 +1,6 @@
-//! Plays the scenarios of Node's own test suite with real processes. Each test is named after
-//! Node's file, and `tests/CONFORMANCE.md` lists the result of each test.
+//! Plays the scenarios of Node's own test suite with real processes. Each of these tests is named
+//! after Node's file, and `tests/CONFORMANCE.md` lists its result. The modules also contain tests
+//! of this crate's own, for related behaviour.
 
 mod callbacks;
 mod calls;

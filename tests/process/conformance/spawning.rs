@@ -565,7 +565,7 @@ fn inspect_port_closure_runs_for_each_worker() {
     let ports = inspect_ports(
         || Settings::default().inspect_port(InspectPort::new(next_port)),
         // The empty settings do not replace the closure, so the fifth worker's port also comes from
-        // it.
+        // the closure.
         Settings::default,
     );
     let expected = [
