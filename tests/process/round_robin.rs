@@ -240,8 +240,7 @@ fn quick_workers_leave_most_connections_to_the_kernel() {
 /// Plays rounds of many quick requests and two slow ones. The slow requests usually keep both
 /// workers busy.
 ///
-/// The last round is the one in which connections are queued behind a slow request for the
-/// `times`th time.
+/// The rounds repeat until connections have been queued behind a slow request in `times` rounds.
 fn two_slow_requests_among_many(master: &Master, address: SocketAddr, times: u32, log: Log) {
     if times == 0 {
         return master.disconnect();
