@@ -617,8 +617,8 @@ fn final_message_is_delivered_though_a_callback_owns_the_listener() {
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             worker.on_message(move |_, _| listener.close());
-            // Send more than the socket buffer holds, so that part of the message is still unsent when
-            // this closure returns.
+            // Send more than the socket buffer holds, so that part of the message is still unsent
+            // when this closure returns.
             let _ = worker.send(&vec![0; 800_000]).unwrap();
         },
     );
