@@ -199,12 +199,12 @@ impl Pool {
             pool.other_master_exited();
             None
         };
+        self.0.is_old_master_running.set(true);
         // Ignore an error. The master then does not notice the old master's exit and continues to
         // treat the sockets as shared with another process. It does not drain the sockets when they
         // close.
         if let Ok(watch) = master.watch(channel, Interest::Readable, on_readable) {
             master.unreference(watch);
-            self.0.is_old_master_running.set(true);
         }
     }
 }

@@ -42,8 +42,8 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 /// preamble from it. The caller has already found the preamble with [`peek`], so this read does not
 /// wait.
 pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
-    // SAFETY: the descriptor is open. No other code of this process knows it, because `init` runs
-    // once and has removed the variable that named it.
+    // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
+    // process. `init` runs once, so nothing else in this process owns it.
     let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
     stream.read_exact(preamble)?;
