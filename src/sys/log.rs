@@ -46,9 +46,10 @@ pub(crate) enum Target {
 
 /// How to write without blocking to an open file description that other processes may share.
 ///
-/// The variants are in the order in which they are tried. On Linux, a pipe begins with `Reopen`,
-/// and so does a terminal whose device opens the same terminal again. Any other file begins with
-/// `Poll`. A way that turns out to be unsupported is replaced by the next one for all later writes.
+/// The variants are in the order in which they are tried. On Linux, `Reopen` is tried first for a
+/// pipe, and for a terminal if opening its device again leads to the same terminal. For any other
+/// file, only `Poll` is used. A way that turns out to be unsupported is replaced by the next one for
+/// all later writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// Open the file again through `/proc/self/fd`, with a non-blocking open file description. If

@@ -234,8 +234,8 @@ impl Play {
         let failed = Rc::clone(&has_failed);
         failing.on_exit(move |master, worker, _| {
             // Count a worker as failed if it exited although no disconnect was requested. A worker
-            // that was stopped and continued exits after its disconnect, but `failed` was set
-            // before the disconnect.
+            // that the fault has stopped exits only after a disconnect. For such a worker, the code
+            // below has already set `has_failed`.
             let by_itself = worker.exited_after_disconnect() == Some(false);
             failed.set(failed.get() || by_itself);
             play.rounds.set(play.rounds.get() + 1);

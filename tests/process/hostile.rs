@@ -955,8 +955,8 @@ fn flood_of_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// Floods with messages of such a length that one read returns fewer of them than the master's
-/// limit per iteration.
+/// Floods the master with messages so long that one read returns fewer messages than the master
+/// processes in one iteration (`FRAMES_PER_ITERATION`).
 fn flood_of_longer_messages_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();

@@ -283,10 +283,10 @@ fn busy_worker_receives_chosen_connections_later() {
             when_listening(master, 2, move |master, address| {
                 let clients = move || [(); 3].map(|()| TcpStream::connect(address).unwrap());
                 in_background(master, clients, move |master, [first, second, third]| {
-                    // The other worker is idle all the time. A wrong dispatch to this worker would
-                    // take less than 100 ms.
                     let served = |master: &Master| master.ledger().accepted == 3;
                     when(master, served, move |master| {
+                        // Worker 2 is idle all the time. If the master wrongly dispatched a
+                        // connection to it, this would happen within 100 ms.
                         master.set_timeout(Duration::from_millis(100), move |master| {
                             assert_eq!(master.ledger().received, 1);
                             let work = move || [first, second, third].map(finish);

@@ -241,8 +241,8 @@ pub(crate) struct Dispatcher<C> {
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
     waiting: BTreeMap<u64, Waiting<C>>,
-    /// The sequence numbers of the waiting connections that go to the next worker according to the
-    /// rules.
+    /// The sequence numbers of the waiting connections that are assigned to no worker. Each goes to
+    /// the next worker according to the rules of this module.
     unassigned: SortedMap<u64, ()>,
     /// The sequence numbers of the waiting connections for which the scheduler has not been called.
     unscheduled: SortedMap<u64, ()>,

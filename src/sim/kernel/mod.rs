@@ -55,7 +55,8 @@ pub(crate) enum Failure {
     Share,
     /// Sending a descriptor.
     Send,
-    /// Receiving a descriptor in a worker, because the worker has none left.
+    /// Receiving a descriptor in a worker. The call fails because the worker has no free descriptor
+    /// number.
     Receive,
     /// Reclaiming connections from a queue. At most half of the queue's connections are reclaimed
     /// before the failure.

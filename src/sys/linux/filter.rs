@@ -221,8 +221,9 @@ mod tests {
     fn translated_size(program: &[libc::sock_filter]) -> usize {
         // The bytes of `struct bpf_prog` and of each program's prologue.
         const FIXED: usize = 256;
-        // A run's three statements become at most four instructions. The jump and the addition take
-        // one each, and the return takes at most two. Calculate with five, to leave a margin.
+        // Each run of consecutive indexes takes three statements in the program: a jump, an addition
+        // and a return. Translated, the first two take one instruction each, and the return takes at
+        // most two. Calculate with five per run, to leave a margin.
         FIXED + program.len() * 5 / 3 * 8
     }
 
