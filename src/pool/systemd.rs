@@ -64,7 +64,7 @@ impl Pool {
         if let Some(timeout) = watchdog_timeout {
             let (pool, notifier) = (self.clone(), Rc::clone(&notifier));
             let timer = master.set_interval(timeout / 4, move |master| {
-                if pool.is_main_process() && pool.has_quorum() {
+                if notifier.is_ready.get() {
                     notifier.send_if_possible(&pool, master, || systemd::notify("WATCHDOG=1"));
                 }
             });
@@ -76,6 +76,8 @@ impl Pool {
             if matches!(event, PoolEvent::NotificationFailed { .. }) {
                 return;
             }
+            let is_ready = pool.is_main_process() && pool.has_quorum();
+            notifier.is_ready.set(is_ready);
             if let Some(state) = pool.state_after(event) {
                 notifier.send(pool, master, state);
             }
@@ -153,6 +155,9 @@ impl State {
 struct Notifier {
     /// The states that wait for space in systemd's queue, oldest first.
     waiting: RefCell<VecDeque<State>>,
+    /// Whether this process was the service's main process and had a quorum at the last event. The
+    /// watchdog is fed only then, so not before the service has been reported as ready.
+    is_ready: Cell<bool>,
     /// Whether the last attempt failed.
     has_failed: Cell<bool>,
 }
