@@ -151,8 +151,10 @@ fn error_names_the_passed_listener_that_occupies_the_port() {
             for host in ["0.0.0.0", "127.0.0.1", "localhost"] {
                 let error = master.listen((host, port)).unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
+                // C libraries describe the error in different words.
+                let reason = std::io::Error::from_raw_os_error(nix::libc::EADDRINUSE);
                 let expected = format!(
-                    "cannot listen on {host}:{port}: Address already in use (os error 98); \
+                    "cannot listen on {host}:{port}: {reason}; \
                      this master already has [::]:{port}"
                 );
                 assert_eq!(error.to_string(), expected);
