@@ -9,6 +9,7 @@ use std::net::{
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, fmt_path};
 use crate::types::errno;
@@ -230,6 +231,51 @@ impl<S> ListenOptions<S> {
     /// See [`ListenOptions`] for an example.
     pub fn backlog(mut self, connections: u32) -> Self {
         self.bind_request.flags.backlog = connections;
+        self
+    }
+
+    /// Sets how long the client of a [parked](crate::Connection::park) connection may send nothing
+    /// before the connection is closed. The default is 60 seconds. The time is rounded up to whole
+    /// seconds, and a connection may stay open for up to one second longer, because all connections
+    /// that expire in the same second are closed together.
+    ///
+    /// Node: `server.keepAliveTimeout`.
+    ///
+    /// With [`wait_for_data`](Self::wait_for_data), the time also limits how long a new client may
+    /// send nothing. If several workers listen on an address, the time that was set last applies.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// use std::time::Duration;
+    ///
+    /// let options = cluster::ListenOptions::from(8000);
+    /// let listener = worker.listen(options.idle_timeout(Duration::from_secs(10)))?;
+    /// # Ok(()) }
+    /// ```
+    #[doc(alias = "keepAliveTimeout")]
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        let seconds = timeout.as_secs() + u64::from(timeout.subsec_nanos() > 0);
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+        self.bind_request.flags.parking.idle_seconds = Some(seconds);
+        self
+    }
+
+    /// Sets whether a new connection goes to a worker only when its client has sent something. The
+    /// default is `false`, because in some protocols the server sends first.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Clients that connect and send nothing then occupy no worker. With round robin, the master
+    /// holds the connection as if it were [parked](crate::Connection::park). With the other
+    /// policies, and for private listeners, this option has no effect yet.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// let listener = worker.listen(cluster::ListenOptions::from(8000).wait_for_data(true))?;
+    /// # Ok(()) }
+    /// ```
+    pub fn wait_for_data(mut self, wait: bool) -> Self {
+        self.bind_request.flags.parking.wait_for_data = Some(wait);
         self
     }
 

@@ -312,6 +312,7 @@ impl Master {
                 Token::Listener(number) => self.shell.listener_ready(HandleId(number)),
                 Token::Selector(number) => self.shell.selector_ready(HandleId(number)),
                 Token::Log(number) => self.log_ready(number),
+                Token::Parked(number) => self.shell.held_ready(number),
                 Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
             }
@@ -417,7 +418,7 @@ impl Master {
             let Some((handle, place, connection)) = core.unscheduled() else {
                 return;
             };
-            let peer = sys::listen::peer_addr(connection.as_fd());
+            let peer = self.shell.peer_addr(connection);
             let candidates = core.candidates(handle);
             drop(core);
             // If the scheduler is already running, it cannot be called again. The connection then

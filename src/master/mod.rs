@@ -642,7 +642,10 @@ impl Master {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {
             let backlog = bind_request.flags.backlog;
-            return self.shell.adopt(bind_request.kind, socket, None, backlog);
+            let retained = self.shell.adopt(bind_request.kind, socket, None, backlog)?;
+            let mut core = self.shell.core.borrow_mut();
+            core.set_parking(retained.handle, bind_request.flags.parking);
+            return Ok(retained);
         }
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for endpoint in bind_request.resolve()? {
@@ -743,6 +746,28 @@ impl Master {
     #[must_use]
     pub fn loads(&self) -> Loads {
         self.shell.loads()
+    }
+
+    /// Sets the maximum number of connections of which the master holds a copy: those that are
+    /// [parked](crate::Connection::park), those that wait for data
+    /// ([`ListenOptions::wait_for_data`](crate::ListenOptions::wait_for_data)), and those that were
+    /// parked before and that a worker has. Each of them needs one descriptor in the master.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// The default is half of the soft limit of descriptors (`RLIMIT_NOFILE`) at the time when the
+    /// master was created. If a further connection exceeds the maximum, the idle connection that
+    /// would expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts
+    /// it. If no connection is idle, the further one is closed. Connections beyond a lower maximum
+    /// stay open.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) {
+    /// master.set_max_parked(10_000);
+    /// # }
+    /// ```
+    pub fn set_max_parked(&self, connections: usize) {
+        self.shell.core.borrow_mut().set_parked_limit(connections);
     }
 
     /// Sets a closure that chooses the worker for each connection that the master accepts. The

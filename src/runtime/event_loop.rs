@@ -69,6 +69,8 @@ pub(crate) enum Token {
     Watch(u32),
     /// The target of a log that waits until the target is writable.
     Log(u32),
+    /// A parked connection.
+    Parked(u32),
     Signals,
 }
 
@@ -85,6 +87,7 @@ impl Token {
             Self::Signals => (4, 0),
             Self::Selector(number) => (5, number),
             Self::Log(number) => (6, number),
+            Self::Parked(number) => (7, number),
         };
         // The shift loses no bit, because every number is at most `MAX_NUMBER`.
         (number as usize) << 3 | tag
@@ -100,7 +103,7 @@ impl Token {
             4 => Some(Self::Signals),
             5 => Some(Self::Selector(number)),
             6 => Some(Self::Log(number)),
-            _ => None,
+            _ => Some(Self::Parked(number)),
         }
     }
 }

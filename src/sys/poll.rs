@@ -79,6 +79,8 @@ pub(crate) struct Registered<S: AsFd> {
 #[derive(Clone, Copy, Debug)]
 enum Awaited {
     Interest(Interest),
+    /// Bytes that can be read, or the peer's hang-up, but only once.
+    Once,
     /// The hang-up of a connection, or the shutdown of a listener. The system always reports these
     /// events, and no other event wakes the poller.
     HangUp,
@@ -127,10 +129,17 @@ impl ReadyList {
 
 fn event(key: usize, awaited: Awaited) -> Event {
     match awaited {
-        Awaited::Interest(Interest::Readable) => Event::readable(key),
+        Awaited::Interest(Interest::Readable) | Awaited::Once => Event::readable(key),
         Awaited::Interest(Interest::Writable) => Event::writable(key),
         Awaited::Interest(Interest::Both) => Event::all(key),
         Awaited::HangUp => Event::none(key),
+    }
+}
+
+fn mode(awaited: Awaited) -> PollMode {
+    match awaited {
+        Awaited::Once => PollMode::Oneshot,
+        Awaited::Interest(_) | Awaited::HangUp => PollMode::Level,
     }
 }
 
@@ -215,7 +224,7 @@ impl Poller {
         unsafe {
             self.0
                 .poller
-                .add_with_mode(number, event(key, new), PollMode::Level)
+                .add_with_mode(number, event(key, new), mode(new))
         }
     }
 
@@ -256,6 +265,12 @@ impl<S: AsFd> Registered<S> {
         self.set_awaited(interest.map(Awaited::Interest))
     }
 
+    /// Makes the poller report once that bytes can be read or that the peer has hung up. The
+    /// descriptor stays registered after the report, so that the next call costs less.
+    pub(crate) fn await_once(&self) -> io::Result<()> {
+        self.set_awaited(Some(Awaited::Once))
+    }
+
     /// Makes the poller report only that the descriptor hangs up.
     pub(crate) fn watch_hang_up(&self) -> io::Result<()> {
         self.set_awaited(Some(Awaited::HangUp))
@@ -271,11 +286,11 @@ impl<S: AsFd> Registered<S> {
                 // SAFETY: `self` owns the source and exposes it only as a shared reference. The
                 // `Drop` of `self` deletes the source from this poller before the source itself is
                 // dropped.
-                unsafe { poller.add_with_mode(number, event(self.key, new), PollMode::Level)? };
+                unsafe { poller.add_with_mode(number, event(self.key, new), mode(new))? };
             }
             (Some(_), Some(new)) => {
                 let event = event(self.key, new);
-                poller.modify_with_mode(&self.source, event, PollMode::Level)?;
+                poller.modify_with_mode(&self.source, event, mode(new))?;
             }
             (Some(_), None) => poller.delete(&self.source)?,
         }

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixDatagram;
 use super::fd::NoLingerFd;
 use super::platform::socket::{self as platform, QUEUE_TYPE, SOCK_CLOEXEC};
 use super::{check, filter, option, socket};
+use crate::types::connection_id::ConnectionId;
 
 /// The size of a queue's send buffer, in bytes as the kernel counts them (`SO_SNDBUF` in
 /// socket(7)).
@@ -22,8 +23,47 @@ use super::{check, filter, option, socket};
 /// idle without receiving.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
-/// The length of a message in bytes. A message contains only the connection's sequence number.
-const MESSAGE_LENGTH: usize = size_of::<u64>();
+/// The length of a message in bytes.
+const MESSAGE_LENGTH: usize = 16;
+
+/// What a message says about its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    /// The number by which the master keeps the order of the connections.
+    pub(crate) sequence: u64,
+    /// The connection's id if the master holds a copy.
+    pub(crate) held: Option<ConnectionId>,
+    /// How often the connection has been parked.
+    pub(crate) parked: u32,
+}
+
+impl Label {
+    fn encode(self) -> [u8; MESSAGE_LENGTH] {
+        let held = self.held.map_or(NOT_HELD, |held| held.0);
+        let mut bytes = [0; MESSAGE_LENGTH];
+        bytes[..8].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[8..12].copy_from_slice(&held.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.parked.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: [u8; MESSAGE_LENGTH]) -> Self {
+        // The master writes all messages, so every number is valid.
+        let number = |at: usize| {
+            let bytes = bytes[at..].first_chunk();
+            u32::from_le_bytes(bytes.copied().unwrap_or_default())
+        };
+        let held = number(8);
+        Self {
+            sequence: u64::from(number(0)) | u64::from(number(4)) << 32,
+            held: (held != NOT_HELD).then_some(ConnectionId(held)),
+            parked: number(12),
+        }
+    }
+}
+
+/// The number that stands for a connection of which the master holds no copy.
+const NOT_HELD: u32 = u32::MAX;
 
 /// Both ends of a queue. Only the master holds both. The worker gets a copy of the reader.
 #[derive(Debug)]
@@ -62,9 +102,8 @@ impl Queue {
     ///
     /// Returns an error if the queue is full, if the worker has shut down its end, or if the system
     /// lacks a resource.
-    pub(crate) fn send(&self, sequence: u64, connection: &NoLingerFd) -> io::Result<()> {
-        let message = sequence.to_le_bytes();
-        socket::send_one(&self.writer, &message, connection.as_fd()).map(drop)
+    pub(crate) fn send(&self, label: Label, connection: BorrowedFd<'_>) -> io::Result<()> {
+        socket::send_one(&self.writer, &label.encode(), connection).map(drop)
     }
 
     /// Removes the first connection from the queue, like [`receive`] in the worker.
@@ -98,8 +137,7 @@ fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
 /// The result of receiving from a queue.
 #[derive(Debug)]
 pub(crate) enum Dequeued {
-    /// A connection with its sequence number.
-    Connection(u64, NoLingerFd),
+    Connection(Label, NoLingerFd),
     /// The queue is empty.
     Empty,
     /// The master has closed the queue.
@@ -117,13 +155,10 @@ pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
     // Check first that a descriptor is free. Without one, the kernel would remove the message and
     // drop its connection.
     drop(super::fd::duplicate(queue.as_raw_fd(), 0)?);
-    let mut sequence = [0; MESSAGE_LENGTH];
-    match socket::receive(queue, &mut sequence) {
+    let mut message = [0; MESSAGE_LENGTH];
+    match socket::receive(queue, &mut message) {
         Ok(piece) => match piece.fds.into_iter().next() {
-            Some(connection) => {
-                let sequence = u64::from_le_bytes(sequence);
-                Ok(Dequeued::Connection(sequence, connection))
-            }
+            Some(connection) => Ok(Dequeued::Connection(Label::decode(message), connection)),
             None if piece.bytes == 0 => Ok(Dequeued::Closed),
             // Another thread has used the last descriptor since the check, so the kernel has
             // dropped the connection.
@@ -168,10 +203,18 @@ mod tests {
         byte[0]
     }
 
+    fn label(sequence: u64) -> Label {
+        Label {
+            sequence,
+            held: None,
+            parked: 0,
+        }
+    }
+
     /// Returns the sequence number and the name of the connection that the master reclaims.
     fn reclaimed(queue: &Queue) -> Option<(u64, u8)> {
         match queue.reclaim().unwrap() {
-            Dequeued::Connection(sequence, connection) => Some((sequence, name(connection))),
+            Dequeued::Connection(label, connection) => Some((label.sequence, name(connection))),
             Dequeued::Empty | Dequeued::Closed => None,
         }
     }
@@ -182,14 +225,17 @@ mod tests {
         let worker = queue.worker_end().unwrap();
         let clients: Vec<_> = (0..3).map(connection).collect();
         for (index, (_, connection)) in clients.iter().enumerate() {
-            queue.send(index as u64 + 7, connection).unwrap();
+            queue
+                .send(label(index as u64 + 7), connection.as_fd())
+                .unwrap();
         }
         if cfg!(target_os = "linux") {
             assert_eq!(queue.count(), Some(3));
         }
-        let Ok(Dequeued::Connection(7, first)) = receive(worker.as_fd()) else {
+        let Ok(Dequeued::Connection(label, first)) = receive(worker.as_fd()) else {
             panic!("the first connection is missing");
         };
+        assert_eq!(label.sequence, 7);
         assert_eq!(name(first), 0);
         assert_eq!(reclaimed(&queue), Some((8, 1)));
         // Close the worker's end, as the worker's exit would. The last connection must stay in the
@@ -200,10 +246,23 @@ mod tests {
     }
 
     #[test]
+    fn label_survives_its_message() {
+        for held in [None, Some(ConnectionId(0)), Some(ConnectionId(0x0102_0304))] {
+            let label = Label {
+                sequence: 0x0102_0304_0506_0708,
+                held,
+                parked: 9,
+            };
+            assert_eq!(Label::decode(label.encode()), label);
+        }
+    }
+
+    #[test]
     fn queue_takes_a_bounded_number_of_connections() {
         let queue = Queue::new().unwrap();
         let (_client, connection) = connection(0);
-        let sent = (0..1000).take_while(|sequence| queue.send(*sequence, &connection).is_ok());
+        let sent = (0..1000)
+            .take_while(|sequence| queue.send(label(*sequence), connection.as_fd()).is_ok());
         let sent = sent.count();
         assert!((16..200).contains(&sent), "{sent}");
     }
@@ -214,9 +273,9 @@ mod tests {
         let worker = UnixDatagram::from(queue.worker_end().unwrap());
         let (_client, connection) = connection(0);
         assert!(worker.send(b"to the master").is_err());
-        queue.send(1, &connection).unwrap();
+        queue.send(label(1), connection.as_fd()).unwrap();
         worker.shutdown(std::net::Shutdown::Both).unwrap();
-        let error = queue.send(2, &connection).unwrap_err();
+        let error = queue.send(label(2), connection.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         assert_eq!(reclaimed(&queue), Some((1, 0)));
         assert_eq!(reclaimed(&queue), None);

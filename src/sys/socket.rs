@@ -234,6 +234,31 @@ pub(crate) struct Piece {
     pub(crate) lost_fds: bool,
 }
 
+/// Returns whether a descriptor is a stream socket that does not listen.
+pub(crate) fn is_connection(fd: BorrowedFd<'_>) -> bool {
+    let number = fd.as_raw_fd();
+    let is_stream = option::get_int(number, libc::SO_TYPE).ok() == Some(libc::SOCK_STREAM);
+    is_stream && option::get_int(number, libc::SO_ACCEPTCONN).ok() == Some(0)
+}
+
+/// Puts the options that an application may have changed back to their values after accept(2):
+/// blocking mode and no timeouts. Other options stay, because only the application knows them.
+///
+/// # Errors
+///
+/// Returns the system's error, for instance if the client has reset the connection.
+pub(crate) fn reset_options(connection: BorrowedFd<'_>) -> io::Result<()> {
+    super::fd::set_nonblocking(connection, false)?;
+    let never = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 0,
+    };
+    for name in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
+        option::set(connection, libc::SOL_SOCKET, name, &never)?;
+    }
+    Ok(())
+}
+
 /// Returns whether a send's error means that the system lacks a resource at the moment.
 pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     let errno = error.raw_os_error();

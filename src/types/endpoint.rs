@@ -6,6 +6,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The default backlog, in connections. The value is the same as in Node.
 pub(crate) const BACKLOG: u32 = 511;
@@ -37,8 +38,42 @@ pub(crate) struct Endpoint {
     pub(crate) place: Place,
 }
 
+/// The default of [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), in seconds.
+///
+/// With a longer time, more connections of absent clients stay open, each of which costs a
+/// descriptor in the master. With a shorter time, more clients have to connect again. Browsers close
+/// idle connections after one to five minutes themselves. nginx's default is 75 seconds
+/// (`keepalive_timeout`).
+const IDLE_SECONDS: u32 = 60;
+
+/// How the master treats the connections of a listener while their clients send nothing. A value is
+/// `None` if the application has not set it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Parking {
+    /// The maximum number of seconds for which the client of a parked connection may be silent.
+    pub(crate) idle_seconds: Option<u32>,
+    /// Whether a new connection goes to a worker only when its client has sent something.
+    pub(crate) wait_for_data: Option<bool>,
+}
+
+impl Parking {
+    /// Changes those values that the application has set in `other`.
+    pub(crate) fn update(&mut self, other: Self) {
+        self.idle_seconds = other.idle_seconds.or(self.idle_seconds);
+        self.wait_for_data = other.wait_for_data.or(self.wait_for_data);
+    }
+
+    pub(crate) fn idle_timeout(&self) -> Duration {
+        Duration::from_secs(self.idle_seconds.unwrap_or(IDLE_SECONDS).into())
+    }
+
+    pub(crate) fn waits_for_data(&self) -> bool {
+        self.wait_for_data.unwrap_or(false)
+    }
+}
+
 /// The options for binding a socket. If several workers listen on one endpoint, the options of the
-/// first worker apply.
+/// first worker apply, but for `parking`, the options that were set last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     /// The length of the backlog, in connections.
@@ -50,6 +85,7 @@ pub(crate) struct BindFlags {
     pub(crate) readable_all: bool,
     /// Whether all users may write the file of a Unix socket, and therefore connect to it.
     pub(crate) writable_all: bool,
+    pub(crate) parking: Parking,
 }
 
 impl Default for BindFlags {
@@ -60,6 +96,7 @@ impl Default for BindFlags {
             reuse_addr: false,
             readable_all: false,
             writable_all: false,
+            parking: Parking::default(),
         }
     }
 }

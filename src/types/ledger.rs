@@ -1,9 +1,11 @@
 //! The outcomes of all accepted connections.
 
-/// Counts of the outcomes of all connections that the master accepted.
+/// Counts of the outcomes of all connections that the master accepted, or that workers parked.
 ///
-/// Every accepted connection either has exactly one outcome or is still in flight. Therefore
-/// `accepted == received + closed_by_peer + dropped + in_flight()` holds at all times.
+/// Every time the master gets a connection, the connection either has exactly one outcome or is
+/// still in flight. The master gets a connection when it accepts the connection, and each time a
+/// worker [parks](crate::Connection::park) it. Therefore `accepted + parked == received +
+/// closed_by_peer + expired + idle_closed + dropped + in_flight()` holds at all times.
 ///
 /// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
 /// [`SchedulingPolicy::Sharded`], the workers accept connections, and the counters do not include
@@ -20,21 +22,34 @@
 pub struct Ledger {
     /// Connections that the master has accepted since the master started.
     pub accepted: u64,
-    /// Connections that a worker's application received.
+    /// How often workers have parked a connection in the master.
+    pub parked: u64,
+    /// How often the client of a parked connection has sent something, so that the connection goes
+    /// to a worker again. This number is no outcome.
+    pub resumed: u64,
+    /// Connections that a worker's application received. A connection counts each time.
     pub received: u64,
-    /// Connections whose client hung up before a worker received the connection.
+    /// Connections whose client hung up before a worker received the connection, or while the
+    /// connection was parked.
     pub closed_by_peer: u64,
+    /// Idle connections that were closed because their client was silent for longer than
+    /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
+    pub expired: u64,
+    /// Idle connections that were closed early: because the master held too many, because their
+    /// listener closed, or because the system could not watch them.
+    pub idle_closed: u64,
     /// Connections that were closed because no worker could serve them.
     pub dropped: u64,
 }
 
 impl Ledger {
-    /// Returns the number of connections that have no outcome yet, because they wait in the master
-    /// or in a worker's queue.
+    /// Returns the number of connections that have no outcome yet, because they are idle in the
+    /// master, or wait in the master or in a worker's queue.
     ///
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        self.accepted - self.received - self.closed_by_peer - self.dropped
+        let gone = self.received + self.closed_by_peer + self.expired;
+        self.accepted + self.parked - gone - self.idle_closed - self.dropped
     }
 }

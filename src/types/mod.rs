@@ -3,6 +3,7 @@
 //! The types depend on no other module, decide nothing and make no system calls.
 
 pub(crate) mod address;
+pub(crate) mod connection_id;
 pub(crate) mod endpoint;
 pub(crate) mod errno;
 pub(crate) mod fork_step;

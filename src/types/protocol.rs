@@ -2,7 +2,7 @@
 //! protocol.
 
 /// The version of the frame format. A frame with any other version is an error.
-pub(crate) const VERSION: u8 = 1;
+pub(crate) const VERSION: u8 = 2;
 /// The maximum length of a body, and therefore of a message, in bytes.
 ///
 /// The value bounds the memory that the master allocates for a worker's message. If a header
@@ -92,6 +92,12 @@ pub enum Violation {
     UnknownPause,
     /// A worker paused a listener that only other workers have.
     UnknownQueue,
+    /// A worker parked a connection of a listener that it never had.
+    UnknownPark,
+    /// A worker parked a descriptor that is no connection.
+    NotAConnection,
+    /// A worker reported a connection that the master has not dispatched to it.
+    UnknownConnection,
     /// A worker's channel closed with more unread frames than the master processes.
     TooManyFinalFrames,
     /// The master replied to a request that the worker did not send.
@@ -115,6 +121,9 @@ impl std::fmt::Display for Violation {
             Self::UnknownRelease => "release of a listener that the worker does not have",
             Self::UnknownPause => "pause of a listener that the worker does not have",
             Self::UnknownQueue => "pause of a queue that the worker does not have",
+            Self::UnknownPark => "parked connection of a listener that the worker never had",
+            Self::NotAConnection => "parked descriptor that is no connection",
+            Self::UnknownConnection => "report of a connection that the worker does not have",
             Self::TooManyFinalFrames => "more final frames than are processed",
             Self::UnexpectedReply => "reply without a request",
             Self::RepeatedReply => "second reply to one request",

@@ -33,6 +33,7 @@
 //!   1   Online                                        0
 //!   2   Listen               request 4, index 4,
 //!                            backlog 4, flags 1,
+//!                            idle seconds 4,
 //!                            socket type 1, place     0
 //!   3   Listening            handle 4                 0
 //!   4   Idle                 handle 4, received 8,
@@ -40,6 +41,9 @@
 //!   5   Pause                handle 4                 0
 //!   6   Release              handle 4                 0
 //!   7   DisconnectRequest                             0
+//!   8   Park                 handle 4                 1
+//!   9   ParkAgain            connection 4             0
+//!  10   Detach               connection 4             0
 //! 127   Message              application's bytes      0 to 16
 //!
 //! kind  to worker            body                     fds
@@ -59,7 +63,8 @@
 //!              or the byte 3, length 2 and path
 //! socket type: 0 TCP, 1 Unix, 2 UDP
 //! policy:      0 round robin, 1 shared, 2 sharded
-//! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all
+//! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all,
+//!              16 idle seconds are set, 32 wait_for_data is set, 64 its value
 //! ```
 //!
 //! # Adding a frame
@@ -78,7 +83,8 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::connection_id::ConnectionId;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS, VERSION};
 use crate::types::worker_id::WorkerId;
@@ -107,6 +113,9 @@ mod kind {
     pub(super) const PAUSE: u8 = 5;
     pub(super) const RELEASE: u8 = 6;
     pub(super) const DISCONNECT_REQUEST: u8 = 7;
+    pub(super) const PARK: u8 = 8;
+    pub(super) const PARK_AGAIN: u8 = 9;
+    pub(super) const DETACH: u8 = 10;
     // Frames to a worker.
     pub(super) const PREAMBLE: u8 = 64;
     pub(super) const REPLY: u8 = 65;
@@ -171,6 +180,21 @@ pub(crate) enum ToMaster {
     /// connections in its queue. `Idle` ends the pause.
     Pause {
         handle: HandleId,
+    },
+    /// Gives a connection to the master, until its client sends something. The frame carries the
+    /// connection's descriptor.
+    Park {
+        handle: HandleId,
+    },
+    /// Reports that the worker has closed its copy of a connection that the master holds. The
+    /// master dispatches the connection again when its client sends something.
+    ParkAgain {
+        connection: ConnectionId,
+    },
+    /// Reports that the worker keeps or has closed a connection that the master holds. The master
+    /// closes its copy.
+    Detach {
+        connection: ConnectionId,
     },
     Message(Vec<u8>),
 }
@@ -291,6 +315,13 @@ fn put_handle_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId) {
     put_frame(out, kind, fds, |out| put_handle(out, handle));
 }
 
+/// Appends a frame whose body contains only a connection.
+fn put_connection_frame(out: &mut Vec<u8>, kind: u8, fds: usize, connection: ConnectionId) {
+    put_frame(out, kind, fds, |out| {
+        out.extend_from_slice(&connection.0.to_le_bytes());
+    });
+}
+
 fn put_message(out: &mut Vec<u8>, fds: usize, bytes: &[u8]) {
     put_frame(out, kind::MESSAGE, fds, |out| out.extend_from_slice(bytes));
 }
@@ -348,9 +379,14 @@ fn put_flags(out: &mut Vec<u8>, flags: &BindFlags) {
         flags.reuse_addr,
         flags.readable_all,
         flags.writable_all,
+        flags.parking.idle_seconds.is_some(),
+        flags.parking.wait_for_data.is_some(),
+        flags.parking.wait_for_data == Some(true),
     ];
     let bits = bits.iter().enumerate();
     out.push(bits.fold(0, |sum, (n, bit)| sum | u8::from(*bit) << n));
+    let idle_seconds = flags.parking.idle_seconds.unwrap_or(0);
+    out.extend_from_slice(&idle_seconds.to_le_bytes());
 }
 
 fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {
@@ -392,6 +428,9 @@ impl Body<'_> {
     }
     fn handle(&mut self) -> Option<HandleId> {
         self.u32().map(HandleId)
+    }
+    fn connection(&mut self) -> Option<ConnectionId> {
+        self.u32().map(ConnectionId)
     }
     fn ip(&mut self, family: u8) -> Option<SocketAddr> {
         let port = self.u16()?;
@@ -445,13 +484,19 @@ impl Body<'_> {
     fn flags(&mut self) -> Option<BindFlags> {
         let backlog = self.u32()?;
         let bits = self.u8()?;
+        let idle_seconds = self.u32()?;
         let bit = |n: u8| bits & 1 << n != 0;
-        (bits < 16).then(|| BindFlags {
+        let is_consistent = (bit(4) || idle_seconds == 0) && (bit(5) || !bit(6));
+        (bits < 128 && is_consistent).then(|| BindFlags {
             backlog,
             ipv6_only: bit(0),
             reuse_addr: bit(1),
             readable_all: bit(2),
             writable_all: bit(3),
+            parking: Parking {
+                idle_seconds: bit(4).then_some(idle_seconds),
+                wait_for_data: bit(5).then_some(bit(6)),
+            },
         })
     }
     fn policy(&mut self) -> Option<SchedulingPolicy> {
@@ -497,6 +542,13 @@ impl Frame for ToMaster {
             Self::Pause { handle } => put_handle_frame(out, kind::PAUSE, fds, *handle),
             Self::Release { handle } => put_handle_frame(out, kind::RELEASE, fds, *handle),
             Self::DisconnectRequest => put_frame(out, kind::DISCONNECT_REQUEST, fds, |_| {}),
+            Self::Park { handle } => put_handle_frame(out, kind::PARK, fds, *handle),
+            Self::ParkAgain { connection } => {
+                put_connection_frame(out, kind::PARK_AGAIN, fds, *connection);
+            }
+            Self::Detach { connection } => {
+                put_connection_frame(out, kind::DETACH, fds, *connection);
+            }
             Self::Message(bytes) => put_message(out, fds, bytes),
         }
     }
@@ -516,10 +568,19 @@ impl Frame for ToMaster {
             kind::PAUSE => body.handle().map(|handle| Self::Pause { handle }),
             kind::RELEASE => body.handle().map(|handle| Self::Release { handle }),
             kind::DISCONNECT_REQUEST => Some(Self::DisconnectRequest),
+            kind::PARK => body.handle().map(|handle| Self::Park { handle }),
+            kind::PARK_AGAIN => {
+                let connection = body.connection();
+                connection.map(|connection| Self::ParkAgain { connection })
+            }
+            kind::DETACH => {
+                let connection = body.connection();
+                connection.map(|connection| Self::Detach { connection })
+            }
             _ => return Err(FrameError::Kind(kind)),
         };
         let frame = body.finish(kind, frame)?;
-        if fds > 0 {
+        if fds != usize::from(frame.carries_connection()) {
             return Err(FrameError::Descriptors);
         }
         Ok(frame)
@@ -527,6 +588,11 @@ impl Frame for ToMaster {
 }
 
 impl ToMaster {
+    /// Returns whether the frame must carry the descriptor of a connection.
+    fn carries_connection(&self) -> bool {
+        matches!(self, Self::Park { .. })
+    }
+
     fn decode_listen(body: &mut Body<'_>) -> Option<Self> {
         let request = body.u32()?;
         let index = body.u32()?;
@@ -654,13 +720,17 @@ mod tests {
             flags: BindFlags {
                 backlog: 511,
                 ipv6_only: true,
+                parking: Parking {
+                    idle_seconds: Some(10),
+                    wait_for_data: Some(false),
+                },
                 ..BindFlags::default()
             },
         }
     }
 
     /// The bytes from the version to the flags, which all `Listen` frames of these tests share.
-    const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 1];
+    const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 255, 1, 0, 0, 1];
 
     fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
         let ip = |text: &str| Place::Ip(text.parse().unwrap());
@@ -695,10 +765,10 @@ mod tests {
 
     fn simple_to_master() -> Vec<(ToMaster, Vec<u8>)> {
         vec![
-            (ToMaster::Online, vec![0, 0, 0, 0, 1, 1, 0, 0]),
+            (ToMaster::Online, vec![0, 0, 0, 0, 2, 1, 0, 0]),
             (
                 ToMaster::Listening { handle: H },
-                vec![4, 0, 0, 0, 1, 3, 0, 0, 4, 3, 2, 1],
+                vec![4, 0, 0, 0, 2, 3, 0, 0, 4, 3, 2, 1],
             ),
             (
                 ToMaster::Idle {
@@ -707,21 +777,33 @@ mod tests {
                     open: 2,
                 },
                 vec![
-                    16, 0, 0, 0, 1, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0,
+                    16, 0, 0, 0, 2, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0,
                 ],
             ),
             (
                 ToMaster::Release { handle: H },
-                vec![4, 0, 0, 0, 1, 6, 0, 0, 4, 3, 2, 1],
+                vec![4, 0, 0, 0, 2, 6, 0, 0, 4, 3, 2, 1],
             ),
-            (ToMaster::DisconnectRequest, vec![0, 0, 0, 0, 1, 7, 0, 0]),
+            (ToMaster::DisconnectRequest, vec![0, 0, 0, 0, 2, 7, 0, 0]),
             (
                 ToMaster::Pause { handle: H },
-                vec![4, 0, 0, 0, 1, 5, 0, 0, 4, 3, 2, 1],
+                vec![4, 0, 0, 0, 2, 5, 0, 0, 4, 3, 2, 1],
+            ),
+            (
+                ToMaster::ParkAgain {
+                    connection: ConnectionId(7),
+                },
+                vec![4, 0, 0, 0, 2, 9, 0, 0, 7, 0, 0, 0],
+            ),
+            (
+                ToMaster::Detach {
+                    connection: ConnectionId(7),
+                },
+                vec![4, 0, 0, 0, 2, 10, 0, 0, 7, 0, 0, 0],
             ),
             (
                 ToMaster::Message(b"hi".to_vec()),
-                vec![2, 0, 0, 0, 1, 127, 0, 0, b'h', b'i'],
+                vec![2, 0, 0, 0, 2, 127, 0, 0, b'h', b'i'],
             ),
         ]
     }
@@ -739,7 +821,7 @@ mod tests {
                 },
                 1,
                 vec![
-                    20, 0, 0, 0, 1, 65, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 1, 4, 64, 31,
+                    20, 0, 0, 0, 2, 65, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 1, 4, 64, 31,
                     127, 0, 0, 1,
                 ],
             ),
@@ -749,7 +831,7 @@ mod tests {
                     result: Err(98),
                 },
                 0,
-                vec![8, 0, 0, 0, 1, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
+                vec![8, 0, 0, 0, 2, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
             ),
             (
                 ToWorker::ListenerClosed {
@@ -757,13 +839,13 @@ mod tests {
                     drain: true,
                 },
                 0,
-                vec![5, 0, 0, 0, 1, 66, 0, 0, 4, 3, 2, 1, 1],
+                vec![5, 0, 0, 0, 2, 66, 0, 0, 4, 3, 2, 1, 1],
             ),
-            (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 1, 67, 0, 0]),
+            (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 2, 67, 0, 0]),
             (
                 ToWorker::Message(b"hi".to_vec()),
                 0,
-                vec![2, 0, 0, 0, 1, 127, 0, 0, b'h', b'i'],
+                vec![2, 0, 0, 0, 2, 127, 0, 0, b'h', b'i'],
             ),
         ]
     }
@@ -783,7 +865,7 @@ mod tests {
     #[test]
     fn preamble_states_its_version_and_is_no_other_frame() {
         let bytes = preamble(WorkerId::new(7));
-        assert_eq!(bytes, [4, 0, 0, 0, 1, 64, 0, 0, 7, 0, 0, 0]);
+        assert_eq!(bytes, [4, 0, 0, 0, 2, 64, 0, 0, 7, 0, 0, 0]);
         assert_eq!(preamble_version(bytes), Some(VERSION));
         assert_eq!(preamble_version([1; PREAMBLE_LENGTH]), None);
         assert_eq!(
@@ -828,8 +910,8 @@ mod tests {
             Header::decode(long),
             Err(FrameError::TooLong(u32::try_from(MAX_BODY).unwrap() + 1))
         );
-        let version = [0, 0, 0, 0, 2, kind::MESSAGE, 0, 0];
-        assert_eq!(Header::decode(version), Err(FrameError::Version(2)));
+        let version = [0, 0, 0, 0, 3, kind::MESSAGE, 0, 0];
+        assert_eq!(Header::decode(version), Err(FrameError::Version(3)));
         for (fds, batch) in [(17, 0), (17, 17), (1, 65), (0, 1), (2, 1)] {
             let header = [0, 0, 0, 0, VERSION, kind::MESSAGE, fds, batch];
             assert_eq!(Header::decode(header), Err(FrameError::Descriptors));

@@ -204,11 +204,11 @@ impl Worker {
         let shell = &self.inner.shell;
         if accepted.is_excess {
             let _running = self.inner.event_loop.enter()?;
-            self.deliver(listener, accepted.fd, true);
+            self.deliver(listener, accepted);
             return Ok(Attempt::Nothing);
         }
         shell.fault("worker.after_receive");
-        let connection = Connection::new(accepted.fd, &self.inner, Some(listener));
+        let connection = Connection::new(accepted.fd, &self.inner, accepted.origin);
         Ok(Attempt::Received(connection))
     }
 

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 
-use crate::core::worker::ListenerId;
 use crate::sys;
+use crate::worker::shell::Origin;
 use crate::worker::{Inner, finish};
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
@@ -51,22 +51,48 @@ pub struct Connection<S = TcpStream> {
 #[derive(Debug)]
 struct Counted {
     worker: Weak<Inner>,
-    listener: Option<ListenerId>,
+    origin: Origin,
+}
+
+impl Counted {
+    /// Returns the guard's parts. The guard notifies the worker no more.
+    fn disarm(mut self) -> (Weak<Inner>, Origin) {
+        (std::mem::take(&mut self.worker), self.origin)
+    }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(worker) = self.worker.upgrade() {
-            worker.shell.connection_closed(self.listener);
+            worker.shell.connection_closed(&self.origin);
         }
     }
 }
 
 impl<S> Connection<S> {
-    pub(super) fn new(stream: S, worker: &Rc<Inner>, listener: Option<ListenerId>) -> Self {
+    pub(super) fn new(stream: S, worker: &Rc<Inner>, origin: Origin) -> Self {
         let worker = Rc::downgrade(worker);
-        let counted = Counted { worker, listener };
+        let counted = Counted { worker, origin };
         Self { stream, counted }
+    }
+
+    /// Returns how often the application has received this connection, in any worker: 1 for a new
+    /// connection, and 1 more each time it has been [parked](Self::park).
+    ///
+    /// Node has no counterpart.
+    ///
+    /// An application can use the number to limit the requests of one connection:
+    ///
+    /// ```no_run
+    /// # fn f(connection: cluster::Connection) {
+    /// if connection.requests() < 1000 {
+    ///     connection.park();
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        u64::from(self.counted.origin.parked) + 1
     }
 
     /// Returns the stream, which the worker no longer counts.
@@ -82,6 +108,54 @@ impl<S> Connection<S> {
     #[must_use]
     pub fn into_stream(self) -> S {
         self.stream
+    }
+}
+
+impl<S: Into<OwnedFd>> Connection<S> {
+    /// Gives the connection back until its client sends something. The application then receives it
+    /// again from [`accept`](crate::Listener::accept), [`incoming`](crate::Listener::incoming) or
+    /// the connection callback, perhaps in another worker.
+    ///
+    /// Node: an idle keep-alive connection of an `http.Server`. In Node, such a connection belongs
+    /// to its worker, and closes with it.
+    ///
+    /// An application that has answered a request parks the connection, instead of waiting for the
+    /// next request itself. A worker then has a connection only while it works on it. Idle clients
+    /// occupy no worker, each request goes to a worker that is idle, and idle connections stay open
+    /// when their worker disconnects, reloads or crashes.
+    ///
+    /// The master closes a parked connection when the client hangs up, when the client has been
+    /// silent for [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when it holds
+    /// too many connections ([`Master::set_max_parked`](crate::Master::set_max_parked)), and when
+    /// the listener closes.
+    ///
+    /// Bytes that the application has read but not processed are lost. Before parking, answer all
+    /// requests that were read completely, and read the rest of an incomplete one. When the
+    /// application receives the connection again, the stream blocks and has no timeouts, as a new
+    /// one. Other socket options stay as they were. State of the application, such as a TLS
+    /// session, does not travel, so do not park connections that have some.
+    ///
+    /// ```no_run
+    /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {
+    /// use std::io::{Read, Write};
+    ///
+    /// for connection in listener.incoming() {
+    ///     let mut connection = connection?;
+    ///     let mut request = [0; 512];
+    ///     if let Ok(1..) = connection.read(&mut request) {
+    ///         if connection.write_all(b"answer\n").is_ok() {
+    ///             connection.park();
+    ///         }
+    ///     }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn park(self) {
+        let Self { stream, counted } = self;
+        let (worker, origin) = counted.disarm();
+        if let Some(worker) = worker.upgrade() {
+            worker.shell.park(stream.into(), &origin);
+        }
     }
 }
 

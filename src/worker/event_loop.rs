@@ -1,6 +1,6 @@
 //! The worker's loop: timers, the application's descriptors, and one iteration of the loop.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::types::time::earlier;
 use crate::wire::message::Message;
 use crate::worker::Worker;
 use crate::worker::connection::Connection;
+use crate::worker::shell::Accepted;
 
 /// Maximum number of one listener's connections or datagrams that are delivered in one iteration.
 ///
@@ -252,7 +253,7 @@ impl Worker {
                         event_loop.call_signal(self, signal);
                     }
                 }
-                Token::Process(_) | Token::Selector(_) | Token::Log(_) => {}
+                Token::Process(_) | Token::Selector(_) | Token::Log(_) | Token::Parked(_) => {}
             }
             self.settle();
         }
@@ -308,9 +309,14 @@ impl Worker {
 
     /// Passes a connection to the connection callback, or to the drop callback if the connection
     /// exceeds the application's limit.
-    pub(super) fn deliver(&self, listener: ListenerId, fd: OwnedFd, is_excess: bool) {
+    pub(super) fn deliver(&self, listener: ListenerId, accepted: Accepted) {
         self.inner.shell.fault("worker.after_receive");
-        let connection = Connection::new(fd, &self.inner, Some(listener));
+        let Accepted {
+            fd,
+            origin,
+            is_excess,
+        } = accepted;
+        let connection = Connection::new(fd, &self.inner, origin);
         let all = self.inner.listener_callbacks.borrow();
         let callback = all.get(&listener).and_then(|callbacks| {
             let callback = if is_excess {
@@ -354,7 +360,7 @@ impl Worker {
                 return shell.watch(listener, false);
             }
             match shell.try_accept(listener) {
-                Ok(Some(accepted)) => self.deliver(listener, accepted.fd, accepted.is_excess),
+                Ok(Some(accepted)) => self.deliver(listener, accepted),
                 Ok(None) => return,
                 Err(error) => return self.back_off(listener, error),
             }

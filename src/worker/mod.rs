@@ -36,7 +36,7 @@ use crate::worker::callbacks::{ListenerCallbacks, WorkerCallbacks};
 use crate::worker::connection::Connection;
 use crate::worker::listener::Listener;
 use crate::worker::own_process::OwnProcess;
-use crate::worker::shell::WorkerShell;
+use crate::worker::shell::{Origin, WorkerShell};
 use crate::worker::udp_socket::UdpSocket;
 
 /// This process, which a master forked.
@@ -268,7 +268,7 @@ impl Worker {
     /// ```
     pub fn adopt<S>(&self, stream: S) -> Connection<S> {
         self.inner.shell.core.borrow_mut().connection_adopted();
-        Connection::new(stream, &self.inner, None)
+        Connection::new(stream, &self.inner, Origin::default())
     }
 
     /// Returns whether the channel to the master is open.

@@ -176,8 +176,8 @@ const PENALTY_MIN: Time = Duration::from_millis(40);
 /// a stop is passed over for longer while other workers are idle.
 const PENALTY_MAX: Time = Duration::from_secs(1);
 
-/// A connection with its sequence number. The first connection that the listener accepts has the
-/// number 1.
+/// A connection with its sequence number. The first connection of a listener has the number 1. A
+/// connection gets another number each time the master receives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequenced<C> {
     pub(crate) sequence: u64,
@@ -213,12 +213,12 @@ enum Target {
 }
 
 /// The result of one call of [`sweep`](Dispatcher::sweep).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Swept {
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Swept<C> {
     /// The number of connections that were checked.
     pub(crate) checked: usize,
-    /// The number of checked connections that were closed.
-    pub(crate) closed: u64,
+    /// The checked connections whose clients are gone.
+    pub(crate) closed: Vec<C>,
 }
 
 #[derive(Debug)]
@@ -263,6 +263,8 @@ pub(crate) struct Dispatcher<C> {
     queued_total: u64,
     /// The number of connections that have been accepted.
     accepted: u64,
+    /// The sequence number of the connection that was added last.
+    last_sequence: u64,
     /// The number of turns that have been taken. A worker takes a turn when it is added, and at
     /// each dispatch.
     turns: u64,
@@ -291,6 +293,7 @@ impl<C> Dispatcher<C> {
             last_delayed: 0,
             queued_total: 0,
             accepted: 0,
+            last_sequence: 0,
             turns: 0,
             recent_load_max: 0,
         }
@@ -404,11 +407,23 @@ impl<C> Dispatcher<C> {
     /// Adds a connection that has just been accepted.
     pub(crate) fn push(&mut self, connection: C) {
         self.accepted += 1;
+        self.push_resumed(connection);
+    }
+
+    /// Adds a connection whose client has sent something while the master held it.
+    pub(crate) fn push_resumed(&mut self, connection: C) {
+        self.last_sequence += 1;
         let connection = Sequenced {
-            sequence: self.accepted,
+            sequence: self.last_sequence,
             connection,
         };
         self.enqueue(connection, self.default_target());
+    }
+
+    /// Counts a connection that has been accepted, and that the master holds until its client sends
+    /// something.
+    pub(crate) fn count_accepted(&mut self) {
+        self.accepted += 1;
     }
 
     /// Adds connections that have already been dispatched once, and marks them as having waited,
@@ -565,6 +580,16 @@ impl<C> Dispatcher<C> {
         self.update(worker, Member::undo_dispatch);
     }
 
+    /// Records that `count` connections were reclaimed from the worker's queue, and that they must
+    /// not be dispatched again.
+    ///
+    /// Returns how many more connections are now known to have been received, which is not
+    /// positive.
+    pub(crate) fn reclaimed_in_vain(&mut self, worker: WorkerId, count: u64) -> i64 {
+        let reclaimed = self.update(worker, |member| member.reclaimed(count, None));
+        reclaimed.map_or(0, |((), received)| received)
+    }
+
     /// Removes a worker whose queue has been closed, and takes back the connections that were in
     /// it. `queued` connections were still on their way to the queue.
     ///
@@ -592,15 +617,18 @@ impl<C> Dispatcher<C> {
         self.accepted
     }
 
-    /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
+    /// Checks at most `limit` waiting connections, and removes those for which `is_gone` returns
     /// true. Each call continues after the connection that the previous call checked last.
-    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) -> Swept {
+    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) -> Swept<C> {
         let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
         if self.waiting.range(after).next().is_none() {
             self.last_swept = 0;
         }
         let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
-        let mut swept = Swept::default();
+        let mut swept = Swept {
+            checked: 0,
+            closed: Vec::new(),
+        };
         let mut gone = Vec::new();
         for (sequence, waiting) in self.waiting.range(after).take(limit) {
             swept.checked += 1;
@@ -608,18 +636,18 @@ impl<C> Dispatcher<C> {
             gone.extend(is_gone(&waiting.connection).then_some(*sequence));
         }
         for sequence in gone {
-            swept.closed += u64::from(self.dequeue(sequence).is_some());
+            let closed = self.dequeue(sequence);
+            swept.closed.extend(closed.map(|closed| closed.connection));
         }
         swept
     }
 
-    /// Closes all waiting connections. Returns how many there were.
-    pub(crate) fn drop_waiting(&mut self) -> u64 {
+    /// Removes and returns all waiting connections.
+    pub(crate) fn take_waiting(&mut self) -> Vec<C> {
         let sequences: Vec<_> = self.waiting.keys().copied().collect();
-        let dropped = sequences
-            .into_iter()
-            .filter_map(|sequence| self.dequeue(sequence));
-        dropped.count() as u64
+        let all = sequences.into_iter();
+        let taken = all.filter_map(|sequence| self.dequeue(sequence));
+        taken.map(|taken| taken.connection).collect()
     }
 
     /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
@@ -690,7 +718,7 @@ impl<C> Dispatcher<C> {
             // Do not mark connections as having waited while the scheduler has not been called for
             // all of them, because they have not waited for a worker yet.
             if self.unscheduled.is_empty() {
-                self.last_delayed = self.accepted;
+                self.last_delayed = self.last_sequence;
             }
             return None;
         };

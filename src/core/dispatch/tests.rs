@@ -192,7 +192,7 @@ fn slow_worker_gets_one_connection_at_a_time() {
     for received in 1..10 {
         (0..5).for_each(|c| dispatcher.push(c));
         assert_eq!(dispatch_all(&mut dispatcher).len(), 2, "one each");
-        dispatcher.drop_waiting();
+        dispatcher.take_waiting();
         for worker in [1, 2] {
             dispatcher
                 .idle_reported(id(worker), received, 0, LATER)
@@ -378,9 +378,9 @@ fn stalled_idle_worker_comes_before_a_busy_one() {
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     (1..4).for_each(|n| dispatcher.push(n));
     assert_eq!(dispatch_all(&mut dispatcher)[..2], [(2, 1), (1, 2)]);
-    dispatcher.drop_waiting();
+    dispatcher.take_waiting();
     dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], None);
-    dispatcher.drop_waiting();
+    dispatcher.take_waiting();
     assert!(
         dispatcher.capacity() > 0,
         "the stalled worker may respond again"

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::listener::{AcceptState, Stage};
-use super::{Action, MasterCore};
+use super::{Action, Handoff, MasterCore};
 use crate::error::Error;
 use crate::types::endpoint::Kind;
 use crate::types::time::Time;
@@ -39,7 +39,11 @@ impl<C, F> MasterCore<C, F> {
         match self.listeners.get_mut(&handle) {
             Some(listener) if listener.stage != Stage::Unbound => {
                 listener.has_accepted = true;
-                listener.dispatcher.push(connection);
+                if listener.parking.waits_for_data() {
+                    listener.dispatcher.count_accepted();
+                    return self.hold(handle, connection, 0);
+                }
+                listener.dispatcher.push(Handoff::New(connection));
                 self.dispatch_waiting(handle);
             }
             _ => self.ledger.dropped += 1,
@@ -82,6 +86,7 @@ impl<C, F> MasterCore<C, F> {
             // poller would report it endlessly.
             let is_closed_for_good = listener.is_closed_for_good();
             self.watch(handle, has_capacity && !is_closed_for_good);
+            self.dispatch_resumed(handle);
             self.rebalance(handle);
             self.unbind_if_drained(handle);
             self.resume_if_served(handle);
@@ -134,8 +139,10 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Accepts if the backlog may contain a connection and the dispatcher has capacity.
+    /// Passes resumed connections to the dispatcher, and accepts if the backlog may contain a
+    /// connection, as far as the dispatcher has capacity.
     pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
+        self.dispatch_resumed(handle);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };

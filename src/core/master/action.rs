@@ -1,6 +1,8 @@
 //! The actions that the shell carries out, in order, without calling the application.
 
+use super::parked::Handoff;
 use crate::core::dispatch::Sequenced;
+use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
@@ -19,10 +21,24 @@ pub(crate) enum Action<C> {
     Dispatch {
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<C>,
+        connection: Sequenced<Handoff<C>>,
         /// Whether the connection has waited for a worker or has been reclaimed. If its client has
         /// hung up in the meantime, the shell does not dispatch it and answers with `hung_up`.
         has_waited: bool,
+    },
+    /// Keeps a connection, and waits once until its client sends something or hangs up. The shell
+    /// then calls `data_arrived` or `idle_hung_up`. If this fails, the shell calls `not_held`.
+    Hold {
+        id: ConnectionId,
+        connection: C,
+    },
+    /// Waits again for the client of a connection that the master holds, like `Hold`.
+    AwaitData {
+        id: ConnectionId,
+    },
+    /// Closes the master's copy of a connection.
+    CloseHeld {
+        id: ConnectionId,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
     /// `reclaimed`. If the shell lacks descriptors, it first answers with `cannot_reclaim`.

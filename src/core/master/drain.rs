@@ -170,7 +170,7 @@ impl<C, F> MasterCore<C, F> {
         if !is_grace_over {
             return;
         }
-        if listener.dispatcher.in_flight() == 0 {
+        if listener.dispatcher.in_flight() == 0 && listener.ready.is_empty() {
             self.unbind(handle);
         } else {
             self.count_queues(handle);
@@ -234,8 +234,11 @@ impl<C, F> MasterCore<C, F> {
             if listener.stage != Stage::Unbound {
                 listener.stage = Stage::Unbound;
                 listener.accept_state = AcceptState::Ready;
-                self.ledger.dropped += listener.dispatcher.drop_waiting();
+                let waiting = listener.dispatcher.take_waiting();
                 let master_accepts = listener.master_accepts();
+                self.drop_handoffs(waiting);
+                self.drop_ready(handle);
+                self.close_idle(handle);
                 self.remove_key(handle);
                 if master_accepts {
                     self.close_socket(handle);

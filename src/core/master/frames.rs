@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::{MasterCore, workers::WorkerEntry};
+use super::{Handoff, MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
 use crate::types::protocol::FrameError;
@@ -81,6 +81,10 @@ impl<C, F: Default> MasterCore<C, F> {
                 self.reclaim_all(handle, worker);
                 Ok(())
             }
+            // The connection has been lost for lack of descriptors, so its client is disconnected.
+            ToMaster::Park { .. } => Ok(()),
+            ToMaster::ParkAgain { connection } => self.parked_again(worker, connection),
+            ToMaster::Detach { connection } => self.detached_connection(worker, connection),
             ToMaster::Message(bytes) => {
                 self.message(worker, bytes, F::default());
                 Ok(())
@@ -115,7 +119,7 @@ impl<C, F: Default> MasterCore<C, F> {
     ///
     /// Returns `None` for any other listener. Its workers accept connections themselves, so their
     /// frames must not make the master accept.
-    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<C>> {
+    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<Handoff<C>>> {
         let listener = self.listeners.get_mut(&handle)?;
         listener
             .master_accepts()

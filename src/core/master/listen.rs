@@ -7,7 +7,7 @@ use super::listener::{Listener, Stage};
 use super::{Action, Attachment, MasterCore};
 use crate::error::Error;
 use crate::types::address::Address;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
@@ -27,6 +27,7 @@ pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
 #[derive(Debug)]
 pub(super) struct PendingBind {
     key: HandleKey,
+    parking: Parking,
     worker: WorkerId,
     request: u32,
 }
@@ -44,6 +45,7 @@ impl<C, F> MasterCore<C, F> {
             return Ok(());
         }
         if let Some(&handle) = self.keys.get(&key) {
+            self.set_parking(handle, flags.parking);
             return self.listen_again(worker, request, handle, flags);
         }
         let handle = self.next_handle();
@@ -51,6 +53,7 @@ impl<C, F> MasterCore<C, F> {
         let policy = self.policy_of(&endpoint);
         let pending = PendingBind {
             key,
+            parking: flags.parking,
             worker,
             request,
         };
@@ -62,6 +65,13 @@ impl<C, F> MasterCore<C, F> {
             policy,
         });
         Ok(())
+    }
+
+    /// Changes how the master treats the listener's connections while their clients send nothing.
+    pub(crate) fn set_parking(&mut self, handle: HandleId, parking: Parking) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.parking.update(parking);
+        }
     }
 
     /// Processes a request for an address that already has a listener.
@@ -133,6 +143,7 @@ impl<C, F> MasterCore<C, F> {
         };
         let PendingBind {
             key,
+            parking,
             worker,
             request,
         } = pending;
@@ -145,6 +156,7 @@ impl<C, F> MasterCore<C, F> {
         };
         let policy = self.policy_of(&key.endpoint);
         let listener = self.add_listener(handle, key, address, policy);
+        listener.parking = parking;
         if policy == SchedulingPolicy::Sharded {
             listener.shards = vec![Some(worker)];
         }
@@ -244,6 +256,10 @@ impl<C, F> MasterCore<C, F> {
             policy: listener.policy,
             address: listener.address,
         };
+        if let Some(entry) = self.workers.get_mut(&worker) {
+            let listeners = &self.listeners;
+            entry.joined(handle, |other| listeners.contains_key(&other));
+        }
         for worker in relieved {
             self.end_for(handle, worker, false);
         }

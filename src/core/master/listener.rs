@@ -40,9 +40,10 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::member::Members;
+use super::parked::{Handoff, ReadyQueue};
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
-use crate::types::endpoint::Kind;
+use crate::types::endpoint::{Kind, Parking};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
@@ -132,7 +133,11 @@ pub(super) struct Listener<C> {
     /// Whether the poller watches the listener.
     pub(super) watched: bool,
     pub(super) members: Members,
-    pub(super) dispatcher: Dispatcher<C>,
+    pub(super) dispatcher: Dispatcher<Handoff<C>>,
+    /// The connections whose clients have sent something while the master held them, and that the
+    /// dispatcher does not have yet.
+    pub(super) ready: ReadyQueue,
+    pub(super) parking: Parking,
     /// Whether the master has ever accepted a connection from the listener.
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
@@ -178,6 +183,8 @@ impl<C> Listener<C> {
             watched: false,
             members: Members::new(),
             dispatcher: Dispatcher::new(),
+            ready: ReadyQueue::new(),
+            parking: Parking::default(),
             has_accepted: false,
             dispatch_from: None,
             hang_up_from: None,
@@ -229,10 +236,25 @@ impl<C> Listener<C> {
         self.stage != Stage::Unbound && self.dispatch_from.is_none()
     }
 
+    /// Returns whether the backlog may have a connection that the master would accept now.
+    pub(super) fn may_have_backlog(&self) -> bool {
+        let is_unknown = matches!(
+            self.accept_state,
+            AcceptState::Ready | AcceptState::Accepting
+        );
+        is_unknown && !self.parking.waits_for_data()
+    }
+
     /// Returns how many more connections the master may accept now.
     pub(super) fn capacity(&self) -> u64 {
         match self.stage {
             Stage::Pausing => 0,
+            // The master holds these connections, so it does not need an idle worker.
+            Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound
+                if self.parking.waits_for_data() =>
+            {
+                u64::MAX
+            }
             // Accept one connection even if no worker is idle, because only `accept` shows whether
             // the backlog is empty. The drain would otherwise wait for a worker that may never be
             // idle again, for example because it has no free descriptor.

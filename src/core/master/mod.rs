@@ -16,6 +16,7 @@
 //! | `listener_table` | which listeners need attention |
 //! | `listen` | which listener a worker receives |
 //! | `accept` | when to accept |
+//! | `parked` | connections that the master holds while their clients send nothing |
 //! | `queues` | when to dispatch and to reclaim; `dispatch` chooses the worker |
 //! | `leave` | how a worker leaves a listener, and what happens to its queue |
 //! | `drain` | how a listener drains and closes |
@@ -47,6 +48,7 @@ mod listen;
 mod listener;
 mod listener_table;
 mod member;
+mod parked;
 mod queues;
 mod retain;
 mod shards;
@@ -73,6 +75,8 @@ use listen::PendingBind;
 pub(crate) use listener::Ownership;
 use listener::{AcceptState, Listener, Stage};
 use listener_table::ListenerTable;
+use parked::ParkedTable;
+pub(crate) use parked::{Handoff, Resumed};
 use workers::WorkerEntry;
 
 #[derive(Debug)]
@@ -91,6 +95,7 @@ pub(crate) struct MasterCore<C, F> {
     /// The number of workers and detached processes that [`run`](crate::Master::run) waits for.
     referenced: usize,
     listeners: ListenerTable<C>,
+    parked: ParkedTable,
     /// The listener whose waiting connections were swept last.
     last_swept: HandleId,
     /// The listener of each key. A worker that requests a key joins the key's listener.
@@ -121,6 +126,7 @@ impl<C, F> MasterCore<C, F> {
             detached: BTreeMap::new(),
             referenced: 0,
             listeners: ListenerTable::new(),
+            parked: ParkedTable::new(),
             last_swept: HandleId(0),
             keys: SortedMap::new(),
             binding: SortedMap::new(),
@@ -306,6 +312,7 @@ impl<C, F> MasterCore<C, F> {
     pub(crate) fn deadline(&self) -> Option<Time> {
         let worker = self.deadlines.first().map(|(time, _)| *time);
         let due = earlier(worker, self.stop_deadline);
+        let due = earlier(due, self.parked.deadline());
         earlier(due, self.listeners.deadline())
     }
 
@@ -322,6 +329,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         self.kill_overdue();
+        self.expire_parked();
         for handle in self.listeners.due(self.now) {
             self.tick_listener(handle);
         }
@@ -368,7 +376,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns all connections that wait in the master. Call it only after all actions have been
     /// carried out, because pending actions also own connections.
-    pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &Handoff<C>> {
         let listeners = self.listeners.values();
         listeners.flat_map(|listener| listener.dispatcher.waiting())
     }
@@ -376,7 +384,7 @@ impl<C, F> MasterCore<C, F> {
     /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
     /// true because their client has hung up. Each call continues after the last connection that
     /// the previous call checked.
-    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) {
+    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
             if left == 0 {
@@ -388,8 +396,12 @@ impl<C, F> MasterCore<C, F> {
             let swept = listener.dispatcher.sweep(left, &mut is_gone);
             left -= swept.checked;
             self.last_swept = handle;
-            self.ledger.closed_by_peer += swept.closed;
-            if swept.closed > 0 {
+            let is_any_closed = !swept.closed.is_empty();
+            self.ledger.closed_by_peer += swept.closed.len() as u64;
+            for closed in swept.closed {
+                self.close_handoff(closed);
+            }
+            if is_any_closed {
                 // The closed connections free capacity and may have been the last ones of a drain,
                 // so accept more and continue the drain.
                 self.accept_if_possible(handle);
@@ -439,7 +451,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns the next connection for which the scheduler has not been called, with its listener
     /// and its sequence number.
-    pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &C)> {
+    pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &Handoff<C>)> {
         let handle = self.listeners.first_unscheduled()?;
         let (sequence, connection) = self.listeners.get(&handle)?.dispatcher.unscheduled()?;
         Some((handle, sequence, connection))
@@ -513,7 +525,10 @@ impl<C, F> MasterCore<C, F> {
 
     pub(crate) fn in_flight(&self) -> u64 {
         let listeners = self.listeners.values();
-        listeners.map(|each| each.dispatcher.in_flight()).sum()
+        let listeners: u64 = listeners
+            .map(|each| each.dispatcher.in_flight() + each.ready.len() as u64)
+            .sum();
+        listeners + self.parked.count_idle() as u64
     }
 
     /// Returns whether a connection is stuck although a worker has capacity for it. A connection is
@@ -527,7 +542,9 @@ impl<C, F> MasterCore<C, F> {
                 listener.accept_state == AcceptState::Ready && listener.stage != Stage::Pausing;
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
-            let is_stuck = dispatcher.has_waiting() || is_unchecked || is_reclaimable;
+            let is_waiting = dispatcher.has_waiting()
+                || !listener.ready.is_empty() && listener.stage != Stage::Pausing;
+            let is_stuck = is_waiting || is_unchecked || is_reclaimable;
             listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck
         })
     }

@@ -2,7 +2,7 @@
 
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
-use super::{Action, MasterCore};
+use super::{Action, Handoff, MasterCore};
 use crate::core::dispatch::{Dispatched, Sequenced};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
@@ -18,13 +18,13 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<C>,
+        connection: Sequenced<Handoff<C>>,
         is_exhausted: bool,
     ) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
-            self.ledger.dropped += 1;
-            return;
+            return self.drop_handoffs(vec![connection.connection]);
         };
+        self.parked.not_dispatched(&connection.connection);
         let is_full = !is_exhausted;
         listener
             .dispatcher
@@ -36,8 +36,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Records that a client hung up before its connection reached the worker's queue.
-    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId) {
+    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId, connection: Handoff<C>) {
         self.ledger.closed_by_peer += 1;
+        self.close_handoff(connection);
         if let Some(listener) = self.listeners.get_mut(&handle) {
             listener.dispatcher.hung_up(worker);
             self.redistribute(handle);
@@ -68,9 +69,10 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<C>>,
+        connections: Vec<Sequenced<Handoff<C>>>,
         is_empty: bool,
     ) {
+        let connections = self.keep_reclaimed(handle, worker, connections);
         let queued = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
             let dispatcher = &mut listener.dispatcher;
@@ -98,8 +100,9 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<C>>,
+        connections: Vec<Sequenced<Handoff<C>>>,
     ) {
+        let connections = self.keep_reclaimed(handle, worker, connections);
         let queued = self.count_undelivered(handle, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -113,6 +116,9 @@ impl<C, F> MasterCore<C, F> {
             }
             self.count_received(received);
             self.redistribute(handle);
+        }
+        if !self.is_connected(worker) {
+            self.close_held_by(worker);
         }
         self.remove_if_abandoned(handle);
     }
@@ -148,6 +154,7 @@ impl<C, F> MasterCore<C, F> {
                 connection,
                 has_waited,
             } = dispatched;
+            self.parked.dispatched(&connection.connection, worker);
             self.actions.push_back(Action::Dispatch {
                 handle,
                 worker,
@@ -191,7 +198,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if listener.stage == Stage::Unbound {
-            self.ledger.dropped += listener.dispatcher.drop_waiting();
+            let waiting = listener.dispatcher.take_waiting();
+            self.drop_handoffs(waiting);
         } else {
             self.dispatch_waiting(handle);
             self.accept_if_possible(handle);

@@ -13,7 +13,7 @@ use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::ToWorker;
+use crate::wire::frame::{HandleId, ToWorker};
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///
@@ -21,6 +21,10 @@ use crate::wire::frame::ToWorker;
 /// limit, the exit, which is the process's last event, would never be delivered. Errors beyond the
 /// limit are dropped, but the calls that caused them still return them.
 const LATE_ERRORS_MAX: u32 = 16;
+
+/// The number of joined listeners from which on those that have closed are forgotten. A lower number
+/// costs more time for workers that listen often, a higher one more memory.
+const JOINED_MAX: usize = 128;
 
 /// The state of a worker's channel and process.
 ///
@@ -72,6 +76,9 @@ pub(super) struct WorkerEntry {
     late_errors: u32,
     /// The worker's load on listeners that it has left.
     pub(super) past_load: WorkerLoad,
+    /// The listeners that the worker has joined, also those that it has left. Only their
+    /// connections can be parked by the worker.
+    joined: BTreeSet<HandleId>,
 }
 
 impl WorkerEntry {
@@ -85,7 +92,22 @@ impl WorkerEntry {
             referenced: true,
             late_errors: 0,
             past_load: WorkerLoad::new(worker),
+            joined: BTreeSet::new(),
         }
+    }
+
+    /// Records that the worker has joined a listener. Forgets the listeners that do not exist any
+    /// more if there are many, because a worker may listen any number of times.
+    pub(super) fn joined(&mut self, handle: HandleId, exists: impl Fn(HandleId) -> bool) {
+        if self.joined.len() >= JOINED_MAX {
+            self.joined.retain(|other| exists(*other));
+        }
+        self.joined.insert(handle);
+    }
+
+    /// Returns whether the worker has, or has had, the listener.
+    pub(super) fn has_had(&self, handle: HandleId) -> bool {
+        self.joined.contains(&handle)
     }
 
     /// Returns whether the master still processes the worker's frames.
@@ -179,6 +201,7 @@ impl<C, F> MasterCore<C, F> {
         for handle in handles {
             self.leave_listener(handle, worker);
         }
+        self.close_held_by(worker);
         self.emit_both(worker, || Event::Disconnect);
         match (status, kill_signal) {
             (Some(status), _) => self.emit_exit(worker, status),

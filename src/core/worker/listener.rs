@@ -139,6 +139,12 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.has_callback)
     }
 
+    /// Returns the master's handle of the listener. Returns `None` if the listener is private or has
+    /// closed.
+    pub(crate) fn handle_of(&self, listener: ListenerId) -> Option<HandleId> {
+        self.listeners.get(&listener)?.handle()
+    }
+
     /// Returns whether the listener's connections come through one of the master's queues.
     pub(crate) fn has_queue(&self, listener: ListenerId) -> bool {
         self.listeners.get(&listener).is_some_and(Entry::has_queue)

@@ -15,6 +15,7 @@ mod tests;
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
+use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Endpoint;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
@@ -354,6 +355,21 @@ impl<F> WorkerCore<F> {
         if self.killed {
             self.close_channel();
         }
+    }
+
+    /// Returns whether frames can be sent to the master.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.channel == ChannelState::Open
+    }
+
+    /// Reports that the application has parked a connection that the master holds.
+    pub(crate) fn park_again(&mut self, connection: ConnectionId) {
+        self.send(ToMaster::ParkAgain { connection });
+    }
+
+    /// Reports that the application keeps or has closed a connection that the master holds.
+    pub(crate) fn detach(&mut self, connection: ConnectionId) {
+        self.send(ToMaster::Detach { connection });
     }
 
     fn send(&mut self, frame: ToMaster) {

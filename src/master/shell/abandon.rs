@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use super::MasterShell;
 use super::listeners::MasterSocket;
-use crate::core::master::MasterCore;
+use crate::core::master::{Handoff, MasterCore};
 use crate::master::shard_group::ShardGroup;
 use crate::sys;
 use crate::sys::queue::Queue;
@@ -89,14 +89,20 @@ impl MasterShell {
     fn abandon_core(&self, numbers: &mut Vec<RawFd>) {
         let policy = self.core.borrow().policy();
         let core = self.core.replace(MasterCore::new(policy));
-        numbers.extend(core.waiting().map(|fd| fd.as_fd().as_raw_fd()));
+        let held = self.held.take();
+        numbers.extend(held.iter().flatten().map(|fd| fd.as_fd().as_raw_fd()));
+        let waiting = core.waiting().filter_map(|handoff| match handoff {
+            Handoff::New(connection) => Some(connection),
+            Handoff::Held(_) => None,
+        });
+        numbers.extend(waiting.map(|fd| fd.as_fd().as_raw_fd()));
         let undelivered = core.message_fds().flatten();
         numbers.extend(undelivered.map(|fd| fd.as_fd().as_raw_fd()));
         let delivering = self.delivering_fds.borrow().upgrade();
         let delivering = delivering.map(|unclaimed| unclaimed.take());
         let descriptors = delivering.iter().flatten();
         numbers.extend(descriptors.map(|fd| fd.as_fd().as_raw_fd()));
-        self.never_drop((core, delivering));
+        self.never_drop((core, held, delivering));
     }
 
     /// Stores a value so that it is never dropped.

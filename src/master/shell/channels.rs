@@ -1,11 +1,12 @@
 //! The channels to the workers: writing frames, reading frames, and closing.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use super::{MasterShell, WorkerIo};
 use crate::core::master::Attachment;
 use crate::error::{Error, SendError};
+use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
@@ -29,6 +30,8 @@ const FINAL_FRAMES_MAX: u32 = 65_536;
 /// Together with the descriptors that arrived earlier than their frames (`MAX_EARLY_FDS`), one
 /// worker has at most 256 descriptors open in the master.
 const FINAL_FDS_MAX: usize = 128;
+
+const NOT_A_CONNECTION: FrameError = FrameError::Violation(Violation::NotAConnection);
 
 /// A limit on the descriptors that are accepted with messages.
 #[derive(Clone, Copy, Debug)]
@@ -239,7 +242,9 @@ impl MasterShell {
             lost_fds,
             is_last,
         } = arrival;
-        let lost_fds = limit.apply(&mut fds) || lost_fds;
+        // A parked connection stays open in the master anyway.
+        let is_park = matches!(frame, ToMaster::Park { .. });
+        let lost_fds = !is_park && limit.apply(&mut fds) || lost_fds;
         let processed = match (&frame, is_last) {
             (ToMaster::Listen { .. }, _) => Processed::Yield,
             (_, true) => Processed::Drained,
@@ -253,12 +258,26 @@ impl MasterShell {
         }
         match frame {
             ToMaster::Message(bytes) => core.message(worker, bytes, fds),
+            ToMaster::Park { handle } if !fds.is_empty() => {
+                self.fault("master.before_park", worker);
+                core.set_time(self.start.elapsed());
+                for connection in fds {
+                    match sys::socket::is_connection(connection.as_fd()) {
+                        true => core.park(worker, handle, connection),
+                        false => core.violation(worker, NOT_A_CONNECTION),
+                    }
+                }
+                self.fault("master.after_park", worker);
+            }
             frame @ (ToMaster::Online
             | ToMaster::Listen { .. }
             | ToMaster::Listening { .. }
             | ToMaster::Idle { .. }
             | ToMaster::Release { .. }
             | ToMaster::DisconnectRequest
+            | ToMaster::Park { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. }
             | ToMaster::Pause { .. }) => {
                 self.fault("master.before_frame", worker);
                 core.set_time(self.start.elapsed());

@@ -194,6 +194,7 @@ impl MasterShell {
         self.act();
         let mut core = self.core_now();
         if let Some(handle) = core.retain(endpoint) {
+            core.set_parking(handle, flags.parking);
             drop(core);
             self.act();
             return self.retained(handle);
@@ -203,6 +204,7 @@ impl MasterShell {
         let address = self.bind(handle, endpoint, flags, policy)?;
         let mut core = self.core_now();
         core.retained(handle, endpoint.clone(), address, policy);
+        core.set_parking(handle, flags.parking);
         drop(core);
         self.act();
         self.retained(handle)

@@ -9,6 +9,7 @@ mod abandon;
 mod channels;
 mod group;
 mod listeners;
+mod parked;
 mod queues;
 mod reap;
 mod spawn;
@@ -49,6 +50,7 @@ use crate::wire::message::UnclaimedFds;
 use crate::wire::receipts::Receipt;
 use group::GroupState;
 use listeners::MasterSocket;
+use parked::HeldConnections;
 
 pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 
@@ -100,6 +102,7 @@ pub(crate) struct MasterShell {
     sockets: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// The queues from which workers receive their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
+    held: RefCell<HeldConnections>,
     /// The workers whose channels must be flushed. A worker may occur more than once.
     unflushed: RefCell<VecDeque<WorkerId>>,
     retries: RefCell<Retries>,
@@ -144,8 +147,13 @@ struct Retries {
 impl MasterShell {
     /// Returns the shell of a new master. `start` is the origin of [`Time`].
     pub(crate) fn new(policy: SchedulingPolicy, poller: Poller, start: Instant) -> Self {
+        let mut core = MasterCore::new(policy);
+        // Leave the other half of the descriptors to the application and to connections on their
+        // way to workers.
+        let limit = usize::try_from(sys::fd::limit()).unwrap_or(usize::MAX);
+        core.set_parked_limit(limit / 2);
         Self {
-            core: RefCell::new(MasterCore::new(policy)),
+            core: RefCell::new(core),
             poller,
             start,
             ignored_signals: sys::signal::ignored(),
@@ -153,6 +161,7 @@ impl MasterShell {
             unreaped: Unreaped::default(),
             sockets: RefCell::default(),
             queues: RefCell::default(),
+            held: RefCell::default(),
             unflushed: RefCell::default(),
             retries: RefCell::default(),
             receipts: RefCell::default(),
@@ -241,9 +250,7 @@ impl MasterShell {
             core.tick(now);
         }
         if core.has_waiting() {
-            core.sweep(SWEEP, |connection| {
-                sys::fd::is_closed_by_peer(connection.as_fd())
-            });
+            core.sweep(SWEEP, |connection| self.is_gone(connection));
         }
         true
     }
@@ -296,6 +303,9 @@ impl MasterShell {
                 connection,
                 has_waited,
             } => self.dispatch(handle, worker, connection, has_waited),
+            Action::Hold { id, connection } => self.hold(id, connection),
+            Action::AwaitData { id } => self.await_data(id),
+            Action::CloseHeld { id } => self.close_held(id),
             Action::Reclaim {
                 handle,
                 worker,

@@ -1,14 +1,16 @@
 //! The queues from which workers receive their connections, and the loads that follow from them.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use super::MasterShell;
+use super::parked::descriptor_of;
 use crate::core::dispatch::Sequenced;
+use crate::core::master::{Handoff, Resumed};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
-use crate::sys::queue::{Dequeued, Queue};
+use crate::sys::queue::{Dequeued, Label, Queue};
 use crate::types::loads::Loads;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
@@ -27,7 +29,7 @@ enum QueueState {
 
 /// The result of reclaiming connections from a queue.
 struct Reclaimed {
-    connections: Vec<Sequenced<NoLingerFd>>,
+    connections: Vec<Sequenced<Handoff<NoLingerFd>>>,
     state: QueueState,
 }
 
@@ -39,10 +41,22 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
             break QueueState::PerhapsMore;
         }
         match queue.reclaim() {
-            Ok(Dequeued::Connection(sequence, connection)) => connections.push(Sequenced {
-                sequence,
-                connection,
-            }),
+            Ok(Dequeued::Connection(label, connection)) => {
+                let Label {
+                    sequence,
+                    held,
+                    parked,
+                } = label;
+                // The master still holds its own copy of a connection with an id.
+                let connection = match held {
+                    Some(connection) => Handoff::Held(Resumed { connection, parked }),
+                    None => Handoff::New(connection),
+                };
+                connections.push(Sequenced {
+                    sequence,
+                    connection,
+                });
+            }
             Ok(Dequeued::Empty | Dequeued::Closed) => break QueueState::Empty,
             Err(_) => break QueueState::Unknown,
         }
@@ -65,18 +79,15 @@ impl MasterShell {
         &self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<NoLingerFd>,
+        connection: Sequenced<Handoff<NoLingerFd>>,
         has_waited: bool,
     ) {
-        let fd = &connection.connection;
-        if has_waited && sys::fd::is_closed_by_peer(fd.as_fd()) {
-            return self.core_now().hung_up(handle, worker);
+        if has_waited && self.is_gone(&connection.connection) {
+            let mut core = self.core_now();
+            return core.hung_up(handle, worker, connection.connection);
         }
         self.fault("master.before_dispatch", worker);
-        let dispatched = match self.queues.borrow().get(&(handle, worker)) {
-            Some(queue) => queue.send(connection.sequence, fd),
-            None => Err(io::ErrorKind::NotFound.into()),
-        };
+        let dispatched = self.put_into_queue(handle, worker, &connection);
         match dispatched {
             // The kernel keeps a copy of the connection in the queue, so the master's copy can
             // close at the end of this method.
@@ -91,6 +102,29 @@ impl MasterShell {
                 }
             }
         }
+    }
+
+    fn put_into_queue(
+        &self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: &Sequenced<Handoff<NoLingerFd>>,
+    ) -> io::Result<()> {
+        let (queues, held) = (self.queues.borrow(), self.held.borrow());
+        let queue = queues.get(&(handle, worker));
+        let queue = queue.ok_or(io::ErrorKind::NotFound)?;
+        let handoff = &connection.connection;
+        let fd = descriptor_of(&held, handoff).ok_or(io::ErrorKind::NotFound)?;
+        let (held, parked) = match handoff {
+            Handoff::New(_) => (None, 0),
+            Handoff::Held(resumed) => (Some(resumed.connection), resumed.parked),
+        };
+        let label = Label {
+            sequence: connection.sequence,
+            held,
+            parked,
+        };
+        queue.send(label, fd)
     }
 
     pub(super) fn reclaim(&self, handle: HandleId, worker: WorkerId, at_most: usize) {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use super::WorkerShell;
+use super::parked::Origin;
 use super::sockets::{AcceptMode, Socket, SocketOwner};
 use crate::core::worker::{ListenerId, WorkerCore};
 use crate::error::{Error, Result};
@@ -12,6 +13,7 @@ use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::queue::{self, Dequeued};
+use crate::types::connection_id::ConnectionId;
 use crate::types::errno;
 use crate::types::time::Time;
 
@@ -27,8 +29,27 @@ const SPARE_FDS: u64 = 32;
 /// A connection that was accepted from a listener or received from a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
+    pub(crate) origin: Origin,
     /// Whether the connection exceeds the listener's limit and must go to the drop callback.
     pub(crate) is_excess: bool,
+}
+
+/// A connection as it arrives from a listener or a queue.
+struct Arrived {
+    fd: OwnedFd,
+    held: Option<ConnectionId>,
+    parked: u32,
+}
+
+impl Arrived {
+    /// Returns a new connection.
+    fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            held: None,
+            parked: 0,
+        }
+    }
 }
 
 impl WorkerShell {
@@ -40,12 +61,15 @@ impl WorkerShell {
             return Ok(None);
         };
         let connection = match &**socket {
-            Socket::Listener(shared) => self.accept_shared(listener, &shared.fd)?,
+            Socket::Listener(shared) => {
+                let accepted = self.accept_shared(listener, &shared.fd)?;
+                accepted.map(Arrived::new)
+            }
             Socket::Queue(queue) => self.receive_from_queue(listener, queue)?,
             Socket::Datagrams(_) => None,
         };
-        if let Some(fd) = connection {
-            return Ok(Some(self.accepted(listener, fd)));
+        if let Some(connection) = connection {
+            return Ok(Some(self.accepted(listener, connection)));
         }
         let mut core = self.core.borrow_mut();
         if !core.is_draining(listener) {
@@ -59,19 +83,26 @@ impl WorkerShell {
     }
 
     /// Notifies the core of a connection that the application receives.
-    fn accepted(&self, listener: ListenerId, fd: OwnedFd) -> Accepted {
+    fn accepted(&self, listener: ListenerId, arrived: Arrived) -> Accepted {
+        let Arrived { fd, held, parked } = arrived;
         let mut core = self.core.borrow_mut();
+        let origin = Origin {
+            listener: Some(listener),
+            handle: core.handle_of(listener),
+            held,
+            parked,
+        };
         let is_excess = core.connection_opened(listener);
         if core.has_queue(listener) {
             self.count_descriptors(&mut core, &fd);
         }
         drop(core);
         self.act();
-        Accepted { fd, is_excess }
-    }
-
-    pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
-        self.core.borrow_mut().connection_closed(listener);
+        Accepted {
+            fd,
+            origin,
+            is_excess,
+        }
     }
 
     /// Accepts a connection from a shared listener, or returns `None` if no connection waits. Most
@@ -103,11 +134,15 @@ impl WorkerShell {
         }
     }
 
-    fn receive_from_queue(&self, listener: ListenerId, queue: &OwnedFd) -> Result<Option<OwnedFd>> {
+    fn receive_from_queue(&self, listener: ListenerId, queue: &OwnedFd) -> Result<Option<Arrived>> {
         match queue::receive(queue.as_fd()) {
-            Ok(Dequeued::Connection(_, connection)) => {
+            Ok(Dequeued::Connection(label, connection)) => {
                 self.is_out_of_fds.set(false);
-                Ok(Some(connection.into_owned_fd()))
+                Ok(Some(Arrived {
+                    fd: connection.into_owned_fd(),
+                    held: label.held,
+                    parked: label.parked,
+                }))
             }
             // If the master has closed the queue, a frame on the channel tells the worker what to
             // do.
@@ -185,7 +220,7 @@ impl WorkerShell {
         // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
-            Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, fd))),
+            Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, Arrived::new(fd)))),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);
                 Ok(None)

@@ -6,9 +6,11 @@
 
 mod accept;
 mod channel;
+mod parked;
 mod sockets;
 
 pub(crate) use accept::Accepted;
+pub(crate) use parked::Origin;
 pub(crate) use sockets::{Socket, SocketOwner};
 
 use std::cell::{Cell, OnceCell, RefCell};

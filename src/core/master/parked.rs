@@ -1,0 +1,555 @@
+//! Connections that the master holds: parked connections, and the master's copies of those that
+//! were parked before.
+//!
+//! A worker parks a connection when it has answered a request and the client may send another one.
+//! The first time, the worker sends the connection to the master. From then on, the master keeps
+//! its own copy. It dispatches a copy to a worker whenever the client sends something, and the
+//! worker only reports that it has parked the connection again, or that it keeps the connection.
+//! Therefore a connection is never closed because a worker ends while the connection is idle.
+//!
+//! On a listener with `wait_for_data`, the master also holds each new connection until the client
+//! sends something.
+//!
+//! ```text
+//! from       event                                                        to
+//! ---------  -----------------------------------------------------------  ---------
+//! (none)     a worker parks a connection for the first time               Idle
+//! (none)     a connection is accepted on a listener with `wait_for_data`  Idle
+//! Idle       the client sends something                                   Ready
+//! Ready      the dispatcher chooses a worker                              With
+//! With       the connection is reclaimed from the worker's queue          Ready
+//! With       the worker parks the connection again                        Idle
+//! With       the worker keeps the connection, or its channel closes       (removed)
+//! Ready      the client hangs up before a worker receives the connection  (removed)
+//! Idle       the client hangs up or is silent for too long, the master    (removed)
+//!            holds too many connections, or the listener closes
+//! ```
+//!
+//! The master never shuts a connection down. It only closes its copy, so that a process which has
+//! another copy can go on.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::listener::{Listener, Stage};
+use super::{Action, MasterCore};
+use crate::core::dispatch::Sequenced;
+use crate::types::connection_id::ConnectionId;
+use crate::types::protocol::{FrameError, Violation};
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+/// The maximum number of connections that any master holds, because the poller's keys have 29 bits
+/// for a connection's number on 32-bit systems.
+const NUMBER_MAX: usize = (1 << 29) - 1;
+
+/// A connection on its way to a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Handoff<C> {
+    /// A new connection, of which the master keeps no copy.
+    New(C),
+    /// A copy of a connection that the master holds.
+    Held(Resumed),
+}
+
+/// A connection that the master holds, and that goes to a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resumed {
+    pub(crate) connection: ConnectionId,
+    /// How often the connection has been parked.
+    pub(crate) parked: u32,
+}
+
+#[derive(Debug)]
+struct Entry {
+    handle: HandleId,
+    state: State,
+    /// How often the connection has been parked.
+    parked: u32,
+}
+
+/// The state of a connection that the master holds. See the [module](self) for the transitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The master waits until the client sends something, at most until the end of this second on
+    /// the core's clock.
+    Idle(u32),
+    /// The client has sent something, and the connection waits for a worker.
+    Ready,
+    /// The connection is in the worker's queue, or the worker serves it.
+    With(WorkerId),
+}
+
+/// The table of the connections that the master holds.
+#[derive(Debug)]
+pub(super) struct ParkedTable {
+    /// The connection with the number `n` at the index `n`, or `None` for a free number.
+    entries: Vec<Option<Entry>>,
+    /// The free numbers below the length of `entries`.
+    free: Vec<u32>,
+    /// The idle connections, each with the second at whose end it expires.
+    expiries: BTreeSet<(u32, ConnectionId)>,
+    /// The connections that workers have, by worker.
+    with: BTreeSet<(WorkerId, ConnectionId)>,
+    /// The maximum number of connections that the master holds.
+    limit: usize,
+}
+
+impl ParkedTable {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: Vec::new(),
+            free: Vec::new(),
+            expiries: BTreeSet::new(),
+            with: BTreeSet::new(),
+            limit: NUMBER_MAX,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    fn get(&self, connection: ConnectionId) -> Option<&Entry> {
+        self.entries.get(connection.0 as usize)?.as_ref()
+    }
+
+    fn get_mut(&mut self, connection: ConnectionId) -> Option<&mut Entry> {
+        self.entries.get_mut(connection.0 as usize)?.as_mut()
+    }
+
+    fn state(&self, connection: ConnectionId) -> Option<State> {
+        self.get(connection).map(|entry| entry.state)
+    }
+
+    /// Changes the state of a connection, and updates the ordered sets. Returns the changed entry.
+    fn set(&mut self, connection: ConnectionId, state: State) -> Option<&Entry> {
+        let entry = self.get_mut(connection)?;
+        let old = std::mem::replace(&mut entry.state, state);
+        self.unlink(connection, old);
+        self.link(connection, state);
+        self.get(connection)
+    }
+
+    fn link(&mut self, connection: ConnectionId, state: State) {
+        match state {
+            State::Idle(second) => drop(self.expiries.insert((second, connection))),
+            State::Ready => {}
+            State::With(worker) => drop(self.with.insert((worker, connection))),
+        }
+    }
+
+    fn unlink(&mut self, connection: ConnectionId, state: State) {
+        match state {
+            State::Idle(second) => drop(self.expiries.remove(&(second, connection))),
+            State::Ready => {}
+            State::With(worker) => drop(self.with.remove(&(worker, connection))),
+        }
+    }
+
+    /// Adds a connection under a free number. Returns the number, or `None` if the table is full.
+    fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
+        if self.len() >= self.limit {
+            return None;
+        }
+        let state = entry.state;
+        let number = match self.free.pop() {
+            Some(number) => number,
+            None => {
+                self.entries.push(None);
+                u32::try_from(self.entries.len() - 1).ok()?
+            }
+        };
+        *self.entries.get_mut(number as usize)? = Some(entry);
+        let connection = ConnectionId(number);
+        self.link(connection, state);
+        Some(connection)
+    }
+
+    fn remove(&mut self, connection: ConnectionId) -> Option<Entry> {
+        let entry = self.entries.get_mut(connection.0 as usize)?.take()?;
+        self.unlink(connection, entry.state);
+        self.free.push(connection.0);
+        if self.len() == 0 {
+            // Return the memory after a peak.
+            (self.entries, self.free) = (Vec::new(), Vec::new());
+        }
+        Some(entry)
+    }
+
+    /// Records that a connection is dispatched to the worker.
+    pub(super) fn dispatched<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) {
+        if let Handoff::Held(resumed) = connection {
+            self.set(resumed.connection, State::With(worker));
+        }
+    }
+
+    /// Records that a connection could not be put into a worker's queue, and waits again.
+    pub(super) fn not_dispatched<C>(&mut self, connection: &Handoff<C>) {
+        if let Handoff::Held(resumed) = connection {
+            self.set(resumed.connection, State::Ready);
+        }
+    }
+
+    /// Returns the latest time at which `expire_parked` must be called.
+    pub(super) fn deadline(&self) -> Option<Time> {
+        let (second, _) = self.expiries.first()?;
+        Some(Time::from_secs(u64::from(*second)))
+    }
+
+    /// Returns the number of idle connections.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn count_idle(&self) -> usize {
+        self.expiries.len()
+    }
+
+    /// Returns the connections of one worker.
+    fn held_by(&self, worker: WorkerId) -> Vec<ConnectionId> {
+        let from = (worker, ConnectionId(0));
+        let to = (worker, ConnectionId(u32::MAX));
+        let all = self.with.range(from..=to);
+        all.map(|(_, connection)| *connection).collect()
+    }
+
+    /// Returns the idle connections of one listener.
+    fn idle_on(&self, handle: HandleId) -> Vec<ConnectionId> {
+        let idle = self.expiries.iter().map(|(_, connection)| *connection);
+        let is_on = |connection: &ConnectionId| {
+            self.get(*connection)
+                .is_some_and(|entry| entry.handle == handle)
+        };
+        idle.filter(is_on).collect()
+    }
+}
+
+/// Returns the second at whose end an idle connection expires. The granularity of a second lets one
+/// wake-up of the master close many connections.
+fn expiry(now: Time, timeout: Time) -> u32 {
+    let at = now.saturating_add(timeout);
+    let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
+    u32::try_from(seconds).unwrap_or(u32::MAX)
+}
+
+/// The source of the next connection, if both the backlog and the resumed connections have one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NextSource {
+    Backlog,
+    Resumed,
+}
+
+/// The connections of one listener whose clients have sent something, and that the dispatcher does
+/// not have yet.
+#[derive(Debug)]
+pub(super) struct ReadyQueue {
+    connections: VecDeque<Resumed>,
+    next: NextSource,
+}
+
+impl ReadyQueue {
+    pub(super) const fn new() -> Self {
+        Self {
+            connections: VecDeque::new(),
+            next: NextSource::Resumed,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.connections.is_empty()
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn len(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Returns how many of the next `capacity` connections are resumed ones, if the backlog has
+    /// connections too. The sources take turns, so that neither makes the other one wait forever.
+    fn share(&mut self, capacity: u64) -> u64 {
+        let half = capacity / 2;
+        if capacity % 2 == 0 || self.is_empty() {
+            return half;
+        }
+        match self.next {
+            NextSource::Backlog => {
+                self.next = NextSource::Resumed;
+                half
+            }
+            NextSource::Resumed => {
+                self.next = NextSource::Backlog;
+                half + 1
+            }
+        }
+    }
+}
+
+// Parking.
+impl<C, F> MasterCore<C, F> {
+    /// Sets the maximum number of connections that the master holds.
+    pub(crate) fn set_parked_limit(&mut self, limit: usize) {
+        self.parked.limit = limit.min(NUMBER_MAX);
+    }
+
+    /// Takes a connection that the worker parks for the first time. Closes the connection if its
+    /// listener has closed. Kills a worker that has never had the listener.
+    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C) {
+        if !self.is_connected(worker) {
+            return;
+        }
+        let entry = self.workers.get(&worker);
+        if entry.is_some_and(|entry| entry.has_had(handle)) {
+            self.ledger.parked += 1;
+            self.hold(handle, connection, 1);
+        } else {
+            self.violation(worker, FrameError::Violation(Violation::UnknownPark));
+        }
+    }
+
+    /// Holds a connection until its client sends something. If the master holds too many
+    /// connections, closes the one that would expire first.
+    pub(super) fn hold(&mut self, handle: HandleId, connection: C, parked: u32) {
+        let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
+        let Some(timeout) = timeout else {
+            self.ledger.idle_closed += 1;
+            return;
+        };
+        if self.parked.len() >= self.parked.limit {
+            if let Some(&(_, first)) = self.parked.expiries.first() {
+                self.ledger.idle_closed += 1;
+                self.close_held(first);
+            }
+        }
+        let entry = Entry {
+            handle,
+            state: State::Idle(expiry(self.now, timeout)),
+            parked,
+        };
+        match self.parked.insert(entry) {
+            Some(id) => self.actions.push_back(Action::Hold { id, connection }),
+            // The workers have all connections that the master may hold.
+            None => self.ledger.idle_closed += 1,
+        }
+    }
+
+    /// Processes a worker's report that it has parked a connection again.
+    ///
+    /// # Errors
+    ///
+    /// Returns a violation if the worker does not have the connection.
+    pub(super) fn parked_again(
+        &mut self,
+        worker: WorkerId,
+        connection: ConnectionId,
+    ) -> Result<(), FrameError> {
+        if self.parked.state(connection) != Some(State::With(worker)) {
+            return Err(FrameError::Violation(Violation::UnknownConnection));
+        }
+        self.ledger.parked += 1;
+        let Some(entry) = self.parked.get_mut(connection) else {
+            return Ok(());
+        };
+        entry.parked = entry.parked.saturating_add(1);
+        let handle = entry.handle;
+        let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
+        match timeout {
+            Some(timeout) => {
+                let state = State::Idle(expiry(self.now, timeout));
+                self.parked.set(connection, state);
+                self.actions.push_back(Action::AwaitData { id: connection });
+            }
+            None => {
+                self.ledger.idle_closed += 1;
+                self.close_held(connection);
+            }
+        }
+        Ok(())
+    }
+
+    /// Processes a worker's report that it keeps or has closed a connection. The master closes its
+    /// copy.
+    ///
+    /// # Errors
+    ///
+    /// Returns a violation if the worker does not have the connection.
+    pub(super) fn detached_connection(
+        &mut self,
+        worker: WorkerId,
+        connection: ConnectionId,
+    ) -> Result<(), FrameError> {
+        if self.parked.state(connection) != Some(State::With(worker)) {
+            return Err(FrameError::Violation(Violation::UnknownConnection));
+        }
+        self.close_held(connection);
+        Ok(())
+    }
+
+    /// Closes the master's copy of a connection.
+    pub(super) fn close_held(&mut self, connection: ConnectionId) {
+        if self.parked.remove(connection).is_some() {
+            self.actions.push_back(Action::CloseHeld { id: connection });
+        }
+    }
+
+    /// Closes the master's copies of all connections that the worker has, because its channel has
+    /// closed and its queue is empty.
+    pub(super) fn close_held_by(&mut self, worker: WorkerId) {
+        for connection in self.parked.held_by(worker) {
+            let handle = self.parked.get(connection).map(|entry| entry.handle);
+            let listener = handle.and_then(|handle| self.listeners.get(&handle));
+            if !listener.is_some_and(|listener| listener.members.contains(worker)) {
+                self.close_held(connection);
+            }
+        }
+    }
+
+    /// Closes the idle connections of a listener that closes.
+    pub(super) fn close_idle(&mut self, handle: HandleId) {
+        for connection in self.parked.idle_on(handle) {
+            self.ledger.idle_closed += 1;
+            self.close_held(connection);
+        }
+    }
+
+    /// Closes the connections whose clients have been silent for too long.
+    pub(super) fn expire_parked(&mut self) {
+        while self.parked.deadline().is_some_and(|time| time <= self.now) {
+            let Some(&(_, connection)) = self.parked.expiries.first() else {
+                return;
+            };
+            self.ledger.expired += 1;
+            self.close_held(connection);
+        }
+    }
+}
+
+// Facts that the shell reports about idle connections.
+impl<C, F> MasterCore<C, F> {
+    /// Records that the client of an idle connection has sent something.
+    pub(crate) fn data_arrived(&mut self, connection: ConnectionId) {
+        if !matches!(self.parked.state(connection), Some(State::Idle(_))) {
+            return;
+        }
+        let Some(entry) = self.parked.set(connection, State::Ready) else {
+            return;
+        };
+        let (handle, parked) = (entry.handle, entry.parked);
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        self.ledger.resumed += u64::from(parked > 0);
+        let resumed = Resumed { connection, parked };
+        listener.ready.connections.push_back(resumed);
+        self.accept_if_possible(handle);
+    }
+
+    /// Records that the client of an idle connection has hung up.
+    pub(crate) fn idle_hung_up(&mut self, connection: ConnectionId) {
+        if matches!(self.parked.state(connection), Some(State::Idle(_))) {
+            self.ledger.closed_by_peer += 1;
+            self.close_held(connection);
+        }
+    }
+
+    /// Records that an idle connection cannot be watched. The master closes it.
+    pub(crate) fn not_held(&mut self, connection: ConnectionId) {
+        if matches!(self.parked.state(connection), Some(State::Idle(_))) {
+            self.ledger.idle_closed += 1;
+            self.close_held(connection);
+        }
+    }
+}
+
+// Dispatching.
+impl<C, F> MasterCore<C, F> {
+    /// Passes resumed connections to the dispatcher, as far as it has capacity. If the backlog may
+    /// have connections too, leaves a part of the capacity to them.
+    pub(super) fn dispatch_resumed(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.ready.is_empty() || !listener.may_resume() {
+            return;
+        }
+        let capacity = listener.dispatcher.capacity();
+        let share = match listener.may_have_backlog() {
+            true => listener.ready.share(capacity),
+            false => capacity,
+        };
+        for _ in 0..share {
+            let Some(resumed) = listener.ready.connections.pop_front() else {
+                break;
+            };
+            listener.dispatcher.push_resumed(Handoff::Held(resumed));
+        }
+        self.dispatch_waiting(handle);
+    }
+
+    /// Returns those reclaimed connections that go to another worker. If a worker reported a
+    /// connection as parked or detached while the connection was in its queue, this report counts,
+    /// and the connection is left out.
+    pub(super) fn keep_reclaimed(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Sequenced<Handoff<C>>>,
+    ) -> Vec<Sequenced<Handoff<C>>> {
+        let count = connections.len();
+        let mut kept = connections;
+        kept.retain(|sequenced| match &sequenced.connection {
+            Handoff::New(_) => true,
+            Handoff::Held(resumed) => {
+                let id = resumed.connection;
+                let is_with = self.parked.state(id) == Some(State::With(worker));
+                if is_with {
+                    self.parked.set(id, State::Ready);
+                }
+                is_with
+            }
+        });
+        let left_out = (count - kept.len()) as u64;
+        if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
+            let received = listener.dispatcher.reclaimed_in_vain(worker, left_out);
+            self.count_received(received);
+            self.ledger.dropped += left_out;
+        }
+        kept
+    }
+
+    /// Closes a connection that no worker receives.
+    pub(super) fn close_handoff(&mut self, handoff: Handoff<C>) {
+        match handoff {
+            Handoff::New(connection) => drop(connection),
+            Handoff::Held(resumed) => self.close_held(resumed.connection),
+        }
+    }
+
+    /// Closes connections that no worker can serve.
+    pub(super) fn drop_handoffs(&mut self, dropped: Vec<Handoff<C>>) {
+        self.ledger.dropped += dropped.len() as u64;
+        for handoff in dropped {
+            self.close_handoff(handoff);
+        }
+    }
+
+    /// Drops the listener's resumed connections that the dispatcher does not have.
+    pub(super) fn drop_ready(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let ready = std::mem::take(&mut listener.ready.connections);
+        let dropped = ready.into_iter().map(Handoff::Held).collect();
+        self.drop_handoffs(dropped);
+    }
+}
+
+impl<C> Listener<C> {
+    /// Returns how long the clients of parked connections may be silent. Returns `None` if the
+    /// listener has closed.
+    fn idle_timeout(&self) -> Option<Time> {
+        (self.stage != Stage::Unbound).then(|| self.parking.idle_timeout())
+    }
+
+    /// Returns whether resumed connections may go to the dispatcher.
+    fn may_resume(&self) -> bool {
+        self.may_dispatch() && self.stage != Stage::Pausing
+    }
+}

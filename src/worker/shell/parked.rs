@@ -1,0 +1,77 @@
+//! Giving connections back to the master.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use super::WorkerShell;
+use super::sockets::Socket;
+use crate::core::worker::ListenerId;
+use crate::sys;
+use crate::types::connection_id::ConnectionId;
+use crate::wire::frame::{HandleId, ToMaster};
+
+/// Where a connection comes from, and where it goes when the application parks it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Origin {
+    /// The listener that counts the connection.
+    pub(crate) listener: Option<ListenerId>,
+    /// The master's handle of the listener. The handle stays valid after the listener has closed.
+    pub(crate) handle: Option<HandleId>,
+    /// The connection's id if the master holds a copy.
+    pub(crate) held: Option<ConnectionId>,
+    /// How often the connection has been parked.
+    pub(crate) parked: u32,
+}
+
+impl WorkerShell {
+    /// Records that the application no longer has a connection, and that the connection is not
+    /// parked.
+    pub(crate) fn connection_closed(&self, origin: &Origin) {
+        let mut core = self.core.borrow_mut();
+        core.connection_closed(origin.listener);
+        if let Some(connection) = origin.held {
+            core.detach(connection);
+            drop(core);
+            // Flush at once, because the client receives end-of-file only when the master has
+            // closed its copy.
+            self.act();
+        }
+    }
+
+    /// Gives a connection to the master, which holds it until its client sends something.
+    pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
+        self.fault("worker.before_park");
+        let mut core = self.core.borrow_mut();
+        core.connection_closed(origin.listener);
+        let is_writable = core.is_writable();
+        let has_queue = origin.listener.is_some_and(|id| core.has_queue(id));
+        match (origin.held, origin.handle) {
+            // The options are the same for the master's copy.
+            _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
+                if let Some(connection) = origin.held {
+                    core.detach(connection);
+                }
+            }
+            (Some(connection), _) => core.park_again(connection),
+            (None, Some(handle)) if has_queue => {
+                self.channel.queue(&ToMaster::Park { handle }, Some(fd));
+            }
+            (None, _) => {}
+        }
+        // Report that the worker is idle in the same write, if it will find its queue empty anyway.
+        let listener = origin.listener.filter(|id| self.is_queue_empty(*id));
+        if let Some(listener) = listener {
+            core.found_empty(listener);
+        }
+        drop(core);
+        self.act();
+        self.flush_channel();
+        self.fault("worker.after_park");
+    }
+
+    /// Returns whether the listener has a queue that is known to be empty.
+    fn is_queue_empty(&self, listener: ListenerId) -> bool {
+        let socket = self.socket(listener);
+        let socket = socket.as_deref().map(|registered| &**registered);
+        matches!(socket, Some(Socket::Queue(queue)) if sys::queue::is_empty(queue))
+    }
+}
