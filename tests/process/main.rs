@@ -47,6 +47,7 @@ mod old_kernels;
 mod operator;
 mod orphans;
 mod own_user;
+mod parked;
 mod passed;
 mod pool;
 /// The pool's source, compiled a second time to check that it uses only the crate's public API.
@@ -139,6 +140,7 @@ fn main() -> ExitCode {
         notify::SCENARIOS,
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
+        parked::SCENARIOS,
         passed::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,

@@ -139,10 +139,11 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.has_callback)
     }
 
-    /// Returns the master's handle of the listener. Returns `None` if the listener is private or has
-    /// closed.
-    pub(crate) fn handle_of(&self, listener: ListenerId) -> Option<HandleId> {
-        self.listeners.get(&listener)?.handle()
+    /// Returns the master's handle of a listener that has one of the master's queues, or `None` for
+    /// any other listener.
+    pub(crate) fn dispatching_handle(&self, listener: ListenerId) -> Option<HandleId> {
+        let entry = self.listeners.get(&listener);
+        entry.filter(|entry| entry.has_queue())?.handle()
     }
 
     /// Returns whether the listener's connections come through one of the master's queues.

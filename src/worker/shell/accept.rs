@@ -88,7 +88,7 @@ impl WorkerShell {
         let mut core = self.core.borrow_mut();
         let origin = Origin {
             listener: Some(listener),
-            handle: core.handle_of(listener),
+            handle: core.dispatching_handle(listener),
             held,
             parked,
         };

@@ -14,7 +14,8 @@ use crate::wire::frame::{HandleId, ToMaster};
 pub(crate) struct Origin {
     /// The listener that counts the connection.
     pub(crate) listener: Option<ListenerId>,
-    /// The master's handle of the listener. The handle stays valid after the listener has closed.
+    /// The master's handle of the listener if the master dispatches the listener's connections. The
+    /// handle stays valid after the listener has closed.
     pub(crate) handle: Option<HandleId>,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
@@ -43,7 +44,6 @@ impl WorkerShell {
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
         let is_writable = core.is_writable();
-        let has_queue = origin.listener.is_some_and(|id| core.has_queue(id));
         match (origin.held, origin.handle) {
             // The options are the same for the master's copy.
             _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
@@ -52,10 +52,10 @@ impl WorkerShell {
                 }
             }
             (Some(connection), _) => core.park_again(connection),
-            (None, Some(handle)) if has_queue => {
+            (None, Some(handle)) => {
                 self.channel.queue(&ToMaster::Park { handle }, Some(fd));
             }
-            (None, _) => {}
+            (None, None) => {}
         }
         // Report that the worker is idle in the same write, if it will find its queue empty anyway.
         let listener = origin.listener.filter(|id| self.is_queue_empty(*id));
