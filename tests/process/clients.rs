@@ -86,7 +86,7 @@ const SERVERS: &[Server] = &[
     },
 ];
 
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 /// The start of a request with a body of 1 MiB.
 const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n";
 /// More bytes than the buffers of a new connection hold.

@@ -196,7 +196,7 @@ impl Server {
     }
 }
 
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 
 /// Returns the process IDs of a master's children.
 fn workers(master: Pid) -> BTreeSet<i32> {
