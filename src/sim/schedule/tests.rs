@@ -311,7 +311,7 @@ fn drain_ends_after_the_last_waiting_client_has_hung_up() {
     world.pass(Time::from_millis(20));
     world.run_master();
     assert_eq!(world.master.ledger().closed_by_peer, 1);
-    world.run_until(10, |world| world.disconnected > 0);
+    world.run_until(100, |world| world.disconnected > 0);
 }
 
 #[test]
