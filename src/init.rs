@@ -135,6 +135,7 @@ pub fn init() -> Result<Role> {
 fn new_master(wrapped: Option<u64>) -> Result<Role> {
     let launch = Launch {
         own_program: sys::own_program::own_program(),
+        wrapper_script: sys::own_program::wrapper_script(),
         become_worker,
         wrapped,
     };

@@ -147,6 +147,8 @@ pub struct Master {
 pub(crate) struct Launch {
     /// The path of this process's program, or `None` if it is unknown.
     pub(crate) own_program: Option<PathBuf>,
+    /// The path of the script that has executed this process's program under its own name.
+    pub(crate) wrapper_script: Option<PathBuf>,
     /// Turns the calling process, a forked copy of the master, into a worker. The arguments are the
     /// worker's id, its inspect port, and its channel's descriptor.
     pub(crate) become_worker: fn(WorkerId, Option<u16>, RawFd) -> Result<Worker>,
@@ -407,6 +409,33 @@ impl Master {
         self.settings.borrow().clone()
     }
 
+    /// Returns the path of the script that has executed this process's program and has passed its
+    /// own path as `argv[0]`, as `exec -a "$0" program` does in bash. The path is absolute.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) executes this script instead of the program.
+    /// The result is `None` if `argv[0]` contained no slash at the call of [`init`](crate::init()),
+    /// or if its file was not an executable script that begins with `#!`. It is also `None` if the
+    /// program has a set-user-ID or set-group-ID bit or file capabilities, because any user can then
+    /// choose `argv[0]`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// let mut settings = Settings::default().detached(true);
+    /// if let Some(script) = master.wrapper_script() {
+    ///     settings = settings.exec(script);
+    /// }
+    /// master.fork_as(settings)?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn wrapper_script(&self) -> Option<&Path> {
+        self.launch.wrapper_script.as_deref()
+    }
+
     /// Sets the policy by which connections are distributed. The policy replaces that of
     /// `CLUSTER_SCHED_POLICY`, or the default.
     ///
@@ -563,9 +592,11 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
-    /// request its address. The address of a Unix listener is its path, or its abstract name after
-    /// a zero byte. A TCP listener on all addresses also matches requests that name only its port.
-    /// The call makes the socket non-blocking.
+    /// request its address. A host name stands for its first usable address. A worker that listens
+    /// on `localhost:80` may therefore open `[::1]:80` although `127.0.0.1:80` was passed. The
+    /// address of a Unix listener is its path, or its abstract name after a zero byte. A TCP
+    /// listener on all addresses also matches requests that name only its port. The call makes the
+    /// socket non-blocking.
     ///
     /// If another master opened the socket for port 0 and passed it under its
     /// [name](MasterListener::name), workers receive the socket if they request port 0.

@@ -160,11 +160,14 @@ pub(crate) fn limit() -> u64 {
     }
 }
 
-/// Returns whether a connection's peer can no longer send or receive, and has left nothing to read.
+/// Returns whether a connection's peer is gone: the peer has reset the connection, or both
+/// directions are shut down and nothing is left to read.
 ///
-/// This is so if both directions are shut down, or if an error such as a reset is pending. The
-/// result is `false` for a client that has only stopped sending, because the client still waits for
-/// its answer.
+/// After a reset, unread bytes do not count, because RFC 9293 (section 3.10.7.4) discards them.
+///
+/// The result is `false` for a TCP client that has closed its socket without a reset. The kernel
+/// then knows only that the client has stopped sending, and a client that has only stopped sending
+/// still waits for its answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
@@ -176,7 +179,7 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     if ready <= 0 || poll.revents & (libc::POLLHUP | libc::POLLERR) == 0 {
         return false;
     }
-    !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
+    poll.revents & libc::POLLERR != 0 || !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
 }
 
 /// A descriptor that its owner can close without waiting, even if no other copy is left.
@@ -244,6 +247,7 @@ fn disable_linger(fd: BorrowedFd<'_>) {
 mod tests {
     use super::*;
     use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
     fn connection_with_unread_bytes_is_not_closed_by_peer() {
@@ -255,5 +259,29 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         drop(there);
         assert!(is_closed_by_peer(here.as_fd()));
+    }
+
+    fn tcp_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (listener.accept().unwrap().0, there)
+    }
+
+    #[test]
+    fn reset_connection_with_unread_bytes_is_closed_by_peer() {
+        let (here, mut there) = tcp_pair();
+        there.write_all(b"request").unwrap();
+        let (l_onoff, l_linger) = (1, 0);
+        let reset = libc::linger { l_onoff, l_linger };
+        option::set(there.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &reset).unwrap();
+        drop(there);
+        assert!(is_closed_by_peer(here.as_fd()));
+    }
+
+    #[test]
+    fn connection_whose_peer_has_stopped_sending_is_not_closed_by_peer() {
+        let (here, there) = tcp_pair();
+        there.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!is_closed_by_peer(here.as_fd()));
     }
 }

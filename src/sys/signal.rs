@@ -393,3 +393,23 @@ pub(crate) fn raise(signal: libc::c_int) {
     // SAFETY: raise accesses no memory of this process.
     unsafe { libc::raise(signal) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guards_restore_the_previous_action_in_any_order() {
+        let signal = libc::SIGVTALRM;
+        for is_first_dropped_first in [true, false] {
+            let (first, second) = (install(signal).unwrap(), install(signal).unwrap());
+            let guards = match is_first_dropped_first {
+                true => [first, second],
+                false => [second, first],
+            };
+            guards.into_iter().for_each(drop);
+            let restored = current_action(signal).unwrap();
+            assert_eq!(restored.sa_sigaction, libc::SIG_DFL);
+        }
+    }
+}

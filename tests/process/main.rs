@@ -40,6 +40,7 @@ mod listen;
 mod listener_owners;
 mod loads;
 mod logs;
+mod lowered_limit;
 mod messages;
 mod nested;
 mod notify;
@@ -107,6 +108,7 @@ fn main() -> ExitCode {
         leave::SCENARIOS,
         hostile::SCENARIOS,
         exhaustion::SCENARIOS,
+        lowered_limit::SCENARIOS,
         accept_errors::SCENARIOS,
         finish::SCENARIOS,
         old_kernels::SCENARIOS,

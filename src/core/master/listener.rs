@@ -49,6 +49,15 @@ use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleKey;
 
+/// The interval between two sweeps of a draining or pausing listener's waiting connections. The
+/// system does not report when their clients hang up. While nothing drains, no sweep is scheduled,
+/// so that an idle master makes no system call.
+///
+/// The shell checks 2 connections in each iteration, so 100 connections take about one second. A
+/// longer interval delays the end of a drain. A shorter one wakes the master more often while a
+/// worker is busy. No benchmark chose this value.
+pub(super) const SWEEP_INTERVAL: Time = Time::from_millis(20);
+
 /// The stage of a listener. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -142,6 +151,8 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
+    /// The time at which clients of waiting connections were last checked for a hang-up.
+    pub(super) swept_at: Time,
     /// The time at which the master begins to watch for shutdowns again, after another process has
     /// shut the listener down. `None` if no such time is set. Only for listeners whose workers
     /// accept.
@@ -187,6 +198,7 @@ impl<C> Listener<C> {
             parking: Parking::default(),
             has_accepted: false,
             dispatch_from: None,
+            swept_at: Time::ZERO,
             hang_up_from: None,
             retained_by: 0,
             is_requested: true,
@@ -215,6 +227,8 @@ impl<C> Listener<C> {
         let departing = self.departing.first().map(|(time, _)| *time);
         let rebalance = self.dispatcher.rebalance_deadline();
         let rebalance = rebalance.filter(|_| self.may_dispatch());
+        let sweep = self.is_ending_with_waiting();
+        let sweep = sweep.then(|| self.swept_at.saturating_add(SWEEP_INTERVAL));
         let all = [
             back_off,
             grace,
@@ -222,8 +236,16 @@ impl<C> Listener<C> {
             self.dispatch_from,
             self.hang_up_from,
             rebalance,
+            sweep,
         ];
         all.into_iter().fold(None, earlier)
+    }
+
+    /// Returns whether connections wait in the master although the listener drains or pauses. A
+    /// hang-up of their clients may then be the only event that continues the drain.
+    fn is_ending_with_waiting(&self) -> bool {
+        let is_ending = matches!(self.stage, Stage::Draining(_) | Stage::Pausing);
+        is_ending && self.dispatcher.has_waiting()
     }
 
     /// Returns the address in the form that the application receives.

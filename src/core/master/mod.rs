@@ -383,7 +383,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
     /// true because their client has hung up. Each call continues after the last connection that
-    /// the previous call checked.
+    /// the previous call checked. While a listener drains, `deadline` schedules its sweeps.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
@@ -393,6 +393,7 @@ impl<C, F> MasterCore<C, F> {
             let Some(listener) = self.listeners.get_mut(&handle) else {
                 continue;
             };
+            listener.swept_at = self.now;
             let swept = listener.dispatcher.sweep(left, &mut is_gone);
             left -= swept.checked;
             self.last_swept = handle;

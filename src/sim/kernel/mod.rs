@@ -377,9 +377,8 @@ impl World {
             }
         }
         let is_due = |deadline| deadline <= self.now;
-        let sweeps = self.master.has_waiting() && self.ticked < self.now;
         let closes = self.closes_at.is_some_and(is_due);
-        if self.master.deadline().is_some_and(is_due) || sweeps || closes {
+        if self.master.deadline().is_some_and(is_due) || closes {
             facts.push(Fact::Time);
         }
         let fact = nth(facts.iter().copied(), n);

@@ -290,6 +290,30 @@ fn worker_without_descriptors_serves_again_after_a_backoff() {
     assert_eq!(schedule.world.served, schedule.world.clients());
 }
 
+/// Makes a client hang up while its connection waits in a draining master, whose only worker has no
+/// descriptor for it. Only the clock advances, so the master must wake up by itself.
+#[test]
+fn drain_ends_after_the_last_waiting_client_has_hung_up() {
+    let (mut schedule, workers) = listening_workers(1);
+    let (world, worker) = (&mut schedule.world, workers[0]);
+    world.call_worker(worker, WorkerCall::UseCallback, 0);
+    world.call_worker(worker, WorkerCall::Accept, 0);
+    world.settle();
+    world.failing.insert(Failure::Receive);
+    world.connect(0);
+    world.settle();
+    world.call_worker(worker, WorkerCall::Accept, 0);
+    world.settle();
+    world.disconnect_all(true);
+    world.settle();
+    assert!(world.master.has_waiting());
+    world.hang_up(0);
+    world.pass(Time::from_millis(20));
+    world.run_master();
+    assert_eq!(world.master.ledger().closed_by_peer, 1);
+    world.run_until(100, |world| world.disconnected > 0);
+}
+
 #[test]
 fn frames_of_one_worker_do_not_bloat_the_master() {
     let (mut schedule, workers) = listening_workers(1);

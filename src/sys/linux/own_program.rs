@@ -49,6 +49,13 @@ fn called_path() -> Option<PathBuf> {
     (!is_relative_to_process).then_some(path)
 }
 
+/// Returns whether executing the program has raised the rights of this process, because the file
+/// has a set-user-ID or set-group-ID bit or capabilities (`AT_SECURE` in getauxval(3)).
+pub(in crate::sys) fn is_secure_mode() -> bool {
+    // SAFETY: getauxval has no preconditions.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
 /// Returns whether the dynamic loader was executed with this program as its argument, as in
 /// `ld.so ./program`. The kernel then reports no address of a loader (`AT_BASE` in getauxval(3)). A
 /// statically linked program has no loader, so the result is `false`.
