@@ -77,6 +77,7 @@ fn worker_id(_: u32) -> cluster::WorkerId {
     unreachable!("the unit tests of the pool run in the crate")
 }
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
@@ -176,5 +177,12 @@ fn main() -> ExitCode {
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
     ));
+    // A name selects a trial on the command line, and a scenario in the environment of a worker.
+    let programs = serve::PROGRAMS.iter().chain(groups::PROGRAMS);
+    let programs = programs.map(|program| program.name);
+    let mut names = BTreeSet::new();
+    for name in trials.iter().map(Trial::name).chain(programs) {
+        assert!(names.insert(name), "the name {name} is not unique");
+    }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
