@@ -215,8 +215,9 @@ impl Master {
         listeners.collect()
     }
 
-    /// Retains the socket that the request contains. Without one, retains the listener on the first
-    /// usable address of those that the request resolves to, and opens the listener if necessary.
+    /// Retains the socket that the request contains. If the request contains an address instead,
+    /// retains the listener on this address, and opens the listener if necessary. If the address
+    /// resolves to several, uses the first on which the master can listen.
     fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
         bind_request.check_for_master()?;
         if let Some(socket) = bind_request.take_socket() {

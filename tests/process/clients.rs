@@ -94,7 +94,7 @@ pub const BODY: &[u8] = &[b'x'; 1 << 20];
 /// Number of clients that connect one after the other.
 pub const CLIENTS: usize = 40;
 /// Pause between the bytes of a slow client. An example that only limits the time of each read, but
-/// not of the whole request, would wait for this client for ever.
+/// not of the whole request, would wait for this client forever.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Sends `head` and [`BODY`], and reads the answer. Returns an error if the server closes the

@@ -1,4 +1,4 @@
-//! Tests `Connection::finish`: clients that send more than the worker reads, that send for ever, or
+//! Tests `Connection::finish`: clients that send more than the worker reads, that send forever, or
 //! that never close.
 
 use std::io::{Read as _, Write as _};

@@ -114,7 +114,7 @@ enum MayLose {
     ReceivedConnection,
 }
 
-/// What became of the clients of one round, or of one run of kills.
+/// The results of the clients in one round, or in one run of kills.
 struct Outcome {
     connected: u64,
     unanswered: u64,

@@ -362,7 +362,7 @@ fn log_reports_dropped_lines_to_a_reader_that_returns() {
     };
     let reader = open(&path);
     let writer = File::options().write(true).open(&path).unwrap();
-    // Test a log that has written to the first reader, and a log that has written nothing so far.
+    // Test a log that has written to the first reader, and a log that has not written yet.
     let before = LogWriter::new(writer.try_clone().unwrap());
     before.line("before");
     read_until(&reader, "before");

@@ -88,7 +88,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 #[allow(unsafe_code)]
 fn reset_ignored_signals() {
     let is_fixed = |signal: &Signal| {
-        // SIGPIPE is ignored by Rust's runtime, which also resets it in every child.
+        // Leave SIGPIPE ignored, as Rust's runtime has set it. `Command` resets it in every child.
         matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
     };
     for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {

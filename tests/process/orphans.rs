@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Environment variable that tells a master in which way to end.
 const END: &str = "MASTERS_END";
 
-/// What each worker does when its master ends, and its process state as `/proc/PID/stat` shows it.
+/// The activity of each worker when its master ends, and its process state in `/proc/PID/stat`.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
