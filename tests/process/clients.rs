@@ -1,5 +1,5 @@
-//! Tests the examples that are servers. The clients send more than the server reads, stay silent, or
-//! send slowly.
+//! Tests the examples that are servers. The clients send more than the server reads, stay silent,
+//! or send slowly.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -147,7 +147,8 @@ impl Server {
         stop(&server)
     }
 
-    /// Connects one client more than there are workers, so that every worker is occupied.
+    /// Connects one client for each worker, and one more. Every worker is then occupied, and one
+    /// client waits.
     fn occupy(&self, address: SocketAddr) -> io::Result<Vec<TcpStream>> {
         (0..=(self.workers)())
             .map(|_| TcpStream::connect(address))

@@ -143,8 +143,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
         let worker = worker.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // The other worker answers until the rotation reaches the new worker. At most one request may fail,
-        // namely one that the killed worker had received.
+        // The other worker answers until the rotation reaches the new worker. At most one request
+        // may fail, namely one that the killed worker had received.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
