@@ -185,7 +185,7 @@ impl Worker {
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // If a disconnect request has arrived, close the listeners that have no callback now,
+        // If a disconnect request has arrived, now close the listeners that have no callback,
         // because nothing else may wake the loop.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
