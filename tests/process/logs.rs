@@ -259,7 +259,8 @@ fn log_is_written_by_the_loop_when_its_reader_catches_up() {
                 let log = LogWriter::new(log).attached_to(master);
                 log.line("first");
                 log.line("last");
-                // Keep the log open while the other thread reads. It ends the process afterwards.
+                // Keep the log open while the other thread reads. The process exits before the
+                // timer fires.
                 master.set_timeout(Duration::from_secs(60), move |_| drop(log));
             }
             let read = move || {
