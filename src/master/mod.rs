@@ -264,7 +264,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) after the first `fork`, `listen` or `adopt`.
+    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) after the first `fork`, `listen`
+    /// or `adopt`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
