@@ -186,8 +186,8 @@ impl Worker {
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // Close the listeners without a callback now if a disconnect request has arrived, because
-        // nothing else may wake the loop.
+        // If a disconnect request has arrived, now close the listeners that have no callback,
+        // because nothing else may wake the loop.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())

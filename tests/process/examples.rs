@@ -150,8 +150,8 @@ fn replaces_dead_worker(policy: &str) -> Result<(), Failed> {
         let worker = worker.split(' ').next_back().unwrap().parse()?;
         kill(Pid::from_raw(worker), Signal::SIGKILL)?;
         server.line(&format!("worker {new} "));
-        // The other worker answers until the new worker has its turn. At most one request may fail,
-        // namely one that the killed worker had received.
+        // The other worker answers until the rotation reaches the new worker. At most one request
+        // may fail, namely one that the killed worker had received.
         assert!(await_answer(address, new) <= 1);
     }
     stop(&server, Signal::SIGTERM)
@@ -359,7 +359,7 @@ fn embedded() -> Result<(), Failed> {
     let status: SocketAddr = host.line("status on ").parse()?;
     let first = host.line("worker 1 listening on ");
     assert_eq!(first, host.line("worker 2 listening on "));
-    // Retry, because a worker has its turn only once it waits for a connection.
+    // Retry, because a worker joins the rotation only when it waits for a connection.
     let mut answers = BTreeSet::new();
     wait_until("answers from both workers", || {
         answers.insert(talk(first.parse().unwrap(), b"").unwrap());

@@ -69,7 +69,7 @@ crate::scenarios! {
     worker_that_closes_its_channel_is_disconnected
 }
 
-// Limits on the resources that one worker may cost the master.
+// Limits on the master's resources that a single worker may occupy.
 
 /// Maximum memory for received bytes: one incomplete frame of up to 1 MiB, and the 64 KiB of one
 /// read.
@@ -433,8 +433,8 @@ impl Case {
 
 /// Measurements of the master's work for clients of the well-behaved worker, whose id is 1.
 ///
-/// The test limits the work and not the clients' waiting times, because the latter depend on the
-/// machine's load.
+/// The test limits the work and not the clients' waiting times, because waiting times depend on
+/// the machine's load.
 #[derive(Default)]
 struct Measurements {
     /// The master's CPU time between each client's arrival and its acceptance.
@@ -955,8 +955,8 @@ fn flood_of_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// Floods the master with messages so long that one read returns fewer messages than the master
-/// processes in one iteration (`FRAMES_PER_ITERATION`).
+/// Floods the master with longer messages. A read returns fewer of them than the master processes
+/// in an iteration (`FRAMES_PER_ITERATION`).
 fn flood_of_longer_messages_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();

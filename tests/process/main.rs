@@ -79,6 +79,7 @@ fn worker_id(_: u32) -> cluster::WorkerId {
     unreachable!("the unit tests of the pool run in the crate")
 }
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
@@ -89,7 +90,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 #[allow(unsafe_code)]
 fn reset_ignored_signals() {
     let is_fixed = |signal: &Signal| {
-        // SIGPIPE is ignored by Rust's runtime, which also resets it in every child.
+        // Leave SIGPIPE ignored, as Rust's runtime has set it. `Command` resets it in every child.
         matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
     };
     for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
@@ -180,5 +181,12 @@ fn main() -> ExitCode {
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
     ));
+    // A name selects a trial on the command line, and a scenario in the environment of a worker.
+    let programs = serve::PROGRAMS.iter().chain(groups::PROGRAMS);
+    let programs = programs.map(|program| program.name);
+    let mut names = BTreeSet::new();
+    for name in trials.iter().map(Trial::name).chain(programs) {
+        assert!(names.insert(name), "the name {name} is not unique");
+    }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

@@ -51,8 +51,9 @@ impl<C, F> MasterCore<C, F> {
                 self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
-                // Use the grace period if workers accept, because the master does not know what
-                // they have accepted.
+                // Skip the grace period if no client has ever connected, because no handshake is
+                // then expected. If workers accept, the master does not know whether clients have
+                // connected.
                 let grace = match listener.has_accepted || workers_accept {
                     true => DRAIN_GRACE,
                     false => Time::ZERO,
@@ -76,7 +77,7 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_sole() {
             self.actions.push_back(Action::AttachSynFilter { handle });
         } else if listener.policy == SchedulingPolicy::Sharded {
-            // Select the first shard, because it is the one that `MasterListener::as_fd` returns.
+            // Select the first shard, because `MasterListener::as_fd` returns it.
             let shards = vec![0];
             self.actions
                 .push_back(Action::SelectShards { handle, shards });

@@ -238,7 +238,7 @@ impl World {
 
     pub(crate) fn fork(&mut self) -> WorkerId {
         let worker = self.add_worker(None);
-        // Collect the worker's first action, which is to send an `Online` frame.
+        // Collect the worker's first action, which sends an `Online` frame.
         self.gather_from_worker(worker);
         worker
     }

@@ -61,8 +61,8 @@ pub(super) enum StepKind {
     Stop,
     /// Resumes a suspended worker, as SIGCONT does.
     Continue,
-    /// Preempts a process for its next `choice` steps. `process` is the index of a worker, without
-    /// the modulo. If no worker has this index, the master is preempted.
+    /// Preempts a process for its next `choice` steps. Unlike in other steps, `process` is not
+    /// reduced modulo the number of workers: if no worker has this index, the master is preempted.
     Preempt,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
