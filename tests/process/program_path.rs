@@ -23,6 +23,7 @@ crate::scenarios! {
     program_called_by_another_name_is_started
     upgrade_executes_the_script_that_passed_its_own_name
     set_user_id_program_ignores_the_script_in_its_name: ROOT
+    set_user_id_program_ignores_the_link_by_which_it_was_called: ROOT
     replaced_program_is_started
     missing_program_is_started_when_it_is_back
     program_is_found_without_proc: MOUNT_NAMESPACE
@@ -317,12 +318,38 @@ fn set_user_id_program_ignores_the_script_in_its_name() {
         return println!("{}", script.is_some());
     }
     let releases = Releases::new();
-    let [app, script] = ["r1/copy", "script"].map(|name| releases.path(name));
+    let script = releases.path("script");
     write_script(&script, "#!/bin/sh\n");
+    let app = set_user_id_copy(&releases);
+    assert_eq!(output_of(Command::new(&app).arg0(&script)), "false\n");
+}
+
+/// Copies this program, and lets the copy run as another user.
+fn set_user_id_copy(releases: &Releases) -> PathBuf {
+    let app = releases.path("r1/copy");
     std::fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
     std::os::unix::fs::chown(&app, Some(crate::exhaustion::unique_user()), None).unwrap();
     std::fs::set_permissions(&app, Permissions::from_mode(0o4755)).unwrap();
-    assert_eq!(output_of(Command::new(&app).arg0(&script)), "false\n");
+    app
+}
+
+/// The user who calls a set-user-ID program may switch the link by which the user called it, but
+/// must not choose a program that is executed as the other user.
+fn set_user_id_program_ignores_the_link_by_which_it_was_called() {
+    if is_watched() {
+        let Role::Master(master) = cluster::init().unwrap() else {
+            panic!("a worker");
+        };
+        let has_changed = nix::unistd::geteuid() != nix::unistd::getuid();
+        let settings = master.settings();
+        let exec = settings.get_exec().unwrap();
+        // A file system may be mounted without the effect of the bit.
+        return println!("{}", has_changed && exec.ends_with("link"));
+    }
+    let releases = Releases::new();
+    let link = releases.path("link");
+    std::os::unix::fs::symlink(set_user_id_copy(&releases), &link).unwrap();
+    assert_eq!(output_of(&mut Command::new(&link)), "false\n");
 }
 
 fn replaced_program_is_started() {
