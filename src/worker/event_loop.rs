@@ -285,6 +285,7 @@ impl Worker {
                     self.inner.shell.update_watch(listener);
                     self.accept_all(listener);
                 }
+                Some(Event::Disconnecting) => self.inner.callbacks.disconnecting.each(|f| f(self)),
                 Some(Event::Disconnect) => self.inner.callbacks.disconnect.each(|f| f(self)),
             }
         }

@@ -10,6 +10,7 @@ mod accept;
 mod bind;
 mod callbacks;
 pub(crate) mod connection;
+pub(crate) mod disconnect_token;
 mod event_loop;
 mod finish;
 pub(crate) mod listener;
@@ -34,6 +35,7 @@ use crate::wire::receipts::ReceiptCallbacks;
 use crate::worker::accept::WaitState;
 use crate::worker::callbacks::{ListenerCallbacks, WorkerCallbacks};
 use crate::worker::connection::Connection;
+use crate::worker::disconnect_token::DisconnectToken;
 use crate::worker::listener::Listener;
 use crate::worker::own_process::OwnProcess;
 use crate::worker::shell::WorkerShell;
@@ -105,10 +107,12 @@ impl Worker {
         id: WorkerId,
         inspect_port: Option<u16>,
         channel: UnixStream,
+        disconnect_token: DisconnectToken,
     ) -> Result<Self> {
         let event_loop = EventLoop::new()?;
         let shell = WorkerShell::new(
             channel,
+            disconnect_token,
             event_loop.poller().clone(),
             event_loop.start_time(),
         );

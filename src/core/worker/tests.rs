@@ -33,7 +33,10 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
     let actions = std::iter::from_fn(|| core.next_action());
     let frames = actions.filter_map(|action| match action {
         Action::Send(frame) => Some(frame),
-        Action::CloseListener(_) | Action::AttachSynFilter(_) | Action::CloseChannel => None,
+        Action::CloseListener(_)
+        | Action::AttachSynFilter(_)
+        | Action::CloseChannel
+        | Action::MarkDisconnecting => None,
     });
     frames.collect()
 }
