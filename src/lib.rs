@@ -55,6 +55,7 @@ pub use wire::message::Message;
 pub use worker::Worker;
 pub use worker::connection::Connection;
 pub use worker::disconnect_token::DisconnectToken;
+pub use worker::guard::ConnectionGuard;
 pub use worker::listener::{Incoming, Listener};
 pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;

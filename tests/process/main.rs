@@ -20,6 +20,7 @@ mod conformance;
 mod counting;
 mod deadlines;
 mod detached;
+mod disconnecting;
 mod edges;
 mod examples;
 mod exhaustion;
@@ -65,6 +66,7 @@ mod serve;
 mod sharded;
 mod stalled;
 mod systemd;
+mod threads;
 mod usage;
 mod without_exec;
 
@@ -115,6 +117,7 @@ fn main() -> ExitCode {
         hand_off::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
+        disconnecting::SCENARIOS,
         nested::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
@@ -133,6 +136,7 @@ fn main() -> ExitCode {
         logs::SCENARIOS,
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
+        threads::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
         operator::SCENARIOS,
