@@ -633,9 +633,11 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
 
 /// Returns the slots and workers of all `WorkerDisconnecting` events.
 fn disconnecting(world: &World) -> Vec<(usize, WorkerId)> {
-    let events = world.events.iter().filter_map(|event| match event {
-        PoolEvent::WorkerDisconnecting { slot, worker } => Some((*slot, *worker)),
-        _ => None,
+    let events = world.events.iter().filter_map(|event| {
+        let PoolEvent::WorkerDisconnecting { slot, worker } = event else {
+            return None;
+        };
+        Some((*slot, *worker))
     });
     events.collect()
 }
