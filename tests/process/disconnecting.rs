@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::fd::AsFd as _;
 
-use cluster::{DisconnectToken, Sent, Settings, Worker, WorkerProcess};
+use cluster::{DisconnectToken, Master, Sent, Settings, Worker, WorkerProcess};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{Log, cluster, for_both_policies, in_background, when_listening};
@@ -59,10 +59,15 @@ fn assert_says_goodbye(disconnect: fn(&WorkerProcess), worker: fn(Worker)) {
                     );
                 });
             });
+            expect_success(master);
             master.fork().unwrap();
         },
         worker,
     );
+}
+
+fn expect_success(master: &Master) {
+    master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
 }
 
 fn read_all(mut client: TcpStream) -> String {
@@ -132,7 +137,7 @@ fn worker_that_executes_no_program_knows_that_it_is_disconnecting() {
     cluster(
         |master| {
             master.setup_master(Settings::default().main(main));
-            master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+            expect_success(master);
             // The second worker has been forked with copies of the first worker's descriptors.
             let workers = [(); 2].map(|()| master.fork().unwrap());
             let [first, second] = workers;
@@ -146,6 +151,7 @@ fn worker_that_executes_no_program_knows_that_it_is_disconnecting() {
 fn worker_knows_of_its_own_disconnect_at_once() {
     cluster(
         |master| {
+            expect_success(master);
             for _ in 0..2 {
                 master.fork().unwrap();
             }
@@ -169,6 +175,7 @@ fn worker_knows_of_its_own_disconnect_at_once() {
 fn worker_knows_of_the_loss_of_its_channel() {
     cluster(
         |master| {
+            expect_success(master);
             master.on_message(|_, worker, _| worker.process().disconnect());
             master.fork().unwrap();
         },
@@ -191,6 +198,7 @@ fn disconnecting_callbacks_run_once_before_the_disconnect() {
                 2 => worker.process().disconnect(),
                 _ => {}
             });
+            expect_success(master);
             for _ in 0..4 {
                 master.fork().unwrap();
             }
