@@ -1,14 +1,14 @@
 //! Functions for descriptors that are known only by their numbers, and for the flags of any
 //! descriptor.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::mem::ManuallyDrop;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use super::owner::Owner;
-use super::{check, option};
+use super::{check, option, socket};
 
 /// The first number after standard input, output and error. The descriptors that systemd passes
 /// begin at this number (`SD_LISTEN_FDS_START` in sd_listen_fds(3)).
@@ -39,16 +39,25 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 }
 
 /// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. The caller has already found the preamble with [`peek`], so this read does not
-/// wait.
-pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
+/// preamble from it. Also returns the descriptor that came with the preamble. The caller has already
+/// found the preamble with [`peek`], so this read does not wait.
+///
+/// # Errors
+///
+/// Returns EMFILE if no descriptor is free for the preamble's descriptor.
+pub(crate) fn adopt_channel(
+    number: RawFd,
+    preamble: &mut [u8],
+) -> io::Result<(UnixStream, OwnedFd)> {
     // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
     // process. `init` runs once, so nothing else in this process owns it.
-    let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
-    stream.read_exact(preamble)?;
     stream.set_nonblocking(true)?;
-    Ok(stream)
+    let received = socket::receive(stream.as_fd(), preamble)?;
+    let fd = received.fds.into_iter().next();
+    let fd = fd.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?;
+    Ok((stream, fd.into_owned_fd()))
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed

@@ -136,14 +136,20 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         } else {
             state.is_pending.store(true, Ordering::SeqCst);
         }
-        if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
-            let byte = [0u8];
-            let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
-            // Ignore a full pipe, because its bytes already wake the reader.
-            // SAFETY: the pointer is valid for reads of one byte.
-            unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
-        }
+        wake();
     });
+}
+
+/// Makes the pipe readable, so that the reader wakes up, from any thread. Does nothing if this
+/// process has not created a pipe. Async-signal-safe.
+pub(crate) fn wake() {
+    if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
+        let byte = [0u8];
+        let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
+        // Ignore a full pipe, because its bytes already wake the reader.
+        // SAFETY: the pointer is valid for reads of one byte.
+        unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
+    }
 }
 
 /// Makes the process ignore a signal that the kernel has sent because this process belongs to a

@@ -214,6 +214,8 @@ impl Attacker {
         };
         let (kind, _) = attacker.receive_frame();
         assert_eq!(kind, PREAMBLE);
+        // Close the disconnect token, which comes with the preamble.
+        attacker.fds.borrow_mut().clear();
         Some(attacker)
     }
 

@@ -20,6 +20,7 @@ mod conformance;
 mod counting;
 mod deadlines;
 mod detached;
+mod disconnecting;
 mod edges;
 mod examples;
 mod exhaustion;
@@ -67,6 +68,7 @@ mod serve;
 mod sharded;
 mod stalled;
 mod systemd;
+mod threads;
 mod usage;
 mod without_exec;
 
@@ -119,6 +121,7 @@ fn main() -> ExitCode {
         hand_off::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
+        disconnecting::SCENARIOS,
         nested::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
@@ -137,6 +140,7 @@ fn main() -> ExitCode {
         logs::SCENARIOS,
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
+        threads::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
         operator::SCENARIOS,

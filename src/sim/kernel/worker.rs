@@ -182,6 +182,10 @@ impl World {
                     port.state = PortState::Filtered;
                 }
             }
+            Action::MarkDisconnecting => {
+                assert!(!process.is_marked, "marked twice");
+                process.is_marked = true;
+            }
             Action::CloseChannel => {
                 let is_idle = process.held.is_empty();
                 assert!(
@@ -222,7 +226,16 @@ impl World {
                 self.call_back(worker, listener);
             }
             Event::Message { bytes, fds: () } => self.check_message_to_worker(worker, &bytes),
-            Event::Disconnect => {}
+            Event::Disconnecting => {
+                let process = self.process(worker);
+                assert!(process.is_marked, "the token is readable before the event");
+                let was_notified = std::mem::replace(&mut process.was_notified, true);
+                assert!(!was_notified, "notified twice");
+            }
+            Event::Disconnect => {
+                let was_notified = self.process(worker).was_notified;
+                assert!(was_notified, "`Disconnecting` precedes `Disconnect`");
+            }
         }
     }
 }
