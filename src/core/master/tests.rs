@@ -1,5 +1,7 @@
 //! Tests of the master's decisions, mostly about listeners.
 
+mod parked;
+
 use std::os::unix::process::ExitStatusExt;
 
 use super::listen::HANDLE_MAX;
