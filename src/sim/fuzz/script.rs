@@ -16,7 +16,7 @@ use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::Error;
 use crate::sim::kernel::socket::{Port, Queued, endpoint};
 use crate::sim::kernel::worker::requested_parking;
-use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World};
+use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World, nth};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Kind};
 use crate::types::errno;
@@ -312,13 +312,27 @@ impl Script {
                 handle: HandleId(input.number()),
             },
             _ if choice == 23 => ToMaster::ParkAgain {
-                connection: ConnectionId(input.number()),
+                connection: self.connection(input.number()),
             },
             _ if choice == 31 => ToMaster::Detach {
-                connection: ConnectionId(input.number()),
+                connection: self.connection(input.number()),
             },
             _ => ToMaster::Message(vec![0; choice.into()]),
         }
+    }
+
+    /// Returns the id `number`, or the id of a connection in one of the hostile worker's queues if
+    /// `number` is 200 or more.
+    fn connection(&self, number: u32) -> ConnectionId {
+        let queues = self.world.queues.iter();
+        let own = queues.filter(|((_, worker), _)| *worker == self.hostile.id);
+        let queued = own.flat_map(|(_, queue)| &queue.connections);
+        let held = queued.filter_map(|queued| queued.resumed);
+        let own = match number {
+            200.. => nth(held, number.to_le_bytes()[0]),
+            _ => None,
+        };
+        own.map_or(ConnectionId(number), |resumed| resumed.connection)
     }
 
     /// Makes the hostile worker park, close or keep each connection that it has received, as a
