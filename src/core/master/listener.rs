@@ -218,7 +218,7 @@ impl<C> Listener<C> {
             | AcceptState::Closed => None,
         };
         let grace = match (self.stage, self.accept_state, self.policy) {
-            (Stage::Draining(grace), AcceptState::Watched, _)
+            (Stage::Draining(grace), AcceptState::Watched | AcceptState::Closed, _)
             | (Stage::Draining(grace), _, SchedulingPolicy::Shared | SchedulingPolicy::Sharded) => {
                 grace
             }
@@ -258,13 +258,17 @@ impl<C> Listener<C> {
         self.stage != Stage::Unbound && self.dispatch_from.is_none()
     }
 
-    /// Returns whether the backlog may have a connection that the master would accept now.
+    /// Returns whether the backlog may have a connection for which the dispatcher needs capacity.
     pub(super) fn may_have_backlog(&self) -> bool {
-        let is_unknown = matches!(
-            self.accept_state,
-            AcceptState::Ready | AcceptState::Accepting
-        );
-        is_unknown && !self.parking.waits_for_data()
+        self.accept_state == AcceptState::Ready && !self.holds_new()
+    }
+
+    /// Returns whether the master holds new connections until their clients send something. A
+    /// draining listener does not, because it would close the connections whose clients have sent
+    /// something that the poller has not reported.
+    pub(super) fn holds_new(&self) -> bool {
+        let stays_open = matches!(self.stage, Stage::Open | Stage::Pausing);
+        stays_open && self.parking.waits_for_data()
     }
 
     /// Returns how many more connections the master may accept now.
@@ -272,11 +276,7 @@ impl<C> Listener<C> {
         match self.stage {
             Stage::Pausing => 0,
             // The master holds these connections, so it does not need an idle worker.
-            Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound
-                if self.parking.waits_for_data() =>
-            {
-                u64::MAX
-            }
+            Stage::Open if self.holds_new() => u64::MAX,
             // Accept one connection even if no worker is idle, because only `accept` shows whether
             // the backlog is empty. The drain would otherwise wait for a worker that may never be
             // idle again, for example because it has no free descriptor.

@@ -1,9 +1,10 @@
 //! Checks the crate's guarantees after each step of a driver.
 
 use super::process::{Detached, Life};
-use super::socket::{Port, QUEUE_CAPACITY};
+use super::socket::{Held, Location, Port, QUEUE_CAPACITY};
 use super::{KNOWN, World};
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
+use crate::core::master::Resumed;
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
 use crate::types::time::earlier;
@@ -20,7 +21,7 @@ impl World {
         assert!(self.master.is_index_consistent(), "the index is wrong");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_flight(), self.master.in_flight(), "{ledger:?}");
-        let lost = ledger.dropped + ledger.closed_by_peer;
+        let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
         assert!(self.lost <= lost, "a client is lost: {ledger:?}");
         let waits = self.awaited || !self.referenced.is_empty();
         assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
@@ -38,7 +39,9 @@ impl World {
     /// served, to `lost`.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
-            self.lost += u64::from(!self.fates[client as usize].served);
+            let fate = &mut self.fates[client as usize];
+            fate.is_closed = true;
+            self.lost += u64::from(!fate.served);
         }
     }
 
@@ -50,7 +53,7 @@ impl World {
         assert!(sizes.handles <= max, "{} listeners", sizes.handles);
         // In the worst case, all queues of a listener are full, and the master also holds the
         // reclaimed connections of one more queue.
-        let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
+        let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles + self.parked_limit_max;
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         assert!(in_flight <= max, "{in_flight} connections in flight");
         for process in self.processes.values() {
@@ -65,6 +68,11 @@ impl World {
     fn check_at_rest(&self) {
         let waits = self.master.has_stuck_connection(self.ticked);
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
+        for (id, held) in &self.held {
+            let is_watched = held.is_awaited || !self.master.is_idle(*id);
+            assert!(is_watched, "{id:?} is idle and not watched");
+        }
+        assert_eq!(self.master.sizes().held, self.held.len(), "held");
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.is_unbound());
         }
@@ -86,13 +94,53 @@ impl World {
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
     }
 
-    /// Records that a worker has received the client's connection. Checks that no worker has
-    /// received the connection before.
-    pub(crate) fn mark_served(&mut self, client: u32) {
+    /// Checks that no honest worker other than `worker` has the client's connection.
+    pub(crate) fn check_sole(&self, worker: WorkerId, client: u32) {
+        for (other, process) in &self.processes {
+            let mut received = process.held.iter();
+            let is_shared = *other != worker
+                && !process.is_liar
+                && received.any(|received| received.client.client == client);
+            assert!(
+                !is_shared,
+                "workers {worker} and {other} have client {client}"
+            );
+        }
+    }
+
+    /// Records that a worker has received the client's connection and reads what the client has
+    /// sent. Checks that no worker has received the connection before, unless it has been parked.
+    pub(crate) fn mark_served(&mut self, client: u32, resumed: Option<Resumed>) {
+        let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];
-        assert!(!fate.served, "client {client} served twice");
-        fate.served = true;
-        self.served += 1;
+        let is_parked = resumed.is_some_and(|resumed| resumed.parked > 0);
+        match resumed {
+            Some(_) if !is_trusted => {}
+            _ => assert_eq!(fate.served, is_parked, "client {client} served twice"),
+        }
+        self.served += u64::from(!fate.served);
+        (fate.served, fate.is_pending) = (true, false);
+    }
+
+    /// Checks that the master has a reason for closing its copy of a connection. The end of a
+    /// worker is no reason while only the master has the connection.
+    pub(crate) fn check_closing(&mut self, held: &Held) {
+        let Some(client) = held.client().filter(|_| !held.is_unwatched) else {
+            return;
+        };
+        let fate = self.fates[client as usize];
+        let is_bound = fate.port.is_some_and(|port| self.master.is_bound(port));
+        let is_explained = match held.location {
+            Location::Detached => true,
+            Location::Worker(worker) => {
+                let is_liar = self.processes[&worker].is_liar;
+                is_liar || !is_bound || !self.master.is_connected(worker)
+            }
+            Location::Master => fate.left || !is_bound || self.held.len() + 1 >= self.parked_limit,
+        };
+        self.expired += u64::from(!is_explained);
+        let is_known = self.expired <= self.master.ledger().expired;
+        assert!(is_known, "client {client} is closed for no reason");
     }
 
     /// Checks that a worker reports no more connections than it received, unless it has forged
@@ -268,14 +316,27 @@ impl World {
         }
         assert!(self.ports.values().all(Port::is_unbound));
         assert!(self.queues.is_empty(), "a queue is forgotten");
+        assert!(self.held.is_empty(), "a held connection is forgotten");
+        assert_eq!(sizes.held, 0, "a held connection is forgotten");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_flight(), 0);
         assert_eq!(self.master.policy(), self.config.policy);
         if !self.has_false_claims {
             assert_eq!(ledger.received, self.received, "received");
-            let lost = ledger.dropped + ledger.closed_by_peer;
-            assert_eq!(self.lost, lost, "closed connections: {ledger:?}");
+            let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
+            let is_exact = ledger.parked > 0 || self.lost == lost;
+            assert!(is_exact, "{} closed connections: {ledger:?}", self.lost);
         }
+    }
+
+    /// Returns whether a client of an open listener waits for the answer to a request.
+    pub(crate) fn has_unanswered(&self) -> bool {
+        let mut fates = self.fates.iter();
+        fates.any(|fate| {
+            let port = fate.port.and_then(|handle| self.ports.get(&handle));
+            let is_bound = port.is_some_and(|port| !port.is_unbound());
+            is_bound && fate.is_pending && !fate.is_closed && !fate.left
+        })
     }
 
     /// Checks that each client of an open listener has been served or has hung up.
@@ -285,11 +346,23 @@ impl World {
                 .get(&handle)
                 .is_some_and(|port| !port.is_unbound())
         };
+        let mut closed = 0;
         for (client, fate) in self.fates.iter().enumerate() {
-            if fate.port.is_some_and(is_bound) {
-                assert!(fate.served || fate.left, "client {client} is lost");
+            if fate.left || !fate.has_sent || !fate.port.is_some_and(is_bound) {
+                continue;
+            }
+            if fate.is_closed {
+                closed += u64::from(!fate.served);
+            } else {
+                let is_served = fate.served && !fate.is_pending;
+                assert!(is_served, "client {client} is lost");
             }
         }
+        // The client may have sent its first request just before its connection expired. A hostile
+        // worker may have detached a connection instead of receiving it.
+        let ledger = self.master.ledger();
+        let is_allowed = closed <= ledger.expired + ledger.idle_closed + self.early_reports;
+        assert!(is_allowed, "{closed} clients are lost");
     }
 }
 

@@ -31,6 +31,7 @@ fn serve(world: &mut World, worker: WorkerId, n: u8) {
         // 0 tests that a disconnecting worker ignores its limit. If it did not, clients would stay
         // unserved.
         None => (WorkerCall::Listen, n % 4 * 5),
+        Some(_) if !process.held.is_empty() && n % 2 == 1 => (WorkerCall::Park, n),
         Some(_) if !process.held.is_empty() => (WorkerCall::CloseConnection, n),
         Some(listener) if process.core.has_ended(listener) => {
             return world.exit(worker, ExitStatus::from_raw(0));
