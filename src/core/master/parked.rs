@@ -8,7 +8,7 @@
 //! Therefore a connection is never closed because a worker ends while the connection is idle.
 //!
 //! On a listener with `wait_for_data`, the master also holds each new connection until the client
-//! sends something.
+//! sends something. While the listener drains, new connections go to a worker at once.
 //!
 //! ```text
 //! from       event                                                        to

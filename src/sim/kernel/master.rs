@@ -286,7 +286,15 @@ impl World {
                 let is_lost = self.processes[&worker].is_raw() && fds.is_empty();
                 self.read_parked(worker, handle, is_lost);
             }
-            frame => {
+            frame @ (ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. }) => {
                 self.note_report(worker, &frame);
                 self.report(|core| core.frame(worker, frame));
             }
@@ -522,6 +530,9 @@ impl World {
     }
 }
 
+/// The connections that the master has reclaimed from a queue.
+type Reclaimed = Vec<Sequenced<Handoff<Client>>>;
+
 // Workers' queues.
 impl World {
     fn dispatch(
@@ -577,7 +588,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Vec<Sequenced<Handoff<Client>>>, Option<bool>)> {
+    ) -> Option<(Reclaimed, Option<bool>)> {
         let is_failing = self.failing.remove(&Failure::Reclaim);
         let queue = self.queues.get_mut(&(handle, worker))?;
         let queued = queue.connections.len();
