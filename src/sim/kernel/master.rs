@@ -481,6 +481,9 @@ impl World {
         assert!(previous.is_none(), "a second connection with one number");
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
+            // If the master has accepted more connections at once than it may hold, another
+            // connection may have this number now, and closes.
+            self.failed_holds += 1;
             self.report(|core| core.not_held(id));
         }
     }
