@@ -8,7 +8,7 @@
 //! Therefore a connection is never closed because a worker ends while the connection is idle.
 //!
 //! On a listener with `wait_for_data`, the master also holds each new connection until the client
-//! sends something.
+//! sends something. While the listener drains, new connections go to a worker at once.
 //!
 //! ```text
 //! from       event                                                        to
@@ -71,13 +71,21 @@ struct Entry {
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The master waits until the client sends something, at most until the end of this second on
-    /// the core's clock.
-    Idle(u32),
+    /// The master waits until the client sends something.
+    Idle(Expiry),
     /// The client has sent something, and the connection waits for a worker.
     Ready,
     /// The connection is in the worker's queue, or the worker serves it.
     With(WorkerId),
+}
+
+/// The order in which idle connections expire. Among those that expire in the same second, the one
+/// that has been idle for the longest time is first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Expiry {
+    /// The second on the core's clock at whose end the connection expires.
+    second: u32,
+    order: u64,
 }
 
 /// The table of the connections that the master holds.
@@ -87,8 +95,10 @@ pub(super) struct ParkedTable {
     entries: Vec<Option<Entry>>,
     /// The free numbers below the length of `entries`.
     free: Vec<u32>,
-    /// The idle connections, each with the second at whose end it expires.
-    expiries: BTreeSet<(u32, ConnectionId)>,
+    /// The idle connections, in the order in which they expire.
+    expiries: BTreeSet<(Expiry, ConnectionId)>,
+    /// The number of times that a connection has become idle.
+    last_order: u64,
     /// The connections that workers have, by worker.
     with: BTreeSet<(WorkerId, ConnectionId)>,
     /// The maximum number of connections that the master holds.
@@ -101,6 +111,7 @@ impl ParkedTable {
             entries: Vec::new(),
             free: Vec::new(),
             expiries: BTreeSet::new(),
+            last_order: 0,
             with: BTreeSet::new(),
             limit: NUMBER_MAX,
         }
@@ -131,9 +142,16 @@ impl ParkedTable {
         self.get(connection)
     }
 
+    /// Returns the state of a connection that becomes idle and expires at the end of this second.
+    fn idle_until(&mut self, second: u32) -> State {
+        self.last_order += 1;
+        let order = self.last_order;
+        State::Idle(Expiry { second, order })
+    }
+
     fn link(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.insert((second, connection))),
+            State::Idle(expiry) => drop(self.expiries.insert((expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
         }
@@ -141,7 +159,7 @@ impl ParkedTable {
 
     fn unlink(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.remove(&(second, connection))),
+            State::Idle(expiry) => drop(self.expiries.remove(&(expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
         }
@@ -198,8 +216,8 @@ impl ParkedTable {
 
     /// Returns the latest time at which `expire_parked` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let (second, _) = self.expiries.first()?;
-        Some(Time::from_secs(u64::from(*second)))
+        let (expiry, _) = self.expiries.first()?;
+        Some(Time::from_secs(u64::from(expiry.second)))
     }
 
     /// Returns the number of idle connections.
@@ -363,7 +381,7 @@ impl<C, F> MasterCore<C, F> {
         }
         let entry = Entry {
             handle,
-            state: State::Idle(expiry(self.now, timeout)),
+            state: self.parked.idle_until(expiry(self.now, timeout)),
             parked,
         };
         match self.parked.insert(entry) {
@@ -394,7 +412,7 @@ impl<C, F> MasterCore<C, F> {
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         match timeout {
             Some(timeout) => {
-                let state = State::Idle(expiry(self.now, timeout));
+                let state = self.parked.idle_until(expiry(self.now, timeout));
                 self.parked.set(connection, state);
                 self.actions.push_back(Action::AwaitData { id: connection });
             }

@@ -266,7 +266,15 @@ impl Script {
                 choices[usize::from(input.byte()) % 4]
             }
             ToMaster::Park { .. } => [(1, false), (0, true)][usize::from(input.byte()) % 8 / 7],
-            _ => (0, false),
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. } => (0, false),
         };
         let mut bytes = Vec::new();
         let announced = fds + usize::from(lost_fds);

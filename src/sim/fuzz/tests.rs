@@ -172,6 +172,17 @@ fn reopening() -> Scene {
     both(both(lack.boxed(), closing.boxed()), service())
 }
 
+/// Generates steps in which the idle hostile worker reports a connection that a client has resumed,
+/// and that is still in the worker's queue.
+fn early_report() -> Scene {
+    (0..16u8, prop_oneof![Just(23), Just(31)])
+        .prop_map(|(client, report)| {
+            let frame = written(&[report, 200], 255);
+            [&[31, 7, 16, client * 8 + 2], &frame[..]].concat()
+        })
+        .boxed()
+}
+
 /// Generates a step for the well-behaved worker, the clients, the master or the clock.
 fn event() -> Scene {
     prop_oneof![
@@ -235,6 +246,7 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
         20 => call(),
         20 => service(),
         5 => reopening(),
+        10 => early_report(),
         20 => succession(),
         4 => junk(),
         1 => greed(),

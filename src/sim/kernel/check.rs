@@ -139,7 +139,7 @@ impl World {
             Location::Master => fate.left || !is_bound || self.held.len() + 1 >= self.parked_limit,
         };
         self.expired += u64::from(!is_explained);
-        let is_known = self.expired <= self.master.ledger().expired;
+        let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;
         assert!(is_known, "client {client} is closed for no reason");
     }
 

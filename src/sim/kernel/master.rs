@@ -286,7 +286,15 @@ impl World {
                 let is_lost = self.processes[&worker].is_raw() && fds.is_empty();
                 self.read_parked(worker, handle, is_lost);
             }
-            frame => {
+            frame @ (ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. }) => {
                 self.note_report(worker, &frame);
                 self.report(|core| core.frame(worker, frame));
             }
@@ -473,6 +481,9 @@ impl World {
         assert!(previous.is_none(), "a second connection with one number");
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
+            // If the master has accepted more connections at once than it may hold, another
+            // connection may have this number now, and closes.
+            self.failed_holds += 1;
             self.report(|core| core.not_held(id));
         }
     }
@@ -521,6 +532,9 @@ impl World {
         }
     }
 }
+
+/// The connections that the master has reclaimed from a queue.
+type Reclaimed = Vec<Sequenced<Handoff<Client>>>;
 
 // Workers' queues.
 impl World {
@@ -577,7 +591,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Vec<Sequenced<Handoff<Client>>>, Option<bool>)> {
+    ) -> Option<(Reclaimed, Option<bool>)> {
         let is_failing = self.failing.remove(&Failure::Reclaim);
         let queue = self.queues.get_mut(&(handle, worker))?;
         let queued = queue.connections.len();

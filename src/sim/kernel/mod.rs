@@ -135,6 +135,8 @@ pub(crate) struct World {
     parked_limit_max: usize,
     /// The number of reports about connections that were still in the worker's queue.
     pub(crate) early_reports: u64,
+    /// The number of times that the master could not hold a connection.
+    failed_holds: u64,
     /// The number of held connections that were closed for no reason that the simulation knows,
     /// except that they may have expired.
     expired: u64,

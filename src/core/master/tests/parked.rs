@@ -356,6 +356,19 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
 }
 
 #[test]
+fn oldest_connection_makes_room_among_those_that_expire_in_the_same_second() {
+    let (mut core, handle, workers) = serving(1);
+    core.set_parked_limit(3);
+    for client in 0..3 {
+        park(&mut core, workers[0], handle, client);
+    }
+    for id in [0, 1, 2, 0, 1] {
+        core.park(workers[0], handle, 7);
+        assert_eq!(closed(&actions(&mut core)), [ConnectionId(id)]);
+    }
+}
+
+#[test]
 fn limit_of_zero_closes_parked_connections() {
     let (mut core, handle, workers) = serving(1);
     core.set_parked_limit(0);
