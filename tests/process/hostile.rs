@@ -87,8 +87,8 @@ const QUEUED_MAX: usize = 64;
 const LISTENERS: usize = 64;
 /// Descriptors per listener: the listening socket and both ends of the queue.
 const FDS_PER_LISTENER: usize = 3;
-/// Descriptors per worker: the channel and the process descriptor.
-const FDS_PER_WORKER: usize = 2;
+/// Descriptors per worker: the channel, the disconnect token and the process descriptor.
+const FDS_PER_WORKER: usize = 3;
 
 /// Tolerance for the memory that the measurement uses and the allocator retains.
 const SLACK_BYTES: usize = 4 << 20;
@@ -127,6 +127,8 @@ const ATTACKER: &str = "ATTACKER";
 /// Environment variable that is set only in the process of the neighbour in [`measure_baseline`].
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
+/// The version of the frame format.
+const VERSION: u8 = 2;
 const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
@@ -134,6 +136,9 @@ const IDLE: u8 = 4;
 const PAUSE: u8 = 5;
 const RELEASE: u8 = 6;
 const DISCONNECT_REQUEST: u8 = 7;
+const PARK: u8 = 8;
+const PARK_AGAIN: u8 = 9;
+const DETACH: u8 = 10;
 const MESSAGE: u8 = 127;
 const PREAMBLE: u8 = 64;
 const REPLY: u8 = 65;
@@ -150,7 +155,7 @@ fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let mut frame = length.to_vec();
     // The header's last byte is the number of descriptors of all frames that are sent with one
     // call. This frame is sent alone, so the number is `fds` again.
-    frame.extend([1, kind, fds, fds]);
+    frame.extend([VERSION, kind, fds, fds]);
     frame.extend(body);
     frame
 }
@@ -171,7 +176,9 @@ fn message(text: &[u8]) -> Vec<u8> {
 /// Encodes a request to listen on a free port of 127.0.0.1.
 fn listen(index: u32) -> Vec<u8> {
     let mut body = numbers(&[index, index, 511]);
-    body.extend([0, 0, 4, 0, 0, 127, 0, 0, 1]);
+    // No flags, and no idle timeout.
+    body.extend([0; 5]);
+    body.extend([0, 4, 0, 0, 127, 0, 0, 1]);
     frame(LISTEN, 0, &body)
 }
 
@@ -356,7 +363,7 @@ impl Listener<'_> {
 
     /// Receives one connection from the queue. Returns `None` if the queue is empty.
     fn receive(&self) -> Option<OwnedFd> {
-        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 8]).ok()?;
+        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 16]).ok()?;
         fds.into_iter().next()
     }
 
@@ -913,7 +920,7 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
 fn garbled_frame_disconnects_the_worker() {
     expect_disconnected(
         "GET / HTTP/1.1",
-        "frame of version 47, this program supports version 1",
+        "frame of version 47, this program supports version 2",
     );
 }
 
@@ -1168,7 +1175,7 @@ fn out_of_band_descriptors_do_not_block_the_master() {
         attacker.send(&message(b"x"));
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("frame of version 0, this program supports version 1");
+    let why = Outcome::Disconnected("frame of version 0, this program supports version 2");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
@@ -1591,6 +1598,14 @@ fn violations_without_a_listener() -> Vec<Violation> {
             release_why,
         ),
         violation(
+            |attacker| {
+                attacker.send(&online());
+                let (here, _there) = UnixStream::pair().unwrap();
+                park(attacker, SHARED_HANDLE, here.as_raw_fd())
+            },
+            "parked connection of a listener that the worker never had",
+        ),
+        violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
             "pause of a listener that the worker does not have",
         ),
@@ -1639,14 +1654,50 @@ fn violations_with_a_listener() -> Vec<Violation> {
             },
             "pause of a queue that the worker does not have",
         ),
+        violation(
+            |attacker| {
+                let join = after_joining(attacker, Vec::new());
+                attacker.send(&join);
+                let (reader, _writer) = std::io::pipe().unwrap();
+                park(attacker, SHARED_HANDLE, reader.as_raw_fd())
+            },
+            "parked descriptor that is no connection",
+        ),
+        violation(
+            |attacker| {
+                let join = after_joining(attacker, Vec::new());
+                attacker.send(&join);
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                park(attacker, SHARED_HANDLE, listener.as_raw_fd())
+            },
+            "parked descriptor that is no connection",
+        ),
+        violation(
+            |attacker| after_joining(attacker, handle_frame(PARK, SHARED_HANDLE)),
+            "descriptors that no frame announced",
+        ),
+        violation(
+            |attacker| after_joining(attacker, frame(PARK_AGAIN, 0, &numbers(&[0]))),
+            "report of a connection that the worker does not have",
+        ),
+        violation(
+            |attacker| after_joining(attacker, frame(DETACH, 0, &numbers(&[u32::MAX]))),
+            "report of a connection that the worker does not have",
+        ),
     ]
+}
+
+/// Parks a descriptor for a listener. Returns no further frames.
+fn park(attacker: &Attacker, handle: u32, fd: RawFd) -> Vec<u8> {
+    attacker.send_with_fds(&frame(PARK, 1, &numbers(&[handle])), &[fd]);
+    Vec::new()
 }
 
 fn malformed_frames() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     vec![
         violation(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
-        violation(|_| frame(8, 0, &[0; 4]), "unknown kind of frame 8"),
+        violation(|_| frame(20, 0, &[0; 4]), "unknown kind of frame 20"),
         violation(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
         violation(
             |_| frame(REPLY, 0, &numbers(&[1, 98])),
@@ -1671,15 +1722,15 @@ fn malformed_frames() -> Vec<Violation> {
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 0, 1],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 0, 1],
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 2, 1],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 2, 1],
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 1, 65],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 1, 65],
             "descriptors that no frame announced",
         ),
         violation(
@@ -1771,7 +1822,7 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     match random.u8(..16) {
         0 => bytes(random, 5000),
         1..3 => {
-            let (kind, body) = (random.u8(..10), bytes(random, 30));
+            let (kind, body) = (random.u8(..12), bytes(random, 30));
             frame(kind, 0, &body)
         }
         3 => listen(small),
