@@ -1,0 +1,119 @@
+//! Counts the requests and connections that reloads, scalings, upgrades and killed workers lose.
+
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::clients::{Clients, Outcome, Plan};
+use super::server::{Mode, Service};
+use super::{NONE, POLICIES, WORKERS, share};
+use crate::table::{Goal, Table};
+use crate::usage::allow_many_descriptors;
+
+const BUSY: usize = 64;
+const IDLE: usize = 10_000;
+/// Time between two killed workers.
+const KILL_INTERVAL: Duration = Duration::from_millis(100);
+
+pub fn reloads(table: &mut Table) {
+    let (reloads, scalings) = (share(50), share(20));
+    let title = format!("{reloads} reloads, {scalings} scalings");
+    for_each_policy(table, &title, |table, title, policy| {
+        let (service, outcome) = operate(policy, |service| {
+            for _ in 0..reloads {
+                service.signal(Signal::SIGHUP, " serves");
+            }
+            for number in 0..scalings {
+                match number % 2 {
+                    0 => service.signal(Signal::SIGTTIN, " is ready"),
+                    _ => service.signal(Signal::SIGTTOU, " has exited"),
+                }
+            }
+        })?;
+        show(table, title, &outcome, Some((0.0, 0.0)));
+        let killed = service.count(" was killed") as f64;
+        let row = table.row(&format!("{title}, killed"), killed, "workers");
+        row.goal(Goal::AtMost(0.0));
+        Ok(())
+    });
+}
+
+pub fn upgrades(table: &mut Table) {
+    let upgrades = share(10);
+    let title = format!("{upgrades} upgrades");
+    for_each_policy(table, &title, |table, title, policy| {
+        let (_, outcome) = operate(policy, |service| {
+            for _ in 0..upgrades {
+                service.upgrade();
+            }
+        })?;
+        let goals = (policy == "rr").then_some((0.0, 0.0));
+        show(table, title, &outcome, goals);
+        Ok(())
+    });
+}
+
+pub fn kills(table: &mut Table) {
+    let kills = share(600);
+    let title = format!("{kills} killed workers");
+    for_each_policy(table, &title, |table, title, policy| {
+        let (_, outcome) = operate(policy, |service| {
+            for number in 0..kills {
+                let workers = service.workers();
+                // A slot is empty for a moment after its worker was killed.
+                if let Some(worker) = workers.get(number % WORKERS).or(workers.first()) {
+                    kill(*worker, Signal::SIGKILL).unwrap();
+                }
+                std::thread::sleep(KILL_INTERVAL);
+            }
+        })?;
+        let goals = (policy == "rr").then_some((kills as f64, 0.0));
+        show(table, title, &outcome, goals);
+        Ok(())
+    });
+}
+
+/// Calls `measure` with a title and the policy for each policy.
+fn for_each_policy(
+    table: &mut Table,
+    title: &str,
+    mut measure: impl FnMut(&mut Table, &str, &str) -> Result<(), String>,
+) {
+    allow_many_descriptors();
+    for (policy, name) in POLICIES {
+        let title = format!("{name}: {title}");
+        if let Err(why) = measure(table, &title, policy) {
+            table.skip(&title, &why);
+        }
+    }
+}
+
+/// Calls `operator` while busy and idle clients use a pool.
+fn operate(policy: &str, operator: impl FnOnce(&Service)) -> Result<(Service, Outcome), String> {
+    let service = Service::start(policy, WORKERS, Mode::Park)?;
+    let plan = Plan {
+        busy: BUSY,
+        idle: share(IDLE),
+        ..NONE
+    };
+    let clients = Clients::start(service.server.address, plan);
+    operator(&service);
+    Ok((service, clients.stop()))
+}
+
+/// Adds the rows of one run. The goals are the maximum numbers of failed requests and of lost idle
+/// connections.
+fn show(table: &mut Table, title: &str, outcome: &Outcome, goals: Option<(f64, f64)>) {
+    let name = format!("{title}, failed");
+    let failed = table.row(&name, outcome.failed() as f64, "requests");
+    failed.note(&outcome.text());
+    if let Some((goal, _)) = goals {
+        failed.goal(Goal::AtMost(goal));
+    }
+    let name = format!("{title}, idle connections closed");
+    let lost = table.row(&name, outcome.idle_lost as f64, "connections");
+    lost.note(&format!("of {}", share(IDLE)));
+    if let Some((_, goal)) = goals {
+        lost.goal(Goal::AtMost(goal));
+    }
+}

@@ -1,0 +1,69 @@
+//! Reloads this crate's pool and other servers under the same load.
+
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::clients::{Clients, Outcome, Plan};
+use super::server::{Mode, Service};
+use super::{NONE, POLICIES, WORKERS};
+use crate::peers;
+use crate::server::Server;
+use crate::table::{Goal, Table};
+
+const BUSY: usize = 16;
+const IDLE: usize = 200;
+const RELOADS: usize = 5;
+/// Time for one reload. It is longer than the slowest server needs to replace its workers.
+const RELOAD_TIME: Duration = Duration::from_secs(2);
+
+pub fn measure(table: &mut Table) {
+    let (hup, usr2) = (Signal::SIGHUP, Signal::SIGUSR2);
+    let rivals = [
+        ("nginx", peers::nginx(WORKERS, "1h"), hup),
+        ("HAProxy", peers::haproxy(), usr2),
+        ("gunicorn, gthread", peers::gunicorn_threads(WORKERS), hup),
+        ("Node's cluster", peers::node_http(WORKERS), hup),
+    ];
+    for (title, server, signal) in rivals {
+        match server {
+            Ok(server) => show(table, title, &reload(&server, signal), false),
+            Err(why) => table.skip(title, &why),
+        }
+    }
+    for (policy, title) in POLICIES {
+        match Service::start(policy, WORKERS, Mode::Park) {
+            Ok(Service { server }) => show(table, title, &reload(&server, hup), true),
+            Err(why) => table.skip(title, &why),
+        }
+    }
+}
+
+fn reload(server: &Server, signal: Signal) -> Outcome {
+    let plan = Plan {
+        busy: BUSY,
+        idle: IDLE,
+        ..NONE
+    };
+    let clients = Clients::start(server.address, plan);
+    for _ in 0..RELOADS {
+        kill(server.group.pid(), signal).unwrap();
+        std::thread::sleep(RELOAD_TIME);
+    }
+    clients.stop()
+}
+
+fn show(table: &mut Table, title: &str, outcome: &Outcome, has_goals: bool) {
+    let survived = IDLE as f64 - outcome.idle_lost as f64;
+    let name = format!("{title}: surviving idle connections");
+    let row = table.row(&name, survived, &format!("of {IDLE}"));
+    if has_goals {
+        row.goal(Goal::AtLeast(IDLE as f64));
+    }
+    let name = format!("{title}: failed");
+    let row = table.row(&name, outcome.failed() as f64, "requests");
+    row.note(&outcome.text());
+    if has_goals {
+        row.goal(Goal::AtMost(0.0));
+    }
+}
