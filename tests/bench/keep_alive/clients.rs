@@ -114,7 +114,8 @@ impl Outcome {
 /// Clients that run in their own thread.
 pub struct Clients {
     must_stop: Arc<AtomicBool>,
-    thread: JoinHandle<Outcome>,
+    /// `None` after the end of the run.
+    thread: Option<JoinHandle<Outcome>>,
 }
 
 impl Clients {
@@ -124,16 +125,23 @@ impl Clients {
         let must_stop = Arc::new(AtomicBool::new(false));
         let (set_up, is_set_up) = channel();
         let run = Run::new(address, plan, Arc::clone(&must_stop));
-        let thread = std::thread::spawn(move || run.run(&set_up));
+        let thread = Some(std::thread::spawn(move || run.run(&set_up)));
         // An error means that the thread has panicked. `stop` reports it.
         let _ = is_set_up.recv();
         Self { must_stop, thread }
     }
 
     /// Waits for the answers in flight and lets each idle client send its second request.
-    pub fn stop(self) -> Outcome {
+    pub fn stop(mut self) -> Outcome {
         self.must_stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap()
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Clients {
+    /// Ends the thread, so that no clients disturb the next benchmark if this one panics.
+    fn drop(&mut self) {
+        self.must_stop.store(true, Ordering::Relaxed);
     }
 }
 

@@ -57,12 +57,15 @@ pub fn kills(table: &mut Table) {
     let kills = share(600);
     let title = format!("{kills} killed workers");
     for_each_policy(table, &title, |table, title, policy| {
+        let mut killed = 0;
         let (_, outcome) = operate(policy, |service| {
-            for number in 0..kills {
+            while killed < kills {
+                // Choose the workers in turn. A slot is empty for a moment after its worker was
+                // killed, and a listed worker may already have been killed.
                 let workers = service.workers();
-                // A slot is empty for a moment after its worker was killed.
-                if let Some(worker) = workers.get(number % WORKERS).or(workers.first()) {
-                    kill(*worker, Signal::SIGKILL).unwrap();
+                let worker = workers.get(killed % WORKERS).or(workers.first());
+                if worker.is_some_and(|worker| kill(*worker, Signal::SIGKILL).is_ok()) {
+                    killed += 1;
                 }
                 std::thread::sleep(KILL_INTERVAL);
             }

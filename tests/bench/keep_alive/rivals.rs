@@ -40,6 +40,10 @@ pub fn measure(table: &mut Table) {
 }
 
 fn reload(server: &Server, signal: Signal) -> Outcome {
+    let control = Clients::start(server.address, Plan { idle: 1, ..NONE });
+    std::thread::sleep(RELOAD_TIME);
+    let closed = control.stop().idle_lost > 0;
+    assert!(!closed, "the server closes connections without a reload");
     let plan = Plan {
         busy: BUSY,
         idle: IDLE,
