@@ -7,15 +7,17 @@ use nix::sys::signal::{Signal, kill};
 use super::clients::{Clients, Outcome, Plan};
 use super::server::{Mode, Service};
 use super::{NONE, POLICIES, WORKERS};
+use crate::harness::wait_until;
 use crate::peers;
 use crate::server::Server;
 use crate::table::{Goal, Table};
+use crate::usage::family;
 
 const BUSY: usize = 16;
 const IDLE: usize = 200;
 const RELOADS: usize = 5;
-/// Time for one reload. It is longer than the slowest server needs to replace its workers.
-const RELOAD_TIME: Duration = Duration::from_secs(2);
+/// Time between two reloads.
+const PAUSE: Duration = Duration::from_millis(500);
 
 pub fn measure(table: &mut Table) {
     let (hup, usr2) = (Signal::SIGHUP, Signal::SIGUSR2);
@@ -41,7 +43,7 @@ pub fn measure(table: &mut Table) {
 
 fn reload(server: &Server, signal: Signal) -> Outcome {
     let control = Clients::start(server.address, Plan { idle: 1, ..NONE });
-    std::thread::sleep(RELOAD_TIME);
+    std::thread::sleep(PAUSE);
     let closed = control.stop().idle_lost > 0;
     assert!(!closed, "the server closes connections without a reload");
     let plan = Plan {
@@ -50,9 +52,15 @@ fn reload(server: &Server, signal: Signal) -> Outcome {
         ..NONE
     };
     let clients = Clients::start(server.address, plan);
+    let master = server.group.pid();
     for _ in 0..RELOADS {
-        kill(server.group.pid(), signal).unwrap();
-        std::thread::sleep(RELOAD_TIME);
+        let old = family(master).split_off(1);
+        kill(master, signal).unwrap();
+        wait_until("the exit of the old workers", || {
+            let now = family(master);
+            (!old.iter().any(|worker| now.contains(worker))).then_some(())
+        });
+        std::thread::sleep(PAUSE);
     }
     clients.stop()
 }

@@ -18,6 +18,7 @@ use nix::unistd::{ForkResult, Pid, fork};
 
 use crate::harness::{SCENARIO, wait_until};
 use crate::server::Server;
+use crate::usage::family;
 
 /// The role of a bare keep-alive server. Environment variable: [`WORKERS`].
 pub const BARE_KEEP_ALIVE: &str = "bare-keep-alive";
@@ -108,12 +109,7 @@ impl Service {
 
     /// Returns the workers that exist now.
     pub fn workers(&self) -> Vec<Pid> {
-        let master = self.master();
-        // Do not use `family`, because a worker may exit in the meantime.
-        let children = std::fs::read_to_string(format!("/proc/{master}/task/{master}/children"));
-        let children = children.unwrap();
-        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
-        pids.map(Pid::from_raw).collect()
+        family(self.master()).split_off(1)
     }
 
     /// Sends a signal to the master, and waits for another line in the log that contains `text`.
