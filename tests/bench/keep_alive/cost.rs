@@ -70,24 +70,24 @@ pub fn measure(table: &mut Table) {
                 Err(why) => table.skip(&title, why),
             }
         }
-        for (number, (policy, name)) in POLICIES.iter().enumerate() {
-            let (new, parked) = (&costs[2 + 2 * number], &costs[3 + 2 * number]);
-            let title = format!("{busy} clients: {name}, parked or new");
+        // The variants of a policy follow the two bare loops in pairs.
+        for ((policy, name), pair) in POLICIES.iter().zip(costs[2..].chunks_exact(2)) {
+            let [new, parked] = pair else { unreachable!() };
+            if parked.is_empty() {
+                continue;
+            }
+            let title = format!("{busy} clients: {name}, parked");
             let limit = match (*policy, busy) {
                 ("rr", 32) => 0.6,
                 _ => 0.5,
             };
-            if parked.is_empty() {
-                table.skip(&title, "not measured");
-                continue;
-            }
             table
                 .row(&title, ratios(parked, new), "× new connection")
                 .goal(Goal::AtMost(limit));
             if *policy != "rr" {
-                let title = format!("{busy} clients: {name}, parked");
-                let row = table.row(&title, ratios(parked, &costs[1]), "× bare keep-alive");
-                row.goal(Goal::AtMost(1.5));
+                table
+                    .row(&title, ratios(parked, &costs[1]), "× bare keep-alive")
+                    .goal(Goal::AtMost(1.5));
             }
         }
     }
@@ -112,36 +112,40 @@ pub fn watch(table: &mut Table) {
     }
 }
 
-/// Measures the cost of 10,000 parked connections in the master.
+/// Measures the cost of parked connections, and of requests beside them.
 pub fn idle(table: &mut Table) {
     allow_many_descriptors();
-    let services: Result<Vec<_>, _> = IDLE
-        .map(|_| Service::start("rr", WORKERS, Mode::Park))
-        .into_iter()
-        .collect();
-    let services = match services {
-        Ok(services) => services,
-        Err(why) => return table.skip("parked connections in the master", &why),
-    };
-    let many = &services[IDLE.len() - 1].server;
-    let processes = family(many.group.pid());
-    let before = mapped(processes[0], "Anonymous:");
-    let idle = |(service, idle): (&Service, usize)| {
+    for (policy, name) in POLICIES {
+        let start = |_| Service::start(policy, WORKERS, Mode::Park);
+        match IDLE.iter().map(start).collect() {
+            Ok(services) => idle_beside(table, name, services),
+            Err(why) => table.skip(name, &why),
+        }
+    }
+}
+
+/// Measures one policy. `services` contains one pool for each number in [`IDLE`].
+fn idle_beside(table: &mut Table, name: &str, services: Vec<Service>) {
+    let most = family(services[IDLE.len() - 1].server.group.pid());
+    let memory = || most.iter().map(|process| mapped(*process, "Anonymous:"));
+    let before: f64 = memory().sum();
+    let connect = |(service, idle): (&Service, usize)| {
         Clients::start(service.server.address, Plan { idle, ..NONE })
     };
-    let clients: Vec<_> = services.iter().zip(IDLE).map(idle).collect();
-    let bytes = (mapped(processes[0], "Anonymous:") - before) * 1024.0;
+    let clients: Vec<_> = services.iter().zip(IDLE).map(connect).collect();
+    let bytes = (memory().sum::<f64>() - before) * 1024.0 / IDLE[IDLE.len() - 1] as f64;
     table
-        .row("memory of a parked connection", bytes / 10_000.0, "bytes")
-        .goal(Goal::AtMost(256.0));
-    let title = "10,000 parked connections: system calls";
-    match calls(&processes, || std::thread::sleep(QUIET)) {
+        .row(&format!("{name}: a parked connection"), bytes, "bytes")
+        .goal(Goal::AtMost(256.0))
+        .note("in all processes, besides the kernel's");
+    let title = format!("{name}: system calls with 10,000 parked connections");
+    match calls(&most, || std::thread::sleep(QUIET)) {
         Ok(calls) => {
             let count: u64 = calls.values().sum();
-            let row = table.row(title, count as f64, "in 2 s");
+            let row = table.row(&title, count as f64, "in 2 s");
             row.goal(Goal::AtMost(0.0)).note(&format!("{calls:?}"));
         }
-        Err(why) => table.skip(title, &why),
+        Err(why) => table.skip(&title, &why),
     }
     let variant = |service| Variant {
         title: String::new(),
@@ -150,23 +154,27 @@ pub fn idle(table: &mut Table) {
     };
     let variants: Vec<_> = services.into_iter().map(variant).collect();
     let costs = measure_in_turn(&variants, 32);
-    let notes = costs.iter().map(|own| Figure::from(own.clone()).median);
-    let notes: Vec<_> = notes.map(number).collect();
+    let medians = costs.iter().map(|own| Figure::from(own.clone()).median);
+    let medians: Vec<_> = medians.map(number).collect();
     table
         .row(
-            "CPU of a request beside 10,000 parked connections",
+            &format!("{name}: CPU of a request beside 10,000 parked connections"),
             ratios(&costs[IDLE.len() - 1], &costs[0]),
             "× beside 10",
         )
         .goal(Goal::AtMost(1.1))
-        .note(&format!("10, 100, 1,000, 10,000: {} µs", notes.join("; ")));
-    for (clients, idle) in clients.into_iter().zip(IDLE) {
-        let lost = clients.stop().idle_lost;
-        let title = format!("{idle} parked connections: closed by the server");
-        table
-            .row(&title, lost as f64, "connections")
-            .goal(Goal::AtMost(0.0));
-    }
+        .note(&format!(
+            "10, 100, 1,000, 10,000: {} µs",
+            medians.join("; ")
+        ));
+    let lost: u64 = clients
+        .into_iter()
+        .map(|clients| clients.stop().idle_lost)
+        .sum();
+    let title = format!("{name}: parked connections that the server closed");
+    table
+        .row(&title, lost as f64, "connections")
+        .goal(Goal::AtMost(0.0));
 }
 
 /// Measures the variants in turn. Returns, for each variant, the CPU time per request in

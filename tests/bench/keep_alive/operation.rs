@@ -12,6 +12,8 @@ use crate::usage::allow_many_descriptors;
 
 const BUSY: usize = 64;
 const IDLE: usize = 10_000;
+/// The text with which the pool reports that it has killed a worker that did not shut down.
+const KILLED: &str = " was killed";
 /// Time between two killed workers.
 const KILL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -21,17 +23,17 @@ pub fn reloads(table: &mut Table) {
     for_each_policy(table, &title, |table, title, policy| {
         let (service, outcome) = operate(policy, |service| {
             for _ in 0..reloads {
-                service.signal(Signal::SIGHUP, " serves");
+                service.signal(Signal::SIGHUP, &[" serves"]);
             }
             for number in 0..scalings {
                 match number % 2 {
-                    0 => service.signal(Signal::SIGTTIN, " is ready"),
-                    _ => service.signal(Signal::SIGTTOU, " has exited"),
+                    0 => service.signal(Signal::SIGTTIN, &[" is ready"]),
+                    _ => service.signal(Signal::SIGTTOU, &[" has exited", KILLED]),
                 }
             }
         })?;
-        show(table, title, &outcome, Some((0.0, 0.0)));
-        let killed = service.count(" was killed") as f64;
+        show(table, title, &outcome, Some(0.0));
+        let killed = service.count(&[KILLED]) as f64;
         let row = table.row(&format!("{title}, killed"), killed, "workers");
         row.goal(Goal::AtMost(0.0));
         Ok(())
@@ -47,8 +49,8 @@ pub fn upgrades(table: &mut Table) {
                 service.upgrade();
             }
         })?;
-        let goals = (policy == "rr").then_some((0.0, 0.0));
-        show(table, title, &outcome, goals);
+        let goal = (policy == "rr").then_some(0.0);
+        show(table, title, &outcome, goal);
         Ok(())
     });
 }
@@ -70,8 +72,8 @@ pub fn kills(table: &mut Table) {
                 std::thread::sleep(KILL_INTERVAL);
             }
         })?;
-        let goals = (policy == "rr").then_some((kills as f64, 0.0));
-        show(table, title, &outcome, goals);
+        let goal = (policy == "rr").then_some(kills as f64);
+        show(table, title, &outcome, goal);
         Ok(())
     });
 }
@@ -104,19 +106,19 @@ fn operate(policy: &str, operator: impl FnOnce(&Service)) -> Result<(Service, Ou
     Ok((service, clients.stop()))
 }
 
-/// Adds the rows of one run. The goals are the maximum numbers of failed requests and of lost idle
-/// connections.
-fn show(table: &mut Table, title: &str, outcome: &Outcome, goals: Option<(f64, f64)>) {
+/// Adds the rows of one run. The goal is the maximum number of failed requests. If there is a goal,
+/// no idle connection may be closed.
+fn show(table: &mut Table, title: &str, outcome: &Outcome, goal: Option<f64>) {
     let name = format!("{title}, failed");
     let failed = table.row(&name, outcome.failed() as f64, "requests");
     failed.note(&outcome.text());
-    if let Some((goal, _)) = goals {
+    if let Some(goal) = goal {
         failed.goal(Goal::AtMost(goal));
     }
     let name = format!("{title}, idle connections closed");
     let lost = table.row(&name, outcome.idle_lost as f64, "connections");
     lost.note(&format!("of {}", share(IDLE)));
-    if let Some((_, goal)) = goals {
-        lost.goal(Goal::AtMost(goal));
+    if goal.is_some() {
+        lost.goal(Goal::AtMost(0.0));
     }
 }

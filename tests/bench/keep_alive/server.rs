@@ -93,10 +93,11 @@ impl Service {
         Ok(Self { server })
     }
 
-    /// Returns the number of lines in the pool's log that contain `text`.
-    pub fn count(&self, text: &str) -> usize {
+    /// Returns the number of lines in the pool's log that contain one of the texts.
+    pub fn count(&self, texts: &[&str]) -> usize {
         let output = self.server.group.output();
-        output.lines().filter(|line| line.contains(text)).count()
+        let matches = |line: &&str| texts.iter().any(|text| line.contains(text));
+        output.lines().filter(matches).count()
     }
 
     /// Returns the process that is the master now.
@@ -112,17 +113,19 @@ impl Service {
         family(self.master()).split_off(1)
     }
 
-    /// Sends a signal to the master, and waits for another line in the log that contains `text`.
-    pub fn signal(&self, signal: Signal, text: &str) {
-        let before = self.count(text);
+    /// Sends a signal to the master, and waits for another line in the log that contains one of the
+    /// texts.
+    pub fn signal(&self, signal: Signal, texts: &[&str]) {
+        let before = self.count(texts);
         kill(self.master(), signal).unwrap();
-        wait_until(text, || (self.count(text) > before).then_some(()));
+        let is_done = || (self.count(texts) > before).then_some(());
+        wait_until(&format!("a line with one of {texts:?}"), is_done);
     }
 
     /// Replaces the master, and waits until the old master has exited.
     pub fn upgrade(&self) {
         let old = self.master();
-        self.signal(Signal::SIGUSR2, "a new master has taken over");
+        self.signal(Signal::SIGUSR2, &["a new master has taken over"]);
         // Leave the exit status to `server::end`. This process is a subreaper, so later masters are
         // its children too.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
