@@ -46,7 +46,7 @@ pub struct Plan {
     pub rate: Option<f64>,
 }
 
-/// What the clients of one run have observed.
+/// The observations of the clients of one run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// Number of requests with the expected answer.

@@ -11,7 +11,7 @@ use crate::usage::allow_many_descriptors;
 
 const SILENT: usize = 100;
 const IDLE: usize = 1_000;
-/// Enough busy clients that one of them rests whenever a request is due.
+/// Number of busy clients. With fewer clients, requests would wait for a client.
 const BUSY: usize = 64;
 
 pub fn measure(table: &mut Table) {

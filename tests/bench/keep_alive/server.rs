@@ -28,7 +28,7 @@ pub const POOL: &str = "pool";
 /// The policy of the pool: `rr`, `none` or `sharded`.
 const POLICY: &str = "POLICY";
 const WORKERS: &str = "WORKERS";
-/// What a worker does after an answer. See [`Mode`].
+/// The name of a [`Mode`].
 const MODE: &str = "MODE";
 
 /// Whether this version of the crate can park connections.
@@ -51,7 +51,7 @@ pub fn start_bare(workers: usize) -> Server {
     )
 }
 
-/// What a worker of the pool does with connections.
+/// The way in which a worker of the pool handles connections.
 #[derive(Clone, Copy)]
 pub enum Mode {
     /// Blocks, and closes each connection after one request.
