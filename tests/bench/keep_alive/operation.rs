@@ -12,6 +12,8 @@ use crate::usage::allow_many_descriptors;
 
 const BUSY: usize = 64;
 const IDLE: usize = 10_000;
+/// Time for which the clients continue after the last operation.
+const AFTERWARDS: Duration = Duration::from_millis(500);
 /// The text with which the pool reports that it has killed a worker that did not shut down.
 const KILLED: &str = " was killed";
 /// Time between two killed workers.
@@ -103,6 +105,7 @@ fn operate(policy: &str, operator: impl FnOnce(&Service)) -> Result<(Service, Ou
     };
     let clients = Clients::start(service.server.address, plan);
     operator(&service);
+    std::thread::sleep(AFTERWARDS);
     Ok((service, clients.stop()))
 }
 
