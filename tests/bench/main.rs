@@ -6,6 +6,7 @@
 //! cargo bench -- NAME…            # only the named benchmarks
 //! cargo bench -- keep_alive       # all benchmarks of a group
 //! cargo bench -- keep_alive/cost
+//! CLUSTER_BENCH_PERCENT=10 cargo bench -- keep_alive   # a short run of this group
 //! ```
 //!
 //! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If
