@@ -88,8 +88,11 @@ impl Outcome {
         self.refused + self.reset + self.timed_out + self.wrong
     }
 
-    /// Returns a quantile of the latency in milliseconds.
+    /// Returns a quantile of the latency in milliseconds, or infinity if there is no answer.
     pub fn latency(&self, quantile: f64) -> f64 {
+        if self.latencies.is_empty() {
+            return f64::INFINITY;
+        }
         self.latencies.value_at_quantile(quantile) as f64 / 1e3
     }
 
@@ -103,11 +106,14 @@ impl Outcome {
             wrong,
             ..
         } = self;
+        let counts = format!(
+            "{ok} answered; {refused} refused, {reset} reset, {timed_out} timed out, {wrong} wrong"
+        );
+        if self.latencies.is_empty() {
+            return counts;
+        }
         let [p50, p99, p999] = [0.5, 0.99, 0.999].map(|quantile| self.latency(quantile));
-        format!(
-            "{ok} answered; {refused} refused, {reset} reset, {timed_out} timed out, {wrong} wrong; \
-             p50 {p50:.2}, p99 {p99:.2}, p99.9 {p999:.2} ms"
-        )
+        format!("{counts}; p50 {p50:.2}, p99 {p99:.2}, p99.9 {p999:.2} ms")
     }
 }
 
