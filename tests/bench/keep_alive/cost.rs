@@ -7,7 +7,7 @@ use super::server::{Mode, Service, start_bare};
 use super::{GET, NONE, POLICIES, WORKERS, share};
 use crate::ROUNDS;
 use crate::server::{self, BARE, Server};
-use crate::table::{Figure, Goal, Table, number, ratios};
+use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::{allow_many_descriptors, calls, cpu_time, family, mapped};
 
 /// Numbers of busy clients.
@@ -22,13 +22,13 @@ const QUIET: Duration = Duration::from_secs(2);
 /// A server and the request that it is measured with.
 struct Variant {
     title: String,
-    server: Result<Service, String>,
+    server: Server,
     request: &'static [u8],
 }
 
 impl Variant {
-    fn bare(title: &str, server: Server, request: &'static [u8]) -> Self {
-        let (title, server) = (title.to_owned(), Ok(Service { server }));
+    fn new(title: impl Into<String>, server: Server, request: &'static [u8]) -> Self {
+        let title = title.into();
         Self {
             title,
             server,
@@ -37,57 +37,60 @@ impl Variant {
     }
 }
 
+/// The CPU time per request of one variant in each round, in microseconds, or the reason for which
+/// the variant could not be measured.
+type Costs = Result<Vec<f64>, String>;
+
 /// Compares keep-alive connections with a new connection for each request.
 pub fn measure(table: &mut Table) {
     let new_connection = server::GET;
     let bare = Server::start(BARE, WORKERS).unwrap();
     let mut variants = vec![
-        Variant::bare("bare loop, new connection", bare, new_connection),
-        Variant::bare("bare keep-alive loop", start_bare(WORKERS), GET),
+        Variant::new("bare loop, new connection", bare, new_connection),
+        Variant::new("bare keep-alive loop", start_bare(WORKERS), GET),
     ];
     for (policy, name) in POLICIES {
-        variants.push(Variant {
-            title: format!("{name}, new connection"),
-            server: Service::start(policy, WORKERS, Mode::Close),
-            request: new_connection,
-        });
-        variants.push(Variant {
-            title: format!("{name}, parked"),
-            server: Service::start(policy, WORKERS, Mode::Park),
-            request: GET,
-        });
+        let start = |mode| Service::start(policy, WORKERS, mode).server;
+        let title = format!("{name}, new connection");
+        variants.push(Variant::new(title, start(Mode::Close), new_connection));
+        let title = format!("{name}, parked");
+        variants.push(Variant::new(title, start(Mode::Park), GET));
     }
     for busy in BUSY {
         let costs = measure_in_turn(&variants, busy);
         for (variant, own) in variants.iter().zip(&costs) {
             let title = format!("{busy} clients: {}", variant.title);
-            match &variant.server {
-                Ok(_) => {
-                    let note = Figure::from(own.clone()).in_unit("µs");
-                    let row = table.row(&title, ratios(own, &costs[0]), "× bare, new connection");
-                    row.note(&note);
-                }
-                Err(why) => table.skip(&title, why),
-            }
+            show(
+                table,
+                &title,
+                [own, &costs[0]],
+                "× bare, new connection",
+                None,
+            );
         }
         // The variants of a policy follow the two bare loops in pairs.
         for ((policy, name), pair) in POLICIES.iter().zip(costs[2..].chunks_exact(2)) {
             let [new, parked] = pair else { unreachable!() };
-            if parked.is_empty() {
-                continue;
-            }
-            let title = format!("{busy} clients: {name}, parked");
-            let limit = match (*policy, busy) {
-                ("rr", 32) => 0.6,
-                _ => 0.5,
-            };
-            table
-                .row(&title, ratios(parked, new), "× new connection")
-                .goal(Goal::AtMost(limit));
-            if *policy != "rr" {
-                table
-                    .row(&title, ratios(parked, &costs[1]), "× bare keep-alive")
-                    .goal(Goal::AtMost(1.5));
+            let title = format!("{busy} clients: {name}, parked vs. new");
+            let is_round_robin = *policy == "rr";
+            let limit = if is_round_robin && busy > 2 { 0.6 } else { 0.5 };
+            show(
+                table,
+                &title,
+                [parked, new],
+                "× new connection",
+                Some(limit),
+            );
+            if !is_round_robin {
+                let title = format!("{busy} clients: {name}, parked vs. bare");
+                let base = &costs[1];
+                show(
+                    table,
+                    &title,
+                    [parked, base],
+                    "× bare keep-alive",
+                    Some(1.5),
+                );
             }
         }
     }
@@ -95,20 +98,22 @@ pub fn measure(table: &mut Table) {
 
 /// Compares workers that watch their connections with bare event loops.
 pub fn watch(table: &mut Table) {
-    let bare = Variant::bare("bare keep-alive loop", start_bare(WORKERS), GET);
-    let variants = POLICIES.map(|(policy, name)| Variant {
-        title: format!("{WATCHED} watched connections: {name}"),
-        server: Service::start(policy, WORKERS, Mode::Watch),
-        request: GET,
+    let bare = Variant::new("bare keep-alive loop", start_bare(WORKERS), GET);
+    let variants = POLICIES.map(|(policy, name)| {
+        let title = format!("{WATCHED} watched connections: {name}");
+        let service = Service::start(policy, WORKERS, Mode::Watch);
+        Variant::new(title, service.server, GET)
     });
     let variants: Vec<_> = std::iter::once(bare).chain(variants).collect();
     let costs = measure_in_turn(&variants, WATCHED);
     for (variant, own) in variants.iter().zip(&costs).skip(1) {
-        let note = Figure::from(own.clone()).in_unit("µs");
-        table
-            .row(&variant.title, ratios(own, &costs[0]), "× bare keep-alive")
-            .goal(Goal::AtMost(1.1))
-            .note(&note);
+        show(
+            table,
+            &variant.title,
+            [own, &costs[0]],
+            "× bare keep-alive",
+            Some(1.1),
+        );
     }
 }
 
@@ -116,30 +121,36 @@ pub fn watch(table: &mut Table) {
 pub fn idle(table: &mut Table) {
     allow_many_descriptors();
     for (policy, name) in POLICIES {
-        let start = |_| Service::start(policy, WORKERS, Mode::Park);
-        match IDLE.iter().map(start).collect() {
-            Ok(services) => idle_beside(table, name, services),
-            Err(why) => table.skip(name, &why),
-        }
+        let variants = IDLE.map(|idle| {
+            let title = format!("{name}: a request beside {idle} parked connections");
+            let service = Service::start(policy, WORKERS, Mode::Park);
+            Variant::new(title, service.server, GET)
+        });
+        idle_beside(table, name, &variants);
     }
 }
 
-/// Measures one policy. `services` contains one pool for each number in [`IDLE`].
-fn idle_beside(table: &mut Table, name: &str, services: Vec<Service>) {
-    let most = family(services[IDLE.len() - 1].server.group.pid());
-    let memory = || most.iter().map(|process| mapped(*process, "Anonymous:"));
-    let before: f64 = memory().sum();
-    let connect = |(service, idle): (&Service, usize)| {
-        Clients::start(service.server.address, Plan { idle, ..NONE })
+/// Measures one policy. `variants` contains one pool for each number in [`IDLE`].
+fn idle_beside(table: &mut Table, name: &str, variants: &[Variant]) {
+    let most = IDLE[IDLE.len() - 1];
+    let processes = family(variants[IDLE.len() - 1].server.group.pid());
+    let memory = || {
+        processes
+            .iter()
+            .map(|process| mapped(*process, "Anonymous:"))
     };
-    let clients: Vec<_> = services.iter().zip(IDLE).map(connect).collect();
-    let bytes = (memory().sum::<f64>() - before) * 1024.0 / IDLE[IDLE.len() - 1] as f64;
+    let before: f64 = memory().sum();
+    let connect = |(variant, idle): (&Variant, usize)| {
+        Clients::start(variant.server.address, Plan { idle, ..NONE })
+    };
+    let clients: Vec<_> = variants.iter().zip(IDLE).map(connect).collect();
+    let bytes = (memory().sum::<f64>() - before) * 1024.0 / most as f64;
     table
         .row(&format!("{name}: a parked connection"), bytes, "bytes")
         .goal(Goal::AtMost(256.0))
-        .note("in all processes, besides the kernel's");
-    let title = format!("{name}: system calls with 10,000 parked connections");
-    match calls(&most, || std::thread::sleep(QUIET)) {
+        .note("in all processes, besides the kernel's memory");
+    let title = format!("{name}: system calls with {most} parked connections");
+    match calls(&processes, || std::thread::sleep(QUIET)) {
         Ok(calls) => {
             let count: u64 = calls.values().sum();
             let row = table.row(&title, count as f64, "in 2 s");
@@ -147,71 +158,72 @@ fn idle_beside(table: &mut Table, name: &str, services: Vec<Service>) {
         }
         Err(why) => table.skip(&title, &why),
     }
-    let variant = |service| Variant {
-        title: String::new(),
-        server: Ok(service),
-        request: GET,
-    };
-    let variants: Vec<_> = services.into_iter().map(variant).collect();
-    let costs = measure_in_turn(&variants, 32);
-    let medians = costs.iter().map(|own| Figure::from(own.clone()).median);
-    let medians: Vec<_> = medians.map(number).collect();
-    table
-        .row(
-            &format!("{name}: CPU of a request beside 10,000 parked connections"),
-            ratios(&costs[IDLE.len() - 1], &costs[0]),
+    let costs = measure_in_turn(variants, 32);
+    for (variant, own) in variants.iter().zip(&costs).skip(1) {
+        show(
+            table,
+            &variant.title,
+            [own, &costs[0]],
             "× beside 10",
-        )
-        .goal(Goal::AtMost(1.1))
-        .note(&format!(
-            "10, 100, 1,000, 10,000: {} µs",
-            medians.join("; ")
-        ));
-    let lost: u64 = clients
-        .into_iter()
-        .map(|clients| clients.stop().idle_lost)
-        .sum();
+            Some(1.1),
+        );
+    }
+    let clients = clients.into_iter();
+    let closed: u64 = clients.map(|clients| clients.stop().idle_lost).sum();
     let title = format!("{name}: parked connections that the server closed");
     table
-        .row(&title, lost as f64, "connections")
+        .row(&title, closed as f64, "connections")
         .goal(Goal::AtMost(0.0));
 }
 
-/// Measures the variants in turn. Returns, for each variant, the CPU time per request in
-/// microseconds of each round, or nothing if the variant is missing.
-fn measure_in_turn(variants: &[Variant], busy: usize) -> Vec<Vec<f64>> {
-    let mut costs = vec![Vec::new(); variants.len()];
+/// Adds a row with the costs of a variant as multiples of another variant's.
+fn show(table: &mut Table, title: &str, costs: [&Costs; 2], unit: &str, goal: Option<f64>) {
+    match costs {
+        [Ok(own), Ok(base)] => {
+            let row = table.row(title, ratios(own, base), unit);
+            row.note(&Figure::from(own.clone()).in_unit("µs"));
+            if let Some(goal) = goal {
+                row.goal(Goal::AtMost(goal));
+            }
+        }
+        [Err(why), _] | [_, Err(why)] => table.skip(title, why),
+    }
+}
+
+/// Measures the variants in turn.
+fn measure_in_turn(variants: &[Variant], busy: usize) -> Vec<Costs> {
+    let mut costs = vec![Ok(Vec::new()); variants.len()];
     for round in 0..=ROUNDS {
         for (variant, costs) in variants.iter().zip(&mut costs) {
-            let Ok(service) = &variant.server else {
-                continue;
-            };
-            let cost = measure_one(&service.server, variant.request, busy);
-            costs.extend((round > 0).then_some(cost));
+            let Ok(values) = costs else { continue };
+            match measure_one(variant, busy) {
+                Ok(cost) => values.extend((round > 0).then_some(cost)),
+                Err(why) => *costs = Err(why),
+            }
         }
     }
     costs
 }
 
 /// Runs busy clients for one second. The clients have one thread per core, so that no core goes
-/// idle. Waking an idle core would dominate the measurement.
-fn measure_one(server: &Server, request: &'static [u8], busy: usize) -> f64 {
+/// idle. Waking an idle core would dominate the measurement. Returns an error if a request fails.
+fn measure_one(variant: &Variant, busy: usize) -> Result<f64, String> {
     let threads = cluster::available_parallelism().min(busy);
     let plan = Plan {
         busy: busy / threads,
-        request,
+        request: variant.request,
         ..NONE
     };
-    let processes = family(server.group.pid());
+    let processes = family(variant.server.group.pid());
     let before = cpu_time(&processes);
-    let start = |_| Clients::start(server.address, plan);
+    let start = |_| Clients::start(variant.server.address, plan);
     let clients: Vec<_> = (0..threads).map(start).collect();
     std::thread::sleep(Duration::from_millis(share(1_000) as u64));
-    let answered = |clients: Clients| {
-        let outcome = clients.stop();
-        assert_eq!(outcome.failed(), 0, "{}", outcome.text());
-        outcome.ok
-    };
-    let requests: u64 = clients.into_iter().map(answered).sum();
-    (cpu_time(&processes) - before).as_secs_f64() * 1e6 / requests as f64
+    let outcomes: Vec<_> = clients.into_iter().map(Clients::stop).collect();
+    let time = (cpu_time(&processes) - before).as_secs_f64() * 1e6;
+    if let Some(failed) = outcomes.iter().find(|outcome| outcome.failed() > 0) {
+        return Err(failed.text());
+    }
+    let requests: u64 = outcomes.iter().map(|outcome| outcome.ok).sum();
+    Ok(time / requests as f64)
 }

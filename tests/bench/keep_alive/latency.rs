@@ -18,18 +18,16 @@ pub fn measure(table: &mut Table) {
     allow_many_descriptors();
     for (policy, name) in POLICIES {
         let title = format!("{name}: beside {SILENT} silent and {IDLE} idle clients");
-        match measure_policy(policy) {
-            Ok((rounds, others)) => show(table, &title, &rounds, &others),
-            Err(why) => table.skip(&title, &why),
-        }
+        let (rounds, others) = measure_policy(policy);
+        show(table, &title, &rounds, &others);
     }
 }
 
 /// Returns the outcomes of each round without and with the silent and idle clients, and the outcome
 /// of the silent and idle clients.
-fn measure_policy(policy: &str) -> Result<(Vec<[Outcome; 2]>, Outcome), String> {
-    let alone = Service::start(policy, WORKERS, Mode::Park)?;
-    let beside = Service::start(policy, WORKERS, Mode::Park)?;
+fn measure_policy(policy: &str) -> (Vec<[Outcome; 2]>, Outcome) {
+    let alone = Service::start(policy, WORKERS, Mode::Park);
+    let beside = Service::start(policy, WORKERS, Mode::Park);
     let plan = Plan {
         idle: IDLE,
         silent: SILENT,
@@ -38,7 +36,7 @@ fn measure_policy(policy: &str) -> Result<(Vec<[Outcome; 2]>, Outcome), String> 
     let others = Clients::start(beside.server.address, plan);
     let round = |_| [&alone, &beside].map(measure_one);
     let rounds = (0..=ROUNDS).map(round).skip(1).collect();
-    Ok((rounds, others.stop()))
+    (rounds, others.stop())
 }
 
 /// Runs busy clients at half of the workers' capacity.

@@ -35,7 +35,7 @@ pub fn measure(table: &mut Table) {
     }
     for (policy, title) in POLICIES {
         let service = Service::start(policy, WORKERS, Mode::Park);
-        match service.and_then(|service| reload(&service.server, hup)) {
+        match reload(&service.server, hup) {
             Ok(outcome) => show(table, title, &outcome, true),
             Err(why) => table.skip(title, &why),
         }

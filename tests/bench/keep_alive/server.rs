@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
 use cluster::{
-    Connection, Interest, ListenOptions, Master, Role, SchedulingPolicy, Worker, systemd,
+    Connection, Interest, ListenOptions, Listener, Master, Role, SchedulingPolicy, Worker, systemd,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl::set_pdeathsig;
@@ -31,8 +31,11 @@ const WORKERS: &str = "WORKERS";
 /// The name of a [`Mode`].
 const MODE: &str = "MODE";
 
-/// Whether this version of the crate can park connections.
-pub const CAN_PARK: bool = false;
+/// Time after which a parked connection is closed. It is longer than all benchmarks together.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Maximum number of parked connections, instead of half of the descriptor limit. It is more than
+/// all clients of one benchmark.
+const MAX_PARKED: usize = 12_000;
 
 /// The time that the request for `/work` keeps a worker busy.
 pub const WORK: Duration = Duration::from_millis(1);
@@ -52,7 +55,7 @@ pub fn start_bare(workers: usize) -> Server {
 }
 
 /// The way in which a worker of the pool handles connections.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Mode {
     /// Blocks, and closes each connection after one request.
     Close,
@@ -70,6 +73,13 @@ impl Mode {
             Self::Watch => "watch",
         }
     }
+
+    /// Returns the mode of this process.
+    fn own() -> Self {
+        let name = std::env::var(MODE).unwrap();
+        let mut modes = [Self::Close, Self::Park, Self::Watch].into_iter();
+        modes.find(|mode| mode.name() == name).unwrap()
+    }
 }
 
 /// A running pool.
@@ -78,10 +88,7 @@ pub struct Service {
 }
 
 impl Service {
-    pub fn start(policy: &str, workers: usize, mode: Mode) -> Result<Self, String> {
-        if matches!(mode, Mode::Park) && !CAN_PARK {
-            return Err("this version cannot park connections".to_owned());
-        }
+    pub fn start(policy: &str, workers: usize, mode: Mode) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .env(SCENARIO, POOL)
@@ -90,7 +97,7 @@ impl Service {
             .env(MODE, mode.name());
         let server = Server::run(&mut command);
         server.group.line("ready");
-        Ok(Self { server })
+        Self { server }
     }
 
     /// Returns the number of lines in the pool's log that contain one of the texts.
@@ -205,6 +212,7 @@ fn supervise(master: &Master, passed: Vec<systemd::ListenFd>) -> cluster::Result
     }
     let policy: SchedulingPolicy = std::env::var(POLICY).unwrap().parse().unwrap();
     master.set_scheduling_policy(policy)?;
+    master.set_max_parked(MAX_PARKED);
     let options = PoolOptions::default()
         .workers(workers())
         // Shorten the delays, so that a run contains many reloads and respawns.
@@ -224,30 +232,35 @@ fn supervise(master: &Master, passed: Vec<systemd::ListenFd>) -> cluster::Result
 
 fn serve(worker: &Worker) -> cluster::Result<()> {
     ignore_pool_signals(worker)?;
-    let mode = std::env::var(MODE).unwrap();
-    let listener = worker.listen(ListenOptions::from("127.0.0.1:0"))?;
-    if mode == Mode::Watch.name() {
-        let next = |_: &Worker, mut connection: &Connection| {
-            let answered = answer(&mut connection, true);
-            matches!(answered, Ok(true)).then_some(Interest::Readable)
-        };
-        listener.set_connection_callback(move |worker, connection| {
-            worker.watch(connection, Interest::Readable, next).unwrap();
-        });
-        return worker.run();
+    let mode = Mode::own();
+    let parks = mode == Mode::Park;
+    let options = ListenOptions::from("127.0.0.1:0").idle_timeout(IDLE_TIMEOUT);
+    let listener = worker.listen(options.wait_for_data(parks))?;
+    match mode {
+        Mode::Close | Mode::Park => serve_in_turn(&listener, parks),
+        Mode::Watch => serve_in_loop(worker, &listener),
     }
-    let parks = mode == Mode::Park.name();
+}
+
+fn serve_in_turn(listener: &Listener, parks: bool) -> cluster::Result<()> {
     for connection in listener.incoming() {
         let mut connection = connection?;
         if let Ok(true) = answer(&mut connection, parks) {
-            park(connection);
+            connection.park();
         }
     }
     Ok(())
 }
 
-fn park(_connection: Connection) {
-    unreachable!("`CAN_PARK` is false");
+fn serve_in_loop(worker: &Worker, listener: &Listener) -> cluster::Result<()> {
+    let next = |_: &Worker, mut connection: &Connection| {
+        let answered = answer(&mut connection, true);
+        matches!(answered, Ok(true)).then_some(Interest::Readable)
+    };
+    listener.set_connection_callback(move |worker, connection| {
+        worker.watch(connection, Interest::Readable, next).unwrap();
+    });
+    worker.run()
 }
 
 /// Answers one request. Returns whether the connection stays open, which needs both `keeps_alive`
