@@ -61,7 +61,7 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 20] = [
+const PARTS: [(&str, Part); 21] = [
     ("connections", connections::measure),
     ("workers", workers::measure),
     ("fairness", fairness::measure),
@@ -81,6 +81,7 @@ const PARTS: [(&str, Part); 20] = [
     ("keep_alive/rivals", keep_alive::rivals),
     ("keep_alive/reloads", keep_alive::reloads),
     ("keep_alive/upgrades", keep_alive::upgrades),
+    ("keep_alive/threads", keep_alive::threads),
     ("keep_alive/kills", keep_alive::kills),
 ];
 

@@ -11,7 +11,7 @@ use clients::Plan;
 
 pub use cost::{idle, measure as cost, watch};
 pub use latency::measure as latency;
-pub use operation::{kills, reloads, upgrades};
+pub use operation::{kills, reloads, threads, upgrades};
 pub use rivals::measure as rivals;
 
 /// Number of workers of each measured server.

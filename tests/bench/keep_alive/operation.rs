@@ -12,6 +12,9 @@ use crate::usage::allow_many_descriptors;
 
 const BUSY: usize = 64;
 const IDLE: usize = 10_000;
+/// Number of busy clients of workers with threads. A thread that serves an idle client would not
+/// notice that its worker disconnects.
+const THREADS: usize = 50;
 /// Time for which the clients continue after the last operation.
 const AFTERWARDS: Duration = Duration::from_millis(500);
 /// The text with which the pool reports that it has killed a worker that did not shut down.
@@ -23,7 +26,7 @@ pub fn reloads(table: &mut Table) {
     let (reloads, scalings) = (share(50), share(20));
     let title = format!("{reloads} reloads, {scalings} scalings");
     for_each_policy(table, &title, |table, title, policy| {
-        let (service, outcome) = operate(policy, |service| {
+        let (service, outcome) = operate_parked(policy, |service| {
             for _ in 0..reloads {
                 service.signal(Signal::SIGHUP, &[" serves"]);
             }
@@ -45,7 +48,7 @@ pub fn upgrades(table: &mut Table) {
     let upgrades = share(10);
     let title = format!("{upgrades} upgrades");
     for_each_policy(table, &title, |table, title, policy| {
-        let (_, outcome) = operate(policy, |service| {
+        let (_, outcome) = operate_parked(policy, |service| {
             for _ in 0..upgrades {
                 service.upgrade();
             }
@@ -60,7 +63,7 @@ pub fn kills(table: &mut Table) {
     let title = format!("{kills} killed workers");
     for_each_policy(table, &title, |table, title, policy| {
         let mut killed = 0;
-        let (_, outcome) = operate(policy, |service| {
+        let (_, outcome) = operate_parked(policy, |service| {
             while killed < kills {
                 // Choose the workers in turn. A slot is empty for a moment after its worker was
                 // killed, and a listed worker may already have been killed.
@@ -77,6 +80,29 @@ pub fn kills(table: &mut Table) {
     });
 }
 
+pub fn threads(table: &mut Table) {
+    let reloads = share(10);
+    let title = format!("{reloads} reloads, a thread for each connection");
+    let plan = Plan {
+        busy: THREADS,
+        ..NONE
+    };
+    for_each_policy(table, &title, |table, title, policy| {
+        let service = Service::start(policy, WORKERS, Mode::Thread);
+        let (_, outcome) = operate(service, plan, |service| {
+            for _ in 0..reloads {
+                service.signal(Signal::SIGHUP, &[" serves"]);
+            }
+        });
+        let row = table.row(
+            &format!("{title}, failed"),
+            outcome.failed() as f64,
+            "requests",
+        );
+        row.goal(Goal::AtMost(0.0)).note(&outcome.text());
+    });
+}
+
 /// Calls `measure` with a title and the policy for each policy.
 fn for_each_policy(
     table: &mut Table,
@@ -89,14 +115,18 @@ fn for_each_policy(
     }
 }
 
-/// Calls `operator` while busy and idle clients use a pool.
-fn operate(policy: &str, operator: impl FnOnce(&Service)) -> (Service, Outcome) {
-    let service = Service::start(policy, WORKERS, Mode::Park);
+/// Calls `operator` while busy and idle clients use a pool that parks connections.
+fn operate_parked(policy: &str, operator: impl FnOnce(&Service)) -> (Service, Outcome) {
     let plan = Plan {
         busy: BUSY,
         idle: share(IDLE),
         ..NONE
     };
+    operate(Service::start(policy, WORKERS, Mode::Park), plan, operator)
+}
+
+/// Calls `operator` while the clients use the pool.
+fn operate(service: Service, plan: Plan, operator: impl FnOnce(&Service)) -> (Service, Outcome) {
     let clients = Clients::start(service.server.address, plan);
     operator(&service);
     std::thread::sleep(AFTERWARDS);

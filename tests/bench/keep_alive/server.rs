@@ -63,6 +63,8 @@ pub enum Mode {
     Park,
     /// Watches its connections with the worker's event loop.
     Watch,
+    /// Serves each connection on its own thread.
+    Thread,
 }
 
 impl Mode {
@@ -71,13 +73,14 @@ impl Mode {
             Self::Close => "close",
             Self::Park => "park",
             Self::Watch => "watch",
+            Self::Thread => "thread",
         }
     }
 
     /// Returns the mode of this process.
     fn own() -> Self {
         let name = std::env::var(MODE).unwrap();
-        let mut modes = [Self::Close, Self::Park, Self::Watch].into_iter();
+        let mut modes = [Self::Close, Self::Park, Self::Watch, Self::Thread].into_iter();
         modes.find(|mode| mode.name() == name).unwrap()
     }
 }
@@ -239,6 +242,7 @@ fn serve(worker: &Worker) -> cluster::Result<()> {
     match mode {
         Mode::Close | Mode::Park => serve_in_turn(&listener, parks),
         Mode::Watch => serve_in_loop(worker, &listener),
+        Mode::Thread => serve_on_threads(worker, &listener),
     }
 }
 
@@ -260,6 +264,22 @@ fn serve_in_loop(worker: &Worker, listener: &Listener) -> cluster::Result<()> {
     listener.set_connection_callback(move |worker, connection| {
         worker.watch(connection, Interest::Readable, next).unwrap();
     });
+    worker.run()
+}
+
+fn serve_on_threads(worker: &Worker, listener: &Listener) -> cluster::Result<()> {
+    let token = worker.disconnect_token();
+    for connection in listener.incoming() {
+        let (mut stream, guard) = connection?.into_parts();
+        let token = token.clone();
+        std::thread::spawn(move || {
+            while let Ok(true) = answer(&mut stream, !token.is_disconnecting()) {}
+            // Drop the guard last, so that the client receives end-of-file first.
+            drop(stream);
+            drop(guard);
+        });
+    }
+    // Wait for the threads.
     worker.run()
 }
 
