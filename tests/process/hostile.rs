@@ -926,7 +926,7 @@ fn garbled_frame_disconnects_the_worker() {
 
 fn oversized_frame_disconnects_the_worker() {
     let why = "frame of 2147483647 bytes, the limit is 1048576";
-    expect_disconnected(r"\377\377\377\177\001\177\000\000", why);
+    expect_disconnected(r"\377\377\377\177\002\177\000\000", why);
 }
 
 fn program_that_ignores_its_channel_exits_without_an_error() {
