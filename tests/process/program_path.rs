@@ -330,6 +330,9 @@ fn set_user_id_copy(releases: &Releases) -> PathBuf {
     std::fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
     std::os::unix::fs::chown(&app, Some(crate::exhaustion::unique_user()), None).unwrap();
     std::fs::set_permissions(&app, Permissions::from_mode(0o4755)).unwrap();
+    // Let the other user find the copy.
+    let directory = releases.path("");
+    std::fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     app
 }
 
@@ -341,6 +344,7 @@ fn set_user_id_program_ignores_the_link_by_which_it_was_called() {
             panic!("a worker");
         };
         let has_changed = nix::unistd::geteuid() != nix::unistd::getuid();
+        master.setup_master(Settings::default());
         let settings = master.settings();
         let exec = settings.get_exec().unwrap();
         // A file system may be mounted without the effect of the bit.
