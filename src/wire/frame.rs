@@ -729,8 +729,11 @@ mod tests {
         }
     }
 
-    /// The bytes from the version to the flags, which all `Listen` frames of these tests share.
-    const LISTEN: [u8; 17] = [1, 2, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 255, 1, 0, 0, 1];
+    /// The bytes from the version to the idle seconds, which all `Listen` frames of these tests
+    /// share.
+    const LISTEN: [u8; 21] = [
+        2, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 49, 10, 0, 0, 0,
+    ];
 
     fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
         let ip = |text: &str| Place::Ip(text.parse().unwrap());
@@ -859,6 +862,18 @@ mod tests {
         for (frame, fds, golden) in to_worker() {
             assert_eq!(bytes(&frame, fds), golden, "{frame:?}");
             assert_eq!(decode::<ToWorker>(&golden), Ok(frame));
+        }
+    }
+
+    #[test]
+    fn parked_connection_needs_exactly_one_descriptor() {
+        let park = ToMaster::Park { handle: H };
+        let golden = [4, 0, 0, 0, 2, 8, 1, 0, 4, 3, 2, 1];
+        assert_eq!(bytes(&park, 1), golden);
+        let decode = |fds| ToMaster::decode(kind::PARK, fds, &golden[HEADER..]);
+        assert_eq!(decode(1), Ok(park));
+        for fds in [0, 2] {
+            assert_eq!(decode(fds), Err(FrameError::Descriptors));
         }
     }
 

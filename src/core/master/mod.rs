@@ -508,6 +508,8 @@ impl<C, F> MasterCore<C, F> {
 pub(crate) struct Sizes {
     pub(crate) processes: usize,
     pub(crate) handles: usize,
+    /// The number of connections that the master holds.
+    pub(crate) held: usize,
     pub(crate) actions: usize,
     pub(crate) events: usize,
 }
@@ -518,6 +520,7 @@ impl<C, F> MasterCore<C, F> {
         Sizes {
             processes: self.workers.len() + self.detached.len(),
             handles: self.listeners.len(),
+            held: self.parked.len(),
             actions: self.actions.len(),
             events: self.events.len(),
         }
