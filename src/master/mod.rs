@@ -12,6 +12,7 @@ mod event_loop;
 pub(crate) mod listener;
 mod orphans;
 mod passed_name;
+mod passing;
 pub(crate) mod process;
 pub(crate) mod shard_group;
 pub(crate) mod shell;

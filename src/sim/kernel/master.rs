@@ -114,6 +114,7 @@ impl World {
                 at_most,
             } => self.reclaim(handle, worker, at_most),
             Action::CountQueued { handle, worker } => self.count_queue(handle, worker),
+            Action::Pass { .. } => unreachable!("no other master takes over"),
             Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle, endpoint, ..
