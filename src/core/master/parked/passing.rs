@@ -14,6 +14,10 @@
 //! Passing              no more connections can be passed             Idle
 //! ```
 
+#[cfg(test)]
+#[allow(clippy::wildcard_enum_match_arm)]
+mod tests;
+
 use super::{Entry, Handoff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
