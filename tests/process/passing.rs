@@ -244,21 +244,32 @@ fn idle_connections_outlive_upgrades() {
     server.stop_and_check(assert_nothing_closed);
 }
 
+/// One client's connection has been parked before the upgrade, and the other one's has not.
 fn connection_parked_while_draining_goes_to_the_new_master() {
     if is_watched() {
         return server(quick());
     }
     let server = Server::start("rr");
-    let mut client = Client::connect(server.address);
-    client.send(HOLD);
-    assert_eq!(client.line(), "held");
+    let mut clients = [false, true].map(|is_parked| {
+        let mut client = Client::connect(server.address);
+        if is_parked {
+            client.ask();
+        }
+        client.send(HOLD);
+        assert_eq!(client.line(), "held");
+        (client, 1 + u64::from(is_parked))
+    });
     let old = take_over(&server);
-    assert!(is_alive(pid(old)), "its worker is busy");
-    assert_eq!(client.ask(), (old, 1));
-    assert_eq!(client.ask(), (server.master(), 2));
+    assert!(is_alive(pid(old)), "its workers are busy");
+    for (client, requests) in &mut clients {
+        assert_eq!(client.ask(), (old, *requests));
+        assert_eq!(client.ask(), (server.master(), *requests + 1));
+    }
     wait_for_exit(old);
-    assert_eq!(client.ask(), (server.master(), 3));
-    drop(client);
+    for (client, requests) in &mut clients {
+        assert_eq!(client.ask(), (server.master(), *requests + 2));
+    }
+    drop(clients);
     server.stop_and_check(assert_nothing_closed);
 }
 
@@ -268,14 +279,25 @@ fn connection_parked_in_the_first_of_three_masters_goes_to_the_third() {
     }
     let server = Server::start("rr");
     let mut client = Client::connect(server.address);
+    assert_eq!(client.ask(), (server.master(), 1));
     client.send(HOLD);
     assert_eq!(client.line(), "held");
     let first = take_over(&server);
     let second = take_over(&server);
-    assert_eq!(client.ask(), (first, 1));
+    wait_until("the exits of the second master's workers", || {
+        let output = server.group.output();
+        let of_second = format!("{second}: slot");
+        let exited = output.lines().filter(|line| line.starts_with(&of_second));
+        let exited = exited.filter(|line| line.ends_with("has exited"));
+        (exited.count() == 2).then_some(())
+    });
+    // Without anything to wait for, the second master would exit within milliseconds.
+    std::thread::sleep(100 * MS);
+    assert!(is_alive(pid(second)), "the first master still serves");
+    assert_eq!(client.ask(), (first, 2));
     wait_for_exit(first);
     wait_for_exit(second);
-    assert_eq!(client.ask(), (server.master(), 2));
+    assert_eq!(client.ask(), (server.master(), 3));
     drop(client);
     server.stop_and_check(assert_nothing_closed);
 }
