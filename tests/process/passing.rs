@@ -138,13 +138,13 @@ impl Client {
 }
 
 fn clients(server: &Server, count: usize) -> Vec<Client> {
-    let mut clients: Vec<_> = (0..count)
-        .map(|_| Client::connect(server.address))
-        .collect();
-    for client in &mut clients {
-        assert_eq!(client.ask(), (server.master(), 1));
-    }
-    clients
+    let master = server.master();
+    let connect = |_| {
+        let mut client = Client::connect(server.address);
+        assert_eq!(client.ask(), (master, 1));
+        client
+    };
+    (0..count).map(connect).collect()
 }
 
 /// Starts an upgrade, and waits until the new master has taken over. Returns the old master.
