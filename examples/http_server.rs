@@ -1,4 +1,4 @@
-//! A web server on every core, with workers that block.
+//! A web server on every core, with workers that block, and with keep-alive connections.
 //!
 //! Usage:     cargo run --release --example http_server
 //! then:      curl -i http://127.0.0.1:8000/
@@ -6,21 +6,19 @@
 //!
 //! Options:   --addr 127.0.0.1:8000   --workers 4   --policy rr|none|sharded
 
-mod timed;
+mod hello;
 mod usage;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::io::{self, Read, Write};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
 use cluster::{
-    Connection, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker, WorkerProcess,
+    ListenOptions, LogWriter, Master, Role, SchedulingPolicy, Signal, Worker, WorkerProcess,
 };
 use lexopt::prelude::*;
-use timed::Timed;
 
 /// The time after a disconnect until a worker that has not exited is killed.
 const GRACE: Duration = Duration::from_secs(10);
@@ -114,40 +112,14 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
     for signal in [Signal::INT, Signal::TERM] {
         worker.on_signal(signal, |_, _| {})?;
     }
-    let listener = worker.listen(options.addr.as_str())?;
-    for connection in listener.incoming() {
+    // Silent clients occupy no worker: a connection waits in the master for its first bytes, and
+    // again after each answer.
+    let listen = ListenOptions::from(options.addr.as_str()).wait_for_data(true);
+    let headers = format!("X-Worker: {}\r\nContent-Type: text/plain\r\n", worker.id());
+    for connection in worker.listen(listen)?.incoming() {
         // Ignore an error, because a client that disconnects must not stop the worker.
-        let _ = answer(connection?, worker);
+        let _ = hello::answer(connection?, &headers, "hello world\n");
     }
-    Ok(())
-}
-
-fn answer(connection: Connection, worker: &Worker) -> io::Result<()> {
-    let mut connection = Timed::new(connection);
-    let mut buffer = [0; 8192];
-    let mut length = 0;
-    let status = loop {
-        let read = connection.read(&mut buffer[length..])?;
-        length += read;
-        let mut headers = [httparse::EMPTY_HEADER; 64];
-        match httparse::Request::new(&mut headers).parse(&buffer[..length]) {
-            Ok(done) if done.is_complete() => break "200 OK",
-            Ok(_) if read > 0 => {}
-            Ok(_) | Err(_) => break "400 Bad Request",
-        }
-    };
-    let body = if status == "200 OK" {
-        "hello world\n"
-    } else {
-        ""
-    };
-    let (id, length) = (worker.id(), body.len());
-    let head = "Content-Type: text/plain\r\nConnection: close";
-    let answer = format!(
-        "HTTP/1.1 {status}\r\nX-Worker: {id}\r\nContent-Length: {length}\r\n{head}\r\n\r\n{body}"
-    );
-    connection.write_all(answer.as_bytes())?;
-    connection.finish();
     Ok(())
 }
 

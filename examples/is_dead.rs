@@ -33,7 +33,7 @@ fn master(master: &Master) -> cluster::Result<()> {
 fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
     if let Some(connection) = worker.listen(address)?.accept()? {
         let text = format!("current process\n {}\n", worker.process().id());
-        let _ = hello::answer(connection, &text);
+        let _ = hello::answer(connection, "", &text);
         let _ = raise(Signal::SIGTERM);
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! A production server: a pool that keeps workers running, with reloads, upgrades, signals, and systemd.
+//! A production server: a pool that keeps workers running, with keep-alive connections, reloads,
+//! upgrades, signals, and systemd.
 //!
 //! Usage:     cargo run --release --example pool
 //! reload:    kill -HUP, upgrade: kill -USR2, scale: kill -TTIN and -TTOU, stop: kill -TERM
@@ -9,7 +10,7 @@ mod hello;
 mod usage;
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
-use cluster::{LogWriter, Role, systemd};
+use cluster::{ListenOptions, LogWriter, Role, systemd};
 
 fn main() -> cluster::Result<()> {
     let [address] = usage::arguments(include_str!("pool.rs"), ["127.0.0.1:8000"]);
@@ -28,9 +29,12 @@ fn main() -> cluster::Result<()> {
         }
         Role::Worker(worker) => {
             ignore_pool_signals(&worker)?;
-            for connection in worker.listen(address.as_str())?.incoming() {
+            // Silent clients occupy no worker: a connection waits in the master for its first bytes,
+            // and again after each answer.
+            let options = ListenOptions::from(address).wait_for_data(true);
+            for connection in worker.listen(options)?.incoming() {
                 // Ignore an error, because a client that disconnects must not stop the worker.
-                let _ = hello::answer(connection?, "hello\n");
+                let _ = hello::answer(connection?, "", "hello\n");
             }
             Ok(())
         }

@@ -48,7 +48,7 @@ fn master(master: &Master) -> cluster::Result<()> {
 
 fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
     for connection in worker.listen(address)?.incoming() {
-        let _ = hello::answer(connection?, "hello world\n");
+        let _ = hello::answer(connection?, "", "hello world\n");
         // Notify the master about the request.
         let _ = worker.send(b"notifyRequest")?;
     }

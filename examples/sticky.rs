@@ -57,7 +57,7 @@ fn main() -> cluster::Result<()> {
         }
         Role::Worker(worker) => {
             for connection in worker.listen(address.as_str())?.incoming() {
-                let _ = hello::answer(connection?, &format!("worker {}\n", worker.id()));
+                let _ = hello::answer(connection?, "", &format!("worker {}\n", worker.id()));
             }
             Ok(())
         }

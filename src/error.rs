@@ -405,6 +405,39 @@ impl Error {
             | Self::Frame { .. } => None,
         }
     }
+
+    /// Returns whether the operation failed because the system lacked processes, memory,
+    /// descriptors or space. The operation may succeed later.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// A limit of the process, user, control group or system is reached, or the system itself has
+    /// no more of the resource. The method recognizes the error numbers with which fork(2),
+    /// execve(2), socketpair(2), pidfd_open(2) and epoll_ctl(2) report this: `EAGAIN`, `ENOMEM`,
+    /// `EMFILE`, `ENFILE`, `ENOBUFS` and `ENOSPC`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// match master.fork() {
+    ///     Err(error) if error.is_out_of_resources() => eprintln!("one worker fewer: {error}"),
+    ///     forked => drop(forked?),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn is_out_of_resources(&self) -> bool {
+        matches!(
+            self.raw_os_error(),
+            Some(
+                errno::EAGAIN
+                    | errno::ENOMEM
+                    | errno::EMFILE
+                    | errno::ENFILE
+                    | errno::ENOBUFS
+                    | errno::ENOSPC
+            )
+        )
+    }
 }
 
 /// The other end of a channel: the worker with this id, or the master if there is no id. Displayed
@@ -579,5 +612,14 @@ mod tests {
             "cannot start a worker from ./a: cannot execute it: why"
         );
         assert!(error.source().is_none());
+    }
+
+    #[test]
+    fn only_shortages_of_the_system_are_out_of_resources() {
+        let shortage = Error::no_descriptors(None);
+        assert!(shortage.is_out_of_resources());
+        let other = Error::io("bind")(io::Error::from_raw_os_error(errno::EADDRINUSE));
+        assert!(!other.is_out_of_resources());
+        assert!(!Error::PolicyFrozen.is_out_of_resources());
     }
 }

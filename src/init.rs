@@ -14,6 +14,7 @@ use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{PREAMBLE_LENGTH, preamble, preamble_version};
 use crate::worker::Worker;
+use crate::worker::disconnect_token::DisconnectToken;
 
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
@@ -125,9 +126,9 @@ pub fn init() -> Result<Role> {
         Identity::WrappedMaster { command } => new_master(Some(command)),
         Identity::Worker { id, number } => {
             let port = inspect_port()?;
-            let channel = channel(id, number)?;
+            let (channel, token) = channel(id, number)?;
             sys::parent_death_signal::renew(channel.as_fd());
-            Ok(Role::Worker(Worker::new(id, port, channel)?))
+            Ok(Role::Worker(Worker::new(id, port, channel, token)?))
         }
     }
 }
@@ -135,6 +136,7 @@ pub fn init() -> Result<Role> {
 fn new_master(wrapped: Option<u64>) -> Result<Role> {
     let launch = Launch {
         own_program: sys::own_program::own_program(),
+        wrapper_script: sys::own_program::wrapper_script(),
         become_worker,
         wrapped,
     };
@@ -145,7 +147,8 @@ fn new_master(wrapped: Option<u64>) -> Result<Role> {
 /// program. `number` is the descriptor number of its channel.
 fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
-    Worker::new(id, port, channel(id, number)?)
+    let (channel, token) = channel(id, number)?;
+    Worker::new(id, port, channel, token)
 }
 
 /// Returns the first bytes in a socket without removing them. Returns `None` if the socket contains
@@ -158,12 +161,15 @@ fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
 }
 
 /// Takes ownership of the channel if the socket contains the preamble that the master sends to this
-/// worker. Otherwise, returns an error and leaves the descriptor unchanged.
-fn channel(id: WorkerId, number: RawFd) -> Result<UnixStream> {
+/// worker. Also returns the preamble's descriptor, as the worker's disconnect token. If there is no
+/// such preamble, returns an error and leaves the descriptor unchanged.
+fn channel(id: WorkerId, number: RawFd) -> Result<(UnixStream, DisconnectToken)> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
         let attempt = "take over the channel to the master";
-        return sys::fd::adopt_channel(number, &mut found).map_err(Error::io(attempt));
+        let adopted = sys::fd::adopt_channel(number, &mut found);
+        let (channel, token) = adopted.map_err(Error::io(attempt))?;
+        return Ok((channel, DisconnectToken::new(token.into())));
     }
     let version = found.and_then(preamble_version);
     match version.filter(|version| *version != VERSION) {

@@ -54,6 +54,8 @@ pub use types::worker_id::WorkerId;
 pub use wire::message::Message;
 pub use worker::Worker;
 pub use worker::connection::Connection;
+pub use worker::disconnect_token::DisconnectToken;
+pub use worker::guard::ConnectionGuard;
 pub use worker::listener::{Incoming, Listener};
 pub use worker::own_process::OwnProcess;
 pub use worker::udp_socket::UdpSocket;

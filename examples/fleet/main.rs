@@ -198,7 +198,7 @@ fn answer(connection: Connection, about: &str) -> std::io::Result<()> {
     let length = body.len();
     let head = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}");
     connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
-    connection.finish();
+    connection.into_inner().finish();
     Ok(())
 }
 

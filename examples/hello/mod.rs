@@ -1,4 +1,4 @@
-//! The HTTP server of the small examples: reads a request and sends an answer.
+//! The HTTP server of the examples: answers requests, and parks the connection in between.
 
 #[path = "../timed/mod.rs"]
 mod timed;
@@ -8,28 +8,103 @@ use std::io::{self, Read, Write};
 use cluster::Connection;
 use timed::Timed;
 
-/// Answers one request with `body`, or a malformed request with status 400. Closes the connection.
-pub(crate) fn answer(connection: Connection, body: &str) -> io::Result<()> {
-    let mut connection = Timed::new(connection);
-    let mut request = [0; 4096];
-    let mut length = 0;
-    let is_valid = loop {
-        let read = connection.read(&mut request[length..])?;
-        length += read;
-        let mut headers = [httparse::EMPTY_HEADER; 32];
-        match httparse::Request::new(&mut headers).parse(&request[..length]) {
-            Ok(done) if done.is_complete() => break true,
-            Ok(_) if read > 0 => {}
-            Ok(_) | Err(_) => break false,
+/// The request line and the headers of a request.
+enum Head {
+    /// The client has not sent the whole head.
+    Incomplete,
+    Malformed,
+    Complete {
+        length: usize,
+        /// Whether the client may send another request on the connection.
+        keeps_alive: bool,
+    },
+}
+
+fn parse(bytes: &[u8]) -> Head {
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let mut request = httparse::Request::new(&mut headers);
+    match request.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) => {
+            let ends = |header: &httparse::Header<'_>| match header.name {
+                name if name.eq_ignore_ascii_case("connection") => {
+                    header.value.eq_ignore_ascii_case(b"close")
+                }
+                // This server does not read bodies, so the next request cannot be found.
+                name => {
+                    name.eq_ignore_ascii_case("content-length")
+                        || name.eq_ignore_ascii_case("transfer-encoding")
+                }
+            };
+            let is_new = request.version == Some(1);
+            let keeps_alive = is_new && !request.headers.iter().any(ends);
+            Head::Complete {
+                length,
+                keeps_alive,
+            }
         }
-    };
-    let (status, body) = match is_valid {
-        true => ("200 OK", body),
-        false => ("400 Bad Request", ""),
-    };
-    let length = body.len();
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close");
-    connection.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
-    connection.finish();
+        Ok(httparse::Status::Partial) => Head::Incomplete,
+        Err(_) => Head::Malformed,
+    }
+}
+
+/// Answers the requests that the client has sent with `body`, or a malformed request with status
+/// 400. `headers` are further lines of the answer's head. Afterwards, parks the connection, or
+/// closes it if the client sends no further request.
+pub(crate) fn answer(connection: Connection, headers: &str, body: &str) -> io::Result<()> {
+    let mut connection = Timed::new(connection);
+    let mut buffer = [0; 8192];
+    let mut filled = 0;
+    loop {
+        match parse(&buffer[..filled]) {
+            Head::Incomplete => {
+                let read = connection.read(&mut buffer[filled..])?;
+                filled += read;
+                if read == 0 && filled == 0 {
+                    return Ok(());
+                }
+                if read == 0 {
+                    return refuse(connection);
+                }
+            }
+            Head::Malformed => return refuse(connection),
+            Head::Complete {
+                length,
+                keeps_alive,
+            } => {
+                let line = match keeps_alive {
+                    true => "",
+                    false => "Connection: close\r\n",
+                };
+                write(&mut connection, "200 OK", &format!("{headers}{line}"), body)?;
+                if !keeps_alive {
+                    connection.into_inner().finish();
+                    return Ok(());
+                }
+                buffer.copy_within(length..filled, 0);
+                filled -= length;
+                if filled == 0 {
+                    connection.into_inner().park();
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// Answers a request that is malformed or too long.
+fn refuse(mut connection: Timed) -> io::Result<()> {
+    write(
+        &mut connection,
+        "400 Bad Request",
+        "Connection: close\r\n",
+        "",
+    )?;
+    connection.into_inner().finish();
     Ok(())
+}
+
+fn write(connection: &mut Timed, status: &str, headers: &str, body: &str) -> io::Result<()> {
+    let length = body.len();
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n{headers}");
+    connection.write_all(format!("{head}\r\n{body}").as_bytes())
 }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use cluster::Connection;
 
-/// Maximum time for a client to send its request and to receive the answer.
+/// Maximum time for a client to send its requests and to receive the answers.
 ///
-/// A client that is silent, or that sends one byte a second, occupies its worker for this time.
+/// A client that sends half a request, or one byte a second, occupies its worker for this time.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A connection whose reads and writes fail once `TIMEOUT` has passed.
@@ -22,8 +22,8 @@ impl Timed {
         Self { connection, end }
     }
 
-    pub(crate) fn finish(self) {
-        self.connection.finish();
+    pub(crate) fn into_inner(self) -> Connection {
+        self.connection
     }
 
     fn time_left(&self) -> io::Result<Option<Duration>> {

@@ -27,7 +27,7 @@ use crate::wire::receipts::Receipt;
 /// longer.
 const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 
-/// Maximum number of events that one call of `settle` delivers. The remaining events wait for a
+/// Maximum number of events per call of `settle`. The remaining events wait for a
 /// later call.
 ///
 /// Without a limit, an `error` callback that causes another error each time would block the loop

@@ -1,11 +1,16 @@
-//! A listener or UDP socket that the master retains.
+//! A listener or UDP socket that the master retains, and the master's methods that retain one.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::rc::{Rc, Weak};
 
+use crate::config::listen::{BindRequest, ListenOptions};
 use crate::error::{Error, Result};
+use crate::master::Master;
 use crate::master::shell::{MasterShell, RetainedListener};
+use crate::systemd::ListenFd;
 use crate::types::address::Address;
+use crate::types::endpoint::BACKLOG;
 
 /// A listener or UDP socket that the master retains, even while no worker has it.
 ///
@@ -64,6 +69,175 @@ use crate::types::address::Address;
 pub struct MasterListener {
     master: Weak<MasterShell>,
     retained: RetainedListener,
+}
+
+impl Master {
+    /// Opens a listener before the workers do, and retains it. Until the returned value is dropped,
+    /// the listener stays open even if no worker has it.
+    ///
+    /// Node has no counterpart: in Node, a listener closes with its last worker.
+    ///
+    /// Workers that request the same address receive this listener. For example, `worker.listen(0)`
+    /// receives the port that the kernel chose for `master.listen(0)`. If workers already have a
+    /// listener on the address, the master retains that listener. If the master already retains it,
+    /// the listener stays open until every `MasterListener` for it is dropped.
+    ///
+    /// The argument can also be a listening socket, for instance from systemd or from another
+    /// process that served it before. Workers receive that socket if they request its address. The
+    /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener
+    /// on all addresses also matches requests that name only its port. The call makes the socket
+    /// non-blocking.
+    ///
+    /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
+    /// retained listener behaves.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Listen`] if:
+    ///
+    /// - the address is in use, is not allowed, or cannot be resolved;
+    /// - the options contain [`exclusive`](ListenOptions::exclusive),
+    ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
+    ///   workers;
+    /// - the argument is a socket that is not a stream socket of the requested kind, or that is a
+    ///   Unix socket without a name.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let listener = master.listen("127.0.0.1:8000")?;
+    /// println!("clients can connect to {}, and wait", listener.address());
+    /// master.fork()?; // which requests "127.0.0.1:8000" and serves the clients
+    /// master.run()
+    /// # }
+    /// ```
+    pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<MasterListener> {
+        self.event_loop.check_own()?;
+        let mut bind_request = options.into().bind_request;
+        match self.open(&mut bind_request) {
+            Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
+            Err(reason) => Err(Error::Listen {
+                address: bind_request.to_string(),
+                occupied_by: self.occupant(&bind_request, &reason),
+                reason,
+            }),
+        }
+    }
+
+    /// Returns the address of the master's own socket that occupies the requested port, if the
+    /// request has failed because the address is in use.
+    fn occupant(&self, bind_request: &BindRequest, reason: &io::Error) -> Option<Address> {
+        if reason.kind() != io::ErrorKind::AddrInUse {
+            return None;
+        }
+        let endpoints = bind_request.resolve().ok()?;
+        let core = self.shell.core.borrow();
+        endpoints
+            .iter()
+            .find_map(|endpoint| core.occupant_address(endpoint))
+    }
+
+    /// Retains a socket that was passed to this process, for instance by systemd or by an old
+    /// master. Until the returned value is dropped, the socket stays open even if no worker has it.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
+    /// request its address. A host name stands for its first usable address. A worker that listens
+    /// on `localhost:80` may therefore open `[::1]:80` although `127.0.0.1:80` was passed. The
+    /// address of a Unix listener is its path, or its abstract name after a zero byte. A TCP
+    /// listener on all addresses also matches requests that name only its port. The call makes the
+    /// socket non-blocking.
+    ///
+    /// If another master opened the socket for port 0 and passed it under its
+    /// [name](MasterListener::name), workers receive the socket if they request port 0.
+    ///
+    /// The scheduling policy cannot change after this call. With the sharded policy, workers share
+    /// the socket, because the process that opened it may not have allowed other sockets on its
+    /// port.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`Error::Descriptor`] if the descriptor is none of these sockets, and
+    /// [`Error::Listen`] if the socket cannot be used, for instance because it has no address.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {
+    /// let mut sockets = Vec::new();
+    /// for passed in passed {
+    ///     sockets.push(master.adopt(passed)?);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn adopt(&self, passed: ListenFd) -> Result<MasterListener> {
+        self.event_loop.check_own()?;
+        let kind = passed.kind()?;
+        let name = passed.name().map(str::to_owned);
+        let socket = OwnedFd::from(passed);
+        let address = format!("descriptor {}", socket.as_raw_fd());
+        match self.shell.adopt(kind, socket, name, BACKLOG) {
+            Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
+            Err(reason) => Err(Error::Listen {
+                address,
+                reason,
+                occupied_by: None,
+            }),
+        }
+    }
+
+    /// Retains all listeners and UDP sockets that are open for workers, and returns them. The
+    /// result includes sockets that were opened for a worker's request. It does not include
+    /// descriptors that a worker has requested by number ([`ListenOptions::fd`]), because they
+    /// belong to the application.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Use this method to pass all sockets to a new master, as
+    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) does.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::os::fd::AsFd;
+    /// use cluster::Settings;
+    ///
+    /// let sockets = master.retain_all();
+    /// let mut passed = Vec::new();
+    /// for socket in &sockets {
+    ///     passed.push((socket.name(), socket.as_fd().try_clone_to_owned()?));
+    /// }
+    /// master.fork_as(Settings::default().detached(true).listen_fds(passed))?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use = "the sockets are released when the values are dropped"]
+    pub fn retain_all(&self) -> Vec<MasterListener> {
+        if self.event_loop.check_own().is_err() {
+            return Vec::new();
+        }
+        let retained = self.shell.retain_all().into_iter();
+        let listeners = retained.map(|retained| MasterListener::new(&self.shell, retained));
+        listeners.collect()
+    }
+
+    /// Retains the socket that the request contains. If the request contains an address instead,
+    /// retains the listener on this address, and opens the listener if necessary. If the address
+    /// resolves to several, uses the first on which the master can listen.
+    fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
+        bind_request.check_for_master()?;
+        if let Some(socket) = bind_request.take_socket() {
+            let backlog = bind_request.flags.backlog;
+            let retained = self.shell.adopt(bind_request.kind, socket, None, backlog)?;
+            let mut core = self.shell.core.borrow_mut();
+            core.set_parking(retained.handle, bind_request.flags.parking);
+            return Ok(retained);
+        }
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for endpoint in bind_request.resolve()? {
+            match self.shell.listen(&endpoint, &bind_request.flags) {
+                Ok(retained) => return Ok(retained),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
 }
 
 impl MasterListener {

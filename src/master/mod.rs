@@ -1,14 +1,16 @@
 //! The master's role: its public handles, and the shell that carries out the core's decisions.
 //!
 //! Decisions belong to `core::master`, and system calls to `sys`. The master's public methods are
-//! spread over three files: `callbacks` adds and removes callbacks, `event_loop` runs the loop and
-//! delivers events, and this file has the others.
+//! spread over several files: `fork` starts workers, `listener` retains sockets, `callbacks` adds
+//! and removes callbacks, `event_loop` runs the loop and delivers events, `orphans` reaps orphans,
+//! and this file has the others.
 //!
 //! `master` and `worker_process` refer to each other, because callbacks receive both handles and
 //! the master makes the workers' handles.
 
 pub(crate) mod callbacks;
 mod event_loop;
+mod fork;
 pub(crate) mod listener;
 mod orphans;
 mod passed_name;
@@ -20,32 +22,25 @@ pub(crate) mod worker_process;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::config::env::DEBUG;
-use crate::config::listen::{BindRequest, ListenOptions};
 use crate::config::settings::Settings;
-use crate::config::spawn::SpawnOptions;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::master::callbacks::{MasterCallbacks, WorkerCallbacks};
-use crate::master::listener::MasterListener;
 use crate::master::orphans::Orphans;
-use crate::master::shell::{MasterShell, RetainedListener};
+use crate::master::shell::MasterShell;
 use crate::master::worker_process::WorkerProcess;
 use crate::runtime::callbacks::Shared;
 use crate::runtime::event_loop::EventLoop;
 use crate::runtime::log::{AttachedLogs, LogWriter};
 use crate::sys;
 use crate::sys::signal::InstalledHandler;
-use crate::systemd::ListenFd;
-use crate::types::address::Address;
-use crate::types::endpoint::BACKLOG;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::policy::SchedulingPolicy;
@@ -148,6 +143,8 @@ pub struct Master {
 pub(crate) struct Launch {
     /// The path of this process's program, or `None` if it is unknown.
     pub(crate) own_program: Option<PathBuf>,
+    /// The path of the script that has executed this process's program under its own name.
+    pub(crate) wrapper_script: Option<PathBuf>,
     /// Turns the calling process, a forked copy of the master, into a worker. The arguments are the
     /// worker's id, its inspect port, and its channel's descriptor.
     pub(crate) become_worker: fn(WorkerId, Option<u16>, RawFd) -> Result<Worker>,
@@ -162,14 +159,6 @@ impl std::fmt::Debug for Master {
             .field("workers", &self.workers())
             .finish_non_exhaustive()
     }
-}
-
-/// Returns the workers' program for an error message. If its path is unknown, returns the name by
-/// which the master's own program was called.
-fn program_name(settings: &Settings) -> PathBuf {
-    let own_name = || std::env::args_os().next().map(PathBuf::from);
-    let program = settings.get_exec().map(Path::to_owned);
-    program.or_else(own_name).unwrap_or_default()
 }
 
 type Scheduler = dyn FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId>;
@@ -206,146 +195,6 @@ impl Master {
     /// Lets the loop write the lines that wait in a log.
     pub(crate) fn attach_log(&self, log: &LogWriter) {
         self.logs.add(log, self.event_loop.poller());
-    }
-
-    /// Starts a worker. The worker executes the program of [`settings`](Self::settings), or runs
-    /// the closure of [`main`](Settings::main) in a copy of this process.
-    ///
-    /// Node: `cluster.fork()`.
-    ///
-    /// The worker inherits the master's environment, except the variables that
-    /// [`systemd`](crate::systemd) sets for the master only. No signal is blocked in the worker.
-    /// The worker ignores the signals that were ignored when [`init`](crate::init()) created the
-    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect.
-    ///
-    /// The calling thread waits until the program has started, or until `main` is about to be
-    /// called. When the call returns, [`workers`](Self::workers) contains the worker. The events
-    /// `setup` and `fork` are emitted in the next iteration of the loop.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`Error::Fork`] if:
-    ///
-    /// - the program cannot be executed;
-    /// - the system has no process or descriptor left;
-    /// - the system denies the worker its directory, user or group;
-    /// - the settings contradict each other ([`Settings::listen_fds`]);
-    /// - the closure that chooses the inspect port makes this call, and the new worker needs an
-    ///   inspect port too;
-    /// - with [`main`](Settings::main), the master has other threads;
-    /// - with [`uid`](Settings::uid) or [`gid`](Settings::gid), the worker has not executed its
-    ///   program within one second, for instance because another process of its user has stopped
-    ///   it. The master then kills the worker, and the reason's kind is
-    ///   [`TimedOut`](std::io::ErrorKind::TimedOut).
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
-    /// let worker = master.fork()?;
-    /// worker.on_online(|_, worker| println!("worker {} is online", worker.id()));
-    /// # Ok(()) }
-    /// ```
-    pub fn fork(&self) -> Result<WorkerProcess> {
-        self.fork_with(std::iter::empty::<(OsString, OsString)>())
-    }
-
-    /// Starts a worker with additional or changed variables in its environment.
-    ///
-    /// Node: `cluster.fork(env)`.
-    ///
-    /// The master's own environment does not change. Apart from the variables, this method works
-    /// like [`fork`](Self::fork).
-    ///
-    /// # Errors
-    ///
-    /// Returns the same errors as [`fork`](Self::fork). Also returns [`Error::Fork`] if a name or
-    /// value contains a zero byte, or, with [`main`](Settings::main), if a name is empty or
-    /// contains an equals sign.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
-    /// master.fork_with([("ROLE", "cache"), ("RUST_BACKTRACE", "1")])?;
-    /// # Ok(()) }
-    /// ```
-    pub fn fork_with<K, V>(&self, env: impl IntoIterator<Item = (K, V)>) -> Result<WorkerProcess>
-    where
-        K: Into<OsString>,
-        V: Into<OsString>,
-    {
-        self.setup_master(Settings::default());
-        let options = SpawnOptions::new(self.settings()).envs(env);
-        self.spawn(options)
-    }
-
-    /// Starts a worker with the given settings and variables, instead of the settings of
-    /// [`setup_master`](Self::setup_master).
-    ///
-    /// Node has no counterpart: in Node, an application calls `setupMaster` before and after the
-    /// fork.
-    ///
-    /// A setting without a value has its default. To change one setting only, begin with
-    /// [`settings`](Self::settings). The call emits no `setup` event. If the settings are
-    /// [`detached`](Settings::detached), the process is not a worker, and the call emits no `fork`
-    /// event either. See [`fork_with`](Self::fork_with) for how the worker starts.
-    ///
-    /// # Errors
-    ///
-    /// Returns the same errors as [`fork_with`](Self::fork_with).
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
-    /// use cluster::{Settings, SpawnOptions};
-    ///
-    /// let cache = Settings::default().exec("./cache");
-    /// master.fork_as(cache.clone())?;
-    /// master.fork_as(SpawnOptions::new(cache).env("SIZE", "64M"))?;
-    /// # Ok(()) }
-    /// ```
-    pub fn fork_as(&self, options: impl Into<SpawnOptions>) -> Result<WorkerProcess> {
-        let SpawnOptions { settings, env } = options.into();
-        self.spawn(SpawnOptions {
-            settings: settings.complete(self.launch.own_program.as_deref()),
-            env,
-        })
-    }
-
-    fn spawn(&self, options: SpawnOptions) -> Result<WorkerProcess> {
-        self.event_loop.check_own()?;
-        let SpawnOptions { settings, env } = options;
-        let watch_children = || self.watch_children();
-        let abandon_watches = || self.event_loop.abandon_watches();
-        let forked = self.shell.fork(
-            &settings,
-            env,
-            &self.launch,
-            watch_children,
-            abandon_watches,
-        );
-        let worker_io = forked.map_err(|(step, reason)| Error::Fork {
-            program: program_name(&settings),
-            step,
-            reason,
-        })?;
-        let callbacks = Rc::new(WorkerCallbacks::default());
-        self.worker_callbacks
-            .borrow_mut()
-            .insert(worker_io.id, Rc::clone(&callbacks));
-        self.report_ignored_policy(&settings);
-        Ok(WorkerProcess::new(&self.shell, worker_io, callbacks))
-    }
-
-    /// Emits an error, at most once, if the selected policy has no effect because the worker
-    /// accepts connections itself, from the listeners that `listen_fds` passes to it.
-    fn report_ignored_policy(&self, settings: &Settings) {
-        let is_ignored = |policy: &SchedulingPolicy| {
-            *policy != SchedulingPolicy::Shared
-                && !settings.is_detached()
-                && settings.passes_listener()
-        };
-        if let Some(policy) = self.selected_policy.get().filter(is_ignored) {
-            self.selected_policy.set(None);
-            let error = Error::PolicyIgnored { policy };
-            self.shell.core.borrow_mut().error(None, error);
-        }
     }
 
     /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
@@ -408,6 +257,33 @@ impl Master {
         self.settings.borrow().clone()
     }
 
+    /// Returns the path of the script that has executed this process's program and has passed its
+    /// own path as `argv[0]`, as `exec -a "$0" program` does in bash. The path is absolute.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) executes this script instead of the program.
+    /// The result is `None` if `argv[0]` contained no slash at the call of [`init`](crate::init()),
+    /// or if its file was not an executable script that begins with `#!`. It is also `None` if the
+    /// program has a set-user-ID or set-group-ID bit or file capabilities, because any user can then
+    /// choose `argv[0]`.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use cluster::Settings;
+    ///
+    /// let mut settings = Settings::default().detached(true);
+    /// if let Some(script) = master.wrapper_script() {
+    ///     settings = settings.exec(script);
+    /// }
+    /// master.fork_as(settings)?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn wrapper_script(&self) -> Option<&Path> {
+        self.launch.wrapper_script.as_deref()
+    }
+
     /// Sets the policy by which connections are distributed. The policy replaces that of
     /// `CLUSTER_SCHED_POLICY`, or the default.
     ///
@@ -418,7 +294,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`] after the first `fork`, `listen` or `adopt`.
+    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) after the first `fork`, `listen`
+    /// or `adopt`.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -492,170 +369,6 @@ impl Master {
         let worker_io = self.shell.worker_io(id)?;
         let callbacks = Rc::clone(self.worker_callbacks.borrow().get(&id)?);
         Some(WorkerProcess::new(&self.shell, worker_io, callbacks))
-    }
-
-    /// Opens a listener before the workers do, and retains it. Until the returned value is dropped,
-    /// the listener stays open even if no worker has it.
-    ///
-    /// Node has no counterpart: in Node, a listener closes with its last worker.
-    ///
-    /// Workers that request the same address receive this listener. For example, `worker.listen(0)`
-    /// receives the port that the kernel chose for `master.listen(0)`. If workers already have a
-    /// listener on the address, the master retains that listener. If the master already retains it,
-    /// the listener stays open until every `MasterListener` for it is dropped.
-    ///
-    /// The argument can also be a listening socket, for instance from systemd or from another
-    /// process that served it before. Workers receive that socket if they request its address. The
-    /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener
-    /// on all addresses also matches requests that name only its port. The call makes the socket
-    /// non-blocking.
-    ///
-    /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
-    /// retained listener behaves.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`Error::Listen`] if:
-    ///
-    /// - the address is in use, is not allowed, or cannot be resolved;
-    /// - the options contain [`exclusive`](ListenOptions::exclusive),
-    ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
-    ///   workers;
-    /// - the argument is a socket that is not a stream socket of the requested kind, or that is a
-    ///   Unix socket without a name.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
-    /// let listener = master.listen("127.0.0.1:8000")?;
-    /// println!("clients can connect to {}, and wait", listener.address());
-    /// master.fork()?; // which requests "127.0.0.1:8000" and serves the clients
-    /// master.run()
-    /// # }
-    /// ```
-    pub fn listen<S>(&self, options: impl Into<ListenOptions<S>>) -> Result<MasterListener> {
-        self.event_loop.check_own()?;
-        let mut bind_request = options.into().bind_request;
-        match self.open(&mut bind_request) {
-            Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
-            Err(reason) => Err(Error::Listen {
-                address: bind_request.to_string(),
-                occupied_by: self.occupant(&bind_request, &reason),
-                reason,
-            }),
-        }
-    }
-
-    /// Returns the address of the master's own socket that occupies the requested port, if the
-    /// request has failed because the address is in use.
-    fn occupant(&self, bind_request: &BindRequest, reason: &io::Error) -> Option<Address> {
-        if reason.kind() != io::ErrorKind::AddrInUse {
-            return None;
-        }
-        let endpoints = bind_request.resolve().ok()?;
-        let core = self.shell.core.borrow();
-        endpoints
-            .iter()
-            .find_map(|endpoint| core.occupant_address(endpoint))
-    }
-
-    /// Retains a socket that was passed to this process, for instance by systemd or by an old
-    /// master. Until the returned value is dropped, the socket stays open even if no worker has it.
-    ///
-    /// Node has no counterpart.
-    ///
-    /// The socket is a TCP listener, a Unix listener or a UDP socket. Workers receive it if they
-    /// request its address. The address of a Unix listener is its path, or its abstract name after
-    /// a zero byte. A TCP listener on all addresses also matches requests that name only its port.
-    /// The call makes the socket non-blocking.
-    ///
-    /// If another master opened the socket for port 0 and passed it under its
-    /// [name](MasterListener::name), workers receive the socket if they request port 0.
-    ///
-    /// The scheduling policy cannot change after this call. With the sharded policy, workers share
-    /// the socket, because the process that opened it may not have allowed other sockets on its
-    /// port.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`Error::Descriptor`] if the descriptor is none of these sockets, and
-    /// [`Error::Listen`] if the socket cannot be used, for instance because it has no address.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {
-    /// let mut sockets = Vec::new();
-    /// for passed in passed {
-    ///     sockets.push(master.adopt(passed)?);
-    /// }
-    /// # Ok(()) }
-    /// ```
-    pub fn adopt(&self, passed: ListenFd) -> Result<MasterListener> {
-        self.event_loop.check_own()?;
-        let kind = passed.kind()?;
-        let name = passed.name().map(str::to_owned);
-        let socket = OwnedFd::from(passed);
-        let address = format!("descriptor {}", socket.as_raw_fd());
-        match self.shell.adopt(kind, socket, name, BACKLOG) {
-            Ok(retained) => Ok(MasterListener::new(&self.shell, retained)),
-            Err(reason) => Err(Error::Listen {
-                address,
-                reason,
-                occupied_by: None,
-            }),
-        }
-    }
-
-    /// Retains all listeners and UDP sockets that are open for workers, and returns them. The
-    /// result includes sockets that were opened for a worker's request. It does not include
-    /// descriptors that a worker has requested by number ([`ListenOptions::fd`]), because they
-    /// belong to the application.
-    ///
-    /// Node has no counterpart.
-    ///
-    /// Use this method to pass all sockets to a new master, as
-    /// [`Pool::upgrade`](crate::pool::Pool::upgrade) does.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) -> Result<(), Box<dyn std::error::Error>> {
-    /// use std::os::fd::AsFd;
-    /// use cluster::Settings;
-    ///
-    /// let sockets = master.retain_all();
-    /// let mut passed = Vec::new();
-    /// for socket in &sockets {
-    ///     passed.push((socket.name(), socket.as_fd().try_clone_to_owned()?));
-    /// }
-    /// master.fork_as(Settings::default().detached(true).listen_fds(passed))?;
-    /// # Ok(()) }
-    /// ```
-    #[must_use = "the sockets are released when the values are dropped"]
-    pub fn retain_all(&self) -> Vec<MasterListener> {
-        if self.event_loop.check_own().is_err() {
-            return Vec::new();
-        }
-        let retained = self.shell.retain_all().into_iter();
-        let listeners = retained.map(|retained| MasterListener::new(&self.shell, retained));
-        listeners.collect()
-    }
-
-    /// Retains the socket that the request contains. Without one, retains the listener on the first
-    /// usable address of those that the request resolves to, and opens the listener if necessary.
-    fn open(&self, bind_request: &mut BindRequest) -> io::Result<RetainedListener> {
-        bind_request.check_for_master()?;
-        if let Some(socket) = bind_request.take_socket() {
-            let backlog = bind_request.flags.backlog;
-            let retained = self.shell.adopt(bind_request.kind, socket, None, backlog)?;
-            let mut core = self.shell.core.borrow_mut();
-            core.set_parking(retained.handle, bind_request.flags.parking);
-            return Ok(retained);
-        }
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for endpoint in bind_request.resolve()? {
-            match self.shell.listen(&endpoint, &bind_request.flags) {
-                Ok(retained) => return Ok(retained),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
     }
 
     /// Disconnects all workers. When all workers have exited and all listeners except the retained

@@ -26,6 +26,7 @@ impl Pool {
         let pool = self.clone();
         master.on_listening(move |master, worker, _| {
             pool.readiness_proved(master, worker, Readiness::Listening);
+            pool.close_unrequested(master);
         });
         let pool = self.clone();
         master.on_message(move |master, worker, message| {
@@ -171,7 +172,7 @@ impl Pool {
         } else if *event == PoolEvent::QuorumLost {
             self.stop_takeover_timer(master);
         }
-        self.close_unrequested();
+        self.close_unrequested(master);
         let callbacks = self.0.event_callbacks.borrow();
         let ids: Vec<CallbackId> = callbacks.iter().map(|(id, _)| *id).collect();
         drop(callbacks);

@@ -29,6 +29,15 @@ pub enum PoolEvent {
     /// start-up or heartbeat deadline, or could not be forked. If the worker had not yet taken its
     /// predecessor's place in the slot, `ReloadFailed` or `RecyclingFailed` is emitted instead.
     WorkerFailed(WorkerFailure),
+    /// The pool has requested that a worker disconnect. In the worker,
+    /// [`Worker::is_disconnecting`](cluster::Worker::is_disconnecting) is true from now on.
+    #[non_exhaustive]
+    WorkerDisconnecting {
+        /// The worker's slot.
+        slot: usize,
+        /// The worker's id.
+        worker: WorkerId,
+    },
     /// A worker that the pool had disconnected has exited.
     #[non_exhaustive]
     WorkerShutDown {
@@ -219,6 +228,9 @@ impl fmt::Display for PoolEvent {
                 write!(f, "slot {slot}: worker {worker} is ready")
             }
             Self::WorkerFailed(failure) => failure.fmt(f),
+            Self::WorkerDisconnecting { slot, worker } => {
+                write!(f, "slot {slot}: worker {worker} is disconnecting")
+            }
             Self::WorkerShutDown {
                 slot,
                 worker,

@@ -88,20 +88,11 @@ pub enum FailureAction {
 
 impl FailureCause {
     /// Returns the cause of a failure for an error of `Master::fork`.
-    ///
-    /// With the error numbers in this list, fork(2), execve(2), socketpair(2), pidfd_open(2) and
-    /// epoll_ctl(2) report that a limit of the process, user, control group or system is reached.
     pub(super) fn of_fork_error(error: &cluster::Error) -> Self {
-        match error.raw_os_error() {
-            Some(
-                libc::EAGAIN
-                | libc::ENOMEM
-                | libc::EMFILE
-                | libc::ENFILE
-                | libc::ENOBUFS
-                | libc::ENOSPC,
-            ) => Self::OutOfResources,
-            _ => Self::ForkFailed,
+        if error.is_out_of_resources() {
+            Self::OutOfResources
+        } else {
+            Self::ForkFailed
         }
     }
 }

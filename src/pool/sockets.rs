@@ -8,9 +8,9 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use cluster::{Error, Master, Result};
+use cluster::{Error, Master, Result, WorkerId, WorkerState};
 
-use super::{Pool, PoolListener};
+use super::{Pool, PoolListener, Readiness};
 
 /// The properties of a passed socket. For each socket, the old master encodes them in one byte and
 /// writes the byte to the channel.
@@ -99,7 +99,7 @@ impl Pool {
 
     /// Handles the exit of an old or a new master. If no other master of the service is left, no
     /// other process has the service's own sockets, so the master drains them when they close.
-    pub(super) fn other_master_exited(&self) {
+    pub(super) fn other_master_exited(&self, master: &Master) {
         if !self.is_only_master() {
             return;
         }
@@ -115,17 +115,17 @@ impl Pool {
             // when the last worker has closed it.
             drop(self.0.worker_sockets.take());
         }
-        self.close_unrequested();
+        self.close_unrequested(master);
     }
 
     /// Closes the service's own sockets that this master has inherited, and that neither a worker
     /// nor the application has requested. The new release does not use them.
     ///
     /// Does nothing while another master runs, because the sockets would stay open in that master.
-    /// Also does nothing while a worker is missing or starting, because that worker may request one
-    /// of the sockets.
-    pub(super) fn close_unrequested(&self) {
-        if !self.is_only_master() || !self.0.core.borrow().has_all_workers() {
+    /// Also does nothing while a worker is missing or has not listened yet, because that worker may
+    /// request one of the sockets.
+    pub(super) fn close_unrequested(&self, master: &Master) {
+        if !self.is_only_master() || !self.have_workers_listened(master) {
             return;
         }
         let is_used = |socket: &PoolListener| !socket.is_own || socket.listener.is_requested();
@@ -135,6 +135,21 @@ impl Pool {
         // Close the sockets only after the borrow has ended, because closing runs code of the
         // master.
         drop(unused);
+    }
+
+    /// Returns whether each slot has a ready worker that has opened its sockets, or has been given
+    /// up.
+    fn have_workers_listened(&self, master: &Master) -> bool {
+        let core = self.0.core.borrow();
+        let has_listened = |id: &WorkerId| match core.options().readiness {
+            // A ready worker has opened its sockets.
+            Readiness::Listening | Readiness::Message => true,
+            Readiness::Online | Readiness::Alive(_) => {
+                let worker = master.worker(*id);
+                worker.is_some_and(|worker| worker.state() == WorkerState::Listening)
+            }
+        };
+        core.has_all_workers() && core.workers().keys().all(has_listened)
     }
 }
 

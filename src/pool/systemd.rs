@@ -191,7 +191,7 @@ impl Notifier {
                 let retry = move |master: &Master| notifier.send_waiting(&pool, master);
                 let timer = master.set_timeout(RETRY_PAUSE, retry);
                 // Unreference the timer. A receiver that never reads would otherwise keep the loop
-                // running for ever.
+                // running forever.
                 return master.unreference(timer);
             }
             self.waiting.borrow_mut().pop_front();

@@ -69,11 +69,13 @@ impl Pool {
     /// listener instead of opening a new one.
     ///
     /// After an upgrade, the new release may not use all sockets of the old release. The pool waits
-    /// until the old master has exited and all workers are ready. It then closes each socket whose
-    /// address neither a worker nor [`listen`](Self::listen) has requested. The kernel resets the
-    /// clients in the socket's backlog, and the file of a Unix socket is removed. If a worker
-    /// requests the address later, the master opens a new socket. Sockets that systemd has passed
-    /// stay open.
+    /// until the old master has exited and all workers are ready. With
+    /// [`Readiness::Online`](super::Readiness::Online) or
+    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker listens.
+    /// It then closes each socket whose address neither a worker nor [`listen`](Self::listen) has
+    /// requested. The kernel resets the clients in the socket's backlog, and the file of a Unix
+    /// socket is removed. If a worker requests the address later, the master opens a new socket.
+    /// Sockets that systemd has passed stay open.
     ///
     /// If the old pool was [scaled](Self::scale) to a number of slots other than its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
@@ -203,9 +205,9 @@ impl Pool {
     /// its end of the channel open until it exits, so its exit is the end-of-file of the channel.
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
-        let on_end = move |_: &Master| {
+        let on_end = move |master: &Master| {
             pool.0.is_old_master_running.set(false);
-            pool.other_master_exited();
+            pool.other_master_exited(master);
         };
         self.0.is_old_master_running.set(true);
         // Ignore an error. The master then does not notice the old master's exit and continues to
@@ -237,15 +239,21 @@ impl Pool {
     /// master does not receive private sockets of workers, descriptors that workers request by
     /// their numbers, and sockets that workers open after this call.
     ///
-    /// Connections that this master holds for its workers ([`Connection::park`](cluster::Connection::park)) pass to the new
-    /// master when it has taken over, and so do connections that this master's workers park while
-    /// they drain. No idle connection is closed, unless the new master cannot hold it
+    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master when
+    /// it has taken over, and so do connections that this master's workers park while they drain. No
+    /// idle connection is closed, unless the new master cannot hold it
     /// ([`Master::receive_parked`]).
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
     /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved
-    /// when the new master starts. The new master must call [`adopt`](Self::adopt) to receive this
-    /// master's sockets. The new master forks its own workers.
+    /// when the new master starts. If a script has executed the program and has passed its own path
+    /// as `argv[0]` ([`Master::wrapper_script`]), the upgrade executes the script instead, as nginx
+    /// does. The script then reads its configuration again, and receives the arguments of this
+    /// process. It must execute the program without a fork, because the new master must have the
+    /// process id of the script. Workers execute the program itself.
+    ///
+    /// The new master must call [`adopt`](Self::adopt) to receive this master's sockets. The new
+    /// master forks its own workers.
     ///
     /// The new master takes over when it has had a [quorum](super::PoolOptions::quorum) for
     /// [`min_ready_time`](super::PoolOptions::min_ready_time). The upgrade then ends with
@@ -293,7 +301,7 @@ impl Pool {
         // If the start has failed, release the sockets that `copy_sockets` has retained, because no
         // new master uses copies of them.
         self.start_new_master(master)
-            .inspect_err(|_| self.other_master_exited())
+            .inspect_err(|_| self.other_master_exited(master))
     }
 
     fn start_new_master(&self, master: &Master) -> Result<()> {
@@ -313,12 +321,15 @@ impl Pool {
             .map_err(Error::io("write to a new master"))?;
         let sockets = sockets.into_iter().map(|socket| (socket.name, socket.fd));
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
-        let settings = Settings::default()
+        let mut settings = Settings::default()
             .listen_fds([channel].into_iter().chain(sockets))
             .detached(true)
             // Keep the new master in this process group, so that a signal to the group stops both
             // masters.
             .setsid(false);
+        if let Some(script) = master.wrapper_script() {
+            settings = settings.exec(script);
+        }
         // Pass these variables explicitly, because forked processes do not inherit them. The new
         // master needs them when it becomes the service's main process.
         let variables = [NOTIFY_SOCKET, "WATCHDOG_USEC"];
@@ -355,7 +366,7 @@ impl Pool {
         new_master.process.on_exit(move |master, _, status| {
             pool.0.new_masters.borrow_mut().remove(&id);
             pool.input(master, |core, _| core.new_master_exited(id, status));
-            pool.other_master_exited();
+            pool.other_master_exited(master);
         });
         let mut new_masters = self.0.new_masters.borrow_mut();
         new_masters.insert(id, new_master);

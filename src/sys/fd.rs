@@ -1,14 +1,14 @@
 //! Functions for descriptors that are known only by their numbers, and for the flags of any
 //! descriptor.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::mem::ManuallyDrop;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use super::owner::Owner;
-use super::{check, option};
+use super::{check, option, socket};
 
 /// The first number after standard input, output and error. The descriptors that systemd passes
 /// begin at this number (`SD_LISTEN_FDS_START` in sd_listen_fds(3)).
@@ -39,16 +39,25 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 }
 
 /// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. The caller has already found the preamble with [`peek`], so this read does not
-/// wait.
-pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<UnixStream> {
+/// preamble from it. Also returns the descriptor that came with the preamble. The caller has already
+/// found the preamble with [`peek`], so this read does not wait.
+///
+/// # Errors
+///
+/// Returns EMFILE if no descriptor is free for the preamble's descriptor.
+pub(crate) fn adopt_channel(
+    number: RawFd,
+    preamble: &mut [u8],
+) -> io::Result<(UnixStream, OwnedFd)> {
     // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
     // process. `init` runs once, so nothing else in this process owns it.
-    let mut stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
-    stream.read_exact(preamble)?;
     stream.set_nonblocking(true)?;
-    Ok(stream)
+    let received = socket::receive(stream.as_fd(), preamble)?;
+    let fd = received.fds.into_iter().next();
+    let fd = fd.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?;
+    Ok((stream, fd.into_owned_fd()))
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed
@@ -160,11 +169,14 @@ pub(crate) fn limit() -> u64 {
     }
 }
 
-/// Returns whether a connection's peer can no longer send or receive, and has left nothing to read.
+/// Returns whether a connection's peer is gone: the peer has reset the connection, or both
+/// directions are shut down and nothing is left to read.
 ///
-/// This is so if both directions are shut down, or if an error such as a reset is pending. The
-/// result is `false` for a client that has only stopped sending, because the client still waits for
-/// its answer.
+/// After a reset, unread bytes do not count, because RFC 9293 (section 3.10.7.4) discards them.
+///
+/// The result is `false` for a TCP client that has closed its socket without a reset. The kernel
+/// then knows only that the client has stopped sending, and a client that has only stopped sending
+/// still waits for its answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: fd.as_raw_fd(),
@@ -176,7 +188,7 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     if ready <= 0 || poll.revents & (libc::POLLHUP | libc::POLLERR) == 0 {
         return false;
     }
-    !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
+    poll.revents & libc::POLLERR != 0 || !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
 }
 
 /// A descriptor that its owner can close without waiting, even if no other copy is left.
@@ -244,6 +256,7 @@ fn disable_linger(fd: BorrowedFd<'_>) {
 mod tests {
     use super::*;
     use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
     fn connection_with_unread_bytes_is_not_closed_by_peer() {
@@ -255,5 +268,29 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         drop(there);
         assert!(is_closed_by_peer(here.as_fd()));
+    }
+
+    fn tcp_pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (listener.accept().unwrap().0, there)
+    }
+
+    #[test]
+    fn reset_connection_with_unread_bytes_is_closed_by_peer() {
+        let (here, mut there) = tcp_pair();
+        there.write_all(b"request").unwrap();
+        let (l_onoff, l_linger) = (1, 0);
+        let reset = libc::linger { l_onoff, l_linger };
+        option::set(there.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &reset).unwrap();
+        drop(there);
+        assert!(is_closed_by_peer(here.as_fd()));
+    }
+
+    #[test]
+    fn connection_whose_peer_has_stopped_sending_is_not_closed_by_peer() {
+        let (here, there) = tcp_pair();
+        there.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!is_closed_by_peer(here.as_fd()));
     }
 }

@@ -62,7 +62,7 @@ pub(crate) enum Way {
     Poll,
 }
 
-/// The most bytes that one write may contain.
+/// The maximum size of one write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
     /// One line of any length.
@@ -144,7 +144,7 @@ impl Target {
         self.file().is_some_and(|own| Rc::ptr_eq(own, file))
     }
 
-    /// Returns the most bytes that one call of [`write`](Self::write) may pass.
+    /// Returns the maximum size of one [`write`](Self::write).
     pub(crate) fn unit(&self) -> Unit {
         match self {
             // Treat a descriptor that is not duplicated yet as a message socket, because it may be

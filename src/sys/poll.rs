@@ -382,6 +382,12 @@ fn poll_fds<const N: usize>(
         // signal, its handler has made the signal pipe readable, so the loop's next wait returns at
         // once.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
+        // poll(2) reports EINVAL if the number of descriptors exceeds RLIMIT_NOFILE, which is a
+        // temporary shortage. Return EMFILE, because EINVAL from accept(2) means that the listener
+        // was shut down.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            Err(io::Error::from_raw_os_error(libc::EMFILE))
+        }
         Err(error) => Err(error),
         Ok(_) => Ok(fds.map(|fd| fd.revents != 0)),
     }

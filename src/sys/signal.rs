@@ -136,14 +136,20 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         } else {
             state.is_pending.store(true, Ordering::SeqCst);
         }
-        if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
-            let byte = [0u8];
-            let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
-            // Ignore a full pipe, because its bytes already wake the reader.
-            // SAFETY: the pointer is valid for reads of one byte.
-            unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
-        }
+        wake();
     });
+}
+
+/// Makes the pipe readable, so that the reader wakes up, from any thread. Does nothing if this
+/// process has not created a pipe. Async-signal-safe.
+pub(crate) fn wake() {
+    if let Some(Pipe { writer, .. }) = PIPE.get().filter(|pipe| pipe.owner.is_current()) {
+        let byte = [0u8];
+        let (bytes, flags) = (byte.as_ptr().cast(), super::socket::SEND_FLAGS);
+        // Ignore a full pipe, because its bytes already wake the reader.
+        // SAFETY: the pointer is valid for reads of one byte.
+        unsafe { libc::send(writer.as_raw_fd(), bytes, 1, flags) };
+    }
 }
 
 /// Makes the process ignore a signal that the kernel has sent because this process belongs to a
@@ -392,4 +398,24 @@ pub(crate) fn is_handled(signal: libc::c_int) -> bool {
 pub(crate) fn raise(signal: libc::c_int) {
     // SAFETY: raise accesses no memory of this process.
     unsafe { libc::raise(signal) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guards_restore_the_previous_action_in_any_order() {
+        let signal = libc::SIGVTALRM;
+        for is_first_dropped_first in [true, false] {
+            let (first, second) = (install(signal).unwrap(), install(signal).unwrap());
+            let guards = match is_first_dropped_first {
+                true => [first, second],
+                false => [second, first],
+            };
+            guards.into_iter().for_each(drop);
+            let restored = current_action(signal).unwrap();
+            assert_eq!(restored.sa_sigaction, libc::SIG_DFL);
+        }
+    }
 }

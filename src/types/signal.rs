@@ -1,4 +1,6 @@
 //! Signals and their names.
+//!
+//! Only the constants come from `libc`. Calls of `libc` belong to `sys`.
 
 /// A signal, for [`kill`](crate::WorkerProcess::kill) and [`on_signal`](crate::Master::on_signal).
 ///

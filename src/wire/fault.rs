@@ -28,6 +28,7 @@ mod unarmed {
 #[cfg(debug_assertions)]
 mod armed {
     use std::cell::Cell;
+    use std::num::NonZeroU32;
     use std::time::Duration;
 
     use crate::sys::process::Pid;
@@ -38,7 +39,7 @@ mod armed {
         point: String,
         fault: String,
         /// The number of the pass at which the worker fails, counted from 1.
-        pass: u32,
+        pass: NonZeroU32,
         repeats: bool,
         passed: Cell<u32>,
     }
@@ -48,7 +49,11 @@ mod armed {
     }
 
     fn plan() -> Option<Plan> {
-        let plan = std::env::var("CLUSTER_FAULT").ok()?;
+        parse(&std::env::var("CLUSTER_FAULT").ok()?)
+    }
+
+    /// Returns the plan that the text describes, or `None` if the text is invalid.
+    fn parse(plan: &str) -> Option<Plan> {
         let mut parts = plan.split(':');
         Some(Plan {
             point: parts.next()?.to_owned(),
@@ -77,7 +82,7 @@ mod armed {
             };
             plan.passed.set(plan.passed.get() + 1);
             let is_due = plan.passed.get() % plan.pass == 0;
-            if is_due && (plan.repeats || plan.passed.get() == plan.pass) {
+            if is_due && (plan.repeats || plan.passed.get() == plan.pass.get()) {
                 fail(&plan.fault, worker, own);
             }
         });
@@ -95,6 +100,18 @@ mod armed {
                 std::thread::sleep(Duration::from_secs(600));
             }
             _ => {}
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::parse;
+
+        #[test]
+        fn passes_are_counted_from_1() {
+            assert!(parse("worker.after_receive:kill:1").is_some());
+            assert!(parse("worker.after_receive:kill:0").is_none());
+            assert!(parse("worker.after_receive:kill:0:again").is_none());
         }
     }
 }

@@ -20,7 +20,8 @@
 //!
 //! The master first writes a preamble, whose body is the worker's id. The preamble is in the socket
 //! before the worker's program starts, so that a process can check whether an inherited descriptor
-//! is a channel.
+//! is a channel. The preamble's descriptor is a socket that becomes readable when the worker must
+//! disconnect (`worker/disconnect_token`).
 //!
 //! A successful `Reply` carries one descriptor. Depending on the request and the policy, the
 //! descriptor is a listener, a UDP socket or the worker's end of a queue (`sys/queue`).
@@ -47,7 +48,7 @@
 //! 127   Message              application's bytes      0 to 16
 //!
 //! kind  to worker            body                     fds
-//!  64   preamble             worker id 4              0
+//!  64   preamble             worker id 4              1
 //!  65   Reply, success       request 4, zero 4,
 //!                            handle 4, policy 1,
 //!                            address                  1
@@ -218,17 +219,18 @@ pub(crate) enum ToWorker {
     Message(Vec<u8>),
 }
 
-/// Returns the preamble that the master writes to the channel of `worker` before any other frame.
+/// Returns the preamble that the master writes to the channel of `worker`, with one descriptor,
+/// before any other frame.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     let mut bytes = [0; PREAMBLE_LENGTH];
-    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 0, 0]);
+    bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 1, 1]);
     bytes[HEADER..].copy_from_slice(&worker.get().to_le_bytes());
     bytes
 }
 
 /// Returns the format's version, or `None` if `bytes` are not a preamble of any version.
 pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
-    let [4, 0, 0, 0, version, kind::PREAMBLE, 0, 0, ..] = bytes else {
+    let [4, 0, 0, 0, version, kind::PREAMBLE, 1, 1, ..] = bytes else {
         return None;
     };
     Some(version)
@@ -880,7 +882,7 @@ mod tests {
     #[test]
     fn preamble_states_its_version_and_is_no_other_frame() {
         let bytes = preamble(WorkerId::new(7));
-        assert_eq!(bytes, [4, 0, 0, 0, 2, 64, 0, 0, 7, 0, 0, 0]);
+        assert_eq!(bytes, [4, 0, 0, 0, 2, 64, 1, 1, 7, 0, 0, 0]);
         assert_eq!(preamble_version(bytes), Some(VERSION));
         assert_eq!(preamble_version([1; PREAMBLE_LENGTH]), None);
         assert_eq!(

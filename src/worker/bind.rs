@@ -23,10 +23,12 @@ pub(super) struct Opened {
 }
 
 impl Worker {
-    /// Opens a listener on the socket that the request contains. Without one, opens a listener or
-    /// socket on the first usable address of those that the request resolves to. The outer error
-    /// means that waiting for the master failed or that this process did not create the worker. The
-    /// inner error means that opening failed.
+    /// Opens a listener on the socket that the request contains. If the request contains an address
+    /// instead, opens a listener or socket on this address. If the address resolves to several,
+    /// uses the first that can be opened.
+    ///
+    /// The outer error means that waiting for the master failed or that this process did not create
+    /// the worker. The inner error means that opening failed.
     pub(super) fn open(&self, bind_request: &mut BindRequest) -> Result<io::Result<Opened>> {
         self.inner.event_loop.check_own()?;
         if let Some(socket) = bind_request.take_socket() {

@@ -22,6 +22,7 @@ pub(super) type OnDatagram = dyn FnMut(&Worker, &[u8], SocketAddr);
 #[derive(Debug, Default)]
 pub(super) struct WorkerCallbacks {
     pub(super) message: Callbacks<OnMessage>,
+    pub(super) disconnecting: Callbacks<OnDisconnect>,
     pub(super) disconnect: Callbacks<OnDisconnect>,
     pub(super) error: Callbacks<OnError>,
 }
@@ -29,12 +30,14 @@ pub(super) struct WorkerCallbacks {
 impl WorkerCallbacks {
     fn remove(&self, id: CallbackId) {
         self.message.remove(id);
+        self.disconnecting.remove(id);
         self.disconnect.remove(id);
         self.error.remove(id);
     }
 
     pub(super) fn clear(&self) {
         self.message.clear();
+        self.disconnecting.clear();
         self.disconnect.clear();
         self.error.clear();
     }
@@ -63,6 +66,33 @@ impl Worker {
         /// See [`send`](Self::send) for an example.
         on_message, on_message_once(worker: &Self, message: &Message)
             of |this| this.inner.callbacks.message;
+
+        /// Calls `callback` once, when the worker begins to disconnect: the master has requested it,
+        /// the worker has called [`disconnect`](Self::disconnect) or [`kill`](Self::kill), or the
+        /// channel has closed unexpectedly. The worker still has its connections.
+        ///
+        /// Node has no counterpart. The example of its `worker.disconnect()` sends a message
+        /// `shutdown` for this purpose.
+        ///
+        /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`, before those
+        /// of [`on_disconnect`](Self::on_disconnect). While the application does something else,
+        /// [`is_disconnecting`](Self::is_disconnecting) already returns `true`.
+        ///
+        /// ```no_run
+        /// # fn f(worker: &cluster::Worker) {
+        /// use std::{cell::RefCell, io::Write, rc::Rc};
+        ///
+        /// let chats: Rc<RefCell<Vec<cluster::Connection>>> = Rc::default();
+        /// let open = Rc::clone(&chats);
+        /// worker.on_disconnecting(move |_| {
+        ///     for mut chat in open.take() {
+        ///         let _ = chat.write_all(b"server restarts, please connect again\n");
+        ///     }
+        /// });
+        /// # }
+        /// ```
+        on_disconnecting, on_disconnecting_once(worker: &Self)
+            of |this| this.inner.callbacks.disconnecting;
 
         /// Calls `callback` when the channel to the master has closed.
         ///

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 
 use crate::sys;
+use crate::worker::guard::ConnectionGuard;
 use crate::worker::shell::Origin;
 use crate::worker::{Inner, finish};
 
@@ -23,9 +24,9 @@ use crate::worker::{Inner, finish};
 /// system then resets the connection, and the client may lose the answer.
 /// [`finish`](Self::finish) prevents this loss.
 ///
-/// A connection is not `Send`, because the worker counts it on its own thread. To use the stream
-/// for longer than the worker exists, or on another thread, take it out with
-/// [`into_stream`](Self::into_stream).
+/// A connection is not `Send`, because the worker counts it on its own thread. To serve the stream
+/// on another thread, use [`into_parts`](Self::into_parts). To use it for longer than the worker
+/// exists, take it out with [`into_stream`](Self::into_stream).
 ///
 /// ```no_run
 /// # fn f(mut connection: cluster::Connection) -> std::io::Result<()> {
@@ -64,7 +65,8 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(worker) = self.worker.upgrade() {
-            worker.shell.connection_closed(&self.origin);
+            worker.shell.connection_closed(self.origin.listener);
+            worker.shell.detach(&self.origin);
         }
     }
 }
@@ -99,15 +101,61 @@ impl<S> Connection<S> {
     ///
     /// Node has no counterpart.
     ///
+    /// A worker that disconnects does not wait for the stream, so the client may lose its answer in
+    /// a reload. Use this method for streams that stay open although the worker disconnects, such
+    /// as those that are sent to another process. To serve a stream on a thread, use
+    /// [`into_parts`](Self::into_parts).
+    ///
     /// ```no_run
-    /// # fn f(connection: cluster::Connection) {
+    /// # fn f(worker: &cluster::Worker, connection: cluster::Connection) -> cluster::Result<()> {
+    /// // Let the master choose another worker for this client.
     /// let stream = connection.into_stream();
-    /// std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
-    /// # }
+    /// let _ = worker.send_with_fds(b"not for me", vec![stream.into()])?;
+    /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn into_stream(self) -> S {
         self.stream
+    }
+
+    /// Returns the stream, and a guard that keeps the connection counted until it is dropped. Both
+    /// can be moved to another thread.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// A worker that disconnects in [`Worker::run`](crate::Worker::run) or
+    /// [`Worker::dispatch`](crate::Worker::dispatch) waits for the guard. An application that calls
+    /// `accept` calls `run` afterwards: the process would exit at the end of `main`, and all
+    /// threads with it. See [`ConnectionGuard`] for the other effects.
+    ///
+    /// A thread for each connection:
+    ///
+    /// ```no_run
+    /// # fn serve(_: std::net::TcpStream, _: cluster::DisconnectToken) {}
+    /// # fn f(worker: cluster::Worker) -> cluster::Result<()> {
+    /// let listener = worker.listen(8000)?;
+    /// listener.set_max_connections(Some(100));
+    /// for connection in listener.incoming() {
+    ///     let (stream, guard) = connection?.into_parts();
+    ///     let token = worker.disconnect_token();
+    ///     std::thread::spawn(move || {
+    ///         // Make the thread own the guard until the stream is closed.
+    ///         let _guard = guard;
+    ///         serve(stream, token);
+    ///     });
+    /// }
+    /// // The worker is disconnecting. Wait for the threads.
+    /// worker.run()
+    /// # }
+    /// ```
+    pub fn into_parts(self) -> (S, ConnectionGuard) {
+        let Self { stream, counted } = self;
+        let (worker, origin) = counted.disarm();
+        let worker = worker.upgrade();
+        if let Some(worker) = &worker {
+            worker.shell.detach(&origin);
+        }
+        (stream, ConnectionGuard::new(worker, origin.listener))
     }
 }
 

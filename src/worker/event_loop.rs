@@ -186,8 +186,8 @@ impl Worker {
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // Close the listeners without a callback now if a disconnect request has arrived, because
-        // nothing else may wake the loop.
+        // If a disconnect request has arrived, now close the listeners that have no callback,
+        // because nothing else may wake the loop.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())
@@ -228,6 +228,7 @@ impl Worker {
     pub(super) fn iterate(&self, timeout: Option<Duration>) -> Result<()> {
         let event_loop = &self.inner.event_loop;
         let _running = event_loop.enter()?;
+        self.count_dropped_guards();
         self.inner.shell.act();
         // Compute the limit before events are delivered. If an event is pending, the limit is zero,
         // so the iteration does not wait after the delivery. A limit from after the delivery could
@@ -249,7 +250,9 @@ impl Worker {
                 Token::Listener(number) => self.listener_ready(ListenerId(number)),
                 Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => {
-                    for signal in event_loop.take_signals() {
+                    let signals = event_loop.take_signals();
+                    self.count_dropped_guards();
+                    for signal in signals {
                         event_loop.call_signal(self, signal);
                     }
                 }
@@ -290,6 +293,7 @@ impl Worker {
                     self.inner.shell.update_watch(listener);
                     self.accept_all(listener);
                 }
+                Some(Event::Disconnecting) => self.inner.callbacks.disconnecting.each(|f| f(self)),
                 Some(Event::Disconnect) => self.inner.callbacks.disconnect.each(|f| f(self)),
             }
         }

@@ -34,7 +34,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The limit bounds the CPU time that a fast client can cost: over loopback on x86-64, 60 MB take
 /// about 0.1 seconds. A smaller limit would disconnect clients with large requests.
 const DISCARD_MAX: usize = 64 << 20;
-/// Number of bytes that one call reads. The buffer is on the stack, which is small on some threads.
+/// Maximum number of bytes per read. The buffer is on the stack, which is small on some threads.
 const READ_SIZE: usize = 16 << 10;
 
 /// Waits until the client closes the connection or a limit is reached.

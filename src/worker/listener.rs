@@ -24,8 +24,8 @@ use crate::worker::{Inner, Worker};
 /// such a callback, the listener stays open until [`close`](Self::close). In both cases, the
 /// listener closes when the worker disconnects.
 ///
-/// Like the [`Worker`], a listener is not `Send`. To serve a connection on another thread, send the
-/// stream of [`Connection::into_stream`] there.
+/// Like the [`Worker`], a listener is not `Send`. To serve a connection on another thread, use
+/// [`Connection::into_parts`].
 ///
 /// ```no_run
 /// # fn serve(_: cluster::Connection) {}
@@ -79,8 +79,8 @@ impl<S> Listener<S> {
     /// At the limit, further connections go to the callback of
     /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
     /// workers. If no other worker can serve them, they wait in the kernel's backlog. The worker no
-    /// longer counts a connection once the application has dropped it or taken the stream out of
-    /// its [`Connection`].
+    /// longer counts a connection once the application has dropped it or its
+    /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

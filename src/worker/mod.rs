@@ -10,8 +10,10 @@ mod accept;
 mod bind;
 mod callbacks;
 pub(crate) mod connection;
+pub(crate) mod disconnect_token;
 mod event_loop;
 mod finish;
+pub(crate) mod guard;
 pub(crate) mod listener;
 pub(crate) mod own_process;
 pub(crate) mod shell;
@@ -34,6 +36,8 @@ use crate::wire::receipts::ReceiptCallbacks;
 use crate::worker::accept::WaitState;
 use crate::worker::callbacks::{ListenerCallbacks, WorkerCallbacks};
 use crate::worker::connection::Connection;
+use crate::worker::disconnect_token::DisconnectToken;
+use crate::worker::guard::DroppedGuards;
 use crate::worker::listener::Listener;
 use crate::worker::own_process::OwnProcess;
 use crate::worker::shell::{Origin, WorkerShell};
@@ -59,8 +63,8 @@ use crate::worker::udp_socket::UdpSocket;
 /// Linux, the kernel kills the worker when its master exits, even if the worker is stuck.
 ///
 /// A worker is not `Send`: it stays on the thread that called `init`. Another thread can send its
-/// result through a pipe or socket that the worker [`watch`](Self::watch)es. To pass a connection
-/// to another thread, use [`Connection::into_stream`].
+/// result through a pipe or socket that the worker [`watch`](Self::watch)es. To serve a connection
+/// on another thread, use [`Connection::into_parts`].
 ///
 /// ```no_run
 /// # fn serve(_: cluster::Connection) {}
@@ -87,6 +91,7 @@ pub(crate) struct Inner {
     event_loop: EventLoop<Worker>,
     wait_state: WaitState,
     callbacks: WorkerCallbacks,
+    dropped_guards: DroppedGuards,
     listener_callbacks: RefCell<SortedMap<ListenerId, ListenerCallbacks>>,
     /// The callbacks of `SendOptions::on_written`.
     receipts: ReceiptCallbacks<Written<Worker>>,
@@ -105,10 +110,12 @@ impl Worker {
         id: WorkerId,
         inspect_port: Option<u16>,
         channel: UnixStream,
+        disconnect_token: DisconnectToken,
     ) -> Result<Self> {
         let event_loop = EventLoop::new()?;
         let shell = WorkerShell::new(
             channel,
+            disconnect_token,
             event_loop.poller().clone(),
             event_loop.start_time(),
         );
@@ -119,6 +126,7 @@ impl Worker {
             event_loop,
             wait_state: WaitState::new(),
             callbacks: WorkerCallbacks::default(),
+            dropped_guards: DroppedGuards::default(),
             listener_callbacks: RefCell::default(),
             receipts: ReceiptCallbacks::default(),
         };

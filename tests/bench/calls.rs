@@ -46,8 +46,8 @@ fn count(server: &Server) -> Result<Vec<(String, f64)>, String> {
     let each = calls
         .into_iter()
         .map(|(name, count)| (name, count as f64 / CONNECTIONS as f64));
-    // Leave out calls that were made only a few times in all, because they are not part of serving
-    // a connection.
+    // Leave out calls that were made only a few times in total, because they are not part of
+    // serving a connection.
     let mut each: Vec<_> = each.filter(|call| call.1 > 0.001).collect();
     each.sort_by(|one, other| other.1.total_cmp(&one.1));
     Ok(each)

@@ -22,7 +22,7 @@ pub fn measure(table: &mut Table) {
         variant("sharded", Server::start("sharded", WORKERS), at_most(1.1)),
         variant("Node, round robin", peers::node("rr", WORKERS), None),
         variant("Node, none", peers::node("none", WORKERS), None),
-        variant("nginx", peers::nginx(WORKERS), None),
+        variant("nginx", peers::nginx(WORKERS, "0"), None),
         variant("gunicorn, sync", peers::gunicorn(WORKERS), None),
         variant("prefork (crate)", peers::prefork(WORKERS), None),
     ];

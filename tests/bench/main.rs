@@ -2,8 +2,11 @@
 //! one run on one machine.
 //!
 //! ```sh
-//! cargo bench                 # all benchmarks, at most 15 minutes
-//! cargo bench -- NAME…        # only the named benchmarks
+//! cargo bench                     # all benchmarks, at most half an hour
+//! cargo bench -- NAME…            # only the named benchmarks
+//! cargo bench -- keep_alive       # all benchmarks of a group
+//! cargo bench -- keep_alive/cost
+//! CLUSTER_BENCH_PERCENT=10 cargo bench -- keep_alive   # a short run of this group
 //! ```
 //!
 //! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If
@@ -32,6 +35,7 @@ mod fork;
 #[path = "../process/harness.rs"]
 mod harness;
 mod idle;
+mod keep_alive;
 mod load;
 mod messages;
 mod mixed;
@@ -48,6 +52,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use harness::SCENARIO;
+use keep_alive::server::{BARE_KEEP_ALIVE, POOL, bare_keep_alive, pool};
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::Signal;
 use table::Table;
@@ -56,7 +61,7 @@ use table::Table;
 const ROUNDS: usize = 7;
 
 type Part = fn(&mut Table);
-const PARTS: [(&str, Part); 12] = [
+const PARTS: [(&str, Part); 21] = [
     ("connections", connections::measure),
     ("workers", workers::measure),
     ("fairness", fairness::measure),
@@ -69,16 +74,30 @@ const PARTS: [(&str, Part); 12] = [
     ("idle", idle::measure),
     ("calls", calls::measure),
     ("size", size::measure),
+    ("keep_alive/cost", keep_alive::cost),
+    ("keep_alive/watch", keep_alive::watch),
+    ("keep_alive/idle", keep_alive::idle),
+    ("keep_alive/latency", keep_alive::latency),
+    ("keep_alive/rivals", keep_alive::rivals),
+    ("keep_alive/reloads", keep_alive::reloads),
+    ("keep_alive/upgrades", keep_alive::upgrades),
+    ("keep_alive/threads", keep_alive::threads),
+    ("keep_alive/kills", keep_alive::kills),
 ];
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(SCENARIO) {
+        if role == POOL {
+            pool().unwrap();
+            return ExitCode::SUCCESS;
+        }
         // Make the kernel kill this process when its parent, the benchmark, is killed.
         set_pdeathsig(Signal::SIGKILL).unwrap();
         match role.as_str() {
             peers::PEER => peers::exec_peer(),
             server::SERVER => server::serve(),
             messages::MESSAGES => messages::count(),
+            BARE_KEEP_ALIVE => bare_keep_alive(),
             fork::FORK => fork::fork(),
             scaling::SCALING => scaling::run_loop(),
             fork::BYTE => print!("!"),
@@ -90,7 +109,7 @@ fn main() -> ExitCode {
         .skip(1)
         .filter(|arg| arg != "--bench")
         .collect();
-    let unknown = |name: &&String| !PARTS.iter().any(|part| part.0 == *name);
+    let unknown = |name: &&String| !PARTS.iter().any(|part| is_in(part.0, name));
     if let Some(name) = selected.iter().find(unknown) {
         let names = PARTS.map(|part| part.0).join(" ");
         eprintln!("unknown part {name}; known parts: {names}");
@@ -102,7 +121,7 @@ fn main() -> ExitCode {
     let mut table = Table::default();
     let mut code = ExitCode::SUCCESS;
     for (name, measure) in PARTS {
-        if selected.is_empty() || selected.iter().any(|selected| selected == name) {
+        if selected.is_empty() || selected.iter().any(|selected| is_in(name, selected)) {
             table.begin(name);
             // Continue with the other benchmarks if one fails.
             if catch_unwind(AssertUnwindSafe(|| measure(&mut table))).is_err() {
@@ -114,6 +133,12 @@ fn main() -> ExitCode {
     note_environment(&mut table);
     table.end();
     code
+}
+
+/// Returns whether `name` selects a part: the name of the part, or the name of its group.
+fn is_in(part: &str, name: &str) -> bool {
+    let rest = part.strip_prefix(name);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn note_environment(table: &mut Table) {

@@ -58,6 +58,13 @@ pub fn node(policy: &str, workers: usize) -> Result<Server, String> {
     Ok(Server::run(&mut command))
 }
 
+/// Starts Node's `http` server, which keeps idle connections open, and whose master replaces its
+/// workers at SIGHUP.
+pub fn node_http(workers: usize) -> Result<Server, String> {
+    let mut command = node_program("http.js", &[&workers.to_string()])?;
+    Ok(Server::run(&mut command))
+}
+
 pub fn prefork(workers: usize) -> Result<Server, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("prefork");
     build(&peers_dir().join("prefork/Cargo.toml"), &target, &[])?;
@@ -92,28 +99,67 @@ pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String
     built.status.success().then_some(()).ok_or_else(last)
 }
 
-pub fn nginx(workers: usize) -> Result<Server, String> {
+/// Starts nginx, which closes a connection that is idle for longer than `keep_alive`.
+pub fn nginx(workers: usize, keep_alive: &str) -> Result<Server, String> {
     has("nginx", "-v")?;
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nginx");
-    std::fs::create_dir_all(&directory).unwrap();
-    let template = std::fs::read_to_string(peers_dir().join("nginx.conf")).unwrap();
     let port = free_port();
-    let text = template.replace("PORT", &port.to_string());
-    let text = text.replace("WORKERS", &workers.to_string());
-    std::fs::write(directory.join("nginx.conf"), text).unwrap();
+    let values = [
+        ("PORT", port.to_string()),
+        ("WORKERS", workers.to_string()),
+        ("KEEP_ALIVE", keep_alive.to_owned()),
+    ];
+    let directory = configure("nginx.conf", &values);
     let mut command = peer_command("nginx");
     command.arg("-p").arg(&directory).args(["-c", "nginx.conf"]);
     start(&mut command, port, workers)
 }
 
+/// Starts HAProxy as a master with one worker.
+pub fn haproxy() -> Result<Server, String> {
+    has("haproxy", "-v")?;
+    let port = free_port();
+    let directory = configure("haproxy.cfg", &[("PORT", port.to_string())]);
+    let mut command = peer_command("haproxy");
+    command
+        .args(["-W", "-f", "haproxy.cfg"])
+        .current_dir(&directory);
+    start(&mut command, port, 1)
+}
+
+/// Copies a configuration file from `peers` to its own directory. Replaces each name with its
+/// value. Returns the directory.
+fn configure(file: &str, values: &[(&str, String)]) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(file);
+    std::fs::create_dir_all(&directory).unwrap();
+    let mut text = std::fs::read_to_string(peers_dir().join(file)).unwrap();
+    for (name, value) in values {
+        text = text.replace(name, value);
+    }
+    std::fs::write(directory.join(file), text).unwrap();
+    directory
+}
+
+/// Starts gunicorn with single-threaded workers, which close each connection after one request.
 pub fn gunicorn(workers: usize) -> Result<Server, String> {
+    start_gunicorn(workers, &["--worker-class", "sync"])
+}
+
+/// Starts gunicorn with threads, which keep idle connections open for an hour.
+pub fn gunicorn_threads(workers: usize) -> Result<Server, String> {
+    let threads = ["--worker-class", "gthread", "--threads", "4"];
+    start_gunicorn(workers, &[&threads[..], &["--keep-alive", "3600"]].concat())
+}
+
+fn start_gunicorn(workers: usize, options: &[&str]) -> Result<Server, String> {
     has("gunicorn", "--version")?;
     let port = free_port();
     let mut command = peer_command("gunicorn");
     command
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .current_dir(peers_dir());
-    command.args(["--worker-class", "sync", "--workers", &workers.to_string()]);
+    command
+        .args(["--workers", &workers.to_string()])
+        .args(options);
     command.args(["--bind", &format!("127.0.0.1:{port}"), "app:app"]);
     start(&mut command, port, workers)
 }

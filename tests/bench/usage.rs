@@ -13,15 +13,15 @@ use nix::unistd::Pid;
 
 use crate::peers::has;
 
-/// Returns a process and all its descendants.
+/// Returns a process and all its descendants. Ignores descendants that exit in the meantime.
 pub fn family(root: Pid) -> Vec<Pid> {
     let mut found = vec![root];
     let mut next = 0;
     while let Some(pid) = found.get(next) {
-        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-        for thread in threads {
-            let children = thread.unwrap().path().join("children");
-            let children = std::fs::read_to_string(children).unwrap();
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+        for thread in threads.into_iter().flatten().flatten() {
+            let children = std::fs::read_to_string(thread.path().join("children"));
+            let children = children.unwrap_or_default();
             let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
             found.extend(pids.map(Pid::from_raw));
         }

@@ -22,7 +22,8 @@ use nix::unistd::Pid;
 
 use crate::harness::{
     Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, serve_id,
-    share_listeners, talk, wait_until_asleep, watched, when_all_wait, when_listening,
+    share_listeners, talk, wait_for_state, wait_until_asleep, watched, when_all_wait,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -387,8 +388,8 @@ fn exit_of_the_master_is_noticed_in_accept() {
 const MESSAGES: usize = 200;
 const LENGTH: usize = 20_000;
 
-/// Stops the master, and sends more than the socket buffer holds. The master continues 5 ms later,
-/// when this worker is in `accept` or about to call it.
+/// Stops the master, and sends more than the socket buffer holds. The master continues when this
+/// worker sleeps in `accept`.
 fn send_beyond_the_buffer(worker: &Worker) {
     let master = StoppedMaster::new();
     let mut is_queued = false;
@@ -403,7 +404,7 @@ fn send_beyond_the_buffer(worker: &Worker) {
     let last = SendOptions::default().on_written(written);
     let _ = worker.send_with(&numbered(MESSAGES, LENGTH), last).unwrap();
     std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(5));
+        wait_for_state(std::process::id(), ") S ");
         drop(master);
     });
 }

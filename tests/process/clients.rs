@@ -1,5 +1,5 @@
-//! Tests the examples that are servers. The clients send more than the server reads, stay silent, or
-//! send slowly.
+//! Tests the examples that are servers. The clients send more than the server reads, stay silent,
+//! or send slowly.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -86,25 +86,41 @@ const SERVERS: &[Server] = &[
     },
 ];
 
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 /// The start of a request with a body of 1 MiB.
 const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n";
-/// More bytes than the buffers of a new connection hold.
-const BODY: &[u8] = &[b'x'; 1 << 20];
+/// A body of 1 MiB. These are more bytes than the buffers of a new connection hold.
+pub const BODY: &[u8] = &[b'x'; 1 << 20];
 /// Number of clients that connect one after the other.
-const CLIENTS: usize = 40;
+pub const CLIENTS: usize = 40;
 /// Pause between the bytes of a slow client. An example that only limits the time of each read, but
-/// not of the whole request, would wait for this client for ever.
+/// not of the whole request, would wait for this client forever.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Sends a request with a large body, and reads the answer.
-fn post(address: SocketAddr) -> io::Result<String> {
+/// Sends `head` and [`BODY`], and reads the answer. Returns an error if the server closes the
+/// connection before it has read everything, because the kernel then resets the connection.
+pub fn post(address: SocketAddr, head: &[u8]) -> io::Result<String> {
     let mut client = TcpStream::connect(address)?;
-    client.write_all(POST)?;
+    client.write_all(head)?;
     client.write_all(BODY)?;
     let mut answer = String::new();
     client.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// Connects [`CLIENTS`] clients that [`post`], and asserts that `is_answer` holds for each answer.
+#[track_caller]
+pub fn post_all(address: SocketAddr, head: &[u8], is_answer: impl Fn(&str) -> bool) {
+    let answers = (0..CLIENTS).map(|_| post(address, head));
+    let failed: Vec<_> = answers
+        .filter(|answer| !answer.as_deref().is_ok_and(&is_answer))
+        .collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {CLIENTS}: {:?}",
+        failed.len(),
+        failed[0]
+    );
 }
 
 impl Server {
@@ -127,20 +143,12 @@ impl Server {
 
     fn answers_large_bodies(&self) -> Result<(), Failed> {
         let (server, address) = self.start()?;
-        let answers = (0..CLIENTS).map(|_| post(address));
-        let failed: Vec<_> = answers
-            .filter(|answer| !answer.as_ref().is_ok_and(|text| self.has_answered(text)))
-            .collect();
-        assert!(
-            failed.is_empty(),
-            "{} of {CLIENTS}: {:?}",
-            failed.len(),
-            failed[0]
-        );
+        post_all(address, POST, |text| self.has_answered(text));
         stop(&server)
     }
 
-    /// Connects one client more than there are workers, so that every worker is occupied.
+    /// Connects one client for each worker, and one more. Every worker is then occupied, and one
+    /// client waits.
     fn occupy(&self, address: SocketAddr) -> io::Result<Vec<TcpStream>> {
         (0..=(self.workers)())
             .map(|_| TcpStream::connect(address))

@@ -32,8 +32,8 @@ crate::scenarios! {
     next_stop_has_its_own_deadline
 }
 
-/// Deadline of the stops in which workers are killed. It is so long that the test can distinguish a
-/// kill at the deadline from a kill at once.
+/// Deadline of the stops in which workers are killed. It is long enough for a test to
+/// distinguish a kill at the deadline from an immediate kill.
 const SOON: Duration = Duration::from_millis(400);
 /// Maximum delay between a stop's deadline and its end on a machine with other load.
 const TOLERANCE: Duration = Duration::from_secs(5);

@@ -1,13 +1,14 @@
-//! Tests `Connection::finish`: clients that send more than the worker reads, that send for ever, or
+//! Tests `Connection::finish`: clients that send more than the worker reads, that send forever, or
 //! that never close.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::{Connection, Master, Worker};
 
+use crate::clients::{self, BODY, CLIENTS, post};
 use crate::harness::{
     Log, cluster, for_both_policies, in_background, talk, wait_until, when_listening,
 };
@@ -23,35 +24,15 @@ crate::scenarios! {
     finish_in_a_forked_child_delivers_the_answer
 }
 
-/// More bytes than the buffers of a new connection hold.
-const BODY: &[u8] = &[b'x'; 1 << 20];
-const CLIENTS: usize = 40;
 const ANSWER: &str = "answer\n";
 
 /// The limits of `finish`, as its documentation states them.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends a body that the worker does not read before it answers, and then reads the answer.
-fn post(address: SocketAddr) -> io::Result<String> {
-    let mut client = TcpStream::connect(address)?;
-    client.write_all(BODY)?;
-    let mut answer = String::new();
-    client.read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
+/// Connects clients that send a body, which the worker does not read before it answers.
 fn post_all(address: SocketAddr) {
-    let answers = (0..CLIENTS).map(|_| post(address));
-    let failed: Vec<_> = answers
-        .filter(|a| a.as_deref().ok() != Some(ANSWER))
-        .collect();
-    assert!(
-        failed.is_empty(),
-        "{} of {CLIENTS}: {:?}",
-        failed.len(),
-        failed[0]
-    );
+    clients::post_all(address, b"", |answer| answer == ANSWER);
 }
 
 /// Forks a worker, runs `clients` on a thread once the worker listens, and then disconnects the
@@ -209,6 +190,6 @@ fn finish_in_a_forked_child_delivers_the_answer() {
         worker.run().unwrap();
         nix::sys::wait::waitpid(child.take(), None).unwrap();
     };
-    let post_once = |address| assert_eq!(post(address).unwrap(), ANSWER);
+    let post_once = |address| assert_eq!(post(address, b"").unwrap(), ANSWER);
     cluster(|master| with_clients(master, post_once), fork_and_finish);
 }

@@ -209,7 +209,7 @@ impl Network {
 fn assert_no_process_in(namespaces: &[u64]) {
     let processes = std::fs::read_dir("/proc").unwrap();
     for process in processes.map(|process| process.unwrap().path()) {
-        // The entry may not be a process, or the process may have exited.
+        // Skip entries that are not processes, and processes that have exited.
         if let Ok(namespace) = std::fs::metadata(process.join("ns/net")) {
             let process = process.display();
             assert!(!namespaces.contains(&namespace.ino()), "{process} is left");

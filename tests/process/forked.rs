@@ -263,7 +263,7 @@ impl WorkerHandles {
     fn check(&self, seen: &Rc<Seen>, path: &Path, mut watched: &UnixStream) {
         let worker = &self.worker;
         assert!(is_idle(worker), "the child has woken its parent");
-        assert!(worker.is_connected());
+        assert!(worker.is_connected() && !worker.is_disconnecting());
         dispatch_until_counted("an answer", worker, &seen.pongs, || {
             let _ = worker.send(b"ping").unwrap();
         });

@@ -3,16 +3,15 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd as _, FromRawFd as _};
+use std::os::fd::FromRawFd as _;
 
 use cluster::Settings;
 use libtest_mimic::{Failed, Trial};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::sys::signalfd::SignalFd;
 use nix::unistd::{Pid, getpgid, getpgrp, getppid};
 
 use crate::harness::{Group, SCENARIO, Scenario, cluster, example, is_alive, wait_until};
+use crate::serve::serve_until;
 
 crate::scenarios! {
     worker_with_passed_descriptors_leads_a_process_group
@@ -56,22 +55,11 @@ fn serve(end: Option<Signal>) {
     #[allow(unsafe_code)]
     // SAFETY: the descriptor was passed to this process, and no other value owns it.
     let listener = unsafe { TcpListener::from_raw_fd(3) };
-    listener.set_nonblocking(true).unwrap();
     SigSet::all().thread_block().unwrap();
-    let end = SignalFd::new(&end.into_iter().collect()).unwrap();
-    loop {
-        let fds = [listener.as_fd(), end.as_fd()];
-        let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        poll(&mut fds, PollTimeout::NONE).unwrap();
-        if fds[1].any().unwrap() {
-            return;
-        }
-        if let Ok((mut client, _)) = listener.accept() {
-            client.set_nonblocking(false).unwrap();
-            let _ = client.read(&mut [0; 64]);
-            let _ = write!(client, "{}", std::process::id());
-        }
-    }
+    serve_until(&end.into_iter().collect(), &listener, |mut client| {
+        let _ = client.read(&mut [0; 64]);
+        let _ = write!(client, "{}", std::process::id());
+    });
 }
 
 /// Starts the example `serve` with a program that runs behind a shell.

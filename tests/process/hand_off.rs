@@ -33,7 +33,7 @@ const WRITE_PASSES: u32 = 8;
 const OTHER_PASSES: u32 = 3;
 /// Environment variable that makes a worker serve with a callback.
 const BY_CALLBACK: &str = "BY_CALLBACK";
-/// Maximum time for which clients connect until the worker has failed. Usually the worker fails far
+/// Time after which the test gives up if the worker has not failed. Usually the worker fails far
 /// earlier.
 const FAULT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -114,7 +114,7 @@ enum MayLose {
     ReceivedConnection,
 }
 
-/// What became of the clients of one round, or of one run of kills.
+/// The results of the clients in one round, or in one run of kills.
 struct Outcome {
     connected: u64,
     unanswered: u64,

@@ -323,7 +323,7 @@ impl Group {
         Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
-    /// Returns the program's output so far.
+    /// Returns everything that the program has printed until now.
     pub fn output(&self) -> String {
         let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();
@@ -511,6 +511,23 @@ pub fn when_listening(
     });
 }
 
+/// Checks the condition every millisecond, and calls `then` when it is true.
+///
+/// Use it for conditions whose change causes no event, while the master's loop continues.
+pub fn when(
+    master: &Master,
+    condition: impl Fn(&Master) -> bool + 'static,
+    then: impl FnOnce(&Master) + 'static,
+) {
+    master.set_timeout(Duration::from_millis(1), move |master| {
+        if condition(master) {
+            then(master);
+        } else {
+            when(master, condition, then);
+        }
+    });
+}
+
 /// Calls `then` once every worker has answered two pings, one after the other. Workers must call
 /// `answer_pings`, and no client may connect in the meantime.
 ///
@@ -569,6 +586,19 @@ pub fn serve_id(worker: &Worker, address: &str) {
     for connection in worker.listen(address).unwrap().incoming() {
         let id = worker.id().to_string();
         let _ = connection.unwrap().write_all(id.as_bytes());
+    }
+}
+
+/// Serves connections and reads one byte before each answer, which is the worker's id. A client that
+/// sends nothing therefore keeps its worker busy.
+pub fn serve_after_one_byte(worker: &Worker) {
+    answer_pings(worker);
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        if connection.read_exact(&mut [0]).is_ok() {
+            let id = worker.id().to_string();
+            let _ = connection.write_all(id.as_bytes());
+        }
     }
 }
 

@@ -69,7 +69,7 @@ crate::scenarios! {
     worker_that_closes_its_channel_is_disconnected
 }
 
-// Limits on the resources that one worker may cost the master.
+// Limits on the master's resources that a single worker may occupy.
 
 /// Maximum memory for received bytes: one incomplete frame of up to 1 MiB, and the 64 KiB of one
 /// read.
@@ -87,8 +87,8 @@ const QUEUED_MAX: usize = 64;
 const LISTENERS: usize = 64;
 /// Descriptors per listener: the listening socket and both ends of the queue.
 const FDS_PER_LISTENER: usize = 3;
-/// Descriptors per worker: the channel and the process descriptor.
-const FDS_PER_WORKER: usize = 2;
+/// Descriptors per worker: the channel, the disconnect token and the process descriptor.
+const FDS_PER_WORKER: usize = 3;
 
 /// Tolerance for the memory that the measurement uses and the allocator retains.
 const SLACK_BYTES: usize = 4 << 20;
@@ -127,6 +127,8 @@ const ATTACKER: &str = "ATTACKER";
 /// Environment variable that is set only in the process of the neighbour in [`measure_baseline`].
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
+/// The version of the frame format.
+const VERSION: u8 = 2;
 const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
@@ -134,6 +136,9 @@ const IDLE: u8 = 4;
 const PAUSE: u8 = 5;
 const RELEASE: u8 = 6;
 const DISCONNECT_REQUEST: u8 = 7;
+const PARK: u8 = 8;
+const PARK_AGAIN: u8 = 9;
+const DETACH: u8 = 10;
 const MESSAGE: u8 = 127;
 const PREAMBLE: u8 = 64;
 const REPLY: u8 = 65;
@@ -150,7 +155,7 @@ fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let mut frame = length.to_vec();
     // The header's last byte is the number of descriptors of all frames that are sent with one
     // call. This frame is sent alone, so the number is `fds` again.
-    frame.extend([1, kind, fds, fds]);
+    frame.extend([VERSION, kind, fds, fds]);
     frame.extend(body);
     frame
 }
@@ -171,7 +176,9 @@ fn message(text: &[u8]) -> Vec<u8> {
 /// Encodes a request to listen on a free port of 127.0.0.1.
 fn listen(index: u32) -> Vec<u8> {
     let mut body = numbers(&[index, index, 511]);
-    body.extend([0, 0, 4, 0, 0, 127, 0, 0, 1]);
+    // No flags, and no idle timeout.
+    body.extend([0; 5]);
+    body.extend([0, 4, 0, 0, 127, 0, 0, 1]);
     frame(LISTEN, 0, &body)
 }
 
@@ -214,6 +221,8 @@ impl Attacker {
         };
         let (kind, _) = attacker.receive_frame();
         assert_eq!(kind, PREAMBLE);
+        // Close the disconnect token, which comes with the preamble.
+        attacker.fds.borrow_mut().clear();
         Some(attacker)
     }
 
@@ -354,7 +363,7 @@ impl Listener<'_> {
 
     /// Receives one connection from the queue. Returns `None` if the queue is empty.
     fn receive(&self) -> Option<OwnedFd> {
-        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 8]).ok()?;
+        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 16]).ok()?;
         fds.into_iter().next()
     }
 
@@ -433,8 +442,8 @@ impl Case {
 
 /// Measurements of the master's work for clients of the well-behaved worker, whose id is 1.
 ///
-/// The test limits the work and not the clients' waiting times, because the latter depend on the
-/// machine's load.
+/// The test limits the work and not the clients' waiting times, because waiting times depend on
+/// the machine's load.
 #[derive(Default)]
 struct Measurements {
     /// The master's CPU time between each client's arrival and its acceptance.
@@ -911,13 +920,13 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
 fn garbled_frame_disconnects_the_worker() {
     expect_disconnected(
         "GET / HTTP/1.1",
-        "frame of version 47, this program supports version 1",
+        "frame of version 47, this program supports version 2",
     );
 }
 
 fn oversized_frame_disconnects_the_worker() {
     let why = "frame of 2147483647 bytes, the limit is 1048576";
-    expect_disconnected(r"\377\377\377\177\001\177\000\000", why);
+    expect_disconnected(r"\377\377\377\177\002\177\000\000", why);
 }
 
 fn program_that_ignores_its_channel_exits_without_an_error() {
@@ -955,8 +964,8 @@ fn flood_of_messages_does_not_delay_other_workers() {
     }));
 }
 
-/// Floods the master with messages so long that one read returns fewer messages than the master
-/// processes in one iteration (`FRAMES_PER_ITERATION`).
+/// Floods the master with longer messages. A read returns fewer of them than the master processes
+/// in an iteration (`FRAMES_PER_ITERATION`).
 fn flood_of_longer_messages_does_not_delay_other_workers() {
     attack_beside_honest_worker(Case::flood(|attacker| {
         attacker.start_clients();
@@ -1166,7 +1175,7 @@ fn out_of_band_descriptors_do_not_block_the_master() {
         attacker.send(&message(b"x"));
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("frame of version 0, this program supports version 1");
+    let why = Outcome::Disconnected("frame of version 0, this program supports version 2");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 
@@ -1589,6 +1598,14 @@ fn violations_without_a_listener() -> Vec<Violation> {
             release_why,
         ),
         violation(
+            |attacker| {
+                attacker.send(&online());
+                let (here, _there) = UnixStream::pair().unwrap();
+                park(attacker, SHARED_HANDLE, here.as_raw_fd())
+            },
+            "parked connection of a listener that the worker never had",
+        ),
+        violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
             "pause of a listener that the worker does not have",
         ),
@@ -1637,14 +1654,50 @@ fn violations_with_a_listener() -> Vec<Violation> {
             },
             "pause of a queue that the worker does not have",
         ),
+        violation(
+            |attacker| {
+                let join = after_joining(attacker, Vec::new());
+                attacker.send(&join);
+                let (reader, _writer) = std::io::pipe().unwrap();
+                park(attacker, SHARED_HANDLE, reader.as_raw_fd())
+            },
+            "parked descriptor that is no connection",
+        ),
+        violation(
+            |attacker| {
+                let join = after_joining(attacker, Vec::new());
+                attacker.send(&join);
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                park(attacker, SHARED_HANDLE, listener.as_raw_fd())
+            },
+            "parked descriptor that is no connection",
+        ),
+        violation(
+            |attacker| after_joining(attacker, handle_frame(PARK, SHARED_HANDLE)),
+            "descriptors that no frame announced",
+        ),
+        violation(
+            |attacker| after_joining(attacker, frame(PARK_AGAIN, 0, &numbers(&[0]))),
+            "report of a connection that the worker does not have",
+        ),
+        violation(
+            |attacker| after_joining(attacker, frame(DETACH, 0, &numbers(&[u32::MAX]))),
+            "report of a connection that the worker does not have",
+        ),
     ]
+}
+
+/// Parks a descriptor for a listener. Returns no further frames.
+fn park(attacker: &Attacker, handle: u32, fd: RawFd) -> Vec<u8> {
+    attacker.send_with_fds(&frame(PARK, 1, &numbers(&[handle])), &[fd]);
+    Vec::new()
 }
 
 fn malformed_frames() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     vec![
         violation(|_| frame(0, 0, &[]), "unknown kind of frame 0"),
-        violation(|_| frame(8, 0, &[0; 4]), "unknown kind of frame 8"),
+        violation(|_| frame(20, 0, &[0; 4]), "unknown kind of frame 20"),
         violation(|_| frame(255, 0, &[]), "unknown kind of frame 255"),
         violation(
             |_| frame(REPLY, 0, &numbers(&[1, 98])),
@@ -1669,15 +1722,15 @@ fn malformed_frames() -> Vec<Violation> {
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 0, 1],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 0, 1],
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 2, 1],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 2, 1],
             "descriptors that no frame announced",
         ),
         violation(
-            |_| vec![0, 0, 0, 0, 1, MESSAGE, 1, 65],
+            |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 1, 65],
             "descriptors that no frame announced",
         ),
         violation(
@@ -1769,7 +1822,7 @@ fn noise(random: &mut fastrand::Rng) -> Vec<u8> {
     match random.u8(..16) {
         0 => bytes(random, 5000),
         1..3 => {
-            let (kind, body) = (random.u8(..10), bytes(random, 30));
+            let (kind, body) = (random.u8(..12), bytes(random, 30));
             frame(kind, 0, &body)
         }
         3 => listen(small),

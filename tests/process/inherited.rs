@@ -42,6 +42,10 @@ pub fn trials() -> Vec<Trial> {
             serve.args(["--readiness", "50ms", "sleep", "1000"]);
             survives_a_hang_up(&serve, 1)
         }),
+        Trial::test(
+            "serve_leaves_ignored_signals_ignored",
+            serve_leaves_signals_ignored,
+        ),
     ]
 }
 
@@ -240,6 +244,27 @@ fn survives_a_hang_up(server: &Command, workers: usize) -> Result<(), Failed> {
     for text in ["generation 1", "signal: 1"] {
         assert!(!output.contains(text), "{text}:\n{output}");
     }
+    Ok(())
+}
+
+fn serve_leaves_signals_ignored() -> Result<(), Failed> {
+    let serve = example("serve");
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP TTIN TTOU; exec \"$@\"", "sh"]);
+    command.arg(serve.get_program());
+    command.args(["--listen", "127.0.0.1:0", "--workers", "1"]);
+    command.args(["--readiness", "50ms", "sleep", "1000"]);
+    let serve = Group::start(&mut command)?;
+    wait_until("a ready worker", || {
+        serve.output().contains("is ready").then_some(())
+    });
+    let status = std::fs::read_to_string(format!("/proc/{}/status", serve.pid()))?;
+    let ignored = signals(&status, "SigIgn:");
+    for number in [Number::SIGHUP, Number::SIGTTIN, Number::SIGTTOU] {
+        assert!(ignored.contains(&number), "{number}: {ignored:?}");
+    }
+    kill(serve.pid(), Number::SIGTERM)?;
+    assert!(serve.finish()?.success());
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::pool::{Pool, PoolOptions, SLOT, ignore_pool_signals};
+use cluster::pool::{Pool, PoolOptions, Readiness, SLOT, ignore_pool_signals};
 use cluster::{ListenOptions, Master, Role, Worker, systemd};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -24,6 +24,7 @@ use crate::harness::{
 crate::scenarios! {
     port_that_the_new_release_does_not_use_closes_after_an_upgrade
     port_of_a_slow_worker_stays_open_after_an_upgrade
+    port_of_an_online_worker_stays_open_until_the_worker_listens
     sockets_that_only_workers_opened_pass_to_the_new_master_rr
     sockets_that_only_workers_opened_pass_to_the_new_master_none
     sockets_that_only_workers_opened_pass_to_the_new_master_sharded
@@ -39,13 +40,15 @@ crate::scenarios! {
 const MS: Duration = Duration::from_millis(1);
 
 /// Environment variable with the path of the file that configures the service. Each line contains a
-/// verb and, unless the verb is `exit`, an address:
+/// verb and, unless the verb is `exit` or `online`, an address:
 ///
 /// - `pool`: the pool and the workers listen on the address.
 /// - `listen`: only the workers listen on the address.
 /// - `bind`: only the workers bind a datagram socket to the address.
 /// - `unix`: only the workers listen on the address, which is an abstract name.
 /// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
+/// - `late`: only the workers listen on the address, and only once the file `go` exists.
+/// - `online`: the pool treats workers as ready when they are online.
 /// - `exit`: the workers exit at once.
 const CONFIG: &str = "CONFIG";
 
@@ -57,7 +60,10 @@ pub fn service() {
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
-            let options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
+            let mut options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
+            if config.lines().any(|line| line == "online") {
+                options = options.readiness(Readiness::Online);
+            }
             let pool = Pool::new(&master, options);
             if let Err(error) = pool.adopt(&master, passed) {
                 println!("{error}");
@@ -111,7 +117,11 @@ fn configure_worker(worker: &Worker, line: &str, go: &Path) {
             wait_until("the file", || go.exists().then_some(()));
             serve(worker, address);
         }
-        "slow" => {}
+        "slow" | "online" => {}
+        "late" => {
+            wait_until("the file", || go.exists().then_some(()));
+            serve(worker, address);
+        }
         "unix" => serve_path(worker, &format!("\0{address}")),
         _ if address.starts_with('/') => serve_path(worker, address),
         _ => serve(worker, address),
@@ -342,6 +352,20 @@ fn port_that_the_new_release_does_not_use_closes_after_an_upgrade() {
     }
 }
 
+/// Connects a client to a port that no worker of the new master has requested yet, and waits until
+/// the client is in the backlog. Returns the thread that reads the answer.
+fn client_in_backlog(address: SocketAddr) -> std::thread::JoinHandle<String> {
+    let client = std::thread::spawn(move || talk(address, b"x").unwrap());
+    wait_until("the client to be connected", || {
+        assert!(!client.is_finished(), "the client was refused");
+        let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        // The client's entry: 127.0.0.1 and the port as the remote address, and ESTABLISHED.
+        let remote = format!("0100007F:{:04X} 01", address.port());
+        sockets.contains(&remote).then_some(())
+    });
+    client
+}
+
 fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
     if is_watched() {
         return service();
@@ -356,17 +380,37 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
         assert_served(slow.1, service.master());
         std::fs::remove_file(&go).unwrap();
         service.upgrade();
-        // No worker of the new master has requested the slow port yet, so the client waits in the
-        // backlog.
-        let client = std::thread::spawn(move || talk(slow.1, b"x").unwrap());
-        wait_until("the client to be connected", || {
-            let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
-            // The client's entry: 127.0.0.1 and the port as the remote address, and ESTABLISHED.
-            let remote = format!("0100007F:{:04X} 01", slow.1.port());
-            sockets.contains(&remote).then_some(())
-        });
+        let client = client_in_backlog(slow.1);
         std::fs::write(&go, "").unwrap();
         assert_eq!(client.join().unwrap(), service.master().to_string());
+        std::fs::remove_file(&go).unwrap();
+        let master = service.master();
+        service.stop(master);
+    }
+}
+
+/// Upgrades a service whose workers are ready before they listen. The new master must not close
+/// their port when the old master has exited. The kernel would reset the clients in the backlog.
+fn port_of_an_online_worker_stays_open_until_the_worker_listens() {
+    if is_watched() {
+        return service();
+    }
+    for policy in ["rr", "none"] {
+        let (late, unused) = (reserve_port(), reserve_port());
+        let go = std::env::temp_dir().join("go");
+        std::fs::write(&go, "").unwrap();
+        let config = format!("online\nlate {}", late.1);
+        let service = Service::start(policy, &format!("{config}\nlisten {}", unused.1));
+        service.wait_for_both_workers();
+        std::fs::remove_file(&go).unwrap();
+        std::fs::write(&service.config, config).unwrap();
+        service.upgrade();
+        let client = client_in_backlog(late.1);
+        std::fs::write(&go, "").unwrap();
+        assert_eq!(client.join().unwrap(), service.master().to_string());
+        wait_until("the close of the other port", || {
+            (connect_error(unused.1) == Some(ErrorKind::ConnectionRefused)).then_some(())
+        });
         std::fs::remove_file(&go).unwrap();
         let master = service.master();
         service.stop(master);

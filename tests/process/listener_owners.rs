@@ -434,7 +434,7 @@ fn listener_listens_again(policy: SchedulingPolicy) {
             master.on_error(move |master, worker, error| {
                 assert!(worker.is_none(), "{error}");
                 errors.set(errors.get() + 1);
-                // Shut the listener down three times in all.
+                // Shut the listener down again, until it has been shut down three times.
                 if errors.get() < 3 {
                     return ask(master, 1, "", |_, _| {});
                 }

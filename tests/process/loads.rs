@@ -5,7 +5,6 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
 
 use cluster::{
     Address, Connection, ListenerLoad, Master, SchedulingPolicy, Signal, Worker, WorkerLoad,
@@ -13,8 +12,8 @@ use cluster::{
 };
 
 use crate::harness::{
-    Log, answer_pings, cluster, count_returned, in_background, serve_id, stop, talk, wait_until,
-    when_all_wait, when_listening,
+    Log, answer_pings, cluster, count_returned, in_background, serve_after_one_byte, serve_id,
+    stop, talk, wait_until, when, when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -62,18 +61,6 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
         answer
     };
     clients.into_iter().map(read).collect()
-}
-
-/// Serves connections and reads one byte before each answer. A client that sends nothing therefore
-/// keeps its worker busy.
-fn serve_after_one_byte(worker: &Worker) {
-    answer_pings(worker);
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        let _ = connection.read(&mut [0]);
-        let id = worker.id().to_string();
-        let _ = connection.write_all(id.as_bytes());
-    }
 }
 
 fn loads_of_new_workers_are_zero() {
@@ -228,13 +215,11 @@ fn close(
 
 /// Calls `then` when workers have received `count` connections.
 fn when_received(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
-        if master.ledger().received == count {
-            then(master);
-        } else {
-            when_received(master, count, then);
-        }
-    });
+    when(
+        master,
+        move |master| master.ledger().received == count,
+        then,
+    );
 }
 
 /// Checks the loads when a stopped idle worker does not receive its connections: they are counted
@@ -321,13 +306,11 @@ fn loads_count_connections_waiting_for_a_worker() {
 
 /// Calls `then` when the master has accepted `count` connections.
 fn when_accepted(master: &Master, count: u64, then: impl FnOnce(&Master) + 'static) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
-        if master.ledger().accepted == count {
-            then(master);
-        } else {
-            when_accepted(master, count, then);
-        }
-    });
+    when(
+        master,
+        move |master| master.ledger().accepted == count,
+        then,
+    );
 }
 
 /// Checks that the numbers start at the worker's fork and include connections of listeners that the

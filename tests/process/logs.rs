@@ -196,7 +196,7 @@ impl Server {
     }
 }
 
-const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 
 /// Returns the process IDs of a master's children.
 fn workers(master: Pid) -> BTreeSet<i32> {
@@ -259,7 +259,8 @@ fn log_is_written_by_the_loop_when_its_reader_catches_up() {
                 let log = LogWriter::new(log).attached_to(master);
                 log.line("first");
                 log.line("last");
-                // Keep the log open until the other thread has read the last line.
+                // Keep the log open while the other thread reads. The process exits before the
+                // timer fires.
                 master.set_timeout(Duration::from_secs(60), move |_| drop(log));
             }
             let read = move || {
@@ -362,7 +363,7 @@ fn log_reports_dropped_lines_to_a_reader_that_returns() {
     };
     let reader = open(&path);
     let writer = File::options().write(true).open(&path).unwrap();
-    // Test a log that has written to the first reader, and a log that has written nothing so far.
+    // Test a log that has written to the first reader, and a log that has not written yet.
     let before = LogWriter::new(writer.try_clone().unwrap());
     before.line("before");
     read_until(&reader, "before");

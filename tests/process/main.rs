@@ -20,6 +20,7 @@ mod conformance;
 mod counting;
 mod deadlines;
 mod detached;
+mod disconnecting;
 mod edges;
 mod examples;
 mod exhaustion;
@@ -40,6 +41,7 @@ mod listen;
 mod listener_owners;
 mod loads;
 mod logs;
+mod lowered_limit;
 mod messages;
 mod nested;
 mod notify;
@@ -67,6 +69,7 @@ mod serve;
 mod sharded;
 mod stalled;
 mod systemd;
+mod threads;
 mod usage;
 mod without_exec;
 
@@ -79,6 +82,7 @@ fn worker_id(_: u32) -> cluster::WorkerId {
     unreachable!("the unit tests of the pool run in the crate")
 }
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
@@ -89,7 +93,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 #[allow(unsafe_code)]
 fn reset_ignored_signals() {
     let is_fixed = |signal: &Signal| {
-        // SIGPIPE is ignored by Rust's runtime, which also resets it in every child.
+        // Leave SIGPIPE ignored, as Rust's runtime has set it. `Command` resets it in every child.
         matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
     };
     for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
@@ -108,6 +112,7 @@ fn main() -> ExitCode {
         leave::SCENARIOS,
         hostile::SCENARIOS,
         exhaustion::SCENARIOS,
+        lowered_limit::SCENARIOS,
         accept_errors::SCENARIOS,
         finish::SCENARIOS,
         old_kernels::SCENARIOS,
@@ -117,6 +122,7 @@ fn main() -> ExitCode {
         hand_off::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
+        disconnecting::SCENARIOS,
         nested::SCENARIOS,
         orphans::SCENARIOS,
         host::SCENARIOS,
@@ -135,6 +141,7 @@ fn main() -> ExitCode {
         logs::SCENARIOS,
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
+        threads::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
         operator::SCENARIOS,
@@ -180,5 +187,12 @@ fn main() -> ExitCode {
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
     ));
+    // A name selects a trial on the command line, and a scenario in the environment of a worker.
+    let programs = serve::PROGRAMS.iter().chain(groups::PROGRAMS);
+    let programs = programs.map(|program| program.name);
+    let mut names = BTreeSet::new();
+    for name in trials.iter().map(Trial::name).chain(programs) {
+        assert!(names.insert(name), "the name {name} is not unique");
+    }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

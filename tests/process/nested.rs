@@ -84,8 +84,9 @@ fn program_below_several_wrappers_has_its_own_workers() {
     }
 }
 
-/// Starts a cluster program as process 2 of a PID namespace, below a worker that is process 2 of
-/// the surrounding PID namespace. The worker calls `init`, or is only a wrapper that does not.
+/// Starts a cluster program as process 2 of a PID namespace. Its ancestor is a worker that is also
+/// process 2, but of the surrounding PID namespace. The worker either calls `init` or only wraps
+/// the program.
 fn program_with_the_process_id_of_a_worker_is_a_master() {
     match kind().as_deref() {
         None => {

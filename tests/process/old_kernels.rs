@@ -199,8 +199,8 @@ fn count_fds() -> usize {
 
 const SOCKET: &str = "SOCKET";
 
-/// Checks that one worker serves a port and a path until it is killed, and that another worker
-/// exits with a code.
+/// Checks that a worker serves a port and a path until it is killed, and that another worker exits
+/// with a code.
 fn workers_serve_and_exit() {
     let before = count_fds();
     match cluster::init().unwrap() {

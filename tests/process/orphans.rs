@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Environment variable that tells a master in which way to end.
 const END: &str = "MASTERS_END";
 
-/// What each worker does when its master ends, and its process state as `/proc/PID/stat` shows it.
+/// The activity of each worker when its master ends, and its process state in `/proc/PID/stat`.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", ") S "),
     ("running", ") S "),
@@ -343,8 +343,8 @@ const CAPABILITY: &str = "CapEff:\t0000000000000400";
 /// The status line of a process whose effective and saved users are root.
 const ROOT_BY_BIT: &str = "Uid:\t65534\t0\t0\t0";
 
-/// Checks, before `init`, the process's privileges and that `execve` has cleared the parent-death
-/// signal.
+/// Checks before `init` that the process has the expected privileges, and that `execve` has cleared
+/// the parent-death signal.
 fn check_privileges() {
     let privileges = std::env::var(PRIVILEGES).unwrap();
     let status = std::fs::read_to_string("/proc/self/status").unwrap();

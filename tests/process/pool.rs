@@ -115,6 +115,7 @@ fn dead_worker_is_replaced_in_its_slot() {
         assert_next("(signal: 9 (SIGKILL))");
     }
     assert_next("is ready");
+    assert_next("is disconnecting");
     assert_next("has exited");
 }
 
@@ -300,6 +301,7 @@ fn worker_reports_its_own_readiness() {
             "listening",
             "slot 0: worker 1 is ready",
             "ready",
+            "slot 0: worker 1 is disconnecting",
             "not ready",
             "slot 0: worker 1 has exited"
         ]
@@ -351,6 +353,7 @@ fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit
                 }
                 PoolEvent::QuorumLost => assert!(pool.is_stopping(), "a gap"),
                 PoolEvent::WorkerReady { .. }
+                | PoolEvent::WorkerDisconnecting { .. }
                 | PoolEvent::QuorumReached
                 | PoolEvent::RecyclingPostponed { .. } => {}
                 other => panic!("{other}"),

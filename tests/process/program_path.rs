@@ -21,6 +21,9 @@ crate::scenarios! {
     release_behind_a_switched_link_is_started
     program_found_by_its_name_is_started
     program_called_by_another_name_is_started
+    upgrade_executes_the_script_that_passed_its_own_name
+    set_user_id_program_ignores_the_script_in_its_name: ROOT
+    set_user_id_program_ignores_the_link_by_which_it_was_called: ROOT
     replaced_program_is_started
     missing_program_is_started_when_it_is_back
     program_is_found_without_proc: MOUNT_NAMESPACE
@@ -267,6 +270,88 @@ fn program_called_by_another_name_is_started() {
     server.stop(successor.pid);
 }
 
+/// Writes an executable script.
+fn write_script(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Calls the script by a relative path. The master changes its directory, so it must have
+/// determined the absolute path before.
+fn upgrade_executes_the_script_that_passed_its_own_name() {
+    if is_watched() {
+        return server();
+    }
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let releases = Releases::new();
+    let [script, old, new] = ["run.sh", "r1/app", "r2/app"].map(|name| releases.path(name));
+    let text = |app: &Path| format!("#!/bin/bash\nexec -a \"$0\" {} \"$@\"\n", app.display());
+    write_script(&script, &text(&old));
+    let server = releases.start("exec ./run.sh");
+    let master = server.master(0);
+    assert_eq!((&master.program, &server.worker(0).program), (&old, &old));
+    server.line("ready");
+    write_script(&script, &text(&new));
+    assert_eq!(
+        server.replace(0).program,
+        old,
+        "workers execute the program"
+    );
+    server.line("slot 0: worker 2 is ready");
+    kill(master.pid, Number::SIGUSR2).unwrap();
+    let successor = server.master(1);
+    assert_eq!(successor.program, new);
+    server.line("this master has taken over");
+    server.stop(successor.pid);
+}
+
+/// Executes a program whose set-user-ID bit changes its effective user. The user who calls it
+/// chooses `argv[0]`, but must not choose a script that is executed as the other user.
+fn set_user_id_program_ignores_the_script_in_its_name() {
+    if is_watched() {
+        let Role::Master(master) = cluster::init().unwrap() else {
+            panic!("a worker");
+        };
+        let has_changed = nix::unistd::geteuid() != nix::unistd::getuid();
+        // A file system may be mounted without the effect of the bit.
+        let script = master.wrapper_script().filter(|_| has_changed);
+        return println!("{}", script.is_some());
+    }
+    let releases = Releases::new();
+    let script = releases.path("script");
+    write_script(&script, "#!/bin/sh\n");
+    let app = set_user_id_copy(&releases);
+    assert_eq!(output_of(Command::new(&app).arg0(&script)), "false\n");
+}
+
+/// Copies this program, and lets the copy run as another user.
+fn set_user_id_copy(releases: &Releases) -> PathBuf {
+    let app = releases.path("r1/copy");
+    std::fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
+    std::os::unix::fs::chown(&app, Some(crate::exhaustion::unique_user()), None).unwrap();
+    std::fs::set_permissions(&app, Permissions::from_mode(0o4755)).unwrap();
+    app
+}
+
+/// The user who calls a set-user-ID program may switch the link by which the user called it, but
+/// must not choose a program that is executed as the other user.
+fn set_user_id_program_ignores_the_link_by_which_it_was_called() {
+    if is_watched() {
+        let Role::Master(master) = cluster::init().unwrap() else {
+            panic!("a worker");
+        };
+        let has_changed = nix::unistd::geteuid() != nix::unistd::getuid();
+        let settings = master.settings();
+        let exec = settings.get_exec().unwrap();
+        // A file system may be mounted without the effect of the bit.
+        return println!("{}", has_changed && exec.ends_with("link"));
+    }
+    let releases = Releases::new();
+    let link = releases.path("link");
+    std::os::unix::fs::symlink(set_user_id_copy(&releases), &link).unwrap();
+    assert_eq!(output_of(&mut Command::new(&link)), "false\n");
+}
+
 fn replaced_program_is_started() {
     if is_watched() {
         return server();
@@ -366,8 +451,7 @@ fn interpreter_of_a_script_is_started() {
     }
     let releases = Releases::new();
     let [app, script] = ["r1/app", "script"].map(|name| releases.path(name));
-    std::fs::write(&script, format!("#!{}\n", app.display())).unwrap();
-    std::fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+    write_script(&script, &format!("#!{}\n", app.display()));
     let expected = format!(
         "{} Some({script:?})\nexit status: 0\nexit status: 3\n",
         app.display()

@@ -15,7 +15,9 @@ use cluster::{ListenOptions, Master, MasterListener, SchedulingPolicy, Signal, W
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{EADDRINUSE, EINVAL};
 
-use crate::harness::{Log, cluster, in_background, serve_id, talk, wait_until};
+use crate::harness::{
+    Log, cluster, in_background, serve_after_one_byte, serve_id, talk, wait_until, when,
+};
 use crate::sharded::{Count, Load};
 
 crate::scenarios! {
@@ -722,15 +724,6 @@ fn with_five_accepted(
     });
 }
 
-fn serve_after_one_byte(worker: &cluster::Worker) {
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        connection.read_exact(&mut [0]).unwrap();
-        let id = worker.id().to_string();
-        connection.write_all(id.as_bytes()).unwrap();
-    }
-}
-
 /// Sends one byte from each client, and returns all answers as one string. Ignores clients whose
 /// connections were closed or reset.
 fn ask_all(clients: Vec<TcpStream>) -> String {
@@ -805,14 +798,16 @@ fn disconnecting_workers_serve_accepted_connections() {
 }
 
 /// Calls `then` once the master has accepted `accepted` connections and workers have received
-/// `taken` of them.
-fn when_received(master: &Master, taken: u64, accepted: u64, then: impl FnOnce(&Master) + 'static) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
+/// `received` of them.
+fn when_received(
+    master: &Master,
+    received: u64,
+    accepted: u64,
+    then: impl FnOnce(&Master) + 'static,
+) {
+    let is_reached = move |master: &Master| {
         let ledger = master.ledger();
-        if (ledger.received, ledger.accepted) == (taken, accepted) {
-            then(master);
-        } else {
-            when_received(master, taken, accepted, then);
-        }
-    });
+        (ledger.received, ledger.accepted) == (received, accepted)
+    };
+    when(master, is_reached, then);
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use cluster::{Connection, Interest, Listener, Master, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, count_returned, in_background, stop, talk, when_all_wait,
-    when_listening, with_env,
+    Log, answer_pings, cluster, count_returned, in_background, serve_after_one_byte, stop, talk,
+    when, when_all_wait, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -96,19 +96,6 @@ fn next(master: &Master, address: SocketAddr, mut answers: Vec<String>, log: Log
             next(master, address, answers, log);
         });
     });
-}
-
-/// Serves connections, and reads one byte before each answer, so that a silent client keeps the
-/// worker busy.
-pub fn serve_after_one_byte(worker: &Worker) {
-    answer_pings(worker);
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        if connection.read_exact(&mut [0]).is_ok() {
-            let id = worker.id().to_string();
-            let _ = connection.write_all(id.as_bytes());
-        }
-    }
 }
 
 fn slow_request_does_not_delay_other_clients() {
@@ -443,22 +430,6 @@ fn client_that_disconnects_while_it_waits_is_counted() {
     assert_eq!(entries.take(), ["3 of 4"]);
 }
 
-/// Calls `then` once `done` returns true. Checks every millisecond.
-fn when(
-    master: &Master,
-    done: impl Fn(&Master) -> bool + 'static,
-    then: impl FnOnce(&Master) + 'static,
-) {
-    let then = RefCell::new(Some(then));
-    until(master, move |master| {
-        let done = done(master);
-        if done {
-            then.take().unwrap()(master);
-        }
-        done
-    });
-}
-
 /// Number of connections that [`with_a_queue`] puts into the only worker's queue.
 const QUEUED: usize = 5;
 
@@ -542,15 +513,6 @@ fn serve_by_callback(worker: &Worker, first: impl FnMut(&Worker, &Listener, Conn
         first(worker, &own.upgrade().unwrap(), connection);
     });
     worker.run().unwrap();
-}
-
-/// Calls `done` every millisecond until it returns true.
-fn until(master: &Master, done: impl Fn(&Master) -> bool + 'static) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
-        if !done(master) {
-            until(master, done);
-        }
-    });
 }
 
 /// Closes the client's connection with a reset.

@@ -11,7 +11,8 @@ use std::time::Duration;
 use cluster::{Master, Role, Signal, Worker, WorkerId, WorkerLoad, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, serve_id, stop, talk, when_all_wait, when_listening,
+    Log, answer_pings, cluster, in_background, serve_after_one_byte, serve_id, stop, talk, when,
+    when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -35,18 +36,6 @@ fn answer_ids(worker: &Worker) {
     serve_id(worker, "127.0.0.1:0");
 }
 
-/// Serves connections and reads one byte before each answer. A client that sends nothing therefore
-/// keeps its worker busy.
-fn serve_after_one_byte(worker: &Worker) {
-    answer_pings(worker);
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        let _ = connection.read(&mut [0]);
-        let id = worker.id().to_string();
-        let _ = connection.write_all(id.as_bytes());
-    }
-}
-
 /// Returns the candidate with this ID.
 fn candidate(number: u32, workers: &[WorkerLoad]) -> Option<WorkerId> {
     let mut ids = workers.iter().map(|load| load.worker);
@@ -63,21 +52,6 @@ fn finish(mut client: TcpStream) -> String {
 
 fn fork_two(master: &Master) {
     (0..2).for_each(|_| drop(master.fork().unwrap()));
-}
-
-/// Checks the condition every millisecond, and calls `then` when it is true.
-fn when(
-    master: &Master,
-    condition: impl Fn(&Master) -> bool + 'static,
-    then: impl FnOnce(&Master) + 'static,
-) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
-        if condition(master) {
-            then(master);
-        } else {
-            when(master, condition, then);
-        }
-    });
 }
 
 /// Returns a worker's ID for the peer, based on the last digit of the peer's port.
@@ -418,16 +392,19 @@ fn master_accepts_at_most_sixteen_connections_per_worker() {
                         (0..CLIENTS).map(connect).collect::<Vec<_>>()
                     };
                     in_background(master, clients, move |master, clients| {
-                        // All clients are connected. A master without a limit would accept more
-                        // than 32 of them within 100 ms.
-                        master.set_timeout(Duration::from_millis(100), move |master| {
-                            assert_eq!(master.ledger().accepted, 2 * 16);
-                            chosen.process().kill(Signal::CONT);
-                            let work = || clients.into_iter().map(finish).collect::<Vec<_>>();
-                            in_background(master, work, move |master, answers| {
-                                assert_eq!(answers, ["1"; CLIENTS]);
-                                log.add("all");
-                                master.disconnect();
+                        let is_reached = |master: &Master| master.ledger().accepted >= 2 * 16;
+                        when(master, is_reached, move |master| {
+                            // All clients are connected. A master without a limit would accept
+                            // further clients within 100 ms.
+                            master.set_timeout(Duration::from_millis(100), move |master| {
+                                assert_eq!(master.ledger().accepted, 2 * 16);
+                                chosen.process().kill(Signal::CONT);
+                                let work = || clients.into_iter().map(finish).collect::<Vec<_>>();
+                                in_background(master, work, move |master, answers| {
+                                    assert_eq!(answers, ["1"; CLIENTS]);
+                                    log.add("all");
+                                    master.disconnect();
+                                });
                             });
                         });
                     });

@@ -61,11 +61,16 @@ fn program() {
         let mut passed = sd_notify::listen_fds().unwrap();
         TcpListener::from_raw_fd(passed.next().unwrap())
     };
-    listener.set_nonblocking(true).unwrap();
-    let mut end = SigSet::empty();
-    end.add(Signal::SIGTERM);
+    let end = SigSet::from(Signal::SIGTERM);
     end.thread_block().unwrap();
-    let end = SignalFd::new(&end).unwrap();
+    serve_until(&end, &listener, |client| drop(answer(client)));
+}
+
+/// Calls `serve` with each client, and returns when a signal of `end` arrives between two clients.
+/// The caller must have blocked these signals.
+pub fn serve_until(end: &SigSet, listener: &TcpListener, mut serve: impl FnMut(TcpStream)) {
+    listener.set_nonblocking(true).unwrap();
+    let end = SignalFd::new(end).unwrap();
     loop {
         let fds = [listener.as_fd(), end.as_fd()];
         let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -74,14 +79,17 @@ fn program() {
             return;
         }
         match listener.accept() {
-            Ok((connection, _)) => drop(answer(connection)),
+            Ok((client, _)) => {
+                client.set_nonblocking(false).unwrap();
+                serve(client);
+            }
+            // Another process of the server has accepted the client.
             Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
         }
     }
 }
 
 fn answer(mut connection: TcpStream) -> std::io::Result<()> {
-    connection.set_nonblocking(false)?;
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {
         let mut buffer = [0; 1024];

@@ -19,8 +19,8 @@ use std::time::Duration;
 use cluster::{Master, SchedulingPolicy, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, stop, talk, wait_for_state, wait_until,
-    when_all_wait, when_listening,
+    Log, answer_pings, cluster, in_background, serve_after_one_byte, stop, talk, wait_for_state,
+    wait_until, when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -297,18 +297,6 @@ fn grow_and_shrink(master: &Master, times: u32, then: impl FnOnce(&Master) + 'st
         new.on_listening(move |master, worker, address| {
             grown.borrow_mut()(master, worker, address);
         });
-    }
-}
-
-/// Serves connections, and reads one byte before each answer, so that a silent client keeps the
-/// worker busy.
-fn serve_after_one_byte(worker: &Worker) {
-    answer_pings(worker);
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        connection.read_exact(&mut [0]).unwrap();
-        let id = worker.id().to_string();
-        connection.write_all(id.as_bytes()).unwrap();
     }
 }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use cluster::{Master, Signal, WorkerProcess};
 
-use crate::harness::{Log, cluster, in_background, stop, when_all_wait, when_listening};
-use crate::round_robin::serve_after_one_byte;
+use crate::harness::{
+    Log, cluster, in_background, serve_after_one_byte, stop, when, when_all_wait, when_listening,
+};
 
 crate::scenarios! {
     connection_of_two_stopped_workers_goes_to_the_one_that_continues
@@ -20,14 +21,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Waits until the master has reclaimed the connection, and calls `then` with the worker that did
 /// not receive it.
 fn when_reclaimed(master: &Master, then: impl FnOnce(&Master, WorkerProcess) + 'static) {
-    master.set_timeout(Duration::from_millis(1), move |master| {
+    let stalled = |master: &Master| {
         let loads = master.loads().workers;
-        let Some(load) = loads.into_iter().find(|load| load.returned > 0) else {
-            return when_reclaimed(master, then);
-        };
+        let load = loads.into_iter().find(|load| load.returned > 0)?;
         let mut workers = master.workers().into_iter();
-        let stalled = workers.find(|worker| worker.id() == load.worker).unwrap();
-        then(master, stalled);
+        workers.find(|worker| worker.id() == load.worker)
+    };
+    let is_reclaimed = move |master: &Master| stalled(master).is_some();
+    when(master, is_reclaimed, move |master| {
+        then(master, stalled(master).unwrap());
     });
 }
 

@@ -575,8 +575,8 @@ fn worker_notifies_readiness_itself() {
             let socket = UnixDatagram::bind(&path).unwrap();
             let received_so_far = Rc::clone(&notifications);
             let receive = move |_: &Master, socket: &UnixDatagram| {
-                // Drop the received descriptors in `received`, because `systemd-notify` waits until
-                // its descriptor is closed.
+                // `received` drops the descriptors that it receives, because `systemd-notify` waits
+                // until its descriptor is closed.
                 received_so_far.borrow_mut().extend(received(socket));
                 Some(Interest::Readable)
             };

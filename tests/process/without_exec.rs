@@ -206,11 +206,12 @@ fn kinds_since(beginning: &BTreeMap<RawFd, PathBuf>) -> Vec<String> {
     kinds
 }
 
-/// Kinds of the descriptors for a worker's channel and poller.
-const CHANNEL_AND_POLLER: [&str; 4] = [
+/// Kinds of the descriptors for a worker's channel, disconnect token and poller.
+const CHANNEL_AND_POLLER: [&str; 5] = [
     "anon_inode:[eventfd]",
     "anon_inode:[eventpoll]",
     "anon_inode:[timerfd]",
+    "socket",
     "socket",
 ];
 
@@ -334,8 +335,9 @@ fn copy_has_no_connection_that_waits_in_the_master() {
         set_main(&asked, move |_| {
             let found = kinds_since(&beginning);
             let sockets = found.iter().filter(|kind| *kind == "socket").count();
-            let expected = "its channel, the client, and what keeps the number of the poller";
-            assert_eq!(sockets, 3, "{expected}");
+            let expected = "its channel and disconnect token, the client, and what keeps the \
+                            number of the poller";
+            assert_eq!(sockets, 4, "{expected}");
         });
         asked.fork().unwrap();
         workers.first().map(|load| load.worker)

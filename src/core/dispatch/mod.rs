@@ -558,12 +558,13 @@ impl<C> Dispatcher<C> {
         reclaimed.map_or(0, |((), received)| received)
     }
 
-    /// Takes back a connection that could not be put into the worker's queue. If the queue
-    /// `is_full`, nothing more is dispatched to the worker until it reports that it is idle.
+    /// Takes back a connection that could not be put into the worker's queue, or only counts it if
+    /// `connection` is `None`. If the queue `is_full`, nothing more is dispatched to the worker until
+    /// it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,
-        connection: Sequenced<C>,
+        connection: Option<Sequenced<C>>,
         is_full: bool,
     ) {
         self.update(worker, |member| {
@@ -572,7 +573,7 @@ impl<C> Dispatcher<C> {
                 member.pause();
             }
         });
-        self.push_back(vec![connection]);
+        self.push_back(connection.into_iter().collect());
     }
 
     /// Records that a client hung up before its connection reached the worker's queue.

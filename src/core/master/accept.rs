@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::listener::{AcceptState, Stage};
+use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, Handoff, MasterCore};
 use crate::error::Error;
 use crate::types::endpoint::Kind;
@@ -39,10 +39,11 @@ impl<C, F> MasterCore<C, F> {
         match self.listeners.get_mut(&handle) {
             Some(listener) if listener.stage != Stage::Unbound => {
                 listener.has_accepted = true;
-                if listener.parking.waits_for_data() {
+                if listener.holds_new() {
                     listener.dispatcher.count_accepted();
                     return self.hold(handle, connection, 0);
                 }
+                listener.ready.use_reserved();
                 listener.dispatcher.push(Handoff::New(connection));
                 self.dispatch_waiting(handle);
             }
@@ -65,6 +66,7 @@ impl<C, F> MasterCore<C, F> {
                 false => AcceptState::Ready,
             };
             self.watch(handle, has_capacity);
+            self.dispatch_rest(handle);
             self.rebalance(handle);
             self.resume_if_served(handle);
         }
@@ -86,7 +88,7 @@ impl<C, F> MasterCore<C, F> {
             // poller would report it endlessly.
             let is_closed_for_good = listener.is_closed_for_good();
             self.watch(handle, has_capacity && !is_closed_for_good);
-            self.dispatch_resumed(handle);
+            self.dispatch_rest(handle);
             self.rebalance(handle);
             self.unbind_if_drained(handle);
             self.resume_if_served(handle);
@@ -103,6 +105,7 @@ impl<C, F> MasterCore<C, F> {
             let address = listener.public_address().to_string();
             self.watch(handle, false);
             self.error(None, Error::Accept { address, reason });
+            self.dispatch_rest(handle);
             self.rebalance(handle);
             self.resume_if_served(handle);
         }
@@ -124,6 +127,7 @@ impl<C, F> MasterCore<C, F> {
         }
         self.error(None, Error::ShutDown { address, outcome });
         self.select_shards(handle);
+        self.dispatch_rest(handle);
         self.rebalance(handle);
         self.resume_if_served(handle);
     }
@@ -142,16 +146,20 @@ impl<C, F> MasterCore<C, F> {
     /// Passes resumed connections to the dispatcher, and accepts if the backlog may contain a
     /// connection, as far as the dispatcher has capacity.
     pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
-        self.dispatch_resumed(handle);
+        let before = self.listeners.get(&handle).map_or(0, Listener::capacity);
+        let resumed = self.dispatch_resumed(handle);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.accept_state != AcceptState::Ready || listener.stage == Stage::Unbound {
             return;
         }
-        let capacity = listener.capacity();
+        // Use the rest of the capacity even if no worker is idle now, because it is the share of the
+        // new connections. They are dispatched behind the resumed ones.
+        let capacity = before.saturating_sub(resumed).max(listener.capacity());
         if capacity > 0 && listener.dispatch_from.is_none() {
             listener.accept_state = AcceptState::Accepting;
+            listener.ready.reserve(capacity);
             let at_most = capacity.min(ACCEPT_BATCH);
             self.actions.push_back(Action::Accept { handle, at_most });
         } else {

@@ -12,7 +12,8 @@ use crate::wire::frame::HandleId;
 /// final. It applies to draining listeners that may have served connections, and to the shards of
 /// departing workers.
 ///
-/// Handshakes that are in flight over a network complete in that time. If it is shorter, the
+/// Handshakes that are in flight over a network complete in that time, and the poller reports the
+/// idle connections whose clients have already sent something. If it is shorter, the
 /// clients of slow handshakes are reset. If it is longer, the disconnects take longer.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
@@ -21,7 +22,9 @@ impl<C, F> MasterCore<C, F> {
     /// Starts draining the listener when all workers that serve it are disconnecting. A retained
     /// listener pauses instead. A borrowed TCP or Unix listener is returned to the application.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
-        let now = self.now;
+        let grace_end = self.now.saturating_add(DRAIN_GRACE);
+        // Let the poller report the idle connections whose clients have already sent something.
+        let idle_grace = self.parked.is_any_idle_on(handle).then_some(grace_end);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
@@ -35,12 +38,12 @@ impl<C, F> MasterCore<C, F> {
             // period is needed.
             Kind::Udp => self.finish_drain(handle),
             Kind::Tcp | Kind::Unix if listener.key.endpoint.is_borrowed() => {
-                self.return_borrowed(handle);
+                self.return_borrowed(handle, idle_grace);
             }
             Kind::Unix if listener.is_sole() => {
-                // Remove the file, so that no client can connect. No grace period is needed,
-                // because no handshake can be in flight.
-                listener.stage = Stage::Draining(None);
+                // Remove the file, so that no client can connect. Handshakes need no grace period,
+                // because none can be in flight.
+                listener.stage = Stage::Draining(idle_grace);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });
                 if !workers_accept {
@@ -51,13 +54,14 @@ impl<C, F> MasterCore<C, F> {
                 self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
-                // Use the grace period if workers accept, because the master does not know what
-                // they have accepted.
+                // Skip the grace period if no client has ever connected, because no handshake is
+                // then expected. If workers accept, the master does not know whether clients have
+                // connected.
                 let grace = match listener.has_accepted || workers_accept {
-                    true => DRAIN_GRACE,
-                    false => Time::ZERO,
+                    true => grace_end,
+                    false => self.now,
                 };
-                listener.stage = Stage::Draining(Some(now.saturating_add(grace)));
+                listener.stage = Stage::Draining(Some(grace));
                 self.keep_new_connections_out(handle);
                 if !workers_accept {
                     self.check_backlog(handle);
@@ -76,7 +80,7 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_sole() {
             self.actions.push_back(Action::AttachSynFilter { handle });
         } else if listener.policy == SchedulingPolicy::Sharded {
-            // Select the first shard, because it is the one that `MasterListener::as_fd` returns.
+            // Select the first shard, because `MasterListener::as_fd` returns it.
             let shards = vec![0];
             self.actions
                 .push_back(Action::SelectShards { handle, shards });
@@ -84,8 +88,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns a borrowed listener to the application, where it stays open with its backlog. The
-    /// workers serve only the connections that have already been accepted.
-    fn return_borrowed(&mut self, handle: HandleId) {
+    /// workers serve only the connections that have already been accepted. `grace` is the end of the
+    /// grace period for idle connections, if any.
+    fn return_borrowed(&mut self, handle: HandleId, grace: Option<Time>) {
         self.remove_key(handle);
         self.watch(handle, false);
         let Some(listener) = self.listeners.get_mut(&handle) else {
@@ -93,8 +98,9 @@ impl<C, F> MasterCore<C, F> {
         };
         match listener.policy {
             SchedulingPolicy::RoundRobin => {
-                listener.stage = Stage::Draining(None);
+                listener.stage = Stage::Draining(grace);
                 listener.accept_state = AcceptState::Closed;
+                self.dispatch_rest(handle);
                 self.unbind_if_drained(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {

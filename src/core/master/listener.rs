@@ -49,6 +49,15 @@ use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleKey;
 
+/// The interval between two sweeps of a draining or pausing listener's waiting connections. The
+/// system does not report when their clients hang up. While nothing drains, no sweep is scheduled,
+/// so that an idle master makes no system call.
+///
+/// The shell checks 2 connections in each iteration, so 100 connections take about one second. A
+/// longer interval delays the end of a drain. A shorter one wakes the master more often while a
+/// worker is busy. No benchmark chose this value.
+pub(super) const SWEEP_INTERVAL: Time = Time::from_millis(20);
+
 /// The stage of a listener. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -142,6 +151,8 @@ pub(super) struct Listener<C> {
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource.
     pub(super) dispatch_from: Option<Time>,
+    /// The time at which clients of waiting connections were last checked for a hang-up.
+    pub(super) swept_at: Time,
     /// The time at which the master begins to watch for shutdowns again, after another process has
     /// shut the listener down. `None` if no such time is set. Only for listeners whose workers
     /// accept.
@@ -187,6 +198,7 @@ impl<C> Listener<C> {
             parking: Parking::default(),
             has_accepted: false,
             dispatch_from: None,
+            swept_at: Time::ZERO,
             hang_up_from: None,
             retained_by: 0,
             is_requested: true,
@@ -206,7 +218,7 @@ impl<C> Listener<C> {
             | AcceptState::Closed => None,
         };
         let grace = match (self.stage, self.accept_state, self.policy) {
-            (Stage::Draining(grace), AcceptState::Watched, _)
+            (Stage::Draining(grace), AcceptState::Watched | AcceptState::Closed, _)
             | (Stage::Draining(grace), _, SchedulingPolicy::Shared | SchedulingPolicy::Sharded) => {
                 grace
             }
@@ -215,6 +227,8 @@ impl<C> Listener<C> {
         let departing = self.departing.first().map(|(time, _)| *time);
         let rebalance = self.dispatcher.rebalance_deadline();
         let rebalance = rebalance.filter(|_| self.may_dispatch());
+        let sweep = self.is_ending_with_waiting();
+        let sweep = sweep.then(|| self.swept_at.saturating_add(SWEEP_INTERVAL));
         let all = [
             back_off,
             grace,
@@ -222,8 +236,16 @@ impl<C> Listener<C> {
             self.dispatch_from,
             self.hang_up_from,
             rebalance,
+            sweep,
         ];
         all.into_iter().fold(None, earlier)
+    }
+
+    /// Returns whether connections wait in the master although the listener drains or pauses. A
+    /// hang-up of their clients may then be the only event that continues the drain.
+    fn is_ending_with_waiting(&self) -> bool {
+        let is_ending = matches!(self.stage, Stage::Draining(_) | Stage::Pausing);
+        is_ending && self.dispatcher.has_waiting()
     }
 
     /// Returns the address in the form that the application receives.
@@ -236,13 +258,17 @@ impl<C> Listener<C> {
         self.stage != Stage::Unbound && self.dispatch_from.is_none()
     }
 
-    /// Returns whether the backlog may have a connection that the master would accept now.
+    /// Returns whether the backlog may have a connection for which the dispatcher needs capacity.
     pub(super) fn may_have_backlog(&self) -> bool {
-        let is_unknown = matches!(
-            self.accept_state,
-            AcceptState::Ready | AcceptState::Accepting
-        );
-        is_unknown && !self.parking.waits_for_data()
+        self.accept_state == AcceptState::Ready && !self.holds_new()
+    }
+
+    /// Returns whether the master holds new connections until their clients send something. A
+    /// draining listener does not, because it would close the connections whose clients have sent
+    /// something that the poller has not reported.
+    pub(super) fn holds_new(&self) -> bool {
+        let stays_open = matches!(self.stage, Stage::Open | Stage::Pausing);
+        stays_open && self.parking.waits_for_data()
     }
 
     /// Returns how many more connections the master may accept now.
@@ -250,11 +276,7 @@ impl<C> Listener<C> {
         match self.stage {
             Stage::Pausing => 0,
             // The master holds these connections, so it does not need an idle worker.
-            Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound
-                if self.parking.waits_for_data() =>
-            {
-                u64::MAX
-            }
+            Stage::Open if self.holds_new() => u64::MAX,
             // Accept one connection even if no worker is idle, because only `accept` shows whether
             // the backlog is empty. The drain would otherwise wait for a worker that may never be
             // idle again, for example because it has no free descriptor.

@@ -61,6 +61,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
+#[cfg(any(test, fuzzing))]
+use crate::types::connection_id::ConnectionId;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{ListenerLoad, WorkerLoad};
 use crate::types::policy::SchedulingPolicy;
@@ -383,7 +385,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
     /// true because their client has hung up. Each call continues after the last connection that
-    /// the previous call checked.
+    /// the previous call checked. While a listener drains, `deadline` schedules its sweeps.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
@@ -393,6 +395,7 @@ impl<C, F> MasterCore<C, F> {
             let Some(listener) = self.listeners.get_mut(&handle) else {
                 continue;
             };
+            listener.swept_at = self.now;
             let swept = listener.dispatcher.sweep(left, &mut is_gone);
             left -= swept.checked;
             self.last_swept = handle;
@@ -440,6 +443,8 @@ impl<C, F> MasterCore<C, F> {
         for handle in self.listeners.ids() {
             if let Some(listener) = self.listeners.get_mut(&handle) {
                 listener.dispatcher.use_scheduler();
+                // With a scheduler, busy workers have capacity too.
+                self.accept_if_possible(handle);
             }
         }
     }
@@ -526,6 +531,16 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
+    /// Returns whether the master waits until the client of the connection sends something.
+    pub(crate) fn is_idle(&self, connection: ConnectionId) -> bool {
+        self.parked.is_idle(connection)
+    }
+
+    /// Returns the number of connections that wait until their clients send something.
+    pub(crate) fn count_idle(&self) -> usize {
+        self.parked.count_idle()
+    }
+
     pub(crate) fn in_flight(&self) -> u64 {
         let listeners = self.listeners.values();
         let listeners: u64 = listeners
@@ -545,7 +560,8 @@ impl<C, F> MasterCore<C, F> {
                 listener.accept_state == AcceptState::Ready && listener.stage != Stage::Pausing;
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
-            let is_waiting = dispatcher.has_waiting()
+            // A connection that the scheduler has assigned may wait for a busy worker.
+            let is_waiting = dispatcher.has_waiting() && !self.has_scheduler
                 || !listener.ready.is_empty() && listener.stage != Stage::Pausing;
             let is_stuck = is_waiting || is_unchecked || is_reclaimable;
             listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck

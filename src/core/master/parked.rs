@@ -8,7 +8,7 @@
 //! Therefore a connection is never closed because a worker ends while the connection is idle.
 //!
 //! On a listener with `wait_for_data`, the master also holds each new connection until the client
-//! sends something.
+//! sends something. While the listener drains, new connections go to a worker at once.
 //!
 //! ```text
 //! from       event                                                        to
@@ -34,7 +34,7 @@ mod passing;
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::listener::{Listener, Stage};
+use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
 use crate::types::connection_id::ConnectionId;
@@ -76,15 +76,23 @@ struct Entry {
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The master waits until the client sends something, at most until the end of this second on
-    /// the core's clock.
-    Idle(u32),
+    /// The master waits until the client sends something.
+    Idle(Expiry),
     /// The client has sent something, and the connection waits for a worker.
     Ready,
     /// The connection is in the worker's queue, or the worker serves it.
     With(WorkerId),
     /// The connection waits until the shell has passed it to the other master.
     Passing,
+}
+
+/// The order in which idle connections expire. Among those that expire in the same second, the one
+/// that has been idle for the longest time is first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Expiry {
+    /// The second on the core's clock at whose end the connection expires.
+    second: u32,
+    order: u64,
 }
 
 /// The table of the connections that the master holds.
@@ -94,8 +102,10 @@ pub(super) struct ParkedTable {
     entries: Vec<Option<Entry>>,
     /// The free numbers below the length of `entries`.
     free: Vec<u32>,
-    /// The idle connections, each with the second at whose end it expires.
-    expiries: BTreeSet<(u32, ConnectionId)>,
+    /// The idle connections, in the order in which they expire.
+    expiries: BTreeSet<(Expiry, ConnectionId)>,
+    /// The number of times that a connection has become idle.
+    last_order: u64,
     /// The connections that workers have, by worker.
     with: BTreeSet<(WorkerId, ConnectionId)>,
     /// The connections that wait until the shell has passed them to the other master.
@@ -111,6 +121,7 @@ impl ParkedTable {
             entries: Vec::new(),
             free: Vec::new(),
             expiries: BTreeSet::new(),
+            last_order: 0,
             with: BTreeSet::new(),
             passing: BTreeSet::new(),
             keeper: Keeper::ThisMaster,
@@ -143,9 +154,16 @@ impl ParkedTable {
         self.get(connection)
     }
 
+    /// Returns the state of a connection that becomes idle and expires at the end of this second.
+    fn idle_until(&mut self, second: u32) -> State {
+        self.last_order += 1;
+        let order = self.last_order;
+        State::Idle(Expiry { second, order })
+    }
+
     fn link(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.insert((second, connection))),
+            State::Idle(expiry) => drop(self.expiries.insert((expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
             State::Passing => drop(self.passing.insert(connection)),
@@ -154,18 +172,16 @@ impl ParkedTable {
 
     fn unlink(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.remove(&(second, connection))),
+            State::Idle(expiry) => drop(self.expiries.remove(&(expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
             State::Passing => drop(self.passing.remove(&connection)),
         }
     }
 
-    /// Adds a connection under a free number. Returns the number, or `None` if the table is full.
+    /// Adds a connection under a free number. Returns the number, or `None` if there is no free
+    /// number.
     fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
-        if self.len() >= self.limit {
-            return None;
-        }
         let state = entry.state;
         let number = match self.free.pop() {
             Some(number) => number,
@@ -198,17 +214,24 @@ impl ParkedTable {
         }
     }
 
-    /// Records that a connection could not be put into a worker's queue, and waits again.
-    pub(super) fn not_dispatched<C>(&mut self, connection: &Handoff<C>) {
-        if let Handoff::Held(resumed) = connection {
-            self.set(resumed.connection, State::Ready);
+    /// Takes back a connection that the worker has not received, so that the connection waits
+    /// again. Returns `false` if the master must ignore the copy on its way to the worker, because
+    /// the worker has already reported the connection as parked or detached.
+    pub(super) fn take_back<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) -> bool {
+        let Handoff::Held(Resumed { connection, .. }) = connection else {
+            return true;
+        };
+        let is_with = self.state(*connection) == Some(State::With(worker));
+        if is_with {
+            self.set(*connection, State::Ready);
         }
+        is_with
     }
 
     /// Returns the latest time at which `expire_parked` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let (second, _) = self.expiries.first()?;
-        Some(Time::from_secs(u64::from(*second)))
+        let (expiry, _) = self.expiries.first()?;
+        Some(Time::from_secs(u64::from(expiry.second)))
     }
 
     /// Returns the number of idle connections.
@@ -223,6 +246,21 @@ impl ParkedTable {
         let to = (worker, ConnectionId(u32::MAX));
         let all = self.with.range(from..=to);
         all.map(|(_, connection)| *connection).collect()
+    }
+
+    /// Returns whether a connection of the listener is idle.
+    pub(super) fn is_any_idle_on(&self, handle: HandleId) -> bool {
+        let mut idle = self.expiries.iter();
+        idle.any(|(_, connection)| {
+            let entry = self.get(*connection);
+            entry.is_some_and(|entry| entry.handle == handle)
+        })
+    }
+
+    /// Returns whether a connection is idle.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_idle(&self, connection: ConnectionId) -> bool {
+        matches!(self.state(connection), Some(State::Idle(_)))
     }
 
     /// Returns the idle connections of one listener.
@@ -257,6 +295,9 @@ pub(super) enum NextSource {
 pub(super) struct ReadyQueue {
     connections: VecDeque<Resumed>,
     next: NextSource,
+    /// The part of the dispatcher's capacity that is left to new connections while the master
+    /// accepts.
+    reserved: u64,
 }
 
 impl ReadyQueue {
@@ -264,6 +305,7 @@ impl ReadyQueue {
         Self {
             connections: VecDeque::new(),
             next: NextSource::Resumed,
+            reserved: 0,
         }
     }
 
@@ -274,6 +316,17 @@ impl ReadyQueue {
     #[cfg(any(test, fuzzing))]
     pub(super) fn len(&self) -> usize {
         self.connections.len()
+    }
+
+    /// Leaves a part of the dispatcher's capacity to new connections, because the master begins to
+    /// accept.
+    pub(super) fn reserve(&mut self, capacity: u64) {
+        self.reserved = capacity;
+    }
+
+    /// Records that a new connection uses the reserved capacity.
+    pub(super) fn use_reserved(&mut self) {
+        self.reserved = self.reserved.saturating_sub(1);
     }
 
     /// Returns how many of the next `capacity` connections are resumed ones, if the backlog has
@@ -304,13 +357,18 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Takes a connection that the worker parks for the first time. Closes the connection if its
-    /// listener has closed. Kills a worker that has never had the listener.
+    /// listener has closed. Kills a worker that has not sent `Online`, that has never had the
+    /// listener, or that accepts the listener's connections itself.
     pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C) {
         if !self.is_connected(worker) {
             return;
         }
         let entry = self.workers.get(&worker);
-        if entry.is_some_and(|entry| entry.has_had(handle)) {
+        let has_had = entry.is_some_and(|entry| entry.is_online() && entry.has_had(handle));
+        let listener = self.listeners.get(&handle);
+        // Do not accuse a worker of a listener that no longer exists, because the worker's entry
+        // forgets some of these.
+        if listener.is_none_or(|listener| has_had && listener.master_accepts()) {
             self.ledger.parked += 1;
             self.hold(handle, connection, 1);
         } else {
@@ -330,19 +388,21 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if self.parked.len() >= self.parked.limit {
-            if let Some(&(_, first)) = self.parked.expiries.first() {
+            let Some(&(_, first)) = self.parked.expiries.first() else {
+                // The workers have all connections that the master may hold.
                 self.ledger.idle_closed += 1;
-                self.close_held(first);
-            }
+                return;
+            };
+            self.ledger.idle_closed += 1;
+            self.close_held(first);
         }
         let entry = Entry {
             handle,
-            state: State::Idle(expiry(self.now, timeout)),
+            state: self.parked.idle_until(expiry(self.now, timeout)),
             parked,
         };
         match self.parked.insert(entry) {
             Some(id) => self.actions.push_back(Action::Hold { id, connection }),
-            // The workers have all connections that the master may hold.
             None => self.ledger.idle_closed += 1,
         }
     }
@@ -380,7 +440,7 @@ impl<C, F> MasterCore<C, F> {
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         match timeout {
             Some(timeout) => {
-                let state = State::Idle(expiry(self.now, timeout));
+                let state = self.parked.idle_until(expiry(self.now, timeout));
                 self.parked.set(connection, state);
                 self.actions.push_back(Action::AwaitData { id: connection });
             }
@@ -452,16 +512,19 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Records that the client of an idle connection has sent something.
     pub(crate) fn data_arrived(&mut self, connection: ConnectionId) {
-        if !matches!(self.parked.state(connection), Some(State::Idle(_))) {
-            return;
-        }
-        let Some(entry) = self.parked.set(connection, State::Ready) else {
+        let Some(&Entry {
+            handle,
+            state: State::Idle(_),
+            parked,
+        }) = self.parked.get(connection)
+        else {
             return;
         };
-        let (handle, parked) = (entry.handle, entry.parked);
+        // The listener exists, because a listener that closes closes its idle connections.
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
+        self.parked.set(connection, State::Ready);
         self.ledger.resumed += u64::from(parked > 0);
         let resumed = Resumed { connection, parked };
         listener.ready.connections.push_back(resumed);
@@ -488,26 +551,52 @@ impl<C, F> MasterCore<C, F> {
 // Dispatching.
 impl<C, F> MasterCore<C, F> {
     /// Passes resumed connections to the dispatcher, as far as it has capacity. If the backlog may
-    /// have connections too, leaves a part of the capacity to them.
-    pub(super) fn dispatch_resumed(&mut self, handle: HandleId) {
+    /// have connections too, leaves a part of the capacity to them. Returns how many connections
+    /// were passed.
+    pub(super) fn dispatch_resumed(&mut self, handle: HandleId) -> u64 {
         let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
+            return 0;
         };
         if listener.ready.is_empty() || !listener.may_resume() {
-            return;
+            return 0;
         }
         let capacity = listener.dispatcher.capacity();
         let share = match listener.may_have_backlog() {
             true => listener.ready.share(capacity),
             false => capacity,
         };
-        for _ in 0..share {
+        self.dispatch_at_most(handle, share)
+    }
+
+    /// Passes resumed connections to the dispatcher after the master has accepted. They get the
+    /// capacity that new connections have not used, even if it is the window of a worker that is
+    /// busy now.
+    pub(super) fn dispatch_rest(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let unused = std::mem::take(&mut listener.ready.reserved);
+        let at_most = listener.dispatcher.capacity().max(unused);
+        if listener.may_resume() {
+            self.dispatch_at_most(handle, at_most);
+        }
+    }
+
+    /// Passes at most `share` resumed connections to the dispatcher. Returns how many were passed.
+    fn dispatch_at_most(&mut self, handle: HandleId, share: u64) -> u64 {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return 0;
+        };
+        let mut passed = 0;
+        while passed < share {
             let Some(resumed) = listener.ready.connections.pop_front() else {
                 break;
             };
+            passed += 1;
             listener.dispatcher.push_resumed(Handoff::Held(resumed));
         }
         self.dispatch_waiting(handle);
+        passed
     }
 
     /// Returns those reclaimed connections that go to another worker. If a worker reported a
@@ -521,17 +610,7 @@ impl<C, F> MasterCore<C, F> {
     ) -> Vec<Sequenced<Handoff<C>>> {
         let count = connections.len();
         let mut kept = connections;
-        kept.retain(|sequenced| match &sequenced.connection {
-            Handoff::New(_) => true,
-            Handoff::Held(resumed) => {
-                let id = resumed.connection;
-                let is_with = self.parked.state(id) == Some(State::With(worker));
-                if is_with {
-                    self.parked.set(id, State::Ready);
-                }
-                is_with
-            }
-        });
+        kept.retain(|sequenced| self.parked.take_back(&sequenced.connection, worker));
         let left_out = (count - kept.len()) as u64;
         if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
             let received = listener.dispatcher.reclaimed_in_vain(worker, left_out);
@@ -576,8 +655,10 @@ impl<C> Listener<C> {
         (self.stage != Stage::Unbound).then(|| self.parking.idle_timeout())
     }
 
-    /// Returns whether resumed connections may go to the dispatcher.
+    /// Returns whether resumed connections may go to the dispatcher. While the master accepts, the
+    /// rest of the dispatcher's capacity is for the new connections.
     fn may_resume(&self) -> bool {
-        self.may_dispatch() && self.stage != Stage::Pausing
+        let is_reserved = self.accept_state == AcceptState::Accepting && !self.holds_new();
+        self.may_dispatch() && self.stage != Stage::Pausing && !is_reserved
     }
 }

@@ -21,11 +21,14 @@ impl<C, F> MasterCore<C, F> {
         connection: Sequenced<Handoff<C>>,
         is_exhausted: bool,
     ) {
+        let is_left = self.parked.take_back(&connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
-            return self.drop_handoffs(vec![connection.connection]);
+            let left = is_left.then_some(connection.connection);
+            return self.drop_handoffs(left.into_iter().collect());
         };
-        self.parked.not_dispatched(&connection.connection);
         let is_full = !is_exhausted;
+        self.ledger.dropped += u64::from(!is_left);
+        let connection = is_left.then_some(connection);
         listener
             .dispatcher
             .not_dispatched(worker, connection, is_full);
@@ -38,7 +41,9 @@ impl<C, F> MasterCore<C, F> {
     /// Records that a client hung up before its connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId, connection: Handoff<C>) {
         self.ledger.closed_by_peer += 1;
-        self.close_handoff(connection);
+        if self.parked.take_back(&connection, worker) {
+            self.close_handoff(connection);
+        }
         if let Some(listener) = self.listeners.get_mut(&handle) {
             listener.dispatcher.hung_up(worker);
             self.redistribute(handle);
@@ -89,6 +94,8 @@ impl<C, F> MasterCore<C, F> {
             let received = listener.dispatcher.counted(worker, queued);
             self.count_received(received);
             if received != 0 {
+                // With a scheduler, the master may have been waiting for this capacity.
+                self.accept_if_possible(handle);
                 self.check_backlog_if_draining(handle);
             }
         }

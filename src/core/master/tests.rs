@@ -1,5 +1,7 @@
 //! Tests of the master's decisions, mostly about listeners.
 
+mod parked;
+
 use std::os::unix::process::ExitStatusExt;
 
 use super::listen::HANDLE_MAX;
@@ -211,12 +213,13 @@ fn is_closing(actions: &[Action<u32>]) -> bool {
     })
 }
 
-#[test]
-fn hang_up_of_the_last_waiting_client_ends_a_drain() {
+/// Returns a core in which a client of a borrowed listener waits, because the worker is not idle.
+///
+/// No SYN filter is attached to a borrowed listener. Its first closing action is therefore the last
+/// step of a drain.
+fn with_waiting_client() -> Core {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
-    // Use a borrowed listener, because no SYN filter is attached to it. Its first closing action is
-    // therefore the last step of the drain.
     let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(3));
     let requested = request(&mut core, worker, borrowed);
     let is_bind = matches!(requested[..], [Action::Bind { .. }]);
@@ -224,6 +227,27 @@ fn hang_up_of_the_last_waiting_client_ends_a_drain() {
     let handle = HandleId(1);
     core.bound(handle, Ok(None));
     core.accepted(handle, 7);
+    core
+}
+
+#[test]
+fn sweeps_are_scheduled_only_while_a_draining_listener_has_waiting_clients() {
+    let mut core = with_waiting_client();
+    assert_eq!(core.deadline(), None, "nothing drains");
+    core.disconnect_all(true);
+    let first = core.deadline().unwrap();
+    core.tick(first);
+    core.sweep(8, |_| false);
+    let next = core.deadline().unwrap();
+    assert_eq!(next, first + listener::SWEEP_INTERVAL);
+    core.tick(next);
+    core.sweep(8, |_| true);
+    assert_eq!(core.deadline(), None, "no client waits");
+}
+
+#[test]
+fn hang_up_of_the_last_waiting_client_ends_a_drain() {
+    let mut core = with_waiting_client();
     core.disconnect_all(true);
     assert!(!is_closing(&actions(&mut core)), "a client waits");
     core.sweep(8, |_| false);

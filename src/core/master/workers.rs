@@ -230,7 +230,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Stops sending to the worker. With a `status`, the worker's process has exited.
+    /// Stops sending to the worker. `status` is the exit status if the worker's process has exited.
     ///
     /// The worker's earlier frames are still processed. The shell calls `channel_closed`
     /// afterwards.

@@ -97,7 +97,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Notifies the callbacks of those listeners in `were_paused` that are no longer paused.
+    /// Notifies the callbacks of the listeners in `were_paused` that are no longer paused.
     pub(super) fn resume(&mut self, were_paused: Vec<ListenerId>) {
         for listener in were_paused {
             self.notify_ready(listener);

@@ -33,6 +33,8 @@ pub(crate) enum Action {
     AttachSynFilter(ListenerId),
     /// Closes the channel once all queued frames are written.
     CloseChannel,
+    /// Makes the disconnect tokens report that this worker is disconnecting.
+    MarkDisconnecting,
 }
 
 /// An event for the application's callbacks. `F` is the type of the descriptors that arrive with a
@@ -45,6 +47,9 @@ pub(crate) enum Event<F> {
         bytes: Vec<u8>,
         fds: F,
     },
+    /// The worker is disconnecting from now on.
+    Disconnecting,
+    /// The channel is closed.
     Disconnect,
 }
 
@@ -83,6 +88,9 @@ enum ChannelState {
 ///
 /// The value stays after the channel has closed. If the channel closes before `Received`, it closed
 /// unexpectedly, and the worker exits immediately.
+///
+/// The first step that ends `NotRequested` or closes the channel also emits
+/// [`Event::Disconnecting`] and [`Action::MarkDisconnecting`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Disconnect {
     NotRequested,
@@ -248,6 +256,7 @@ impl<F> WorkerCore<F> {
     /// Requests a disconnect from the master.
     pub(crate) fn disconnect(&mut self) {
         if self.is_connected() && self.disconnect == Disconnect::NotRequested {
+            self.notify_disconnecting();
             self.disconnect = Disconnect::Requested;
             self.send(ToMaster::DisconnectRequest);
         }
@@ -267,8 +276,19 @@ impl<F> WorkerCore<F> {
     /// written.
     pub(crate) fn close_channel(&mut self) {
         if self.channel == ChannelState::Open {
+            self.notify_disconnecting();
             self.channel = ChannelState::Closing;
             self.actions.push_back(Action::CloseChannel);
+        }
+    }
+
+    /// Notifies the application of the first step of a disconnect. The caller must not have changed
+    /// the state yet, because the state shows whether the step is the first one.
+    fn notify_disconnecting(&mut self) {
+        let is_first = self.disconnect == Disconnect::NotRequested;
+        if is_first && self.channel == ChannelState::Open {
+            self.actions.push_back(Action::MarkDisconnecting);
+            self.events.push_back(Event::Disconnecting);
         }
     }
 }
@@ -279,6 +299,7 @@ impl<F> WorkerCore<F> {
         if !self.is_connected() {
             return;
         }
+        self.notify_disconnecting();
         self.channel = ChannelState::Closed;
         for entry in self.listeners.values_mut() {
             if !matches!(entry.stage, Stage::Failed(_)) {
@@ -327,6 +348,7 @@ impl<F> WorkerCore<F> {
     }
 
     fn disconnect_received(&mut self) {
+        self.notify_disconnecting();
         self.disconnect = Disconnect::Received;
         let paused = self.paused_listeners();
         let mut private = Vec::new();

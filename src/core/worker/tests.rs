@@ -33,7 +33,10 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
     let actions = std::iter::from_fn(|| core.next_action());
     let frames = actions.filter_map(|action| match action {
         Action::Send(frame) => Some(frame),
-        Action::CloseListener(_) | Action::AttachSynFilter(_) | Action::CloseChannel => None,
+        Action::CloseListener(_)
+        | Action::AttachSynFilter(_)
+        | Action::CloseChannel
+        | Action::MarkDisconnecting => None,
     });
     frames.collect()
 }
@@ -235,4 +238,40 @@ fn disconnecting_worker_ignores_its_connection_limit() {
     assert!(!core.has_ended(listener));
     core.close(listener);
     assert!(core.has_ended(listener));
+}
+
+/// Delivers all events and actions. Returns whether the worker notified the application that it is
+/// disconnecting.
+fn begins_to_disconnect(core: &mut Core) -> bool {
+    let actions: Vec<_> = std::iter::from_fn(|| core.next_action()).collect();
+    let events: Vec<_> = std::iter::from_fn(|| core.next_event()).collect();
+    let marks = actions.iter().filter(|a| **a == Action::MarkDisconnecting);
+    let notices = events.iter().filter(|e| matches!(e, Event::Disconnecting));
+    let counts = (marks.count(), notices.count());
+    assert!(matches!(counts, (0, 0) | (1, 1)), "{counts:?}");
+    counts == (1, 1)
+}
+
+#[test]
+fn first_step_of_a_disconnect_notifies_the_application_once() {
+    let disconnect_received = |core: &mut Core| {
+        core.frame(ToWorker::Disconnect).unwrap();
+    };
+    let steps: [fn(&mut Core); 5] = [
+        Core::disconnect,
+        Core::kill,
+        Core::close_channel,
+        Core::channel_closed,
+        disconnect_received,
+    ];
+    for first in steps {
+        let mut core = Core::new();
+        assert!(!begins_to_disconnect(&mut core));
+        first(&mut core);
+        assert!(begins_to_disconnect(&mut core));
+        for later in steps {
+            later(&mut core);
+            assert!(!begins_to_disconnect(&mut core));
+        }
+    }
 }

@@ -25,6 +25,7 @@ impl MasterShell {
                 // has a copy of the descriptor would keep the channel open.
                 channel.discard();
             }
+            worker_io.notify_disconnecting();
             worker_io.process.take();
             worker_io.stdio.take();
         }
@@ -58,12 +59,13 @@ impl MasterShell {
         let workers = self.workers.take();
         for worker_io in workers.values() {
             let (channel, process) = (worker_io.channel.take(), worker_io.process.take());
-            let stdio = worker_io.stdio.take();
+            let (stdio, notifier) = (worker_io.stdio.take(), worker_io.disconnect_notifier.take());
             let descriptors = channel.iter().flat_map(|channel| channel.descriptors());
             numbers.extend(descriptors.map(|fd| fd.as_raw_fd()));
             numbers.extend(process.iter().map(|process| process.as_raw_fd()));
             numbers.extend(stdio.values().map(AsRawFd::as_raw_fd));
-            self.never_drop((channel, process, stdio));
+            numbers.extend(notifier.iter().map(AsRawFd::as_raw_fd));
+            self.never_drop((channel, process, stdio, notifier));
         }
         self.never_drop(workers);
     }

@@ -1,6 +1,7 @@
 //! The channels to the workers: writing frames, reading frames, and closing.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use super::{MasterShell, WorkerIo};
@@ -124,6 +125,9 @@ impl MasterShell {
         };
         if let Some(worker_io) = self.worker_io(worker) {
             worker_io.channel.queue(frame, fd);
+            if *frame == ToWorker::Disconnect {
+                worker_io.notify_disconnecting();
+            }
         }
         self.unflushed.borrow_mut().push_back(worker);
     }
@@ -319,6 +323,19 @@ impl MasterShell {
     }
 }
 
+impl WorkerIo {
+    /// Makes the worker's disconnect token readable.
+    pub(super) fn notify_disconnecting(&self) {
+        if let Some(notifier) = self.disconnect_notifier.take() {
+            // Shut the socket down, because a child of the application that has a copy of the
+            // descriptor would keep it open. In contrast to a write, the shutdown never waits,
+            // whatever the worker does with its end. Ignore the error, because the shutdown fails
+            // only if the worker has closed its end.
+            let _ = notifier.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 // Closing channels.
 impl MasterShell {
     /// Closes a channel after processing the frames that the worker has already written. The
@@ -382,6 +399,7 @@ impl MasterShell {
         let Some(worker_io) = self.worker_io(worker) else {
             return;
         };
+        worker_io.notify_disconnecting();
         let receipts = worker_io.channel.close(Unprocessed::Discard);
         self.add_receipts(worker, receipts);
         self.set_writing(worker, false);

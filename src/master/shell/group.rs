@@ -2,7 +2,7 @@
 //!
 //! Such a worker may consist of several processes, for example a shell and the server that it has
 //! started. The worker's process leads a group, and the others are its members. When the leader
-//! has exited, the master kills the members, because they would otherwise serve for ever.
+//! has exited, the master kills the members, because they would otherwise serve forever.
 //!
 //! If the master has sent the leader a signal that asks it to end, such as SIGTERM, the members
 //! receive the same signal instead of SIGKILL, so that they can finish their requests. Each member

@@ -71,6 +71,9 @@ pub(crate) struct WorkerIo {
     pub(crate) pid: Pid,
     /// The channel to the worker. For a detached process, the channel is closed from the start.
     channel: ChannelDriver<ToMaster, ToWorker>,
+    /// The master's end of the worker's disconnect token. `None` after the worker was notified of
+    /// its disconnect, and for a detached process.
+    disconnect_notifier: RefCell<Option<UnixStream>>,
     /// The process descriptor. It is readable once the process has exited. `None` if the kernel has
     /// no process descriptors, or after the process has been reaped. While the process has exited
     /// but cannot be reaped, the descriptor is not watched.

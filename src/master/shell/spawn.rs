@@ -54,6 +54,8 @@ struct NewProcess<'a> {
     inspect_port: Option<u16>,
     stdio: StdioEnds,
     channel: Channel<ToMaster, ToWorker>,
+    /// The master's end of the worker's disconnect token.
+    disconnect_notifier: UnixStream,
     /// The worker's end of the channel. Its descriptor number is higher than those that `stdio`
     /// will have in the worker.
     worker_end: OwnedFd,
@@ -93,9 +95,9 @@ impl MasterShell {
         let used_up = || io::Error::other("all worker ids have been used");
         let id = id.ok_or_else(|| (ForkStep::Number, used_up()))?;
         let stdio = StdioEnds::new(settings).map_err(failed(ForkStep::Descriptors))?;
-        let (channel, worker_end) = self
-            .open_channel(id, stdio.first_free)
-            .map_err(failed(ForkStep::Channel))?;
+        let opened = self.open_channel(id, stdio.first_free);
+        let (channel, disconnect_notifier, worker_end) =
+            opened.map_err(failed(ForkStep::Channel))?;
         let mut new = NewProcess {
             id,
             settings,
@@ -104,6 +106,7 @@ impl MasterShell {
             inspect_port,
             stdio,
             channel,
+            disconnect_notifier,
             worker_end,
         };
         let (pid, process) = match settings.get_main() {
@@ -133,21 +136,22 @@ impl MasterShell {
         process: Option<Registered<OwnedFd>>,
     ) -> Rc<WorkerIo> {
         let id = new.id;
-        let channel = if new.settings.is_detached() {
+        let (channel, disconnect_notifier) = if new.settings.is_detached() {
             self.core.borrow_mut().detached(id);
             if process.is_none() {
                 self.unwatched_exits.borrow_mut().insert(id);
             }
             // Drop the channel, because the other end was closed when the program was executed.
-            None
+            (None, None)
         } else {
             self.core.borrow_mut().forked(id);
-            Some(new.channel)
+            (Some(new.channel), Some(new.disconnect_notifier))
         };
         let worker_io = Rc::new(WorkerIo {
             id,
             pid,
             channel: ChannelDriver::new(Some(id), channel),
+            disconnect_notifier: RefCell::new(disconnect_notifier),
             process: RefCell::new(process),
             stdio: RefCell::new(new.stdio.master),
             usage: Cell::new(None),
@@ -161,23 +165,28 @@ impl MasterShell {
         worker_io
     }
 
-    /// Creates a channel and returns both ends. The descriptor number of the worker's end is at
-    /// least `lowest`.
+    /// Creates a channel and a disconnect token. Returns the master's ends of both, and the worker's
+    /// end of the channel. The descriptor number of the worker's end is at least `lowest`.
+    ///
+    /// The channel contains the preamble, and the worker's end of the token with it.
     fn open_channel(
         &self,
         id: WorkerId,
         lowest: RawFd,
-    ) -> io::Result<(Channel<ToMaster, ToWorker>, OwnedFd)> {
+    ) -> io::Result<(Channel<ToMaster, ToWorker>, UnixStream, OwnedFd)> {
         let (master_end, worker_end) = UnixStream::pair()?;
         master_end.set_nonblocking(true)?;
         // Ignore the error, because a system without this option has no out-of-band data either.
         let _ = sys::socket::enable_oob_inline(&master_end);
         // Send the preamble in one call, because an empty socket has space for all of it.
-        sys::socket::send(&master_end, &preamble(id), &[])?;
+        let (notifier, token) = UnixStream::pair()?;
+        token.set_nonblocking(true)?;
+        sys::socket::send(&master_end, &preamble(id), &[token.as_fd()])?;
+        drop(token);
         let key = Token::Channel(id.get()).key();
         let channel = Channel::new(master_end, &self.poller, key)?;
         let worker_end = sys::fd::duplicate(worker_end.as_raw_fd(), lowest)?;
-        Ok((channel, worker_end))
+        Ok((channel, notifier, worker_end))
     }
 
     /// Forks a worker that runs a closure in a copy of the master's memory.
@@ -215,6 +224,7 @@ impl MasterShell {
             // Return these descriptors too, so that the child closes them. Their owners are in
             // stack frames to which the child does not return, so no destructor closes them.
             numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
+            numbers.push(new.disconnect_notifier.as_raw_fd());
             numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
             numbers.extend(settings.descriptors());
             Ok(numbers)

@@ -244,19 +244,24 @@ impl Core {
         action: FailureAction,
         now: Time,
     ) {
+        if self.is_stopping() {
+            return;
+        }
+        // Ignore the decision if the slot has been removed or filled since the failure, for example
+        // by a reload.
+        let slot = self.slots.get_mut(failure.slot);
+        let Some(slot) = slot.filter(|slot| slot.is_given_up()) else {
+            return;
+        };
         match action {
-            _ if self.is_stopping() => {}
             FailureAction::StopPool => {
                 self.actions.push_back(Action::GiveUp(failure));
                 self.stop(now);
             }
             FailureAction::GiveUp => {}
             FailureAction::RetryAfter(pause) => {
-                let slot = self.slots.get_mut(failure.slot);
-                if let Some(slot) = slot.filter(|slot| slot.is_given_up()) {
-                    let restart_at = now.saturating_add(pause);
-                    slot.occupancy = Occupancy::Waiting { restart_at };
-                }
+                let restart_at = now.saturating_add(pause);
+                slot.occupancy = Occupancy::Waiting { restart_at };
             }
         }
     }

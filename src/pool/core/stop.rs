@@ -69,13 +69,17 @@ impl Core {
                 slot.occupancy = Occupancy::Vacant;
             }
         }
-        for worker in self.workers.values_mut() {
-            worker.disconnect(exit_by);
-        }
+        let workers = self.workers.iter_mut();
+        let disconnected =
+            workers.filter_map(|(id, worker)| worker.disconnect(exit_by).then_some(*id));
+        let disconnected: Vec<_> = disconnected.collect();
         let is_fork = |action: &Action| matches!(action, Action::Fork { .. });
         self.actions.retain(|action| !is_fork(action));
         self.fail_upgrade(UpgradeFailure::PoolStopped, now);
         self.actions.push_back(Action::DisconnectAll);
+        for id in disconnected {
+            self.emit_disconnecting(id);
+        }
         self.settle(now);
     }
 
@@ -126,6 +130,7 @@ impl Core {
         if let Some(worker) = self.workers.get_mut(&id) {
             worker.state = state;
             self.actions.push_back(action);
+            self.emit_disconnecting(id);
         }
     }
 }

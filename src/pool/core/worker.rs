@@ -201,6 +201,18 @@ impl Core {
         let worker = self.workers.get_mut(&id);
         if worker.is_some_and(|worker| worker.disconnect(exit_by)) {
             self.actions.push_back(Action::Disconnect(id));
+            self.emit_disconnecting(id);
+        }
+    }
+
+    /// Emits the event of a worker that has just been disconnected, unless the pool has killed the
+    /// worker before.
+    pub(super) fn emit_disconnecting(&mut self, id: WorkerId) {
+        if let Some(worker) = self.workers.get(&id) {
+            if let WorkerState::Disconnecting { .. } = worker.state {
+                let (slot, worker) = (worker.slot, id);
+                self.emit(PoolEvent::WorkerDisconnecting { slot, worker });
+            }
         }
     }
 }

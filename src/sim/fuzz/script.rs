@@ -14,8 +14,10 @@ use std::process::ExitStatus;
 use super::{Input, descriptors};
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::Error;
-use crate::sim::kernel::socket::{Port, endpoint};
-use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World};
+use crate::sim::kernel::socket::{Port, Queued, endpoint};
+use crate::sim::kernel::worker::requested_parking;
+use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World, nth};
+use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Kind};
 use crate::types::errno;
 use crate::types::policy::SchedulingPolicy;
@@ -38,6 +40,11 @@ pub(super) const RECLAIMED_FROM_HONEST: &str = "connections reclaimed from the h
 pub(super) const FALSE_CLAIMS: &str = "claims of connections that were not received";
 pub(super) const DENIED: &str = "listeners denied to the hostile worker";
 pub(super) const DISCARDED: &str = "discarded channels";
+pub(super) const PARKED: &str = "parked connections";
+pub(super) const RESUMED: &str = "resumed connections";
+pub(super) const EXPIRED: &str = "expired connections";
+pub(super) const IDLE_CLOSED: &str = "idle connections that were closed early";
+pub(super) const EARLY_REPORTS: &str = "reports of connections in the hostile worker's queue";
 
 /// The maximum number of connections that a worker's callback receives in one iteration of the
 /// worker's loop. The shell uses the same number.
@@ -64,6 +71,8 @@ struct Hostile {
     /// For each endpoint number, the number of times that `cooperate` has requested the endpoint.
     requested: BTreeMap<u32, u32>,
     listeners: BTreeSet<HandleId>,
+    /// The connections that the worker has received and not closed, each with its listener.
+    received: Vec<(HandleId, Queued)>,
 }
 
 impl Hostile {
@@ -73,6 +82,7 @@ impl Hostile {
             is_online: false,
             requested: BTreeMap::new(),
             listeners: BTreeSet::new(),
+            received: Vec::new(),
         }
     }
 }
@@ -87,6 +97,9 @@ struct Script {
     /// The number of the call that the master's application makes in its next callback, or 0 for
     /// none.
     reaction: u8,
+    /// The number that selects how the master treats the connections of the well-behaved worker's
+    /// listeners. See `requested_parking`.
+    parking: u8,
     denied: usize,
 }
 
@@ -110,6 +123,7 @@ impl Script {
             honest,
             honest_is_dismissed: false,
             reaction: 0,
+            parking: choice / 8 * 8,
             denied: 0,
         };
         script.settle();
@@ -127,7 +141,8 @@ impl Script {
                 let count = usize::from(fds).saturating_sub(192);
                 self.write(bytes, count, fds == 191);
             }
-            11..=16 => self.run_honest_application(input.byte()),
+            11..=15 => self.run_honest_application(input.byte()),
+            16 => self.client_event(input.byte()),
             17..=18 => drop(self.world.master_receives(self.honest)),
             19..=20 => drop(self.honest_reads()),
             21 => self.exchange(),
@@ -150,6 +165,9 @@ impl Script {
             while self.world.carry_out_next() || self.world.flush_next() {}
             self.hostile_reads();
             if !self.world.master_is_idle() {
+                continue;
+            }
+            if self.world.schedule_next() {
                 continue;
             }
             if self.world.deliver_next().is_none() {
@@ -190,6 +208,17 @@ impl Script {
             }
         }
         count(DENIED, self.denied);
+        let ledger = self.world.master.ledger();
+        let outcomes = [
+            (PARKED, ledger.parked),
+            (RESUMED, ledger.resumed),
+            (EXPIRED, ledger.expired),
+            (IDLE_CLOSED, ledger.idle_closed),
+            (EARLY_REPORTS, self.world.early_reports),
+        ];
+        for (what, times) in outcomes {
+            count(what, usize::try_from(times).expect("few connections"));
+        }
         reached
     }
 }
@@ -231,11 +260,21 @@ impl Script {
     /// Writes a well-formed frame from the hostile worker to the master, in one or two pieces.
     fn write_frame(&mut self, input: &mut Input<'_>) {
         let frame = self.invent(input);
-        let (fds, lost_fds) = if matches!(frame, ToMaster::Message(_)) {
-            let choices = [(0, false), (1, false), (3, false), (1, true)];
-            choices[usize::from(input.byte()) % 4]
-        } else {
-            (0, false)
+        let (fds, lost_fds) = match frame {
+            ToMaster::Message(_) => {
+                let choices = [(0, false), (1, false), (3, false), (1, true)];
+                choices[usize::from(input.byte()) % 4]
+            }
+            ToMaster::Park { .. } => [(1, false), (0, true)][usize::from(input.byte()) % 8 / 7],
+            ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. } => (0, false),
         };
         let mut bytes = Vec::new();
         let announced = fds + usize::from(lost_fds);
@@ -277,7 +316,72 @@ impl Script {
             5 => ToMaster::Release { handle },
             6 => ToMaster::Pause { handle },
             _ if choice == 255 => ToMaster::DisconnectRequest,
+            _ if choice == 15 => ToMaster::Park {
+                handle: HandleId(input.number()),
+            },
+            _ if choice == 23 => ToMaster::ParkAgain {
+                connection: self.connection(input.number()),
+            },
+            _ if choice == 31 => ToMaster::Detach {
+                connection: self.connection(input.number()),
+            },
             _ => ToMaster::Message(vec![0; choice.into()]),
+        }
+    }
+
+    /// Returns the id `number`, or the id of a connection in one of the hostile worker's queues if
+    /// `number` is 200 or more.
+    fn connection(&self, number: u32) -> ConnectionId {
+        let queues = self.world.queues.iter();
+        let own = queues.filter(|((_, worker), _)| *worker == self.hostile.id);
+        let queued = own.flat_map(|(_, queue)| &queue.connections);
+        let held = queued.filter_map(|queued| queued.resumed);
+        let own = match number {
+            200.. => nth(held, number.to_le_bytes()[0]),
+            _ => None,
+        };
+        own.map_or(ConnectionId(number), |resumed| resumed.connection)
+    }
+
+    /// Makes the hostile worker park, close or keep each connection that it has received, as a
+    /// well-behaved worker does. The client's number decides.
+    fn dispose_of_received(&mut self) {
+        for (handle, queued) in std::mem::take(&mut self.hostile.received) {
+            let Queued {
+                connection,
+                resumed,
+                ..
+            } = queued;
+            let frame = match (connection.client % 4, resumed) {
+                (0, None) => continue,
+                (0, Some(resumed)) => ToMaster::Detach {
+                    connection: resumed.connection,
+                },
+                (1, _) => {
+                    self.hostile.received.push((
+                        handle,
+                        Queued {
+                            sequence: queued.sequence,
+                            connection,
+                            resumed,
+                        },
+                    ));
+                    continue;
+                }
+                (_, Some(resumed)) => ToMaster::ParkAgain {
+                    connection: resumed.connection,
+                },
+                (_, None) => {
+                    let process = self.world.process(self.hostile.id);
+                    process.to_park.push_back(connection);
+                    ToMaster::Park { handle }
+                }
+            };
+            let fds = usize::from(matches!(frame, ToMaster::Park { .. }));
+            let mut bytes = Vec::new();
+            frame.encode(fds, &mut bytes);
+            bytes[BATCH_OFFSET] = u8::try_from(fds).unwrap_or(0);
+            self.write(&bytes, fds, false);
         }
     }
 
@@ -317,10 +421,12 @@ impl Script {
             }
             (2 | 3, Some(handle)) => {
                 self.receive(handle);
+                self.dispose_of_received();
                 self.idle(handle)
             }
             (_, Some(handle)) => {
                 while self.receive(handle) {}
+                self.dispose_of_received();
                 self.idle(handle)
             }
         };
@@ -331,7 +437,14 @@ impl Script {
 
     fn receive(&mut self, handle: HandleId) -> bool {
         let id = self.hostile.id;
-        self.world.processes[&id].is_alive() && self.world.receive_and_close(handle, id)
+        if !self.world.processes[&id].is_alive() {
+            return false;
+        }
+        let queued = self.world.receive_secretly(handle, id);
+        let is_any = queued.is_some();
+        let queued = queued.map(|queued| (handle, queued));
+        self.hostile.received.extend(queued);
+        is_any
     }
 
     /// Returns a truthful `Idle` frame.
@@ -354,6 +467,7 @@ impl Script {
     fn exit_hostile(&mut self) {
         let id = self.hostile.id;
         if self.world.process(id).is_alive() {
+            self.hostile.received.clear();
             self.world.exit(id, ExitStatus::from_raw(9));
             self.world.handle(Fact::Exit(id));
         }
@@ -407,9 +521,11 @@ impl Script {
         match choice % 8 {
             0 if count < MAX_HONEST_LISTENERS => {
                 let endpoint = endpoint((choice / 8).into());
-                self.world.listen(self.honest, endpoint);
+                let parking = requested_parking(self.parking);
+                self.world.listen_with(self.honest, endpoint, parking);
             }
-            1 | 2 => self.world.close_connection(self.honest, choice / 8),
+            1 => self.world.close_connection(self.honest, choice / 8),
+            2 => self.world.park_connection(self.honest, choice / 8),
             3 => self.poll_honest(),
             4..=7 if count > 0 => {
                 let listener = process.listeners[usize::from(choice / 8) % count];
@@ -477,6 +593,8 @@ impl Script {
                 world.report(|core| core.error(worker, Error::Channel { worker, reason }));
             }
             15..=16 => self.replace_hostile(),
+            17 if flag && choice >= 128 => world.call(Call::UseScheduler, None, 0),
+            17 if flag => world.call(Call::LimitParked, None, choice / 64),
             17 => world.report(Master::setup),
             18..=21 => self.sweep(choice / 64),
             22..=24 => {
@@ -491,7 +609,9 @@ impl Script {
             26 => drop(world.failing.insert(Failure::Accept)),
             27 => drop(world.failing.insert(Failure::Send)),
             28 => drop(world.failing.insert(Failure::Reclaim)),
+            29 if flag => drop(world.failing.insert(Failure::Hold)),
             29 => drop(world.failing.insert(Failure::Share)),
+            30 if flag => drop(world.failing.insert(Failure::Park)),
             30 => drop(world.failing.insert(Failure::Receive)),
             _ => {
                 world.count_queues();
@@ -503,12 +623,27 @@ impl Script {
 
     /// Makes a quarter of the clients that wait in the master hang up.
     fn sweep(&mut self, quarter: u8) {
-        self.world.sweep(usize::MAX, |client, fate| fate.left || client % 4 == quarter.into());
+        self.world.sweep(usize::MAX, |client, fate| {
+            fate.left || client % 4 == quarter.into()
+        });
     }
 
     fn connect(&mut self, choice: u8, count: u8) {
         for _ in 0..count {
             self.world.connect(choice);
+        }
+        self.poll();
+    }
+
+    /// Makes a client send a request, connect silently or hang up, or makes a second pass.
+    fn client_event(&mut self, choice: u8) {
+        let n = choice / 8;
+        match choice % 8 {
+            0..=1 => self.world.send_request(n),
+            2..=4 => self.world.send_on_held(n),
+            5 => self.world.connect_silently(n),
+            6 => self.world.hang_up(n),
+            _ => return self.pass_time(Time::from_secs(1)),
         }
         self.poll();
     }
@@ -520,10 +655,22 @@ impl Script {
             self.world.handle(Fact::Readable(*handle));
             self.settle();
         }
+        loop {
+            let reported = self.world.reported_held().next();
+            let Some(id) = reported else {
+                return;
+            };
+            self.world.handle(Fact::Held(id));
+            self.settle();
+        }
     }
 
     fn pass(&mut self, millis: u8) {
-        self.world.pass(Time::from_millis(millis.into()));
+        self.pass_time(Time::from_millis(millis.into()));
+    }
+
+    fn pass_time(&mut self, time: Time) {
+        self.world.pass(time);
         self.run_honest();
         self.world.flush(self.honest);
         self.world.flush(self.hostile.id);
@@ -563,6 +710,7 @@ impl Script {
             self.exchange();
             self.pass(100);
         }
+        self.world.send_all_requests();
         let open = self.world.ports.values().filter(|port| port.is_open());
         let count = u8::try_from(open.count()).expect("few listeners");
         for n in 0..count {
@@ -584,7 +732,9 @@ impl Script {
             let is_empty = |port: &Port| {
                 port.is_unbound() || port.kind() == Kind::Udp || port.backlog.is_empty()
             };
-            world.ports.values().all(is_empty) && world.master.in_flight() == 0
+            let has_requests = world.has_unanswered();
+            let is_all_idle = world.master.in_flight() == world.master.count_idle() as u64;
+            world.ports.values().all(is_empty) && is_all_idle && !has_requests
         });
         self.world.check_served();
     }

@@ -7,12 +7,13 @@ use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
 use super::script::{
-    DENIED, DISCARDED, DISPATCHED, FALSE_CLAIMS, RECEIVED, RECLAIMED, RECLAIMED_FROM_HONEST,
-    Reached, SERVED,
+    DENIED, DISCARDED, DISPATCHED, EARLY_REPORTS, EXPIRED, FALSE_CLAIMS, IDLE_CLOSED, PARKED,
+    RECEIVED, RECLAIMED, RECLAIMED_FROM_HONEST, RESUMED, Reached, SERVED,
 };
 use super::{frame, master_input, script};
 use crate::core::dispatch::MAX_WINDOW;
 use crate::sim::kernel::check::MAX_LISTENERS;
+use crate::types::protocol::VERSION;
 
 /// Runs a fuzz target with its stored inputs.
 fn replay(target: &str, run: fn(&[u8])) {
@@ -46,11 +47,11 @@ const MAX_INPUT: usize = if cfg!(miri) { 40 } else { 600 };
 /// Generates sequences of frames. The headers have correct lengths and mostly plausible kinds, and
 /// the bodies are arbitrary.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
-    let kind = prop_oneof![0..10u8, 64..70u8, Just(127)];
+    let kind = prop_oneof![0..13u8, 64..70u8, Just(127)];
     let body = proptest::collection::vec(prop_oneof![0..5u8, any::<u8>()], 0..40);
     let one = (kind, 0..3u8, 0..4u8, body).prop_map(|(kind, fds, batch, body)| {
         let length = u8::try_from(body.len()).unwrap_or(0);
-        [&[length, 0, 0, 0, 1, kind, fds, batch], &body[..]].concat()
+        [&[length, 0, 0, 0, VERSION, kind, fds, batch], &body[..]].concat()
     });
     proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
 }
@@ -77,6 +78,12 @@ fn endpoints() -> impl Strategy<Value = u8> {
 /// Generates mostly small handles, because handles start at 1 and few scripts have more than three.
 fn handles() -> impl Strategy<Value = u8> {
     prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
+}
+
+/// Generates numbers for `Script::connection`: mostly connections in the hostile worker's queues, and
+/// small ids, because the master reuses the lowest ones.
+fn connections() -> impl Strategy<Value = u8> {
+    prop_oneof![8 => 0..3u8, 3 => 3..8u8, 12 => 200..216u8, 1 => 0..240u8]
 }
 
 /// Generates numbers of connections. Most are below 4, some are up to `MAX_WINDOW`, and a few are
@@ -120,7 +127,10 @@ fn lie() -> Scene {
         9 => idle().prop_map(|(h, beyond)| vec![frame_of(4, h), beyond]),
         1 => handles().prop_map(|handle| vec![frame_of(5, handle)]),
         3 => handles().prop_map(|handle| vec![frame_of(6, handle)]),
-        1 => (0..31u8, 0..4u8).prop_map(|(length, fds)| vec![frame_of(7, length), fds]),
+        1 => (4..31u8, 0..4u8).prop_map(|(length, fds)| vec![frame_of(7, length), fds]),
+        3 => (handles(), 0..8u8).prop_map(|(handle, fd)| vec![15, handle, fd]),
+        12 => connections().prop_map(|connection| vec![23, connection]),
+        6 => connections().prop_map(|connection| vec![31, connection]),
         1 => Just(vec![255]),
     ];
     let cut = prop_oneof![3 => Just(255), 1 => 0..30u8];
@@ -162,12 +172,25 @@ fn reopening() -> Scene {
     both(both(lack.boxed(), closing.boxed()), service())
 }
 
+/// Generates steps in which the idle hostile worker reports a connection that a client has resumed,
+/// and that is still in the worker's queue.
+fn early_report() -> Scene {
+    (0..16u8, prop_oneof![Just(23), Just(31)])
+        .prop_map(|(client, report)| {
+            let frame = written(&[report, 200], 255);
+            [&[31, 7, 16, client * 8 + 2], &frame[..]].concat()
+        })
+        .boxed()
+}
+
 /// Generates a step for the well-behaved worker, the clients, the master or the clock.
 fn event() -> Scene {
     prop_oneof![
         4 => (0..4u8, 0..8u8).prop_map(|(at, call)| vec![11, at * 8 + call]),
         1 => (128..=255u8).prop_map(|change| vec![11, change]),
         4 => (0..4u8, numbers()).prop_map(|(at, count)| vec![22, at, count]),
+        6 => (0..16u8, 0..5u8).prop_map(|(client, what)| vec![16, client * 8 + what]),
+        3 => (0..16u8, 5..8u8).prop_map(|(client, what)| vec![16, client * 8 + what]),
         3 => Just(vec![21]),
         1 => Just(vec![17]),
         1 => Just(vec![19]),
@@ -203,7 +226,14 @@ fn junk() -> Scene {
 /// Generates scripts that are likely to reach the cases in `ENOUGH`. In most scripts, both workers
 /// listen, connections arrive and close, and the hostile worker writes untruthful frames.
 fn scripts() -> impl Strategy<Value = Vec<u8>> {
-    let policy = prop_oneof![5 => Just(vec![0]), 1 => Just(vec![3])];
+    // The numbers above 3 select how the master treats the connections of the well-behaved worker's
+    // listeners.
+    let parking = prop_oneof![Just(80), Just(120), Just(160), Just(200), Just(240)];
+    let policy = prop_oneof![
+        3 => Just(vec![0]),
+        2 => parking.prop_map(|parking| vec![parking]),
+        1 => Just(vec![3]),
+    ];
     let beginning = prop_oneof![
         4 => both(service(), start()),
         1 => both(start(), service()),
@@ -216,6 +246,7 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
         20 => call(),
         20 => service(),
         5 => reopening(),
+        10 => early_report(),
         20 => succession(),
         4 => junk(),
         1 => greed(),
@@ -226,7 +257,7 @@ fn scripts() -> impl Strategy<Value = Vec<u8>> {
 
 /// The minimum number of times that each case must occur in `SCRIPTS` scripts together. Each case
 /// usually occurs about ten times as often, so that random variation causes no failure.
-const ENOUGH: [(&str, usize); 8] = [
+const ENOUGH: [(&str, usize); 13] = [
     (SERVED, 3000),
     (DISPATCHED, 150),
     (RECEIVED, 80),
@@ -235,6 +266,11 @@ const ENOUGH: [(&str, usize); 8] = [
     (FALSE_CLAIMS, 25),
     (DENIED, 60),
     (DISCARDED, 50),
+    (PARKED, 300),
+    (RESUMED, 100),
+    (EXPIRED, 2),
+    (IDLE_CLOSED, 50),
+    (EARLY_REPORTS, 5),
 ];
 /// The minimum number of scripts for which the test checks `ENOUGH`.
 const SCRIPTS: u32 = 1024;

@@ -39,7 +39,9 @@ impl World {
     /// served, to `lost`.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
-            self.lost += u64::from(!self.fates[client as usize].served);
+            let fate = &mut self.fates[client as usize];
+            fate.is_closed = true;
+            self.lost += u64::from(!fate.served);
         }
     }
 
@@ -66,6 +68,11 @@ impl World {
     fn check_at_rest(&self) {
         let waits = self.master.has_stuck_connection(self.ticked);
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
+        for (id, held) in &self.held {
+            let is_watched = held.is_awaited || !self.master.is_idle(*id);
+            assert!(is_watched, "{id:?} is idle and not watched");
+        }
+        assert_eq!(self.master.sizes().held, self.held.len(), "held");
         for (handle, port) in &self.ports {
             assert_eq!(self.master.is_bound(*handle), !port.is_unbound());
         }
@@ -85,6 +92,20 @@ impl World {
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         let is_complete = self.count_queued() <= in_flight;
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
+    }
+
+    /// Checks that no honest worker other than `worker` has the client's connection.
+    pub(crate) fn check_sole(&self, worker: WorkerId, client: u32) {
+        for (other, process) in &self.processes {
+            let mut received = process.held.iter();
+            let is_shared = *other != worker
+                && !process.is_liar
+                && received.any(|received| received.client.client == client);
+            assert!(
+                !is_shared,
+                "workers {worker} and {other} have client {client}"
+            );
+        }
     }
 
     /// Records that a worker has received the client's connection and reads what the client has
@@ -118,7 +139,7 @@ impl World {
             Location::Master => fate.left || !is_bound || self.held.len() + 1 >= self.parked_limit,
         };
         self.expired += u64::from(!is_explained);
-        let is_known = self.expired <= self.master.ledger().expired;
+        let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;
         assert!(is_known, "client {client} is closed for no reason");
     }
 
@@ -308,6 +329,16 @@ impl World {
         }
     }
 
+    /// Returns whether a client of an open listener waits for the answer to a request.
+    pub(crate) fn has_unanswered(&self) -> bool {
+        let mut fates = self.fates.iter();
+        fates.any(|fate| {
+            let port = fate.port.and_then(|handle| self.ports.get(&handle));
+            let is_bound = port.is_some_and(|port| !port.is_unbound());
+            is_bound && fate.is_pending && !fate.is_closed && !fate.left
+        })
+    }
+
     /// Checks that each client of an open listener has been served or has hung up.
     pub(crate) fn check_served(&self) {
         let is_bound = |handle| {
@@ -315,12 +346,23 @@ impl World {
                 .get(&handle)
                 .is_some_and(|port| !port.is_unbound())
         };
+        let mut closed = 0;
         for (client, fate) in self.fates.iter().enumerate() {
-            if fate.port.is_some_and(is_bound) {
-                let is_served = fate.served || fate.left || !fate.has_sent;
+            if fate.left || !fate.has_sent || !fate.port.is_some_and(is_bound) {
+                continue;
+            }
+            if fate.is_closed {
+                closed += u64::from(!fate.served);
+            } else {
+                let is_served = fate.served && !fate.is_pending;
                 assert!(is_served, "client {client} is lost");
             }
         }
+        // The client may have sent its first request just before its connection expired. A hostile
+        // worker may have detached a connection instead of receiving it.
+        let ledger = self.master.ledger();
+        let is_allowed = closed <= ledger.expired + ledger.idle_closed + self.early_reports;
+        assert!(is_allowed, "{closed} clients are lost");
     }
 }
 

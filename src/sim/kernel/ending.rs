@@ -82,8 +82,11 @@ impl World {
         } else {
             let held = self.processes[&worker].held.len();
             self.poll_listeners(worker);
-            for _ in 0..held {
-                self.close_connection(worker, 0);
+            for n in 0..held {
+                match n % 2 {
+                    0 => self.close_connection(worker, 0),
+                    _ => self.park_connection(worker, 0),
+                }
             }
             self.wait_for_events(worker);
             self.gather_from_worker(worker);

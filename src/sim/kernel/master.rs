@@ -8,7 +8,8 @@ use std::process::ExitStatus;
 
 use super::process::{Detached, Parcel, ProcessState};
 use super::socket::{
-    Client, Connection, Fate, Held, Location, Port, PortState, QUEUE_CAPACITY, Queue, Queued, endpoint,
+    Client, Connection, Fate, Held, Location, Port, PortState, QUEUE_CAPACITY, Queue, Queued,
+    endpoint,
 };
 use super::{BACKOFF, Fact, Failure, KNOWN, Master, World};
 use crate::core::dispatch::{MAX_WINDOW, Sequenced};
@@ -54,6 +55,10 @@ pub(crate) enum Call {
     Adopt,
     /// Releases a retained listener.
     Release,
+    /// Limits the number of connections that the master holds.
+    LimitParked,
+    /// Sets a scheduler.
+    UseScheduler,
 }
 
 /// Returns the listener's handle if the attachment is a copy of a listener.
@@ -278,20 +283,31 @@ impl World {
         }
         match frame {
             ToMaster::Message(bytes) => self.report(|core| core.message(worker, bytes, fds)),
-            ToMaster::Park { handle } => self.read_parked(worker, handle),
-            frame => {
+            ToMaster::Park { handle } => {
+                let is_lost = self.processes[&worker].is_raw() && fds.is_empty();
+                self.read_parked(worker, handle, is_lost);
+            }
+            frame @ (ToMaster::Online
+            | ToMaster::Listen { .. }
+            | ToMaster::Listening { .. }
+            | ToMaster::Idle { .. }
+            | ToMaster::Release { .. }
+            | ToMaster::DisconnectRequest
+            | ToMaster::Pause { .. }
+            | ToMaster::ParkAgain { .. }
+            | ToMaster::Detach { .. }) => {
                 self.note_report(worker, &frame);
                 self.report(|core| core.frame(worker, frame));
             }
         }
     }
 
-    /// Reads a connection that a worker parks. If `failing` contains `Park`, the connection is lost,
-    /// because the master has no free descriptor number.
-    fn read_parked(&mut self, worker: WorkerId, handle: HandleId) {
+    /// Reads a connection that a worker parks. If the connection `is_lost`, or `failing` contains
+    /// `Park`, the master has no free descriptor number for it.
+    fn read_parked(&mut self, worker: WorkerId, handle: HandleId, is_lost: bool) {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         let connection = process.to_park.pop_front();
-        if self.failing.remove(&Failure::Park) {
+        if self.failing.remove(&Failure::Park) || is_lost {
             let error = Error::no_descriptors(Some(worker));
             self.report(|core| core.error(Some(worker), error));
             return self.report(|core| core.frame(worker, ToMaster::Park { handle }));
@@ -309,6 +325,7 @@ impl World {
             served: true,
             has_sent: true,
             is_pending: client % 2 == 0,
+            left: client % 8 == 7,
             ..Fate::default()
         });
         Connection::new(client, &self.closed)
@@ -317,11 +334,20 @@ impl World {
     /// Records a worker's report about a connection that the master holds, before the master
     /// processes the report.
     fn note_report(&mut self, worker: WorkerId, frame: &ToMaster) {
-        let ToMaster::Detach { connection } = frame else {
+        let (ToMaster::Detach { connection } | ToMaster::ParkAgain { connection }) = frame else {
             return;
         };
+        let queues = self.queues.iter();
+        let own = queues.filter(|((_, of), _)| *of == worker);
+        let mut queued = own.flat_map(|(_, queue)| &queue.connections);
+        let is_early = queued.any(|queued| {
+            let id = queued.resumed.map(|resumed| resumed.connection);
+            id == Some(*connection)
+        });
+        self.early_reports += u64::from(is_early);
         let held = self.held.get_mut(connection);
-        if let Some(held) = held.filter(|held| held.location == Location::Worker(worker)) {
+        let held = held.filter(|held| held.location == Location::Worker(worker));
+        if let (ToMaster::Detach { .. }, Some(held)) = (frame, held) {
             held.location = Location::Detached;
         }
     }
@@ -456,6 +482,9 @@ impl World {
         assert!(previous.is_none(), "a second connection with one number");
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
+            // If the master has accepted more connections at once than it may hold, another
+            // connection may have this number now, and closes.
+            self.failed_holds += 1;
             self.report(|core| core.not_held(id));
         }
     }
@@ -505,6 +534,9 @@ impl World {
     }
 }
 
+/// The connections that the master has reclaimed from a queue.
+type Reclaimed = Vec<Sequenced<Handoff<Client>>>;
+
 // Workers' queues.
 impl World {
     fn dispatch(
@@ -532,7 +564,10 @@ impl World {
         let (client, resumed) = match connection.connection {
             Handoff::New(client) => (client, None),
             Handoff::Held(resumed) => {
-                let held = self.held.get_mut(&resumed.connection).expect("a held connection");
+                let held = self
+                    .held
+                    .get_mut(&resumed.connection)
+                    .expect("a held connection");
                 held.location = Location::Worker(worker);
                 let copy = held.copy.as_ref().expect("a copy");
                 (Client::clone(copy), Some(resumed))
@@ -557,7 +592,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Vec<Sequenced<Handoff<Client>>>, Option<bool>)> {
+    ) -> Option<(Reclaimed, Option<bool>)> {
         let is_failing = self.failing.remove(&Failure::Reclaim);
         let queue = self.queues.get_mut(&(handle, worker))?;
         let queued = queue.connections.len();
@@ -623,15 +658,17 @@ impl World {
         Some(queued)
     }
 
-    /// Receives the first connection in the worker's queue and closes it, without the knowledge of
-    /// the worker's core. Returns whether there was a connection.
-    pub(crate) fn receive_and_close(&mut self, handle: HandleId, worker: WorkerId) -> bool {
-        let Some(queued) = self.receive(handle, worker) else {
-            return false;
-        };
+    /// Receives the first connection in the worker's queue, without the knowledge of the worker's
+    /// core.
+    pub(crate) fn receive_secretly(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+    ) -> Option<Queued> {
+        let queued = self.receive(handle, worker)?;
         self.mark_served(queued.connection.client, queued.resumed);
         self.process(worker).counters.received += 1;
-        true
+        Some(queued)
     }
 
     /// Returns the number of connections that a worker has received from its queue.
@@ -684,6 +721,8 @@ impl World {
                     self.report(|core| core.release(handle));
                 }
             }
+            (Call::LimitParked, _) => self.limit_parked(usize::from(n % 8) * 3),
+            (Call::UseScheduler, _) => self.report(Master::use_scheduler),
             (_, None) => {}
             (Call::Ref, Some(id)) => {
                 let is_known = match self.detached.get(&id) {

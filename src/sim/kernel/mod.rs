@@ -85,6 +85,8 @@ pub(crate) enum Fact {
     Exit(WorkerId),
     /// The worker's channel has space for a frame that waits in the outbox.
     Writable(WorkerId),
+    /// The application's scheduler must be called for a connection.
+    Unscheduled,
     /// A deadline has passed, or waiting connections can be checked again.
     Time,
 }
@@ -131,6 +133,10 @@ pub(crate) struct World {
     parked_limit: usize,
     /// The highest value that `parked_limit` has had.
     parked_limit_max: usize,
+    /// The number of reports about connections that were still in the worker's queue.
+    pub(crate) early_reports: u64,
+    /// The number of times that the master could not hold a connection.
+    failed_holds: u64,
     /// The number of held connections that were closed for no reason that the simulation knows,
     /// except that they may have expired.
     expired: u64,
@@ -269,9 +275,23 @@ impl World {
     /// Makes one of the last 16 clients send a request, unless it has hung up. `n` selects the
     /// client.
     pub(crate) fn send_request(&mut self, n: u8) {
-        if let Some(fate) = self.recent_client(n).filter(|fate| !fate.left) {
-            (fate.has_sent, fate.is_pending) = (true, true);
+        if let Some(fate) = self.recent_client(n) {
+            fate.send_request();
         }
+    }
+
+    /// Makes the client of a connection that the master holds send a request. `n` selects the
+    /// connection.
+    pub(crate) fn send_on_held(&mut self, n: u8) {
+        let client = nth(self.held.values(), n).and_then(Held::client);
+        if let Some(client) = client {
+            self.fates[client as usize].send_request();
+        }
+    }
+
+    /// Makes every client send a request.
+    pub(crate) fn send_all_requests(&mut self) {
+        self.fates.iter_mut().for_each(Fate::send_request);
     }
 
     /// Makes one of the last 16 clients hang up. `n` selects the client.
@@ -285,7 +305,7 @@ impl World {
 
     pub(crate) fn fork(&mut self) -> WorkerId {
         let worker = self.add_worker(None);
-        // Collect the worker's first action, which is to send an `Online` frame.
+        // Collect the worker's first action, which sends an `Online` frame.
         self.gather_from_worker(worker);
         worker
     }
@@ -403,13 +423,7 @@ impl World {
         facts.clear();
         let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
         facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
-        for (id, held) in &self.held {
-            let fate = held.client().map(|client| self.fates[client as usize]);
-            let is_ready = fate.is_some_and(|fate| fate.is_pending || fate.left);
-            if held.is_awaited && is_ready {
-                facts.push(Fact::Held(*id));
-            }
-        }
+        facts.extend(self.reported_held().map(Fact::Held));
         for (worker, process) in &self.processes {
             if process.master_end {
                 if !process.up.wire.is_empty() {
@@ -430,15 +444,27 @@ impl World {
                 facts.push(Fact::Exit(*process));
             }
         }
+        if self.master.has_unscheduled() {
+            facts.push(Fact::Unscheduled);
+        }
         let is_due = |deadline| deadline <= self.now;
-        let sweeps = self.master.has_waiting() && self.ticked < self.now;
         let closes = self.closes_at.is_some_and(is_due);
-        if self.master.deadline().is_some_and(is_due) || sweeps || closes {
+        if self.master.deadline().is_some_and(is_due) || closes {
             facts.push(Fact::Time);
         }
         let fact = nth(facts.iter().copied(), n);
         self.facts = facts;
         fact
+    }
+
+    /// Returns the held connections that the master's poller reports.
+    pub(crate) fn reported_held(&self) -> impl Iterator<Item = ConnectionId> + '_ {
+        let awaited = self.held.iter().filter(|(_, held)| held.is_awaited);
+        let reported = awaited.filter(|(_, held)| {
+            let fate = held.client().map(|client| self.fates[client as usize]);
+            fate.is_some_and(|fate| fate.is_pending || fate.left)
+        });
+        reported.map(|(id, _)| *id)
     }
 
     /// Reports an input to the master.
@@ -451,8 +477,22 @@ impl World {
             Fact::Held(id) => self.held_ready(id),
             Fact::Exit(process) => self.reap(process),
             Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
+            Fact::Unscheduled => drop(self.schedule_next()),
             Fact::Time => self.tick(),
         }
+    }
+
+    /// Calls the application's scheduler for the next connection. The scheduler chooses a worker or
+    /// none, depending on the connection's number. Returns whether there was such a connection.
+    pub(crate) fn schedule_next(&mut self) -> bool {
+        let Some((handle, sequence, _)) = self.master.unscheduled() else {
+            return false;
+        };
+        let candidates = self.master.candidates(handle);
+        let at = usize::try_from(sequence).expect("few connections") % (candidates.len() + 1);
+        let worker = candidates.get(at).map(|load| load.worker);
+        self.report(|core| core.choose(handle, sequence, worker));
+        true
     }
 
     fn reap(&mut self, process: WorkerId) {
@@ -506,9 +546,7 @@ impl World {
             core.sweep(limit, |handoff| {
                 let client = match handoff {
                     Handoff::New(connection) => Some(connection.client),
-                    Handoff::Held(resumed) => {
-                        held.get(&resumed.connection).and_then(Held::client)
-                    }
+                    Handoff::Held(resumed) => held.get(&resumed.connection).and_then(Held::client),
                 };
                 client.is_none_or(|client| {
                     let fate = &mut fates[client as usize];

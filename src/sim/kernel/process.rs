@@ -201,6 +201,10 @@ pub(crate) struct Process {
     /// Whether the worker's application has killed the worker, closed the channel or dropped a
     /// listener. Only such a worker may close its channel while it holds connections.
     pub(crate) is_careless: bool,
+    /// Whether the worker's disconnect tokens are readable.
+    pub(crate) is_marked: bool,
+    /// Whether the worker's application was notified that the worker is disconnecting.
+    pub(crate) was_notified: bool,
     /// The listeners of the worker's application.
     pub(crate) listeners: Vec<ListenerId>,
     /// The master's listeners of which the worker has a copy or a queue, by the listeners' ids in

@@ -53,6 +53,17 @@ pub(crate) struct Fate {
     pub(crate) is_pending: bool,
     /// Whether the client has hung up.
     pub(crate) left: bool,
+    /// Whether the connection is closed on this side.
+    pub(crate) is_closed: bool,
+}
+
+impl Fate {
+    /// Makes the client send a request, unless the connection is closed.
+    pub(crate) fn send_request(&mut self) {
+        if !self.left && !self.is_closed {
+            (self.has_sent, self.is_pending) = (true, true);
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

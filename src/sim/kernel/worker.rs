@@ -9,7 +9,7 @@ use super::socket::{Connection, Port, PortState, endpoint};
 use super::{BACKOFF, Failure, KNOWN, World, nth};
 use crate::core::master::Attachment;
 use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
-use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::protocol::FrameError;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{ToMaster, ToWorker};
@@ -184,6 +184,10 @@ impl World {
                     port.state = PortState::Filtered;
                 }
             }
+            Action::MarkDisconnecting => {
+                assert!(!process.is_marked, "marked twice");
+                process.is_marked = true;
+            }
             Action::CloseChannel => {
                 let is_idle = process.held.is_empty();
                 assert!(
@@ -224,7 +228,16 @@ impl World {
                 self.call_back(worker, listener);
             }
             Event::Message { bytes, fds: () } => self.check_message_to_worker(worker, &bytes),
-            Event::Disconnect => {}
+            Event::Disconnecting => {
+                let process = self.process(worker);
+                assert!(process.is_marked, "the token is readable before the event");
+                let was_notified = std::mem::replace(&mut process.was_notified, true);
+                assert!(!was_notified, "notified twice");
+            }
+            Event::Disconnect => {
+                let was_notified = self.process(worker).was_notified;
+                assert!(was_notified, "`Disconnecting` precedes `Disconnect`");
+            }
         }
     }
 }
@@ -343,6 +356,9 @@ impl World {
     fn hold(&mut self, worker: WorkerId, received: Received) {
         let (client, listener) = (received.client.client, received.listener);
         let resumed = received.resumed;
+        if !self.process(worker).is_liar {
+            self.check_sole(worker, client);
+        }
         let process = self.process(worker);
         process.held.push(received);
         process.counters.received += 1;
@@ -443,7 +459,8 @@ impl World {
 
     /// Opens a listener. `n` selects the endpoint, and a connection limit of 0, 1, 2 or none.
     fn listen_with_limit(&mut self, worker: WorkerId, n: u8) {
-        let listener = self.listen(worker, requested_endpoint(n));
+        let parking = requested_parking(n);
+        let listener = self.listen_with(worker, requested_endpoint(n), parking);
         if let limit @ 0..=2 = n / 5 % 8 {
             let process = self.process(worker);
             process.limits.insert(listener, limit.into());
@@ -453,9 +470,18 @@ impl World {
         }
     }
 
-    pub(crate) fn listen(&mut self, worker: WorkerId, endpoint: Endpoint) -> ListenerId {
+    pub(crate) fn listen_with(
+        &mut self,
+        worker: WorkerId,
+        endpoint: Endpoint,
+        parking: Parking,
+    ) -> ListenerId {
         let process = self.process(worker);
-        let listener = process.core.listen(endpoint, BindFlags::default());
+        let flags = BindFlags {
+            parking,
+            ..BindFlags::default()
+        };
+        let listener = process.core.listen(endpoint, flags);
         process.listeners.push(listener);
         self.gather_from_worker(worker);
         listener
@@ -550,6 +576,23 @@ impl World {
         process.state == ProcessState::Running
             && process.actions.is_empty()
             && !process.is_unflushed
+    }
+}
+
+/// Returns how the master treats the connections of a requested listener. `n` divided by 40
+/// selects the idle timeout, and whether new connections wait for data.
+pub(crate) fn requested_parking(n: u8) -> Parking {
+    let [idle_seconds, wait_for_data] = match n / 40 {
+        2 => [Some(1), None],
+        3 => [Some(2), None],
+        4 => [Some(1), Some(1)],
+        5 => [None, Some(1)],
+        6 => [None, Some(0)],
+        _ => [None, None],
+    };
+    Parking {
+        idle_seconds,
+        wait_for_data: wait_for_data.map(|value| value == 1),
     }
 }
 

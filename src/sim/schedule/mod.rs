@@ -11,6 +11,7 @@
 //! ```
 
 mod keep_alive;
+mod parked;
 mod preemption;
 mod shrink;
 mod step;
@@ -138,6 +139,10 @@ fn run(seeds: std::ops::Range<u64>) -> Ledger {
             shrunk.replay();
             panic!("the shrunk schedule fails no more");
         };
+        total.parked += ledger.parked;
+        total.resumed += ledger.resumed;
+        total.expired += ledger.expired;
+        total.idle_closed += ledger.idle_closed;
         total.received += ledger.received;
         total.closed_by_peer += ledger.closed_by_peer;
         total.dropped += ledger.dropped;
@@ -153,8 +158,10 @@ fn a_million_steps() {
         Some(seed) => run(seed..seed + 1),
         None => run(0..steps.div_ceil(STEPS_PER_SCHEDULE)),
     };
-    // Fail if too few connections were received, closed by their clients, or dropped. The schedules
-    // would then no longer exercise all ways in which a connection can end.
+    // Fail if too few connections were received, parked or closed in each way. The schedules would
+    // then no longer exercise all ways in which a connection can end.
     let is_enough = total.received > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
+    let is_enough = is_enough && total.parked > 500 && total.resumed > 100;
+    let is_enough = is_enough && total.expired > 20 && total.idle_closed > 100;
     assert!(single.is_some() || is_enough, "{total:?}");
 }

@@ -10,6 +10,7 @@ use super::preemption::Runner;
 use crate::sim::kernel::process::Detached;
 use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
+use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::BindFlags;
 use crate::types::protocol::FrameError;
 use crate::types::time::Time;
@@ -31,6 +32,10 @@ pub(super) enum Forgery {
     Release,
     Pause,
     DisconnectRequest,
+    /// Parks a connection that the worker has opened itself.
+    Park,
+    ParkAgain,
+    Detach,
     Message,
 }
 
@@ -38,10 +43,19 @@ pub(super) enum Forgery {
 pub(super) enum StepKind {
     /// Connects a client to a listener.
     Connect,
+    /// Connects a client that sends no request yet.
+    ConnectSilently,
+    /// Makes a client send a request.
+    Request,
     /// Makes a client hang up.
     HangUp,
+    /// Makes the master's poller report a held connection whether it is ready or not, because the
+    /// event belongs to an earlier connection with the same number.
+    ReportHeld,
     /// Advances the clock by `choice` milliseconds.
     Pass,
+    /// Advances the clock by one second.
+    PassSecond,
     /// Makes the master carry out an action, write a frame, deliver an event, or handle an input.
     Master,
     /// Calls the master from its application if the master has no action to carry out and no frame
@@ -61,8 +75,8 @@ pub(super) enum StepKind {
     Stop,
     /// Resumes a suspended worker, as SIGCONT does.
     Continue,
-    /// Preempts a process for its next `choice` steps. `process` is the index of a worker, without
-    /// the modulo. If no worker has this index, the master is preempted.
+    /// Preempts a process for its next `choice` steps. Unlike in other steps, `process` is not
+    /// reduced modulo the number of workers: if no worker has this index, the master is preempted.
     Preempt,
     /// Closes a worker's descriptor of the channel without the knowledge of its library.
     CutChannel,
@@ -124,7 +138,10 @@ impl Step {
     pub(super) fn random(rng: &mut Rng, trouble: Trouble) -> Self {
         let kind = match rng.u8(0..=255) {
             0..=1 => StepKind::Call(Call::Fork),
-            2..=19 => StepKind::Connect,
+            2..=15 => StepKind::Connect,
+            16 => StepKind::ConnectSilently,
+            17..=19 => StepKind::Request,
+            20 if rng.u8(0..4) == 0 => StepKind::PassSecond,
             20..=22 => StepKind::Pass,
             23..=25 if trouble.calls => random_call(rng),
             26..=28 if trouble.faults => random_fault(rng),
@@ -157,6 +174,8 @@ fn random_call(rng: &mut Rng) -> StepKind {
         30..=32 => Call::Retain,
         33..=34 => Call::Adopt,
         35..=37 => Call::Release,
+        38 => Call::LimitParked,
+        39 if rng.u8(0..4) == 0 => Call::UseScheduler,
         40 => Call::Detach,
         41 => Call::Ref,
         42 => Call::Unref,
@@ -182,6 +201,9 @@ fn random_fault(rng: &mut Rng) -> StepKind {
         42..=43 => StepKind::Fail(Failure::Receive),
         44..=45 => StepKind::Fail(Failure::Reclaim),
         46..=47 => StepKind::EndDetached,
+        48..=49 => StepKind::ReportHeld,
+        50..=51 => StepKind::Fail(Failure::Hold),
+        52 => StepKind::Fail(Failure::Park),
         _ => StepKind::HangUp,
     }
 }
@@ -200,7 +222,8 @@ fn random_worker_call(rng: &mut Rng, trouble: Trouble) -> WorkerCall {
         12..=50 => WorkerCall::Accept,
         51..=55 => WorkerCall::UseCallback,
         56..=60 => WorkerCall::FinishListen,
-        61..=109 => WorkerCall::CloseConnection,
+        61..=88 => WorkerCall::CloseConnection,
+        89..=109 => WorkerCall::Park,
         110 => WorkerCall::DropListener,
         111..=112 => WorkerCall::LimitConnections,
         113 => WorkerCall::ChangeFds,
@@ -227,6 +250,10 @@ fn random_forgery(rng: &mut Rng) -> Forgery {
         Forgery::Release,
         Forgery::Pause,
         Forgery::DisconnectRequest,
+        Forgery::Park,
+        Forgery::ParkAgain,
+        Forgery::ParkAgain,
+        Forgery::Detach,
         Forgery::Message,
     ];
     forgeries[rng.usize(0..forgeries.len())]
@@ -252,7 +279,16 @@ impl Schedule {
         }
         match step.kind {
             StepKind::Connect => world.connect(choice),
+            StepKind::ConnectSilently => world.connect_silently(choice),
+            StepKind::Request if choice % 4 == 0 => world.send_request(choice / 4),
+            StepKind::Request => world.send_on_held(choice),
             StepKind::HangUp => world.hang_up(choice),
+            StepKind::ReportHeld if world.master_is_idle() => {
+                let held = nth(world.held.keys().copied(), choice);
+                held.into_iter().for_each(|id| world.held_ready(id));
+            }
+            StepKind::ReportHeld => {}
+            StepKind::PassSecond => world.pass(Time::from_secs(1)),
             StepKind::Pass => world.pass(Time::from_millis(choice.into())),
             StepKind::Master => self.master_step(choice),
             StepKind::Call(call) if world.master_is_idle() => {
@@ -298,6 +334,7 @@ impl World {
     fn forge_frame(&mut self, worker: WorkerId, forgery: Forgery, n: u8) {
         let number = u64::from(n / 8);
         let handle = HandleId(self.last_port.saturating_sub(u32::from(n % 8) % 4));
+        let connection = ConnectionId(u32::from(n % 8));
         let frame = match forgery {
             Forgery::Garbled => Err(FrameError::Kind(u8::MAX)),
             Forgery::Online => Ok(ToMaster::Online),
@@ -320,12 +357,15 @@ impl World {
             }),
             Forgery::ReceiveAndClose => {
                 self.process(worker).is_liar = true;
-                self.receive_and_close(handle, worker);
+                drop(self.receive_secretly(handle, worker));
                 return;
             }
             Forgery::Release => Ok(ToMaster::Release { handle }),
             Forgery::Pause => Ok(ToMaster::Pause { handle }),
             Forgery::DisconnectRequest => Ok(ToMaster::DisconnectRequest),
+            Forgery::Park => Ok(ToMaster::Park { handle }),
+            Forgery::ParkAgain => Ok(ToMaster::ParkAgain { connection }),
+            Forgery::Detach => Ok(ToMaster::Detach { connection }),
             Forgery::Message => Ok(ToMaster::Message(vec![n; 4])),
         };
         self.forge(worker, frame);

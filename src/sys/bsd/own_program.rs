@@ -16,6 +16,16 @@ pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
     paths.into_iter().flatten().collect()
 }
 
+/// Returns whether executing the program has raised the rights of this process, because the file
+/// has a set-user-ID or set-group-ID bit.
+pub(in crate::sys) fn is_secure_mode() -> bool {
+    // SAFETY: these functions have no preconditions.
+    let (user, effective_user) = unsafe { (libc::getuid(), libc::geteuid()) };
+    // SAFETY: as above.
+    let (group, effective_group) = unsafe { (libc::getgid(), libc::getegid()) };
+    user != effective_user || group != effective_group
+}
+
 /// Searches `PATH` for a name without a slash. Returns any other path unchanged.
 fn find(name: PathBuf) -> Option<PathBuf> {
     if name.parent() != Some(Path::new("")) {

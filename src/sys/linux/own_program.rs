@@ -25,7 +25,8 @@ pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
     if is_run_by_loader() {
         return Vec::new();
     }
-    let paths = [called_path(), std::env::current_exe().ok()];
+    let called = called_path().filter(|_| !has_changed_identity());
+    let paths = [called, std::env::current_exe().ok()];
     paths.into_iter().flatten().collect()
 }
 
@@ -47,6 +48,21 @@ fn called_path() -> Option<PathBuf> {
     // (execveat(2)).
     let is_relative_to_process = path.starts_with("/proc") || path.starts_with("/dev/fd");
     (!is_relative_to_process).then_some(path)
+}
+
+/// Returns whether a set-user-ID or set-group-ID bit has changed the user or group of this process.
+/// The user who called the program may then own a symbolic link in the called path, and must not
+/// choose by it which program is executed as the other user.
+fn has_changed_identity() -> bool {
+    // SAFETY: these functions have no preconditions.
+    unsafe { libc::getuid() != libc::geteuid() || libc::getgid() != libc::getegid() }
+}
+
+/// Returns whether executing the program has raised the rights of this process, because the file
+/// has a set-user-ID or set-group-ID bit or capabilities (`AT_SECURE` in getauxval(3)).
+pub(in crate::sys) fn is_secure_mode() -> bool {
+    // SAFETY: getauxval has no preconditions.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
 /// Returns whether the dynamic loader was executed with this program as its argument, as in

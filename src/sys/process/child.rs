@@ -310,8 +310,8 @@ impl Child<'_> {
         Ok(())
     }
 
-    /// Closes all descriptors except 0, 1, 2, the further ones that `stdio` sets, the channel and
-    /// the report stream. The host may have left others open for programs that it executes itself.
+    /// Closes all descriptors except 0 to 2, those that `stdio` sets, the channel and the report
+    /// stream. The host may have left other descriptors open for programs that it executes itself.
     fn close_others(&self) {
         let standard = self.stdio.len().max(LISTEN_FDS_START);
         let standard = RawFd::try_from(standard).unwrap_or(RawFd::MAX);

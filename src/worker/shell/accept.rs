@@ -181,6 +181,11 @@ impl WorkerShell {
             core.fds_plentiful();
         }
     }
+
+    /// Records that the application no longer has a connection.
+    pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
+        self.core.borrow_mut().connection_closed(listener);
+    }
 }
 
 // Blocking in `accept`.

@@ -33,6 +33,7 @@ use crate::wire::channel::inbox::READ_SIZE;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::Receipt;
+use crate::worker::disconnect_token::DisconnectToken;
 use sockets::SocketEntry;
 
 /// Maximum time that an exiting worker waits for the channel to accept its final frames.
@@ -48,6 +49,7 @@ pub(crate) struct WorkerShell {
     pub(crate) core: RefCell<WorkerCore<Vec<NoLingerFd>>>,
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
+    pub(crate) disconnect_token: DisconnectToken,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
     /// The process's descriptor limit when the application last set a callback. `u64::MAX` before
     /// the first callback.
@@ -75,12 +77,18 @@ impl std::fmt::Debug for WorkerShell {
 
 impl WorkerShell {
     /// Returns the shell of a new worker. `start` is the origin of [`Time`].
-    pub(crate) fn new(channel: UnixStream, poller: Poller, start: Instant) -> io::Result<Self> {
+    pub(crate) fn new(
+        channel: UnixStream,
+        disconnect_token: DisconnectToken,
+        poller: Poller,
+        start: Instant,
+    ) -> io::Result<Self> {
         let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
         let shell = Self {
             core: RefCell::new(WorkerCore::new()),
             poller,
             channel: ChannelDriver::new(None, Some(channel)),
+            disconnect_token,
             sockets: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             is_out_of_fds: Cell::new(false),
@@ -170,8 +178,12 @@ impl WorkerShell {
             match action {
                 // A foreign process only closes its copies of the sockets, because the other
                 // actions concern the process that created the worker.
-                Some(Action::Send(_) | Action::AttachSynFilter(_) | Action::CloseChannel)
-                    if !is_own => {}
+                Some(
+                    Action::Send(_)
+                    | Action::AttachSynFilter(_)
+                    | Action::CloseChannel
+                    | Action::MarkDisconnecting,
+                ) if !is_own => {}
                 Some(Action::Send(frame)) => {
                     must_flush = true;
                     self.channel.queue(&frame, None);
@@ -182,6 +194,7 @@ impl WorkerShell {
                     must_flush = true;
                     self.channel.with(Channel::close);
                 }
+                Some(Action::MarkDisconnecting) => self.disconnect_token.mark(),
                 None => break,
             }
         }

@@ -24,16 +24,13 @@ pub(crate) struct Origin {
 }
 
 impl WorkerShell {
-    /// Records that the application no longer has a connection, and that the connection is not
-    /// parked.
-    pub(crate) fn connection_closed(&self, origin: &Origin) {
-        let mut core = self.core.borrow_mut();
-        core.connection_closed(origin.listener);
+    /// Lets the master close its copy of a connection, because the application keeps or has closed
+    /// the connection.
+    pub(crate) fn detach(&self, origin: &Origin) {
         if let Some(connection) = origin.held {
-            core.detach(connection);
-            drop(core);
-            // Flush at once, because the client receives end-of-file only when the master has
-            // closed its copy.
+            self.core.borrow_mut().detach(connection);
+            // Act at once, because the client receives end-of-file only when the master has closed
+            // its copy.
             self.act();
         }
     }

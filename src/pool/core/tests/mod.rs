@@ -631,6 +631,17 @@ fn silent_worker_is_killed_at_the_heartbeat_timeout() {
     assert_eq!(world.killed.len(), 2);
 }
 
+/// Returns the slots and workers of all `WorkerDisconnecting` events.
+fn disconnecting(world: &World) -> Vec<(usize, WorkerId)> {
+    let events = world.events.iter().filter_map(|event| {
+        let PoolEvent::WorkerDisconnecting { slot, worker } = event else {
+            return None;
+        };
+        Some((*slot, *worker))
+    });
+    events.collect()
+}
+
 #[test]
 fn scaling_adds_and_removes_the_last_slots() {
     let mut world = World::serving(options(2));
@@ -639,6 +650,7 @@ fn scaling_adds_and_removes_the_last_slots() {
     world.all_ready();
     world.input(|core, now| core.scale(1, now));
     assert_eq!(world.disconnected, [4, 3, 2]);
+    assert_eq!(disconnecting(&world), [(3, id(4)), (2, id(3)), (1, id(2))]);
     world.advance(30 * SECOND);
     assert_eq!(world.killed, [2, 3, 4], "the drain timeout has passed");
     for worker in [2, 3, 4] {
@@ -659,6 +671,9 @@ fn stop_kills_workers_at_the_drain_timeout() {
     world.exit(1);
     world.input(Core::reload);
     world.input(Core::stop);
+    let workers: Vec<_> = world.workers().into_iter().map(id).collect();
+    let disconnected = disconnecting(&world).into_iter().map(|(_, worker)| worker);
+    assert_eq!(disconnected.collect::<Vec<_>>(), workers);
     world.advance(29 * SECOND);
     assert!(world.killed.is_empty());
     world.exit(2);

@@ -68,6 +68,22 @@ fn pool_that_is_stopping_does_not_give_up() {
 }
 
 #[test]
+fn pool_does_not_stop_for_a_slot_that_has_been_filled_or_removed() {
+    let mut world = World::new(limited(1));
+    world.exit(1);
+    world.input(Core::retry);
+    assert_eq!(world.slot_workers(), [Some(2)]);
+    world.choose(FailureAction::StopPool);
+    assert!(world.gave_up.is_empty() && !world.core.is_stopping());
+
+    let mut world = World::serving(limited(2));
+    world.exit(2);
+    world.input(|core, now| core.scale(1, now));
+    world.choose(FailureAction::StopPool);
+    assert!(world.gave_up.is_empty() && !world.core.is_stopping());
+}
+
+#[test]
 fn pool_that_gives_up_one_slot_keeps_running() {
     let mut world = World::serving(limited(2));
     world.exit(1);

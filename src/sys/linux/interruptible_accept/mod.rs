@@ -144,8 +144,7 @@ impl InterruptibleAccept {
     ///
     /// Returns the errors of accept(2), for example `WouldBlock` if the listener is non-blocking,
     /// and the errors of timer_create(2). Also returns `WouldBlock` if the process's descriptor
-    /// limit has been lowered so far that it excludes the slot. The caller must then poll the
-    /// listener.
+    /// limit no longer allows the slot's number. The caller must then poll the listener.
     pub(crate) fn accept(
         &self,
         listener: BorrowedFd<'_>,
