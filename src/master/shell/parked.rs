@@ -56,7 +56,9 @@ impl MasterShell {
     /// Waits again until the client of a held connection sends something or hangs up.
     pub(super) fn await_data(&self, id: ConnectionId) {
         let held = self.held.borrow();
-        let awaited = find(&held, id).map_or(Ok(()), Registered::await_once);
+        // The connection is missing if it could not be held earlier.
+        let missing = || Err(io::ErrorKind::NotFound.into());
+        let awaited = find(&held, id).map_or_else(missing, Registered::await_once);
         drop(held);
         if let Err(reason) = awaited {
             self.not_held(id, reason);

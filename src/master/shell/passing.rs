@@ -209,6 +209,10 @@ impl MasterShell {
                 Err(_) => return self.core_now().not_passed(passed.id),
             }
         }
+        if find(&self.held.borrow(), passed.id).is_none() {
+            // The connection could not be held, for instance for lack of memory.
+            return self.core_now().not_passed(passed.id);
+        }
         // If there is no successor any longer, this master already holds the connection again.
         if let Some(successor) = &mut *self.successor.borrow_mut() {
             successor.queue.push_back(passed);
