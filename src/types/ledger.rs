@@ -39,8 +39,8 @@ pub struct Ledger {
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
     pub expired: u64,
     /// Idle connections that were closed early: because the master held too many, because their
-    /// listener closed, because the system could not watch them, or because this master could not
-    /// receive them from another master.
+    /// listener closed, or because the system could not watch them. The number includes connections
+    /// that another master passed and that this master could not hold.
     pub idle_closed: u64,
     /// Connections that went to the master that takes over from this one
     /// ([`Master::pass_parked`](crate::Master::pass_parked)).

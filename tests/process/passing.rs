@@ -606,7 +606,7 @@ fn invalid_messages_of_a_predecessor_are_discarded() {
                     send(&theirs, bytes, &fds);
                     send(&theirs, &[9; 300], &fds[..1]);
                 }
-                // What follows a complete message is discarded too, because its version is unknown.
+                // The second message is discarded too, because its version is unknown.
                 counted += count + u64::from(!bytes.is_empty());
                 reported += error.max(u32::from(!bytes.is_empty()));
             }
