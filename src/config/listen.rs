@@ -267,7 +267,15 @@ impl<S> ListenOptions<S> {
     ///
     /// Clients that connect and send nothing then occupy no worker. With round robin, the master
     /// holds the connection as if it were [parked](crate::Connection::park). With the other
-    /// policies, and for private listeners, this option has no effect yet.
+    /// policies, and for private listeners, the kernel holds the connections of a TCP listener
+    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about [`idle_timeout`](Self::idle_timeout), and a client
+    /// that is silent for longer reaches a worker or is disconnected. The kernel cannot hold the
+    /// connections of Unix sockets. It also cannot hold those of systems other than Linux, and it
+    /// does not for a listener that another process may use too. In these cases, the option has no
+    /// effect. If a listener closes, the kernel resets the connections that it holds when their
+    /// clients send something.
+    ///
+    /// If several workers listen on an address, the value that was set last applies.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

@@ -253,6 +253,16 @@ pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     platform::backlog_length(listener)
 }
 
+/// Lets the kernel keep connections out of the backlog until their clients have sent something, for
+/// about `seconds`, or no longer if `seconds` is 0. Does nothing if the socket is no TCP listener, or
+/// if the system cannot do this.
+pub(crate) fn defer_accept(listener: &OwnedFd, seconds: u32) {
+    let seconds = libc::c_int::try_from(seconds).unwrap_or(libc::c_int::MAX);
+    // Ignore the error. A connection whose client is silent then reaches a worker, as it would
+    // without the option.
+    let _ = platform::defer_accept(listener, seconds);
+}
+
 /// Accepts a connection, and makes it blocking and closed on exec.
 pub(crate) fn accept(listener: &impl AsFd) -> io::Result<OwnedFd> {
     let number = listener.as_fd().as_raw_fd();

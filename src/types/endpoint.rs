@@ -67,6 +67,15 @@ impl Parking {
         Duration::from_secs(self.idle_seconds.unwrap_or(IDLE_SECONDS).into())
     }
 
+    /// Returns for how many seconds the kernel shall keep a new connection out of a listener's
+    /// backlog while the client sends nothing. 0 means that it does not.
+    pub(crate) fn deferred_seconds(&self) -> u32 {
+        match self.waits_for_data() {
+            true => self.idle_seconds.unwrap_or(IDLE_SECONDS).max(1),
+            false => 0,
+        }
+    }
+
     pub(crate) fn waits_for_data(&self) -> bool {
         self.wait_for_data.unwrap_or(false)
     }

@@ -83,6 +83,10 @@ impl Worker {
             false => PortSharing::Exclusive,
         };
         let bound = bind(endpoint, &bind_request.flags, sharing)?;
+        let deferred_seconds = bind_request.flags.parking.deferred_seconds();
+        if deferred_seconds > 0 && !endpoint.is_borrowed() {
+            sys::listen::defer_accept(&bound.socket, deferred_seconds);
+        }
         let address = bound.address;
         let owner = match endpoint.is_borrowed() {
             true => SocketOwner::Application,

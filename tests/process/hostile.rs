@@ -84,6 +84,8 @@ const FDS_OUT: usize = 512;
 const WINDOW: usize = 16;
 /// Maximum number of connections in a queue if the worker overstates how many it has received.
 const QUEUED_MAX: usize = 64;
+/// Length of a queue's message in bytes. Each message carries one connection.
+const QUEUE_MESSAGE: usize = 16;
 const LISTENERS: usize = 64;
 /// Descriptors per listener: the listening socket and both ends of the queue.
 const FDS_PER_LISTENER: usize = 3;
@@ -363,7 +365,7 @@ impl Listener<'_> {
 
     /// Receives one connection from the queue. Returns `None` if the queue is empty.
     fn receive(&self) -> Option<OwnedFd> {
-        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; 16]).ok()?;
+        let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; QUEUE_MESSAGE]).ok()?;
         fds.into_iter().next()
     }
 
@@ -375,7 +377,7 @@ impl Listener<'_> {
         // SAFETY: FIONREAD writes one `c_int`, and `bytes` is valid for this write.
         let counted = unsafe { nix::libc::ioctl(queue, nix::libc::FIONREAD, &raw mut bytes) };
         assert_eq!(counted, 0);
-        usize::try_from(bytes).unwrap() / size_of::<u64>()
+        usize::try_from(bytes).unwrap() / QUEUE_MESSAGE
     }
 
     /// Waits until the master has processed all frames that the attacker has sent, by waiting for a

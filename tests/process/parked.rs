@@ -11,7 +11,9 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::{Connection, Ledger, ListenOptions, Master, Signal, Worker, WorkerProcess};
+use cluster::{
+    Connection, Ledger, ListenOptions, Master, SchedulingPolicy, Signal, Worker, WorkerProcess,
+};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -30,6 +32,9 @@ crate::scenarios! {
     client_that_hangs_up_while_parked_is_forgotten
     silent_client_is_closed_after_the_idle_timeout
     silent_clients_occupy_no_worker_if_the_listener_waits_for_data
+    silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_none
+    silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_sharded
+    kernel_waits_for_data_of_a_private_listener
     longest_idle_connection_is_closed_beyond_the_maximum
     half_closed_client_receives_its_answer
     unix_connections_can_be_parked
@@ -359,6 +364,60 @@ fn silent_clients_occupy_no_worker_if_the_listener_waits_for_data() {
         |worker| {
             let options = ListenOptions::from("127.0.0.1:0");
             serve_with(&worker, options.wait_for_data(true));
+        },
+    );
+}
+
+/// More clients than workers connect and send nothing. Without the option, each of them would occupy
+/// a worker, which reads without a time-out.
+fn kernel_waits_for_data(policy: SchedulingPolicy, options: fn() -> ListenOptions) {
+    let clients = |address| {
+        let mut silent: Vec<_> = (0..10).map(|_| Client::connect(address)).collect();
+        for _ in 0..10 {
+            assert_eq!(Client::connect(address).ask(CLOSE).1, 1);
+        }
+        for client in &mut silent {
+            assert_eq!(client.ask(CLOSE).1, 1);
+        }
+    };
+    cluster(
+        |master| {
+            master.set_scheduling_policy(policy).unwrap();
+            with_clients(master, 2, clients, |master, ()| master.disconnect());
+        },
+        |worker| serve_with(&worker, options()),
+    );
+}
+
+fn waiting_for_data() -> ListenOptions {
+    ListenOptions::from("127.0.0.1:0").wait_for_data(true)
+}
+
+fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_none() {
+    kernel_waits_for_data(SchedulingPolicy::Shared, waiting_for_data);
+}
+
+fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_sharded() {
+    kernel_waits_for_data(SchedulingPolicy::Sharded, waiting_for_data);
+}
+
+fn kernel_waits_for_data_of_a_private_listener() {
+    cluster(
+        |master| drop(master.fork().unwrap()),
+        |worker| {
+            let options = waiting_for_data().exclusive(true);
+            let listener = worker.listen(options).unwrap();
+            let address = listener.local_addr().unwrap();
+            let silent = TcpStream::connect(address).unwrap();
+            let mut client = TcpStream::connect(address).unwrap();
+            client.write_all(b"x").unwrap();
+            let connection = listener.accept().unwrap().unwrap();
+            assert_eq!(
+                connection.peer_addr().unwrap(),
+                client.local_addr().unwrap()
+            );
+            drop(silent);
+            worker.disconnect();
         },
     );
 }

@@ -114,6 +114,12 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         at_most: u64,
     },
+    /// Lets the kernel keep connections out of the backlog until their clients have sent something,
+    /// for this many seconds, or no longer if `seconds` is 0.
+    DeferAccept {
+        handle: HandleId,
+        seconds: u32,
+    },
     /// Removes the file of a Unix path, so that no further client can connect.
     RemoveFile {
         handle: HandleId,

@@ -69,8 +69,26 @@ impl<C, F> MasterCore<C, F> {
 
     /// Changes how the master treats the listener's connections while their clients send nothing.
     pub(crate) fn set_parking(&mut self, handle: HandleId, parking: Parking) {
-        if let Some(listener) = self.listeners.get_mut(&handle) {
-            listener.parking.update(parking);
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let before = listener.parking.deferred_seconds();
+        listener.parking.update(parking);
+        if listener.parking.deferred_seconds() != before {
+            self.defer_accept(handle);
+        }
+    }
+
+    /// Lets the kernel wait for the first bytes of new connections, or no longer, if the workers
+    /// accept from the listener. The socket of another owner is left alone.
+    pub(super) fn defer_accept(&mut self, handle: HandleId) {
+        let listener = self.listeners.get(&handle);
+        let is_deferrable =
+            |listener: &&Listener<C>| !listener.master_accepts() && listener.is_sole();
+        if let Some(listener) = listener.filter(is_deferrable) {
+            let seconds = listener.parking.deferred_seconds();
+            self.actions
+                .push_back(Action::DeferAccept { handle, seconds });
         }
     }
 
@@ -156,10 +174,10 @@ impl<C, F> MasterCore<C, F> {
         };
         let policy = self.policy_of(&key.endpoint);
         let listener = self.add_listener(handle, key, address, policy);
-        listener.parking = parking;
         if policy == SchedulingPolicy::Sharded {
             listener.shards = vec![Some(worker)];
         }
+        self.set_parking(handle, parking);
         self.join(worker, request, handle);
         if policy == SchedulingPolicy::RoundRobin {
             self.watch(handle, true);

@@ -457,6 +457,14 @@ impl MasterShell {
         Ok(copy)
     }
 
+    pub(super) fn defer_accept(&self, handle: HandleId, seconds: u32) {
+        if let Some(listener) = self.sockets.borrow().get(&handle) {
+            for socket in &listener.sockets {
+                sys::listen::defer_accept(socket, seconds);
+            }
+        }
+    }
+
     pub(super) fn select_shards(&self, handle: HandleId, shards: &[usize]) {
         let sockets = self.sockets.borrow();
         let Some(listener) = sockets.get(&handle) else {

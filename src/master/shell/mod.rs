@@ -350,6 +350,7 @@ impl MasterShell {
             Action::Watch { handle } => self.set_interest(handle, Some(Interest::Readable)),
             Action::Unwatch { handle } => self.set_interest(handle, None),
             Action::Accept { handle, at_most } => self.accept(handle, at_most),
+            Action::DeferAccept { handle, seconds } => self.defer_accept(handle, seconds),
             Action::RemoveFile { handle } => self.remove_file(handle),
             Action::AttachSynFilter { handle } => self.attach_syn_filter(handle),
             Action::DetachSynFilter { handle } => self.detach_syn_filter(handle),

@@ -133,6 +133,8 @@ impl World {
             }
             Action::Watch { handle } => self.port(handle).is_watched = true,
             Action::Unwatch { handle } => self.port(handle).is_watched = false,
+            // The simulated kernel's clients do not differ before their connection is accepted.
+            Action::DeferAccept { .. } => {}
             Action::RemoveFile { handle }
             | Action::AttachSynFilter { handle }
             | Action::StopListening { handle } => self.filter(handle),

@@ -24,6 +24,11 @@ pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Does nothing, because these systems have no such option, or only as a loadable module.
+pub(in crate::sys) fn defer_accept(_listener: &OwnedFd, _seconds: libc::c_int) -> io::Result<()> {
+    Ok(())
+}
+
 /// Returns `None`, because the system does not report the backlog in a portable way.
 pub(in crate::sys) fn backlog_length(_listener: &OwnedFd) -> Option<u64> {
     None

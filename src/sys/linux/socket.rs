@@ -1,7 +1,7 @@
 //! Socket flags, `accept`, queue lengths and abstract addresses.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::SocketAddr;
 
@@ -23,6 +23,14 @@ pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: null pointers are allowed, and no address is written then.
     let accepted = check(unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) });
     accepted.map(fd::adopt)
+}
+
+/// Keeps the connections of a TCP listener out of its accept queue until their clients have sent
+/// something (`TCP_DEFER_ACCEPT` in tcp(7)), for about this many seconds. With 0 seconds, connections
+/// are no longer kept out.
+pub(in crate::sys) fn defer_accept(listener: &OwnedFd, seconds: libc::c_int) -> io::Result<()> {
+    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT);
+    option::set(listener.as_fd(), level, name, &seconds)
 }
 
 /// Returns the number of connections in a TCP listener's backlog. Returns `None` for any other
