@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
-use cluster::{Connection, Error, Master, Role, Worker};
+use cluster::{Connection, Error, ListenOptions, Master, Role, Worker};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -25,6 +25,7 @@ use crate::pool::{ADDRESS, RELEASE, Server, pid, quick, wait_for_exit};
 
 crate::scenarios! {
     idle_connections_outlive_upgrades
+    silent_connections_outlive_upgrades
     connection_parked_while_draining_goes_to_the_new_master
     connection_parked_in_the_first_of_three_masters_goes_to_the_third
     requests_at_the_takeover_are_answered
@@ -66,7 +67,9 @@ fn server(options: PoolOptions) {
             if release == "exits" {
                 std::process::exit(1);
             }
-            for connection in worker.listen(address.as_str()).unwrap().incoming() {
+            let options = ListenOptions::from(address.as_str());
+            let options = options.wait_for_data(release == "waits for data");
+            for connection in worker.listen(options).unwrap().incoming() {
                 answer(connection.unwrap());
             }
         }
@@ -241,6 +244,27 @@ fn idle_connections_outlive_upgrades() {
         assert_eq!(client.ask(), (server.master(), 2));
     }
     drop(idle);
+    server.stop_and_check(assert_nothing_closed);
+}
+
+/// The clients send their first request only after the upgrade.
+fn silent_connections_outlive_upgrades() {
+    if is_watched() {
+        return server(quick());
+    }
+    let server = Server::start("rr");
+    server.release("waits for data");
+    wait_for_exit(take_over(&server));
+    let clients = (0..20).map(|_| Client::connect(server.address));
+    let mut clients: Vec<_> = clients.collect();
+    // This client connects last, so the master has accepted the others.
+    assert_eq!(Client::connect(server.address).ask(), (server.master(), 1));
+    wait_for_exit(take_over(&server));
+    for client in &mut clients {
+        assert_eq!(client.ask(), (server.master(), 1));
+        assert_eq!(client.ask(), (server.master(), 2));
+    }
+    drop(clients);
     server.stop_and_check(assert_nothing_closed);
 }
 
