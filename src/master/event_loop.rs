@@ -175,7 +175,7 @@ impl Master {
     }
 
     /// Runs the loop until nothing is left to wait for: no worker, no timer, no watch, no event to
-    /// deliver, and no message to write.
+    /// deliver, no message to write, and no connection to [pass](Self::pass_parked).
     ///
     /// Node: the process continues to run after the main program, and exits when nothing is left to
     /// wait for.
@@ -245,7 +245,7 @@ impl Master {
     fn has_work(&self) -> bool {
         let workers = self.shell.core.borrow().has_workers();
         let busy = workers || self.has_notifications() || self.event_loop.has_work();
-        busy || self.shell.is_writing()
+        busy || self.shell.is_writing() || self.shell.is_passing()
     }
 
     /// Returns whether an event, a receipt or a scheduling decision waits for the application.
@@ -315,6 +315,7 @@ impl Master {
                 Token::Parked(number) => self.shell.held_ready(number),
                 Token::Watch(number) => event_loop.watch_ready(self, number),
                 Token::Signals => self.signals_ready(),
+                Token::Successor => self.shell.successor_ready(),
             }
             self.settle();
         }

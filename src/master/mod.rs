@@ -14,6 +14,7 @@ mod fork;
 pub(crate) mod listener;
 mod orphans;
 mod passed_name;
+mod passing;
 pub(crate) mod process;
 pub(crate) mod shard_group;
 pub(crate) mod shell;

@@ -112,12 +112,17 @@ impl Pool {
             }
             Action::DisconnectAll => self.disconnect_all(master),
             Action::Kill(process) => {
-                let new_master = self.0.new_masters.borrow().get(&process).cloned();
+                let new_masters = self.0.new_masters.borrow();
+                let new_master = new_masters.get(&process);
+                let new_master = new_master.map(|new_master| new_master.process.clone());
+                drop(new_masters);
                 if let Some(process) = new_master.or_else(|| master.worker(process)) {
                     process.process().kill(Signal::KILL);
                 }
             }
             Action::ReleaseSocketFiles => self.release_socket_files(),
+            Action::PassParked(new_master) => self.pass_parked(master, new_master),
+            Action::EndPassing(new_master) => self.end_passing(new_master),
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
             Action::MeasureWorkers => self.measure_workers(master),
             Action::GiveUp(failure) => master.give_up(failure),

@@ -60,7 +60,6 @@ use std::time::{Duration, Instant};
 
 use cluster::{
     CallbackId, ListenOptions, Master, MasterListener, Result, Settings, TimerId, WorkerId,
-    WorkerProcess,
 };
 
 use self::core::{Core, Time};
@@ -70,7 +69,7 @@ use generations::Generations;
 pub use options::{Canary, PoolOptions, Readiness};
 pub use signals::{SignalAction, ignore_pool_signals};
 pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
-use upgrade::OldMaster;
+use upgrade::{NewMaster, OldMaster};
 
 /// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
 ///
@@ -159,7 +158,7 @@ struct Inner {
     is_old_master_running: Cell<bool>,
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
-    new_masters: RefCell<BTreeMap<WorkerId, WorkerProcess>>,
+    new_masters: RefCell<BTreeMap<WorkerId, NewMaster>>,
 }
 
 /// A listener or UDP socket that stays open while workers come and go.

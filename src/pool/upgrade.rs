@@ -4,12 +4,15 @@
 //! The old master starts the new master and passes copies of its sockets and one end of a channel
 //! by the protocol with which systemd passes sockets. Both masters then accept connections from the
 //! same sockets. When the new master has had a quorum for `min_ready_time`, it writes a byte to the
-//! channel, and the old master's pool stops. If the new master exits early or misses the deadline,
-//! the upgrade fails and the old master continues.
+//! channel. The old master then passes its parked connections over the channel, and its pool stops.
+//! If the new master exits early or misses the deadline, the upgrade fails and the old master
+//! continues.
 
 use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 
 use cluster::systemd::ListenFd;
 use cluster::{
@@ -26,7 +29,8 @@ use super::{Pool, PoolListener};
 /// The descriptor name of the channel to the old master.
 ///
 /// The old master writes one byte for each socket to the channel (see [`PassedSocket`]), and then
-/// the fields of a [`Handover`]. The old master keeps its end open until it exits.
+/// the fields of a [`Handover`]. Once the new master has taken over, the old master passes its
+/// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits.
 const CHANNEL: &str = "cluster-predecessor";
 
 /// The byte with which a new master reports that it has taken over.
@@ -42,6 +46,14 @@ pub(super) struct OldMaster {
     inherits_files: Vec<usize>,
     /// The timer that runs while the pool has a quorum. When it fires, this process takes over.
     takeover_timer: Option<TimerId>,
+}
+
+/// A new master that this process has started and that has not exited.
+pub(super) struct NewMaster {
+    pub(super) process: WorkerProcess,
+    channel: Rc<UnixStream>,
+    /// A copy of the channel for the parked connections. `None` after the new master has taken over.
+    passing: Option<UnixStream>,
 }
 
 // The new master's side of an upgrade.
@@ -189,25 +201,19 @@ impl Pool {
         self.emit(master, PoolEvent::TookOver);
     }
 
-    /// Watches for the exit of the old master. The old master keeps its end of the channel open
-    /// until it exits, so its exit is the end-of-file of the channel.
+    /// Receives the old master's parked connections, and watches for its exit. The old master keeps
+    /// its end of the channel open until it exits, so its exit is the end-of-file of the channel.
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
-        let on_readable = move |master: &Master, mut channel: &UnixStream| {
-            if matches!(channel.read(&mut [0]), Ok(1)) {
-                return Some(Interest::Readable);
-            }
+        let on_end = move |master: &Master| {
             pool.0.is_old_master_running.set(false);
             pool.other_master_exited(master);
-            None
         };
         self.0.is_old_master_running.set(true);
         // Ignore an error. The master then does not notice the old master's exit and continues to
         // treat the sockets as shared with another process. It does not drain the sockets when they
-        // close.
-        if let Ok(watch) = master.watch(channel, Interest::Readable, on_readable) {
-            master.unreference(watch);
-        }
+        // close. The old master's parked connections are closed.
+        let _ = master.receive_parked(channel, on_end);
     }
 }
 
@@ -232,6 +238,11 @@ impl Pool {
     /// share this shard, and the old workers serve the connections in the other shards. The new
     /// master does not receive private sockets of workers, descriptors that workers request by
     /// their numbers, and sockets that workers open after this call.
+    ///
+    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master when
+    /// it has taken over, and so do connections that this master's workers park while they drain. No
+    /// idle connection is closed, unless the new master cannot hold it
+    /// ([`Master::receive_parked`]).
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
     /// is the default of [`Settings::exec`](Settings::exec()), so its symbolic links are resolved
@@ -294,8 +305,14 @@ impl Pool {
     }
 
     fn start_new_master(&self, master: &Master) -> Result<()> {
-        let channel = UnixStream::pair().map_err(Error::io("create a channel to a new master"))?;
-        let (mut ours, theirs) = channel;
+        let created = UnixStream::pair().and_then(|(ours, theirs)| {
+            // Copy the channel now, so that the parked connections can be passed later even if no
+            // descriptor is free.
+            let passing = ours.try_clone()?;
+            Ok((ours, passing, theirs))
+        });
+        let created = created.map_err(Error::io("create a channel to a new master"))?;
+        let (mut ours, passing, theirs) = created;
         let sockets = self.copy_sockets(master)?;
         let mut bytes: Vec<u8> = sockets.iter().map(|socket| socket.facts.encode()).collect();
         let slots = self.0.core.borrow().handed_over_slots();
@@ -319,22 +336,22 @@ impl Pool {
         let variables = variables.map(|name| Some((name, std::env::var_os(name)?)));
         let new_master =
             master.fork_as(SpawnOptions::new(settings).envs(variables.into_iter().flatten()))?;
-        self.watch_new_master(master, &new_master, ours)
+        let started = NewMaster {
+            process: new_master.clone(),
+            channel: Rc::new(ours),
+            passing: Some(passing),
+        };
+        self.watch_new_master(master, started)
             .inspect_err(|_| new_master.process().kill(Signal::KILL))
     }
 
     /// Watches the new master and reports its takeover and exit to the core.
-    fn watch_new_master(
-        &self,
-        master: &Master,
-        new_master: &WorkerProcess,
-        channel: UnixStream,
-    ) -> Result<()> {
+    fn watch_new_master(&self, master: &Master, new_master: NewMaster) -> Result<()> {
         let pool = self.clone();
-        let id = new_master.id();
-        let on_readable = move |master: &Master, mut channel: &UnixStream| {
+        let id = new_master.process.id();
+        let on_readable = move |master: &Master, channel: &Rc<UnixStream>| {
             // Ignore end-of-file, because the new master's exit or the deadline ends the upgrade.
-            if !matches!(channel.read(&mut [0]), Ok(1)) {
+            if !matches!((&**channel).read(&mut [0]), Ok(1)) {
                 return None;
             }
             pool.input(master, |core, now| core.new_master_took_over(id, now));
@@ -342,16 +359,17 @@ impl Pool {
             // the new master that this process has exited.
             Some(Interest::Readable)
         };
+        let channel = Rc::clone(&new_master.channel);
         let watch = master.watch(channel, Interest::Readable, on_readable)?;
         master.unreference(watch);
         let pool = self.clone();
-        new_master.on_exit(move |master, _, status| {
+        new_master.process.on_exit(move |master, _, status| {
             pool.0.new_masters.borrow_mut().remove(&id);
             pool.input(master, |core, _| core.new_master_exited(id, status));
             pool.other_master_exited(master);
         });
         let mut new_masters = self.0.new_masters.borrow_mut();
-        new_masters.insert(id, new_master.clone());
+        new_masters.insert(id, new_master);
         drop(new_masters);
         self.input(master, |core, now| core.new_master_started(id, now));
         Ok(())
@@ -361,7 +379,28 @@ impl Pool {
     pub(super) fn new_main_process(&self) -> Option<u32> {
         let new_master = self.0.core.borrow().new_master()?;
         let new_masters = self.0.new_masters.borrow();
-        Some(new_masters.get(&new_master)?.process().id())
+        Some(new_masters.get(&new_master)?.process.process().id())
+    }
+
+    /// Passes the parked connections to the new master, until the pool has stopped.
+    pub(super) fn pass_parked(&self, master: &Master, new_master: WorkerId) {
+        let mut new_masters = self.0.new_masters.borrow_mut();
+        let new_master = new_masters.get_mut(&new_master);
+        let passing = new_master.and_then(|new_master| new_master.passing.take());
+        drop(new_masters);
+        if let Some(passing) = passing {
+            let deadline = self.0.core.borrow().options().drain_timeout;
+            // Ignore an error. This master then closes its parked connections when it exits.
+            let _ = master.pass_parked(passing, deadline);
+        }
+    }
+
+    /// Makes the master pass no further connections to the new master.
+    pub(super) fn end_passing(&self, new_master: WorkerId) {
+        if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
+            // Ignore an error, because it means that the new master has exited.
+            let _ = new_master.channel.shutdown(Shutdown::Both);
+        }
     }
 
     /// Leaves the listeners' socket files to the new master.
@@ -376,8 +415,9 @@ impl Pool {
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
         if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
-            new_master.process().reference();
-            new_master.process().kill(Signal::TERM);
+            let process = new_master.process.process();
+            process.reference();
+            process.kill(Signal::TERM);
         }
     }
 }

@@ -72,6 +72,8 @@ pub(crate) enum Token {
     /// A parked connection.
     Parked(u32),
     Signals,
+    /// The stream to the master that takes over.
+    Successor,
 }
 
 /// The highest number that a token can have. The highest worker id sets this limit.
@@ -85,6 +87,7 @@ impl Token {
             Self::Listener(number) => (2, number),
             Self::Watch(number) => (3, number),
             Self::Signals => (4, 0),
+            Self::Successor => (4, 1),
             Self::Selector(number) => (5, number),
             Self::Log(number) => (6, number),
             Self::Parked(number) => (7, number),
@@ -100,7 +103,8 @@ impl Token {
             1 => Some(Self::Process(number)),
             2 => Some(Self::Listener(number)),
             3 => Some(Self::Watch(number)),
-            4 => Some(Self::Signals),
+            4 if number == 0 => Some(Self::Signals),
+            4 => Some(Self::Successor),
             5 => Some(Self::Selector(number)),
             6 => Some(Self::Log(number)),
             _ => Some(Self::Parked(number)),
@@ -564,6 +568,7 @@ mod tests {
             Token::Signals,
             Token::Selector(0x1fff_ffff),
             Token::Log(MAX_NUMBER),
+            Token::Successor,
         ];
         for token in all {
             assert_eq!(Token::from_key(token.key()), Some(token));

@@ -3,7 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -11,6 +11,7 @@ pub(crate) use super::platform::file::change_mode_at;
 
 use super::platform::file::{NAME_ONLY, STATUS_FLAGS};
 use super::{check, fd};
+use crate::types::socket_id::SocketId;
 
 pub(super) fn c_string(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.as_bytes())?)
@@ -68,6 +69,24 @@ pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileSta
         )
     })?;
     Ok(stat.into())
+}
+
+/// Returns the identity of a socket.
+pub(crate) fn socket_id(socket: BorrowedFd<'_>) -> io::Result<SocketId> {
+    // SAFETY: all zeroes is a valid `stat`.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is valid for writes of a `stat`.
+    check(unsafe { libc::fstat(socket.as_raw_fd(), &raw mut stat) })?;
+    let FileStatus {
+        id: (device, inode),
+        ..
+    } = stat.into();
+    // The types differ between systems, but none has more than 64 bits.
+    let bits = |number: i128| u64::try_from(number & i128::from(u64::MAX)).unwrap_or(0);
+    Ok(SocketId {
+        device: bits(device),
+        inode: bits(inode),
+    })
 }
 
 pub(crate) fn remove_at(directory: &OwnedFd, name: &OsStr) -> io::Result<()> {

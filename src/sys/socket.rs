@@ -224,6 +224,11 @@ pub(crate) fn enable_oob_inline(socket: &UnixStream) -> io::Result<()> {
     option::set_int(socket.as_fd(), libc::SO_OOBINLINE, 1)
 }
 
+/// Sets the size of the send buffer, in bytes. The system may choose a larger size.
+pub(crate) fn set_send_buffer(socket: &UnixStream, bytes: i32) -> io::Result<()> {
+    option::set_int(socket.as_fd(), libc::SO_SNDBUF, bytes)
+}
+
 /// The number of bytes, and the descriptors, of one received message.
 #[derive(Debug, Default)]
 pub(crate) struct Piece {

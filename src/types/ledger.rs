@@ -1,11 +1,13 @@
 //! The outcomes of all accepted connections.
 
-/// Counts of the outcomes of all connections that the master accepted, or that workers parked.
+/// Counts of the outcomes of all connections that the master accepted, that workers parked, or that
+/// another master passed to this one.
 ///
 /// Every time the master gets a connection, the connection either has exactly one outcome or is
-/// still in flight. The master gets a connection when it accepts the connection, and each time a
-/// worker [parks](crate::Connection::park) it. Therefore `accepted + parked == received +
-/// closed_by_peer + expired + idle_closed + dropped + in_flight()` holds at all times.
+/// still in flight. The master gets a connection when it accepts the connection, each time a worker
+/// [parks](crate::Connection::park) it, and when another master
+/// [passes](crate::Master::receive_parked) it. Therefore `accepted + parked == received +
+/// closed_by_peer + expired + idle_closed + passed + dropped + in_flight()` holds at all times.
 ///
 /// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
 /// [`SchedulingPolicy::Sharded`], the workers accept connections, and the counters do not include
@@ -22,7 +24,8 @@
 pub struct Ledger {
     /// Connections that the master has accepted since the master started.
     pub accepted: u64,
-    /// How often workers have parked a connection in the master.
+    /// How often workers have parked a connection in the master, and how many connections another
+    /// master has passed to this one.
     pub parked: u64,
     /// How often the client of a parked connection has sent something, so that the connection goes
     /// to a worker again. This number is no outcome.
@@ -36,8 +39,12 @@ pub struct Ledger {
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
     pub expired: u64,
     /// Idle connections that were closed early: because the master held too many, because their
-    /// listener closed, or because the system could not watch them.
+    /// listener closed, or because the system could not watch them. The number includes connections
+    /// that another master passed and that this master could not hold.
     pub idle_closed: u64,
+    /// Connections that went to the master that takes over from this one
+    /// ([`Master::pass_parked`](crate::Master::pass_parked)).
+    pub passed: u64,
     /// Connections that were closed because no worker could serve them.
     pub dropped: u64,
 }
@@ -49,7 +56,7 @@ impl Ledger {
     /// Node has no counterpart. See [`Master::ledger`](crate::Master::ledger) for an example.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        let gone = self.received + self.closed_by_peer + self.expired;
+        let gone = self.received + self.closed_by_peer + self.expired + self.passed;
         self.accepted + self.parked - gone - self.idle_closed - self.dropped
     }
 }

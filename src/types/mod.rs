@@ -12,6 +12,7 @@ pub(crate) mod loads;
 pub(crate) mod policy;
 pub(crate) mod protocol;
 pub(crate) mod signal;
+pub(crate) mod socket_id;
 pub(crate) mod sorted_map;
 pub(crate) mod time;
 pub(crate) mod worker_id;

@@ -9,4 +9,5 @@ pub(crate) mod driver;
 pub(crate) mod fault;
 pub(crate) mod frame;
 pub(crate) mod message;
+pub(crate) mod parked_message;
 pub(crate) mod receipts;

@@ -170,7 +170,8 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// An application that has answered a request parks the connection, instead of waiting for the
     /// next request itself. A worker then has a connection only while it works on it. Idle clients
     /// occupy no worker, each request goes to a worker that is idle, and idle connections stay open
-    /// when their worker disconnects, reloads or crashes.
+    /// when their worker disconnects, reloads or crashes, and when an
+    /// [upgrade](crate::pool::Pool::upgrade) replaces the master.
     ///
     /// The master closes a parked connection when the client hangs up, when the client has been
     /// silent for [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when it holds

@@ -256,7 +256,11 @@ impl Worker {
                         event_loop.call_signal(self, signal);
                     }
                 }
-                Token::Process(_) | Token::Selector(_) | Token::Log(_) | Token::Parked(_) => {}
+                Token::Process(_)
+                | Token::Selector(_)
+                | Token::Log(_)
+                | Token::Parked(_)
+                | Token::Successor => {}
             }
             self.settle();
         }

@@ -418,6 +418,16 @@ const MASTER_USES: &Uses<MasterHandles> = &[
     ("Master::retain_all", |handles| {
         assert!(handles.master.retain_all().is_empty());
     }),
+    ("Master::pass_parked", |handles| {
+        let (one, _) = UnixStream::pair().unwrap();
+        expect_foreign(handles.master.pass_parked(one, Duration::ZERO));
+        let (one, _) = UnixStream::pair().unwrap();
+        expect_foreign(
+            handles
+                .master
+                .receive_parked(one, |_| panic!("it was called")),
+        );
+    }),
     ("Master::run", |handles| {
         expect_foreign(handles.master.run())
     }),

@@ -51,6 +51,7 @@ mod orphans;
 mod own_user;
 mod parked;
 mod passed;
+mod passing;
 mod pool;
 /// The pool's source, compiled a second time to check that it uses only the crate's public API.
 #[allow(dead_code, unused_imports)]
@@ -149,6 +150,7 @@ fn main() -> ExitCode {
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
         passed::SCENARIOS,
+        passing::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];

@@ -659,11 +659,11 @@ fn failure_limit_callback_chooses_retry_give_up_or_stop() {
 
 /// Environment variable with the path to a file. The content of the file selects how [`server`]
 /// behaves.
-const RELEASE: &str = "RELEASE";
+pub const RELEASE: &str = "RELEASE";
 /// Request that keeps a worker busy until the client sends 512 more bytes or closes the connection.
 pub const HOLD: &[u8] = b"hold";
 /// Environment variable with the address on which [`server`] listens.
-const ADDRESS: &str = "ADDRESS";
+pub const ADDRESS: &str = "ADDRESS";
 
 /// Runs a pool's master or one of the pool's workers. The master prints the pool's events.
 pub fn server(options: PoolOptions) {

@@ -645,7 +645,14 @@ impl<C> Dispatcher<C> {
 
     /// Removes and returns all waiting connections.
     pub(crate) fn take_waiting(&mut self) -> Vec<C> {
-        let sequences: Vec<_> = self.waiting.keys().copied().collect();
+        self.take_waiting_if(|_| true)
+    }
+
+    /// Removes and returns the waiting connections for which `is_wanted` returns true.
+    pub(crate) fn take_waiting_if(&mut self, is_wanted: impl Fn(&C) -> bool) -> Vec<C> {
+        let wanted = self.waiting.iter();
+        let wanted = wanted.filter(|(_, waiting)| is_wanted(&waiting.connection));
+        let sequences: Vec<_> = wanted.map(|(sequence, _)| *sequence).collect();
         let all = sequences.into_iter();
         let taken = all.filter_map(|sequence| self.dequeue(sequence));
         taken.map(|taken| taken.connection).collect()

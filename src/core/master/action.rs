@@ -36,6 +36,17 @@ pub(crate) enum Action<C> {
     AwaitData {
         id: ConnectionId,
     },
+    /// Passes a connection to the other master. The shell then calls `passed`, `not_passed` or
+    /// `end_passing`.
+    Pass {
+        id: ConnectionId,
+        /// The listener that accepted the connection. The listener may have been closed.
+        handle: HandleId,
+        /// How often the connection has been parked.
+        parked: u32,
+        /// The connection, or `None` if the shell already keeps it.
+        connection: Option<C>,
+    },
     /// Closes the master's copy of a connection.
     CloseHeld {
         id: ConnectionId,

@@ -546,7 +546,7 @@ impl<C, F> MasterCore<C, F> {
         let listeners: u64 = listeners
             .map(|each| each.dispatcher.in_flight() + each.ready.len() as u64)
             .sum();
-        listeners + self.parked.count_idle() as u64
+        listeners + self.parked.count_idle() as u64 + self.parked.count_passing() as u64
     }
 
     /// Returns whether a connection is stuck although a worker has capacity for it. A connection is

@@ -25,8 +25,12 @@
 //!            holds too many connections, or the listener closes
 //! ```
 //!
+//! If another master takes over (see `passing`), the connections go to it.
+//!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
+
+mod passing;
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -38,6 +42,7 @@ use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
+use passing::Keeper;
 
 /// The maximum number of connections that any master holds, because the poller's keys have 29 bits
 /// for a connection's number on 32-bit systems.
@@ -77,6 +82,8 @@ enum State {
     Ready,
     /// The connection is in the worker's queue, or the worker serves it.
     With(WorkerId),
+    /// The connection waits until the shell has passed it to the other master.
+    Passing,
 }
 
 /// The order in which idle connections expire. Among those that expire in the same second, the one
@@ -101,6 +108,9 @@ pub(super) struct ParkedTable {
     last_order: u64,
     /// The connections that workers have, by worker.
     with: BTreeSet<(WorkerId, ConnectionId)>,
+    /// The connections that wait until the shell has passed them to the other master.
+    passing: BTreeSet<ConnectionId>,
+    keeper: Keeper,
     /// The maximum number of connections that the master holds.
     limit: usize,
 }
@@ -113,6 +123,8 @@ impl ParkedTable {
             expiries: BTreeSet::new(),
             last_order: 0,
             with: BTreeSet::new(),
+            passing: BTreeSet::new(),
+            keeper: Keeper::ThisMaster,
             limit: NUMBER_MAX,
         }
     }
@@ -154,6 +166,7 @@ impl ParkedTable {
             State::Idle(expiry) => drop(self.expiries.insert((expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
+            State::Passing => drop(self.passing.insert(connection)),
         }
     }
 
@@ -162,6 +175,7 @@ impl ParkedTable {
             State::Idle(expiry) => drop(self.expiries.remove(&(expiry, connection))),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
+            State::Passing => drop(self.passing.remove(&connection)),
         }
     }
 
@@ -365,6 +379,9 @@ impl<C, F> MasterCore<C, F> {
     /// Holds a connection until its client sends something. If the master holds too many
     /// connections, closes the one that would expire first.
     pub(super) fn hold(&mut self, handle: HandleId, connection: C, parked: u32) {
+        if self.parked.keeper == Keeper::OtherMaster {
+            return self.pass_new(handle, connection, parked);
+        }
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         let Some(timeout) = timeout else {
             self.ledger.idle_closed += 1;
@@ -408,7 +425,18 @@ impl<C, F> MasterCore<C, F> {
             return Ok(());
         };
         entry.parked = entry.parked.saturating_add(1);
-        let handle = entry.handle;
+        self.hold_again(connection);
+        Ok(())
+    }
+
+    /// Holds a connection of which the master has a copy until the client sends something.
+    fn hold_again(&mut self, connection: ConnectionId) {
+        let Some(&Entry { handle, .. }) = self.parked.get(connection) else {
+            return;
+        };
+        if self.parked.keeper == Keeper::OtherMaster {
+            return self.pass(connection);
+        }
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         match timeout {
             Some(timeout) => {
@@ -421,7 +449,6 @@ impl<C, F> MasterCore<C, F> {
                 self.close_held(connection);
             }
         }
-        Ok(())
     }
 
     /// Processes a worker's report that it keeps or has closed a connection. The master closes its
@@ -601,8 +628,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes connections that no worker can serve.
+    /// Closes connections that no worker can serve, except those that go to the other master.
     pub(super) fn drop_handoffs(&mut self, dropped: Vec<Handoff<C>>) {
+        let dropped = self.pass_held(dropped);
         self.ledger.dropped += dropped.len() as u64;
         for handoff in dropped {
             self.close_handoff(handoff);

@@ -200,7 +200,8 @@ impl<C, F> MasterCore<C, F> {
 
     /// Dispatches waiting connections to other workers, or closes the connections if the listener
     /// is closed.
-    fn redistribute(&mut self, handle: HandleId) {
+    pub(super) fn redistribute(&mut self, handle: HandleId) {
+        self.pass_waiting(handle);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };

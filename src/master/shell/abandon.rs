@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use super::MasterShell;
 use super::listeners::MasterSocket;
+use super::passing::Successor;
 use crate::core::master::{Handoff, MasterCore};
 use crate::master::shard_group::ShardGroup;
 use crate::sys;
@@ -28,6 +29,7 @@ impl MasterShell {
             worker_io.process.take();
             worker_io.stdio.take();
         }
+        self.successor.take();
     }
 
     /// Removes the master's values without dropping them, in a worker that executes no program.
@@ -46,6 +48,9 @@ impl MasterShell {
         let ends = queues.values().flat_map(Queue::descriptors);
         numbers.extend(ends.map(|end| end.as_raw_fd()));
         self.never_drop(queues);
+        let successor = self.successor.take();
+        numbers.extend(successor.iter().map(Successor::number));
+        self.never_drop(successor);
         self.abandon_core(&mut numbers);
         Ok(numbers)
     }

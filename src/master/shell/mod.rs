@@ -10,12 +10,14 @@ mod channels;
 mod group;
 mod listeners;
 mod parked;
+mod passing;
 mod queues;
 mod reap;
 mod spawn;
 
 pub(crate) use channels::Processed;
 pub(crate) use listeners::RetainedListener;
+pub(crate) use passing::Inbox;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
@@ -51,6 +53,7 @@ use crate::wire::receipts::Receipt;
 use group::GroupState;
 use listeners::MasterSocket;
 use parked::HeldConnections;
+use passing::{Passed, Successor};
 
 pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 
@@ -106,6 +109,10 @@ pub(crate) struct MasterShell {
     /// The queues from which workers receive their connections.
     queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
     held: RefCell<HeldConnections>,
+    /// The master that takes over from this one, while connections can be passed to it.
+    successor: RefCell<Option<Successor>>,
+    /// The number of masters that may pass connections to this one.
+    predecessors: Cell<usize>,
     /// The workers whose channels must be flushed. A worker may occur more than once.
     unflushed: RefCell<VecDeque<WorkerId>>,
     retries: RefCell<Retries>,
@@ -165,6 +172,8 @@ impl MasterShell {
             sockets: RefCell::default(),
             queues: RefCell::default(),
             held: RefCell::default(),
+            successor: RefCell::default(),
+            predecessors: Cell::new(0),
             unflushed: RefCell::default(),
             retries: RefCell::default(),
             receipts: RefCell::default(),
@@ -231,7 +240,8 @@ impl MasterShell {
     /// Returns the time by which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let retry = self.retries.borrow().backoff.deadline();
-        earlier(self.core.borrow().deadline(), retry)
+        let due = earlier(self.core.borrow().deadline(), retry);
+        earlier(due, self.passing_deadline())
     }
 
     /// Carries out the retries that are due, advances the core's clock, and checks some of the
@@ -247,6 +257,7 @@ impl MasterShell {
         if self.retries.borrow().backoff.is_due(now) {
             self.retry();
         }
+        self.tick_passing(now);
         let mut core = self.core.borrow_mut();
         core.set_time(now);
         if due.is_some_and(|due| due <= now) {
@@ -287,7 +298,7 @@ impl MasterShell {
             let action = self.core.borrow_mut().next_action();
             match action {
                 Some(action) => self.carry_out(action),
-                None if self.unflushed.borrow().is_empty() => break,
+                None if self.unflushed.borrow().is_empty() && !self.pass_next() => break,
                 None => self.flush(),
             }
         }
@@ -308,6 +319,12 @@ impl MasterShell {
             } => self.dispatch(handle, worker, connection, has_waited),
             Action::Hold { id, connection } => self.hold(id, connection),
             Action::AwaitData { id } => self.await_data(id),
+            Action::Pass {
+                id,
+                handle,
+                parked,
+                connection,
+            } => self.pass(Passed { id, handle, parked }, connection),
             Action::CloseHeld { id } => self.close_held(id),
             Action::Reclaim {
                 handle,

@@ -39,22 +39,26 @@ impl MasterShell {
         let added = self.poller.add(connection, Token::Parked(id.0).key(), None);
         let added = added.and_then(|connection| connection.await_once().map(|()| connection));
         match added {
-            Ok(connection) => {
-                let mut held = self.held.borrow_mut();
-                let at = id.0 as usize;
-                if held.len() <= at {
-                    held.resize_with(at + 1, || None);
-                }
-                held[at] = Some(connection);
-            }
+            Ok(connection) => self.keep(id, connection),
             Err(reason) => self.not_held(id, reason),
         }
+    }
+
+    pub(super) fn keep(&self, id: ConnectionId, connection: Registered<NoLingerFd>) {
+        let mut held = self.held.borrow_mut();
+        let at = id.0 as usize;
+        if held.len() <= at {
+            held.resize_with(at + 1, || None);
+        }
+        held[at] = Some(connection);
     }
 
     /// Waits again until the client of a held connection sends something or hangs up.
     pub(super) fn await_data(&self, id: ConnectionId) {
         let held = self.held.borrow();
-        let awaited = find(&held, id).map_or(Ok(()), Registered::await_once);
+        // The connection is missing if it could not be held earlier.
+        let missing = || Err(io::ErrorKind::NotFound.into());
+        let awaited = find(&held, id).map_or_else(missing, Registered::await_once);
         drop(held);
         if let Err(reason) = awaited {
             self.not_held(id, reason);

@@ -66,6 +66,10 @@ pub(super) enum Action {
     Kill(WorkerId),
     /// Leaves the listeners' socket files to the new master.
     ReleaseSocketFiles,
+    /// Passes the parked connections to the new master.
+    PassParked(WorkerId),
+    /// Stops passing connections, because the pool stops at once.
+    EndPassing(WorkerId),
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
     /// Measures each worker's connections and memory. The driver reports the values with

@@ -111,6 +111,9 @@ impl Core {
             *state = RejectedMaster::Killed;
             self.actions.push_back(Action::Kill(*id));
         }
+        if let Some(new_master) = self.new_master() {
+            self.actions.push_back(Action::EndPassing(new_master));
+        }
     }
 
     /// Disconnects or kills a worker whose fork was in progress when the pool stopped. The worker

@@ -90,6 +90,7 @@ impl Core {
         if self.pending_master() == Some(new_master) {
             self.upgrade = Upgrade::Succeeded { new_master };
             self.actions.push_back(Action::ReleaseSocketFiles);
+            self.actions.push_back(Action::PassParked(new_master));
             self.stop(now);
             self.emit(PoolEvent::Upgraded);
         }

@@ -22,6 +22,7 @@ impl World {
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_flight(), self.master.in_flight(), "{ledger:?}");
         let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
+        let lost = lost + ledger.passed;
         assert!(self.lost <= lost, "a client is lost: {ledger:?}");
         let waits = self.awaited || !self.referenced.is_empty();
         assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
@@ -68,6 +69,8 @@ impl World {
     fn check_at_rest(&self) {
         let waits = self.master.has_stuck_connection(self.ticked);
         assert!(!waits, "a connection waits in vain: {:?}", self.master);
+        let is_passed = !self.has_successor || self.master.count_idle() == 0;
+        assert!(is_passed, "an idle connection is not passed");
         for (id, held) in &self.held {
             let is_watched = held.is_awaited || !self.master.is_idle(*id);
             assert!(is_watched, "{id:?} is idle and not watched");
@@ -324,6 +327,7 @@ impl World {
         if !self.has_false_claims {
             assert_eq!(ledger.received, self.received, "received");
             let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
+            let lost = lost + ledger.passed;
             let is_exact = ledger.parked > 0 || self.lost == lost;
             assert!(is_exact, "{} closed connections: {ledger:?}", self.lost);
         }
@@ -358,10 +362,12 @@ impl World {
                 assert!(is_served, "client {client} is lost");
             }
         }
-        // The client may have sent its first request just before its connection expired. A hostile
+        // The client may have sent its first request just before its connection expired, or before
+        // its connection was passed to the other master, which answers the request. A hostile
         // worker may have detached a connection instead of receiving it.
         let ledger = self.master.ledger();
-        let is_allowed = closed <= ledger.expired + ledger.idle_closed + self.early_reports;
+        let closes = ledger.expired + ledger.idle_closed + ledger.passed;
+        let is_allowed = closed <= closes + self.early_reports;
         assert!(is_allowed, "{closed} clients are lost");
     }
 }

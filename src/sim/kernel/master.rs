@@ -59,6 +59,10 @@ pub(crate) enum Call {
     LimitParked,
     /// Sets a scheduler.
     UseScheduler,
+    /// Passes the parked connections to another master.
+    PassParked,
+    /// Ends the other master.
+    EndSuccessor,
 }
 
 /// Returns the listener's handle if the attachment is a copy of a listener.
@@ -119,6 +123,7 @@ impl World {
                 at_most,
             } => self.reclaim(handle, worker, at_most),
             Action::CountQueued { handle, worker } => self.count_queue(handle, worker),
+            Action::Pass { id, connection, .. } => self.pass_connection(id, connection),
             Action::CloseQueue { handle, worker } => self.close_queue(handle, worker),
             Action::Bind {
                 handle, endpoint, ..
@@ -509,6 +514,39 @@ impl World {
         }
     }
 
+    /// Puts a connection into the stream to the other master.
+    fn pass_connection(&mut self, id: ConnectionId, connection: Option<Client>) {
+        if connection.is_some() {
+            let held = Held {
+                copy: connection,
+                is_awaited: false,
+                is_unwatched: false,
+                location: Location::Master,
+                since: self.now,
+            };
+            let previous = self.held.insert(id, held);
+            assert!(previous.is_none(), "a second connection with one number");
+            assert!(self.held.len() <= self.parked_limit_max, "holds too many");
+        }
+        let held = self.held.get_mut(&id).expect("a held connection");
+        held.location = Location::Master;
+        if held.copy.is_none() {
+            self.report(|core| core.not_passed(id));
+        } else if self.has_successor {
+            assert!(!self.passing.contains(&id), "passed twice");
+            self.passing.push_back(id);
+        }
+    }
+
+    /// Makes the other master read a connection from the stream.
+    pub(super) fn successor_reads(&mut self) {
+        if let Some(id) = self.passing.pop_front() {
+            let held = self.held.get_mut(&id).expect("a held connection");
+            held.location = Location::Detached;
+            self.report(|core| core.passed(id));
+        }
+    }
+
     fn close_held(&mut self, id: ConnectionId) {
         let held = self.held.remove(&id).expect("a held connection");
         self.check_closing(&held);
@@ -724,6 +762,18 @@ impl World {
             }
             (Call::LimitParked, _) => self.limit_parked(usize::from(n % 8) * 3),
             (Call::UseScheduler, _) => self.report(Master::use_scheduler),
+            // The shell first carries out the actions for the previous successor.
+            (Call::PassParked, _) if self.master_is_idle() => {
+                self.has_successor = true;
+                self.report(Master::pass_parked);
+            }
+            (Call::PassParked, _) => {}
+            (Call::EndSuccessor, _) if self.has_successor => {
+                self.has_successor = false;
+                self.passing.clear();
+                self.report(Master::end_passing);
+            }
+            (Call::EndSuccessor, _) => {}
             (_, None) => {}
             (Call::Ref, Some(id)) => {
                 let is_known = match self.detached.get(&id) {

@@ -17,7 +17,7 @@ pub(crate) mod socket;
 pub(crate) mod worker;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::mem::Discriminant;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -81,6 +81,8 @@ pub(crate) enum Fact {
     End(WorkerId),
     /// The client of a held connection has sent something or has hung up.
     Held(ConnectionId),
+    /// The stream to the other master has space for a connection.
+    Successor,
     /// The process has exited and can be reaped.
     Exit(WorkerId),
     /// The worker's channel has space for a frame that waits in the outbox.
@@ -133,6 +135,10 @@ pub(crate) struct World {
     parked_limit: usize,
     /// The highest value that `parked_limit` has had.
     parked_limit_max: usize,
+    /// Whether another master takes over from the master.
+    has_successor: bool,
+    /// The connections that the other master will read.
+    passing: VecDeque<ConnectionId>,
     /// The number of reports about connections that were still in the worker's queue.
     pub(crate) early_reports: u64,
     /// The number of times that the master could not hold a connection.
@@ -424,6 +430,9 @@ impl World {
         let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
         facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
         facts.extend(self.reported_held().map(Fact::Held));
+        if !self.passing.is_empty() {
+            facts.push(Fact::Successor);
+        }
         for (worker, process) in &self.processes {
             if process.master_end {
                 if !process.up.wire.is_empty() {
@@ -475,6 +484,7 @@ impl World {
             Fact::Frame(worker) => drop(self.master_reads(worker)),
             Fact::End(worker) => self.master_reads_end(worker),
             Fact::Held(id) => self.held_ready(id),
+            Fact::Successor => self.successor_reads(),
             Fact::Exit(process) => self.reap(process),
             Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
             Fact::Unscheduled => drop(self.schedule_next()),

@@ -146,6 +146,7 @@ fn run(seeds: std::ops::Range<u64>) -> Ledger {
         total.received += ledger.received;
         total.closed_by_peer += ledger.closed_by_peer;
         total.dropped += ledger.dropped;
+        total.passed += ledger.passed;
     }
     total
 }
@@ -163,5 +164,6 @@ fn a_million_steps() {
     let is_enough = total.received > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     let is_enough = is_enough && total.parked > 500 && total.resumed > 100;
     let is_enough = is_enough && total.expired > 20 && total.idle_closed > 100;
+    let is_enough = is_enough && total.passed > 50;
     assert!(single.is_some() || is_enough, "{total:?}");
 }

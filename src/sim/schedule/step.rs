@@ -161,7 +161,7 @@ impl Step {
 }
 
 fn random_call(rng: &mut Rng) -> StepKind {
-    let call = match rng.u8(0..44) {
+    let call = match rng.u8(0..46) {
         0..=11 => Call::Fork,
         12..=19 => Call::Send,
         20..=21 => Call::Disconnect,
@@ -179,6 +179,8 @@ fn random_call(rng: &mut Rng) -> StepKind {
         40 => Call::Detach,
         41 => Call::Ref,
         42 => Call::Unref,
+        43 => Call::PassParked,
+        44 => Call::EndSuccessor,
         _ => return StepKind::CallInCallback(Call::Fork),
     };
     if rng.bool() {

@@ -117,7 +117,7 @@ impl World {
                     let other = self.settings.insert(generation, settings);
                     assert_eq!(other, None, "a generation begins once");
                 }
-                Action::ReleaseSocketFiles => {}
+                Action::ReleaseSocketFiles | Action::PassParked(_) | Action::EndPassing(_) => {}
                 Action::TerminateNewMaster(new_master) => self.terminated.push(new_master.get()),
                 Action::Disconnect(worker) => self.disconnected.push(worker.get()),
                 Action::DisconnectAll => self.disconnected.extend(self.workers()),
