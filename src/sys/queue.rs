@@ -138,6 +138,9 @@ fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) enum Dequeued {
     Connection(Label, NoLingerFd),
+    /// The message of a connection that the kernel has dropped, because another thread has taken the
+    /// last free descriptor.
+    Lost(Label),
     /// The queue is empty.
     Empty,
     /// The master has closed the queue.
@@ -150,7 +153,7 @@ pub(crate) enum Dequeued {
 ///
 /// Returns EMFILE if no descriptor is free. This function checks for a free descriptor before it
 /// receives, so the connection stays in the queue. If another thread takes the last descriptor
-/// after the check, the connection is lost. Also returns the system's other errors.
+/// after the check, the result is `Dequeued::Lost`. Also returns the system's other errors.
 pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
     // Check first that a descriptor is free. Without one, the kernel would remove the message and
     // drop its connection.
@@ -162,7 +165,7 @@ pub(crate) fn receive(queue: BorrowedFd<'_>) -> io::Result<Dequeued> {
             None if piece.bytes == 0 => Ok(Dequeued::Closed),
             // Another thread has used the last descriptor since the check, so the kernel has
             // dropped the connection.
-            None => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            None => Ok(Dequeued::Lost(Label::decode(message))),
         },
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Dequeued::Empty),
         Err(error) => Err(error),
@@ -215,7 +218,7 @@ mod tests {
     fn reclaimed(queue: &Queue) -> Option<(u64, u8)> {
         match queue.reclaim().unwrap() {
             Dequeued::Connection(label, connection) => Some((label.sequence, name(connection))),
-            Dequeued::Empty | Dequeued::Closed => None,
+            Dequeued::Lost(_) | Dequeued::Empty | Dequeued::Closed => None,
         }
     }
 

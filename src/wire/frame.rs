@@ -238,6 +238,9 @@ pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
 
 /// A frame type for one direction of a channel.
 pub(crate) trait Frame: Sized {
+    /// The number of unwritten protocol frames with a descriptor above which the peer is
+    /// disconnected.
+    const UNREAD_FDS_MAX: usize;
     /// Appends the frame to `out`, with a header that announces `fds` descriptors.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
     /// Decodes the body of a frame whose header announced `kind` and `fds` descriptors.
@@ -518,6 +521,9 @@ impl Body<'_> {
 }
 
 impl Frame for ToMaster {
+    /// No limit, because a worker keeps no more connections open when it parks them.
+    const UNREAD_FDS_MAX: usize = usize::MAX;
+
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         match self {
             Self::Online => put_frame(out, kind::ONLINE, fds, |_| {}),
@@ -618,6 +624,10 @@ impl ToMaster {
 }
 
 impl Frame for ToWorker {
+    /// Each of these frames keeps a descriptor open in the master. A well-behaved worker causes a few
+    /// of them for each of the 64 listeners that it may have.
+    const UNREAD_FDS_MAX: usize = 256;
+
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         match self {
             Self::Reply { request, result } => put_frame(out, kind::REPLY, fds, |out| {

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::listener::{AcceptState, Listener, Stage};
+use super::listener::{AcceptState, Stage};
 use super::{Action, Handoff, MasterCore};
 use crate::error::Error;
 use crate::types::endpoint::Kind;
@@ -39,7 +39,7 @@ impl<C, F> MasterCore<C, F> {
         match self.listeners.get_mut(&handle) {
             Some(listener) if listener.stage != Stage::Unbound => {
                 listener.has_accepted = true;
-                if listener.holds_new() {
+                if listener.holds_new() && self.parked.space().is_some() {
                     listener.dispatcher.count_accepted();
                     return self.hold(handle, connection, 0);
                 }
@@ -54,18 +54,20 @@ impl<C, F> MasterCore<C, F> {
     /// Records that the shell has accepted as many connections as the `Accept` action allowed. The
     /// backlog may contain more.
     pub(crate) fn accept_done(&mut self, handle: HandleId) {
+        let space = self.parked.space();
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.accept_state == AcceptState::Accepting {
             // Watch the listener if there is capacity. The poller then reports the rest of the
             // backlog after the event loop has served other descriptors.
-            let has_capacity = listener.capacity() > 0;
+            let has_capacity = listener.capacity(space) > 0;
             listener.accept_state = match has_capacity {
                 true => AcceptState::Watched,
                 false => AcceptState::Ready,
             };
             self.watch(handle, has_capacity);
+            self.await_space(handle);
             self.dispatch_rest(handle);
             self.rebalance(handle);
             self.resume_if_served(handle);
@@ -74,12 +76,13 @@ impl<C, F> MasterCore<C, F> {
 
     /// Records that the backlog is empty.
     pub(crate) fn drained(&mut self, handle: HandleId) {
+        let space = self.parked.space();
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.accept_state == AcceptState::Accepting {
             // Without capacity, stop watching and leave new connections in the backlog.
-            let has_capacity = listener.capacity() > 0;
+            let has_capacity = listener.capacity(space) > 0;
             listener.accept_state = match has_capacity {
                 true => AcceptState::Watched,
                 false => AcceptState::Ready,
@@ -88,6 +91,7 @@ impl<C, F> MasterCore<C, F> {
             // poller would report it endlessly.
             let is_closed_for_good = listener.is_closed_for_good();
             self.watch(handle, has_capacity && !is_closed_for_good);
+            self.await_space(handle);
             self.dispatch_rest(handle);
             self.rebalance(handle);
             self.unbind_if_drained(handle);
@@ -146,7 +150,9 @@ impl<C, F> MasterCore<C, F> {
     /// Passes resumed connections to the dispatcher, and accepts if the backlog may contain a
     /// connection, as far as the dispatcher has capacity.
     pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
-        let before = self.listeners.get(&handle).map_or(0, Listener::capacity);
+        let space = self.parked.space();
+        let listener = self.listeners.get(&handle);
+        let before = listener.map_or(0, |listener| listener.capacity(space));
         let resumed = self.dispatch_resumed(handle);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -156,7 +162,7 @@ impl<C, F> MasterCore<C, F> {
         }
         // Use the rest of the capacity even if no worker is idle now, because it is the share of the
         // new connections. They are dispatched behind the resumed ones.
-        let capacity = before.saturating_sub(resumed).max(listener.capacity());
+        let capacity = before.saturating_sub(resumed).max(listener.capacity(space));
         if capacity > 0 && listener.dispatch_from.is_none() {
             listener.accept_state = AcceptState::Accepting;
             listener.ready.reserve(capacity);
@@ -166,6 +172,7 @@ impl<C, F> MasterCore<C, F> {
             // Stop watching, because the level-triggered poller would wake the event loop
             // repeatedly until the master can accept again.
             self.watch(handle, false);
+            self.await_space(handle);
         }
     }
 

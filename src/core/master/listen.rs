@@ -45,7 +45,6 @@ impl<C, F> MasterCore<C, F> {
             return Ok(());
         }
         if let Some(&handle) = self.keys.get(&key) {
-            self.set_parking(handle, flags.parking);
             return self.listen_again(worker, request, handle, flags);
         }
         let handle = self.next_handle();
@@ -76,6 +75,8 @@ impl<C, F> MasterCore<C, F> {
         listener.parking.update(parking);
         if listener.parking.deferred_seconds() != before {
             self.defer_accept(handle);
+            // The master may now accept for other reasons than before.
+            self.accept_if_possible(handle);
         }
     }
 
@@ -83,8 +84,10 @@ impl<C, F> MasterCore<C, F> {
     /// accept from the listener. The socket of another owner is left alone.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
-        let is_deferrable =
-            |listener: &&Listener<C>| !listener.master_accepts() && listener.is_sole();
+        // A shard that changes its worker would strand the connections that the kernel holds.
+        let is_deferrable = |listener: &&Listener<C>| {
+            listener.policy == SchedulingPolicy::Shared && listener.is_sole()
+        };
         if let Some(listener) = listener.filter(is_deferrable) {
             let seconds = listener.parking.deferred_seconds();
             self.actions
@@ -115,8 +118,10 @@ impl<C, F> MasterCore<C, F> {
             // endpoint. A passed listener may be found both by its port and by its address.
             self.reject(worker, request, errno::EADDRINUSE);
         } else if self.assign_shard(handle, worker) {
+            self.set_parking(handle, flags.parking);
             self.join(worker, request, handle);
         } else {
+            self.set_parking(handle, flags.parking);
             self.actions.push_back(Action::BindShard {
                 handle,
                 flags,

@@ -271,19 +271,24 @@ impl<C> Listener<C> {
         stays_open && self.parking.waits_for_data()
     }
 
-    /// Returns how many more connections the master may accept now.
-    pub(super) fn capacity(&self) -> u64 {
-        match self.stage {
-            Stage::Pausing => 0,
-            // The master holds these connections, so it does not need an idle worker.
-            Stage::Open if self.holds_new() => u64::MAX,
+    /// Returns how many more connections the master may accept now. `space` is the number of further
+    /// connections that the master may hold, or `None` if it holds none at all.
+    pub(super) fn capacity(&self, space: Option<u64>) -> u64 {
+        match (self.stage, space) {
+            (Stage::Pausing, _) => 0,
+            // The master holds these connections, so it does not need an idle worker. Without any
+            // worker, leave them in the backlog.
+            (Stage::Open, Some(space)) if self.holds_new() => match self.members.is_served() {
+                true => space,
+                false => 0,
+            },
             // Accept one connection even if no worker is idle, because only `accept` shows whether
             // the backlog is empty. The drain would otherwise wait for a worker that may never be
             // idle again, for example because it has no free descriptor.
-            Stage::Draining(_) if !self.dispatcher.has_waiting() => {
+            (Stage::Draining(_), _) if !self.dispatcher.has_waiting() => {
                 self.dispatcher.capacity().max(1)
             }
-            Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound => {
+            (Stage::Open | Stage::Draining(_) | Stage::Emptying | Stage::Unbound, _) => {
                 self.dispatcher.capacity()
             }
         }

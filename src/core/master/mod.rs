@@ -556,8 +556,9 @@ impl<C, F> MasterCore<C, F> {
     pub(crate) fn has_stuck_connection(&self, last_tick: Time) -> bool {
         self.listeners.values().any(|listener| {
             let dispatcher = &listener.dispatcher;
-            let is_unchecked =
-                listener.accept_state == AcceptState::Ready && listener.stage != Stage::Pausing;
+            let is_unchecked = listener.accept_state == AcceptState::Ready
+                && listener.stage != Stage::Pausing
+                && !(listener.holds_new() && listener.capacity(self.parked.space()) == 0);
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
             // A connection that the scheduler has assigned may wait for a busy worker.

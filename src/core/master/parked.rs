@@ -90,7 +90,7 @@ enum State {
 /// that has been idle for the longest time is first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Expiry {
-    /// The second on the core's clock at whose end the connection expires.
+    /// The time at which the connection expires, in whole seconds on the core's clock.
     second: u32,
     order: u64,
 }
@@ -113,6 +113,9 @@ pub(super) struct ParkedTable {
     keeper: Keeper,
     /// The maximum number of connections that the master holds.
     limit: usize,
+    /// The listeners from which the master accepts nothing, because it may hold no further
+    /// connection.
+    blocked: BTreeSet<HandleId>,
 }
 
 impl ParkedTable {
@@ -126,7 +129,15 @@ impl ParkedTable {
             passing: BTreeSet::new(),
             keeper: Keeper::ThisMaster,
             limit: NUMBER_MAX,
+            blocked: BTreeSet::new(),
         }
+    }
+
+    /// Returns how many new connections the master may accept in order to hold them, or `None` if it
+    /// holds none at all. An idle connection makes space for a new one.
+    pub(super) fn space(&self) -> Option<u64> {
+        let free = self.limit.saturating_sub(self.len());
+        (self.limit > 0).then_some((free + self.expiries.len()) as u64)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -274,7 +285,7 @@ impl ParkedTable {
     }
 }
 
-/// Returns the second at whose end an idle connection expires. The granularity of a second lets one
+/// Returns the time at which an idle connection expires, in whole seconds. The granularity of a second lets one
 /// wake-up of the master close many connections.
 fn expiry(now: Time, timeout: Time) -> u32 {
     let at = now.saturating_add(timeout);
@@ -354,6 +365,7 @@ impl<C, F> MasterCore<C, F> {
     /// Sets the maximum number of connections that the master holds.
     pub(crate) fn set_parked_limit(&mut self, limit: usize) {
         self.parked.limit = limit.min(NUMBER_MAX);
+        self.space_freed();
     }
 
     /// Takes a connection that the worker parks for the first time. Closes the connection if its
@@ -389,7 +401,7 @@ impl<C, F> MasterCore<C, F> {
         };
         if self.parked.len() >= self.parked.limit {
             let Some(&(_, first)) = self.parked.expiries.first() else {
-                // The workers have all connections that the master may hold.
+                // No connection that the master holds is idle.
                 self.ledger.idle_closed += 1;
                 return;
             };
@@ -443,6 +455,7 @@ impl<C, F> MasterCore<C, F> {
                 let state = self.parked.idle_until(expiry(self.now, timeout));
                 self.parked.set(connection, state);
                 self.actions.push_back(Action::AwaitData { id: connection });
+                self.space_freed();
             }
             None => {
                 self.ledger.idle_closed += 1;
@@ -469,10 +482,35 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
+    /// Returns whether the master holds any connection.
+    pub(crate) fn holds_any(&self) -> bool {
+        self.parked.len() > 0
+    }
+
     /// Closes the master's copy of a connection.
     pub(super) fn close_held(&mut self, connection: ConnectionId) {
         if self.parked.remove(connection).is_some() {
             self.actions.push_back(Action::CloseHeld { id: connection });
+            self.space_freed();
+        }
+    }
+
+    /// Accepts from the listeners that wait until the master may hold another connection.
+    fn space_freed(&mut self) {
+        if self.parked.space() != Some(0) {
+            for handle in std::mem::take(&mut self.parked.blocked) {
+                self.accept_if_possible(handle);
+            }
+        }
+    }
+
+    /// Records that the master accepts nothing from the listener, if the reason is that it may hold
+    /// no further connection.
+    pub(super) fn await_space(&mut self, handle: HandleId) {
+        let listener = self.listeners.get(&handle);
+        let holds_new = listener.is_some_and(Listener::holds_new);
+        if holds_new && self.parked.space() == Some(0) {
+            self.parked.blocked.insert(handle);
         }
     }
 

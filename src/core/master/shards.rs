@@ -48,7 +48,6 @@ impl<C, F> MasterCore<C, F> {
             (Ok(()), Some(listener)) => {
                 listener.shards.push(None);
                 self.actions.push_back(Action::WatchHangUp { handle });
-                self.defer_accept(handle);
                 // Search again, because an earlier shard may have become free in the meantime.
                 self.assign_shard(handle, worker);
                 self.join(worker, request, handle);

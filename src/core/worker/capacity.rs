@@ -50,6 +50,16 @@ impl<F> WorkerCore<F> {
         }
     }
 
+    /// Records that the queue was found empty although the application does not wait for a connection
+    /// yet. Does nothing while the worker takes no connections, because the application then has to
+    /// wait for one first.
+    pub(crate) fn found_empty_again(&mut self, listener: ListenerId) {
+        let entry = self.listeners.get(&listener);
+        if entry.is_some_and(|entry| entry.report != QueueReport::Paused) {
+            self.found_empty(listener);
+        }
+    }
+
     fn send_idle(&mut self, listener: ListenerId) {
         let Some(entry) = self.listeners.get_mut(&listener) else {
             return;

@@ -77,13 +77,9 @@ impl MasterShell {
         if let Some(connection) = held.get_mut(id.0 as usize) {
             *connection = None;
         }
-        // Return the memory after a peak.
-        if held.last().is_some_and(Option::is_none) {
-            let used = held.iter().rposition(Option::is_some);
-            held.truncate(used.map_or(0, |last| last + 1));
-            if held.is_empty() {
-                *held = Vec::new();
-            }
+        if !self.core.borrow().holds_any() {
+            // Return the memory after a peak.
+            *held = Vec::new();
         }
     }
 

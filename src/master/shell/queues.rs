@@ -40,26 +40,30 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
         if connections.len() >= at_most {
             break QueueState::PerhapsMore;
         }
-        match queue.reclaim() {
-            Ok(Dequeued::Connection(label, connection)) => {
-                let Label {
-                    sequence,
-                    held,
-                    parked,
-                } = label;
-                // The master still holds its own copy of a connection with an id.
-                let connection = match held {
-                    Some(connection) => Handoff::Held(Resumed { connection, parked }),
-                    None => Handoff::New(connection),
-                };
-                connections.push(Sequenced {
-                    sequence,
-                    connection,
-                });
-            }
+        let (label, copy) = match queue.reclaim() {
+            Ok(Dequeued::Connection(label, copy)) => (label, Some(copy)),
+            Ok(Dequeued::Lost(label)) => (label, None),
             Ok(Dequeued::Empty | Dequeued::Closed) => break QueueState::Empty,
+            // Without a free descriptor, `reclaim` fails even if the queue is empty. Closing an empty
+            // queue may free descriptors.
+            Err(_) if queue.count() == Some(0) => break QueueState::Empty,
             Err(_) => break QueueState::Unknown,
-        }
+        };
+        let Label {
+            sequence,
+            held,
+            parked,
+        } = label;
+        let connection = match (held, copy) {
+            // The master still has its own copy.
+            (Some(connection), _) => Handoff::Held(Resumed { connection, parked }),
+            (None, Some(copy)) => Handoff::New(copy),
+            (None, None) => break QueueState::Unknown,
+        };
+        connections.push(Sequenced {
+            sequence,
+            connection,
+        });
     };
     Reclaimed { connections, state }
 }

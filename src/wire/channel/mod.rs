@@ -73,11 +73,6 @@ const HARD_LIMIT: usize = 8 << 20;
 /// protocol frames. A space of 1 MiB holds more than 20,000 protocol frames. A well-behaved peer
 /// never leaves this number of frames unread.
 const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
-/// The number of unwritten protocol frames with a descriptor above which the peer is disconnected.
-///
-/// Each of these frames keeps a descriptor open. A well-behaved peer causes a few of them for each
-/// of the 64 listeners that it may have.
-const UNREAD_FDS_MAX: usize = 256;
 /// The number of bytes that must be added to the queue of a full socket before the next attempt to
 /// write.
 ///
@@ -379,7 +374,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > UNREAD_FDS_MAX {
+        if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > Out::UNREAD_FDS_MAX {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())

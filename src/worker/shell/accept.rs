@@ -144,6 +144,14 @@ impl WorkerShell {
                     parked: label.parked,
                 }))
             }
+            Ok(Dequeued::Lost(label)) => {
+                // The master still has its copy of a connection that was parked before.
+                if let Some(connection) = label.held {
+                    self.core.borrow_mut().park_again(connection);
+                }
+                self.out_of_fds();
+                Ok(None)
+            }
             // If the master has closed the queue, a frame on the channel tells the worker what to
             // do.
             Ok(Dequeued::Empty | Dequeued::Closed) => Ok(None),
@@ -153,11 +161,7 @@ impl WorkerShell {
                 Ok(None)
             }
             Err(reason) if reason.raw_os_error() == Some(errno::EMFILE) => {
-                if !self.is_out_of_fds.replace(true) {
-                    self.report(Error::no_descriptors(None));
-                }
-                self.core.borrow_mut().fds_exhausted();
-                self.back_off();
+                self.out_of_fds();
                 Ok(None)
             }
             Err(reason) => {
@@ -165,6 +169,16 @@ impl WorkerShell {
                 Err(Error::Io { attempt, reason })
             }
         }
+    }
+
+    /// Leaves the connections in the queues to other workers for a while, because no descriptor is
+    /// free.
+    fn out_of_fds(&self) {
+        if !self.is_out_of_fds.replace(true) {
+            self.report(Error::no_descriptors(None));
+        }
+        self.core.borrow_mut().fds_exhausted();
+        self.back_off();
     }
 
     /// Notifies the core if few or many descriptors are free. The kernel assigns the lowest free

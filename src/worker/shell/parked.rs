@@ -40,7 +40,8 @@ impl WorkerShell {
         self.fault("worker.before_park");
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
-        let is_writable = core.is_writable();
+        // A forked child only closes its copy of the connection.
+        let is_writable = core.is_writable() && self.poller.is_own();
         match (origin.held, origin.handle) {
             // The options are the same for the master's copy.
             _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
@@ -57,7 +58,7 @@ impl WorkerShell {
         // Report that the worker is idle in the same write, if it will find its queue empty anyway.
         let listener = origin.listener.filter(|id| self.is_queue_empty(*id));
         if let Some(listener) = listener {
-            core.found_empty(listener);
+            core.found_empty_again(listener);
         }
         drop(core);
         self.act();
