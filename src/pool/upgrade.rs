@@ -180,8 +180,9 @@ impl Pool {
         let listeners = self.0.listeners.borrow();
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
-            // Ignore an error, because it means that the file has already been removed. No client
-            // can then connect through the file.
+            // Ignore an error. Usually, the file has already been removed, so no client can connect
+            // through it. After any other error (for example, if no descriptor is free), this
+            // master only leaves the file behind when it closes the socket.
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);

@@ -163,7 +163,8 @@ impl Poller {
         // SAFETY: the pointer is valid for reads. The poller is not used again, because `owner` is
         // another process.
         drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
-        // The drop has closed the number, so give it to a copy of `inert` again.
+        // Dropping the poller has closed the descriptor with this number, so put a copy of `inert`
+        // there again.
         fd::replace(number, inert)
     }
 

@@ -103,8 +103,8 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         at_most: u64,
     },
-    /// Lets the kernel keep connections out of the backlog until their clients have sent something,
-    /// for this many seconds, or no longer if `seconds` is 0.
+    /// Makes the kernel keep each new connection out of the backlog until its client has sent
+    /// something, for at most about `seconds`; 0 ends this.
     DeferAccept {
         handle: HandleId,
         seconds: u32,

@@ -79,8 +79,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Lets the kernel wait for the first bytes of new connections, or no longer, if the workers
-    /// accept from the listener. The socket of another owner is left alone.
+    /// Updates how long the kernel holds back new connections until their first bytes arrive; 0
+    /// seconds ends this. Does nothing if the master accepts the connections, or if a process
+    /// outside the cluster may have a copy of the listener.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         let is_deferrable =

@@ -247,8 +247,9 @@ impl World {
                 assert_eq!(*life, Life::Online);
                 assert_eq!(state, Some(WorkerState::Listening));
             }
-            // A raw worker's messages contain arbitrary bytes instead of numbers.
-            Event::Message { .. } if process.inbox.is_some() => assert_eq!(*life, Life::Online),
+            // The driver writes a raw worker's bytes, so its messages are arbitrary and not
+            // numbered.
+            Event::Message { .. } if process.is_raw() => assert_eq!(*life, Life::Online),
             Event::Message { bytes, .. } => {
                 assert_eq!(*life, Life::Online);
                 let number = number(bytes);
@@ -358,8 +359,9 @@ impl World {
                 assert!(is_served, "client {client} is lost");
             }
         }
-        // The client may have sent its first request just before its connection expired. A hostile
-        // worker may have detached a connection instead of receiving it.
+        // Allow for unserved clients whose connection was closed as idle just after they had sent a
+        // request (`expired`, `idle_closed`), or that a hostile worker reported as detached or
+        // parked while they were still in its queue (`early_reports`).
         let ledger = self.master.ledger();
         let is_allowed = closed <= ledger.expired + ledger.idle_closed + self.early_reports;
         assert!(is_allowed, "{closed} clients are lost");

@@ -468,8 +468,8 @@ impl World {
         client.is_none_or(|client| self.fates[client as usize].left)
     }
 
-    /// Keeps a connection, and waits until its client sends something. If `failing` contains
-    /// `Hold`, the poller cannot watch the connection.
+    /// Carries out `Action::Hold`: stores the connection and marks it as waiting for data. If
+    /// `failing` contains `Hold`, reports instead that it cannot be watched.
     fn hold_connection(&mut self, id: ConnectionId, connection: Client) {
         let is_failing = self.failing.remove(&Failure::Hold);
         let held = Held {

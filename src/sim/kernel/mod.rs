@@ -133,7 +133,8 @@ pub(crate) struct World {
     parked_limit: usize,
     /// The highest value that `parked_limit` has had.
     parked_limit_max: usize,
-    /// The number of reports about connections that were still in the worker's queue.
+    /// The number of reports that a connection was detached or parked while it was still in the
+    /// reporting worker's queue.
     pub(crate) early_reports: u64,
     /// The number of times that the master could not hold a connection.
     failed_holds: u64,
@@ -280,7 +281,7 @@ impl World {
         }
     }
 
-    /// Makes the client of a connection that the master holds send a request. `n` selects the
+    /// Sends a request from the client of one of the master's held connections. `n` selects the
     /// connection.
     pub(crate) fn send_on_held(&mut self, n: u8) {
         let client = nth(self.held.values(), n).and_then(Held::client);
