@@ -28,7 +28,7 @@ crate::scenarios! {
 }
 
 /// Time for which the worker lacks descriptors after its client has stopped sending. It is longer
-/// than the master's intervals between two checks of a waiting client.
+/// than the interval at which the master checks a waiting client.
 const SHORTAGE: Duration = Duration::from_millis(500);
 const REQUEST: &[u8] = b"request";
 

@@ -28,7 +28,7 @@ crate::scenarios! {
 /// Maximum time that a worker may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Environment variable that tells a master in which way to end.
+/// Environment variable that tells a master how to end.
 const END: &str = "MASTERS_END";
 
 /// The activity of each worker when its master ends, and its process state in `/proc/PID/stat`.
