@@ -22,7 +22,7 @@ crate::scenarios! {
 
 /// Number of workers that run at the same time.
 const AT_ONCE: usize = 4;
-/// The environment variable for a worker's way to exit. The value is an index into `WAYS`.
+/// Environment variable that selects how a worker exits. The value is an index into `WAYS`.
 const WAY: &str = "WAY";
 const UNIX: &str = "unix";
 
