@@ -191,7 +191,7 @@ impl Pool {
     }
 
     /// Watches for the exit of the old master. The old master keeps its end of the channel open
-    /// until it exits, so its exit is the end-of-file of the channel.
+    /// until it exits, so end-of-file on the channel means that it has exited.
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_readable = move |master: &Master, mut channel: &UnixStream| {

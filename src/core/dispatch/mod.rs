@@ -322,7 +322,7 @@ impl<C> Dispatcher<C> {
         !self.waiting.is_empty()
     }
 
-    /// Lets the scheduler choose the worker of each further connection.
+    /// Lets the scheduler choose the worker of each connection from now on.
     pub(crate) fn use_scheduler(&mut self) {
         self.has_scheduler = true;
     }

@@ -109,7 +109,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         seconds: u32,
     },
-    /// Removes the file of a Unix path, so that no further client can connect.
+    /// Removes the file of a Unix path, so that no more clients can connect.
     RemoveFile {
         handle: HandleId,
     },
@@ -135,8 +135,8 @@ pub(crate) enum Action<C> {
     Unbind {
         handle: HandleId,
     },
-    /// Prevents the worker from writing further frames, processes the final frames that it has
-    /// already written, and closes the channel. The shell answers with `channel_closed`.
+    /// Prevents the worker from writing more frames, processes the final frames that it has already
+    /// written, and closes the channel. The shell answers with `channel_closed`.
     CloseChannel {
         worker: WorkerId,
     },

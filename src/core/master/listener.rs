@@ -103,8 +103,7 @@ pub(super) enum AcceptState {
     /// Accepting failed, or another process shut the listener down. The value is the time of the
     /// next attempt.
     BackingOff(Time),
-    /// The master accepts nothing more, and leaves further connections to the socket's other
-    /// owners.
+    /// The master accepts nothing more, and leaves new connections to the socket's other owners.
     Closed,
 }
 

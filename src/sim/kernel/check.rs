@@ -122,8 +122,8 @@ impl World {
         (fate.served, fate.is_pending) = (true, false);
     }
 
-    /// Checks that the master has a reason for closing its copy of a connection. The end of a
-    /// worker is no reason while only the master has the connection.
+    /// Checks that the master has a reason for closing its copy of a connection. The exit of a
+    /// worker is not a reason while only the master has the connection.
     pub(crate) fn check_closing(&mut self, held: &Held) {
         let Some(client) = held.client().filter(|_| !held.is_unwatched) else {
             return;
@@ -228,7 +228,7 @@ impl World {
         let flag = self.master.exited_after_disconnect(worker);
         let is_connected = self.master.is_connected(worker);
         let process = self.processes.get_mut(&worker).expect(KNOWN);
-        let status = process.status();
+        let (status, is_raw) = (process.status(), process.is_raw());
         let life = match level {
             Level::Worker => &mut process.life[0],
             Level::Cluster => &mut process.life[1],
@@ -249,7 +249,7 @@ impl World {
             }
             // The driver writes a raw worker's bytes, so its messages are arbitrary and not
             // numbered.
-            Event::Message { .. } if process.is_raw() => assert_eq!(*life, Life::Online),
+            Event::Message { .. } if is_raw => assert_eq!(*life, Life::Online),
             Event::Message { bytes, .. } => {
                 assert_eq!(*life, Life::Online);
                 let number = number(bytes);

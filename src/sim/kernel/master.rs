@@ -128,7 +128,8 @@ impl World {
             }
             Action::Watch { handle } => self.port(handle).is_watched = true,
             Action::Unwatch { handle } => self.port(handle).is_watched = false,
-            // The simulated kernel's clients do not differ before their connection is accepted.
+            // Do nothing. Like a system without this option, the simulated kernel never defers a
+            // connection.
             Action::DeferAccept { .. } => {}
             Action::RemoveFile { handle }
             | Action::AttachSynFilter { handle }
@@ -483,8 +484,9 @@ impl World {
         assert!(previous.is_none(), "a second connection with one number");
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
-            // If the master has accepted more connections at once than it may hold, another
-            // connection may have this number now, and closes.
+            // Allow for one unexplained close (see `check_closing`). If the master has accepted
+            // more connections at once than it may hold, it may already have given this number to
+            // another connection, and `not_held` closes that one.
             self.failed_holds += 1;
             self.report(|core| core.not_held(id));
         }

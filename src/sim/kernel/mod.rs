@@ -138,8 +138,8 @@ pub(crate) struct World {
     pub(crate) early_reports: u64,
     /// The number of times that the master could not hold a connection.
     failed_holds: u64,
-    /// The number of held connections that were closed for no reason that the simulation knows,
-    /// except that they may have expired.
+    /// The number of held connections whose closing only an expiry, or a reused number after a
+    /// failed hold, can explain. See `check_closing`.
     expired: u64,
     /// The pairs of a listener and a worker for which sharing the listener failed.
     unshared: BTreeSet<(HandleId, WorkerId)>,
