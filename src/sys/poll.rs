@@ -18,7 +18,7 @@ use super::fd;
 use super::owner::Owner;
 use super::platform::epoll;
 
-/// Maximum number of events of one wait. Further events follow with the next wait.
+/// Maximum number of events of one wait. The next wait returns the remaining events.
 ///
 /// A larger number needs more stack space in each wait. A smaller number takes more waits when many
 /// descriptors are ready. On x86-64, 32 events take 384 bytes.
