@@ -1,5 +1,5 @@
-//! Disconnects a worker with a connection that never ends, and kills the worker after a timeout. With
-//! the argument `polite` the worker closes its connections when the master sends `shutdown`.
+//! Disconnects a worker whose connection never ends, and kills the worker after a timeout. With the
+//! argument `polite`, the worker closes its connections when the master sends `shutdown`.
 //!
 //! Usage:     cargo run --example shutdown
 //! or:        cargo run --example shutdown -- polite

@@ -269,11 +269,10 @@ impl<S> ListenOptions<S> {
     /// holds the connection as if it were [parked](crate::Connection::park). With the other
     /// policies, and for private listeners, the kernel holds the connections of a TCP listener
     /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about [`idle_timeout`](Self::idle_timeout), and a client
-    /// that is silent for longer reaches a worker or is disconnected. The kernel cannot hold the
-    /// connections of Unix sockets. It also cannot hold those of systems other than Linux, and it
-    /// does not for a listener that another process may use too. In these cases, the option has no
-    /// effect. If a listener closes, the kernel resets the connections that it holds when their
-    /// clients send something.
+    /// that is silent for longer reaches a worker or is disconnected. For these policies and
+    /// listeners, the option has no effect on a Unix socket, on systems other than Linux, and on a
+    /// listener that a process outside the cluster may also use. If a listener closes, the kernel
+    /// resets the connections that it holds when their clients send something.
     ///
     /// If several workers listen on an address, the value that was set last applies.
     ///

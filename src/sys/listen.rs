@@ -254,8 +254,8 @@ pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
 }
 
 /// Makes the kernel keep each new connection out of the backlog until its client has sent
-/// something, for at most about `seconds`; 0 ends this. Does nothing if the socket is not a TCP
-/// listener, or if the system cannot do this.
+/// something, for at most about `seconds`. With 0 seconds, new connections enter the backlog at
+/// once. Does nothing if the socket is not a TCP listener, or if the system cannot do this.
 pub(crate) fn defer_accept(listener: &OwnedFd, seconds: u32) {
     let seconds = libc::c_int::try_from(seconds).unwrap_or(libc::c_int::MAX);
     // Ignore the error. A connection whose client is silent then reaches a worker, as it would

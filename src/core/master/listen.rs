@@ -79,9 +79,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Updates how long the kernel holds back new connections until their first bytes arrive; 0
-    /// seconds ends this. Does nothing if the master accepts the connections, or if a process
-    /// outside the cluster may have a copy of the listener.
+    /// Updates how long the kernel holds back new connections until their first bytes arrive. The
+    /// time may be 0. Does nothing if the master accepts the connections, or if a process outside
+    /// the cluster may have a copy of the listener.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         let is_deferrable =
