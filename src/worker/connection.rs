@@ -172,10 +172,14 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// occupy no worker, each request goes to a worker that is idle, and idle connections stay open
     /// when their worker disconnects, reloads or crashes.
     ///
-    /// The master closes a parked connection when the client hangs up, when the client has been
-    /// silent for [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when it holds
-    /// too many connections ([`Master::set_max_parked`](crate::Master::set_max_parked)), and when
-    /// the listener closes.
+    /// The master closes a parked connection in the following cases:
+    ///
+    /// - The client hangs up.
+    /// - The client has been silent for
+    ///   [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
+    /// - The master holds too many connections
+    ///   ([`Master::set_max_parked`](crate::Master::set_max_parked)).
+    /// - The listener closes.
     ///
     /// Bytes that the application has read but not processed are lost. Before parking, answer all
     /// requests that were read completely, and read the rest of an incomplete one. When the

@@ -57,7 +57,8 @@ pub(crate) enum Action<C> {
     /// passes the connections that were in the queue.
     ///
     /// If the shell lacks descriptors to empty the queue at once, it first answers with `reclaimed`
-    /// for the connections that it has taken out, and with `queue_closed` once the queue is empty.
+    /// for the connections that it has taken out. It answers with `queue_closed` once the queue is
+    /// empty.
     CloseQueue {
         handle: HandleId,
         worker: WorkerId,

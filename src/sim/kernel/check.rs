@@ -359,9 +359,10 @@ impl World {
                 assert!(is_served, "client {client} is lost");
             }
         }
-        // Allow for unserved clients whose connection was closed as idle just after they had sent a
-        // request (`expired`, `idle_closed`), or that a hostile worker reported as detached or
-        // parked while they were still in its queue (`early_reports`).
+        // Allow for two kinds of unserved clients. Either the connection was closed as idle just
+        // after the client had sent a request (`expired`, `idle_closed`), or a hostile worker
+        // reported the connection as detached or parked before taking it from its queue
+        // (`early_reports`).
         let ledger = self.master.ledger();
         let is_allowed = closed <= ledger.expired + ledger.idle_closed + self.early_reports;
         assert!(is_allowed, "{closed} clients are lost");
