@@ -40,9 +40,9 @@ pub(crate) struct Endpoint {
 
 /// The default of [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), in seconds.
 ///
-/// With a longer time, more connections of absent clients stay open, each of which costs a
-/// descriptor in the master. With a shorter time, more clients have to connect again. Browsers close
-/// idle connections after one to five minutes themselves. nginx's default is 75 seconds
+/// With a longer time, more connections of absent clients stay open. Each of them costs a
+/// descriptor in the master. With a shorter time, more clients have to connect again. Browsers
+/// close idle connections after one to five minutes themselves. nginx's default is 75 seconds
 /// (`keepalive_timeout`).
 const IDLE_SECONDS: u32 = 60;
 

@@ -52,8 +52,8 @@ const BEFORE_INIT: usize = 2;
 fn print_ready() {
     let mut output = std::io::stdout().lock();
     let line = format!("{} {}\n", std::process::id(), kind());
-    // Write the whole line by one call, because all workers share this output and their lines must
-    // not mix.
+    // Write the whole line with one call, because all workers share this output and their lines
+    // must not mix.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }
