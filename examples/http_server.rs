@@ -79,7 +79,8 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
             return;
         }
         errors.line(format_args!("worker {} died ({status})", worker.id()));
-        // A worker that exited before it listened is not replaced: its replacement would fail, too.
+        // Do not replace a worker that exited with a code before it listened. Its replacement would
+        // probably fail too.
         let is_hopeless = status.code().is_some() && !listening.borrow().contains(&worker.id());
         if is_hopeless {
             // `run` returns an error when the other workers have exited.

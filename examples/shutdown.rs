@@ -1,5 +1,5 @@
-//! Disconnects a worker with a connection that never ends, and kills the worker after a timeout. With
-//! the argument `polite` the worker closes its connections when the master sends `shutdown`.
+//! Disconnects a worker whose connection never ends, and kills the worker after a timeout. With the
+//! argument `polite`, the worker closes its connections when the master sends `shutdown`.
 //!
 //! Usage:     cargo run --example shutdown
 //! or:        cargo run --example shutdown -- polite
@@ -26,8 +26,8 @@ fn master(master: &Master) -> cluster::Result<()> {
         let log = at_timeout.clone();
         let timeout = master.set_timeout(TIMEOUT, move |_| {
             log.line("its time is over");
-            // Do not call `straggler.kill`, because it would wait until the worker has
-            // disconnected.
+            // Do not use `straggler.kill`. It sends the signal only once the channel has closed,
+            // and this worker may never close its channel.
             straggler.process().kill(Signal::KILL);
         });
         worker.on_disconnect(move |master, _| master.clear_timer(timeout));
@@ -51,8 +51,8 @@ fn worker(worker: &Worker, polite: bool) -> cluster::Result<()> {
     worker
         .listen("127.0.0.1:0")?
         .set_connection_callback(move |worker, connection| {
-            // Keep the connection open. Only a polite worker closes it, when the master asks for
-            // that.
+            // Keep the connection open. Only a polite worker closes it, when the master sends
+            // `shutdown`.
             open.borrow_mut().push(connection);
             let _ = worker.send(b"connected");
         });

@@ -1,5 +1,6 @@
-//! Sticky sessions: a client always gets the same worker while that worker runs, so the worker can
-//! keep the client's session in memory. When a worker exits, only its own clients move.
+//! Sticky sessions: while the workers stay the same, each IP address always gets the same worker.
+//! The worker can therefore keep the sessions of its clients in memory. When a worker exits, only
+//! its own clients move.
 //!
 //! Usage:     cargo run --release --example sticky
 //! then:      curl http://127.0.0.1:8000/ (again and again, and from elsewhere)

@@ -47,9 +47,9 @@ fn parse(bytes: &[u8]) -> Head {
     }
 }
 
-/// Answers the requests that the client has sent with `body`, or a malformed request with status
-/// 400. `headers` are further lines of the answer's head. Afterwards, parks the connection, or
-/// closes it if the client sends no further request.
+/// Answers each request that the client has sent, with `body` as the answer's body and `headers` as
+/// additional header lines. Answers a malformed request with status 400. Afterwards, parks the
+/// connection if the client may send another request, and otherwise closes it.
 pub(crate) fn answer(connection: Connection, headers: &str, body: &str) -> io::Result<()> {
     let mut connection = Timed::new(connection);
     let mut buffer = [0; 8192];

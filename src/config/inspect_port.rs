@@ -9,7 +9,7 @@ const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 /// The source of the workers' [inspect ports](crate::Settings::inspect_port): a number or a
 /// closure.
 ///
-/// A number is the first worker's port. Each further worker receives the next number. The number
+/// A number is the first worker's port. Each later worker receives the next number. The number
 /// after 65535 is 1024. A closure is called at each fork and returns the port.
 ///
 /// Node: the two forms of `settings.inspectPort`.

@@ -236,7 +236,7 @@ impl<S> ListenOptions<S> {
 
     /// Sets how long the client of a [parked](crate::Connection::park) connection may send nothing
     /// before the connection is closed. The default is 60 seconds. The time is rounded up to whole
-    /// seconds, and a connection may stay open for up to one second longer, because all connections
+    /// seconds. A connection may stay open for up to one second longer, because all connections
     /// that expire in the same second are closed together.
     ///
     /// Node: `server.keepAliveTimeout`.
@@ -268,12 +268,11 @@ impl<S> ListenOptions<S> {
     /// Clients that connect and send nothing then occupy no worker. With round robin, the master
     /// holds the connection as if it were [parked](crate::Connection::park). With the other
     /// policies, and for private listeners, the kernel holds the connections of a TCP listener
-    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about [`idle_timeout`](Self::idle_timeout), and a client
-    /// that is silent for longer reaches a worker or is disconnected. The kernel cannot hold the
-    /// connections of Unix sockets. It also cannot hold those of systems other than Linux, and it
-    /// does not for a listener that another process may use too. In these cases, the option has no
-    /// effect. If a listener closes, the kernel resets the connections that it holds when their
-    /// clients send something.
+    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about [`idle_timeout`](Self::idle_timeout). A client that
+    /// is silent for longer reaches a worker or is disconnected. For these policies and listeners,
+    /// the option has no effect on a Unix socket, on systems other than Linux, and on a listener
+    /// that a process outside the cluster may also use. If a listener closes, the kernel resets the
+    /// connections that it holds when their clients send something.
     ///
     /// If several workers listen on an address, the value that was set last applies.
     ///

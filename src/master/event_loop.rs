@@ -409,7 +409,7 @@ impl Master {
     /// this choice.
     fn schedule(&self) {
         loop {
-            // Clone the reference, because the scheduler may replace itself by another one during
+            // Clone the reference, because the scheduler may replace itself with another one during
             // the call.
             let scheduler = self.scheduler.borrow().clone();
             let Some(scheduler) = scheduler else {

@@ -470,10 +470,10 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// The default is half of the soft limit of descriptors (`RLIMIT_NOFILE`) at the time when the
-    /// master was created. If a further connection exceeds the maximum, the idle connection that
-    /// would expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts
-    /// it. If no connection is idle, the further one is closed. Connections beyond a lower maximum
-    /// stay open.
+    /// master was created. If a new connection exceeds the maximum, the idle connection that would
+    /// expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts it.
+    /// If no connection is idle, the new one is closed. Connections beyond a lower maximum stay
+    /// open.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

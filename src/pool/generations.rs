@@ -23,8 +23,8 @@ impl<S: Clone> Generations<S> {
 
     /// Replaces the settings of the next generation.
     ///
-    /// Returns the previous settings. The caller must drop them while nothing is borrowed, because
-    /// their closures may call the pool in `Drop`.
+    /// Returns the previous settings. The caller must drop them while no `RefCell` of the pool is
+    /// borrowed, because values that their closures captured may call the pool when dropped.
     #[must_use]
     pub(super) fn replace_next(&mut self, next: Option<S>) -> Option<S> {
         std::mem::replace(&mut self.next, next)
@@ -34,7 +34,7 @@ impl<S: Clone> Generations<S> {
     /// settings of `base`.
     ///
     /// Returns the settings of generations that are no longer in use. The caller must drop them
-    /// while nothing is borrowed, because their closures may call the pool in `Drop`.
+    /// while no `RefCell` of the pool is borrowed, for the reason given at `replace_next`.
     #[must_use]
     pub(super) fn begin(
         &mut self,

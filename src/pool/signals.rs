@@ -52,8 +52,9 @@ impl Pool {
     ///
     /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool has been stopping for at least
     ///   one second, these signals call [`stop_at_once`](Self::stop_at_once). If it has been
-    ///   stopping for less than one second, they have no effect, because one Ctrl-C may arrive twice.
-    ///   They also have no effect if the pool stops because a new master has taken over.
+    ///   stopping for less than one second, they have no effect, because one Ctrl-C may arrive
+    ///   twice: from the terminal, and from a parent that forwards it. They also have no effect if
+    ///   the pool stops because a new master has taken over.
     /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
     /// - SIGHUP calls [`reload`](Self::reload).
     /// - SIGUSR2 calls [`upgrade`](Self::upgrade).

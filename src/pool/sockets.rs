@@ -111,8 +111,8 @@ impl Pool {
         }
         drop((listeners, worker_sockets));
         if !self.0.core.borrow().is_upgraded() {
-            // Release the sockets that a failed upgrade has retained. Each socket then closes again
-            // when the last worker has closed it.
+            // Release the sockets that a failed upgrade has retained. From then on, each socket
+            // closes when its last worker has closed it, as before the upgrade.
             drop(self.0.worker_sockets.take());
         }
         self.close_unrequested(master);

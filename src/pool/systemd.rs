@@ -156,7 +156,8 @@ struct Notifier {
     /// The states that wait for space in systemd's queue, oldest first.
     waiting: RefCell<VecDeque<State>>,
     /// Whether this process was the service's main process and had a quorum at the last event. The
-    /// watchdog is fed only then, so not before the service has been reported as ready.
+    /// timer feeds the watchdog only while this is `true`, and therefore never before READY=1 is
+    /// due.
     is_ready: Cell<bool>,
     /// Whether the last attempt failed.
     has_failed: Cell<bool>,

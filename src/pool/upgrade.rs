@@ -192,8 +192,9 @@ impl Pool {
         let listeners = self.0.listeners.borrow();
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
-            // Ignore an error, because it means that the file has already been removed. No client
-            // can then connect through the file.
+            // Ignore an error. Usually, the file has already been removed, so no client can connect
+            // through it. After any other error (for example, if no descriptor is free), this
+            // master only leaves the file behind when it closes the socket.
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
@@ -202,7 +203,8 @@ impl Pool {
     }
 
     /// Receives the old master's parked connections, and watches for its exit. The old master keeps
-    /// its end of the channel open until it exits, so its exit is the end-of-file of the channel.
+    /// its end of the channel open until it exits, so end-of-file on the channel means that it has
+    /// exited.
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_end = move |master: &Master| {

@@ -39,9 +39,9 @@ const CAPACITY: usize = 64 << 10;
 ///   line as soon as the target is writable.
 /// - If a write fails, for instance because a pipe has no reader, the line also waits, and the next
 ///   line triggers another attempt.
-/// - At most 64 KiB wait. The writer drops further lines, and any single line that is longer. Once
-///   half of the space is free again, the writer adds a notice in place of the dropped lines, such
-///   as `cluster: 3 log lines dropped`.
+/// - At most 64 KiB wait. If a line does not fit, the writer drops this line and all later lines
+///   until half of the space is free again. It then adds a notice in place of the dropped lines,
+///   such as `cluster: 3 log lines dropped`.
 /// - The writer returns no error and raises no signal. It changes no setting that the target shares
 ///   with other processes.
 /// - A line is written when it is complete, or at [`flush`](Write::flush). When the last clone of
@@ -301,7 +301,7 @@ impl State {
                 return Written::Failed;
             }
             // Drop the line, because it is too long for a datagram. No later attempt could send it,
-            // and it would block all further lines.
+            // and it would block all later lines.
             self.lines.drop_first();
         }
         Written::All
@@ -372,8 +372,8 @@ impl AttachedLogs {
         state.write();
     }
 
-    /// Detaches all logs from the master. Their lines are then written only when the application
-    /// writes further lines.
+    /// Detaches all logs from the master. Their waiting lines are then written only when the
+    /// application writes more lines.
     pub(crate) fn detach(&self) {
         let logs = self.0.take();
         for log in logs.into_values().filter_map(|log| log.upgrade()) {
@@ -386,9 +386,9 @@ impl AttachedLogs {
 
 /// The lines that wait to be written, followed by the incomplete line.
 ///
-/// After a line has been dropped, all further lines are dropped until half of the capacity is free.
-/// A notice with the number of dropped lines is then added. Because no line was kept in between,
-/// the notice stands exactly where the lines are missing.
+/// After a line has been dropped, all later lines are dropped until half of the capacity is free. A
+/// notice with the number of dropped lines is then added. Because no line was kept in between, the
+/// notice stands exactly where the lines are missing.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,
@@ -621,7 +621,7 @@ mod tests {
         let mut reader = File::from(reader);
         let mut text = Vec::new();
         let mut buffer = vec![0; 1 << 20];
-        // Each further line first writes the lines that wait. The reader must then get all kept
+        // Writing a new line first writes the lines that wait. The reader must then get all kept
         // lines, the notice, and these two lines, in this order.
         for last in ["last\n", "very last\n"] {
             let length = reader.read(&mut buffer).unwrap();

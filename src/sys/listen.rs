@@ -253,9 +253,9 @@ pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     platform::backlog_length(listener)
 }
 
-/// Lets the kernel keep connections out of the backlog until their clients have sent something, for
-/// about `seconds`, or no longer if `seconds` is 0. Does nothing if the socket is no TCP listener, or
-/// if the system cannot do this.
+/// Makes the kernel keep each new connection out of the backlog until its client has sent
+/// something, for at most about `seconds`. With 0 seconds, new connections enter the backlog at
+/// once. Does nothing if the socket is not a TCP listener, or if the system cannot do this.
 pub(crate) fn defer_accept(listener: &OwnedFd, seconds: u32) {
     let seconds = libc::c_int::try_from(seconds).unwrap_or(libc::c_int::MAX);
     // Ignore the error. A connection whose client is silent then reaches a worker, as it would

@@ -18,7 +18,7 @@ use super::fd;
 use super::owner::Owner;
 use super::platform::epoll;
 
-/// Maximum number of events of one wait. Further events follow with the next wait.
+/// Maximum number of events of one wait. The next wait returns the remaining events.
 ///
 /// A larger number needs more stack space in each wait. A smaller number takes more waits when many
 /// descriptors are ready. On x86-64, 32 events take 384 bytes.
@@ -163,7 +163,8 @@ impl Poller {
         // SAFETY: the pointer is valid for reads. The poller is not used again, because `owner` is
         // another process.
         drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
-        // The drop has closed the number, so give it to a copy of `inert` again.
+        // Dropping the poller has closed the descriptor with this number, so put a copy of `inert`
+        // there again.
         fd::replace(number, inert)
     }
 

@@ -234,8 +234,8 @@ pub(crate) fn set_send_buffer(socket: &UnixStream, bytes: i32) -> io::Result<()>
 pub(crate) struct Piece {
     pub(crate) bytes: usize,
     pub(crate) fds: Vec<NoLingerFd>,
-    /// Whether the kernel has closed further descriptors. The most likely reason is that this
-    /// process has no descriptor free.
+    /// Whether the kernel has closed other descriptors of the message. The most likely reason is
+    /// that this process has no descriptor free.
     pub(crate) lost_fds: bool,
 }
 

@@ -40,9 +40,9 @@ pub(crate) struct Endpoint {
 
 /// The default of [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), in seconds.
 ///
-/// With a longer time, more connections of absent clients stay open, each of which costs a
-/// descriptor in the master. With a shorter time, more clients have to connect again. Browsers close
-/// idle connections after one to five minutes themselves. nginx's default is 75 seconds
+/// With a longer time, more connections of absent clients stay open. Each of them costs a
+/// descriptor in the master. With a shorter time, more clients have to connect again. Browsers
+/// close idle connections after one to five minutes themselves. nginx's default is 75 seconds
 /// (`keepalive_timeout`).
 const IDLE_SECONDS: u32 = 60;
 
@@ -67,8 +67,9 @@ impl Parking {
         Duration::from_secs(self.idle_seconds.unwrap_or(IDLE_SECONDS).into())
     }
 
-    /// Returns for how many seconds the kernel shall keep a new connection out of a listener's
-    /// backlog while the client sends nothing. 0 means that it does not.
+    /// Returns the number of seconds for which the kernel should keep a new connection out of a
+    /// listener's backlog while the client sends nothing. 0 means that new connections enter the
+    /// backlog at once.
     pub(crate) fn deferred_seconds(&self) -> u32 {
         match self.waits_for_data() {
             true => self.idle_seconds.unwrap_or(IDLE_SECONDS).max(1),
@@ -81,8 +82,8 @@ impl Parking {
     }
 }
 
-/// The options for binding a socket. If several workers listen on one endpoint, the options of the
-/// first worker apply, but for `parking`, the options that were set last.
+/// The options for binding a socket. If several workers listen on one endpoint, the first worker's
+/// options apply. Of the options in `parking`, the values that were set last apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     /// The length of the backlog, in connections.

@@ -28,9 +28,10 @@ pub struct Ledger {
     /// master has passed to this one.
     pub parked: u64,
     /// How often the client of a parked connection has sent something, so that the connection goes
-    /// to a worker again. This number is no outcome.
+    /// to a worker again. This number is not an outcome.
     pub resumed: u64,
-    /// Connections that a worker's application received. A connection counts each time.
+    /// Connections that a worker's application received. A connection that is received several
+    /// times counts each time.
     pub received: u64,
     /// Connections whose client hung up before a worker received the connection, or while the
     /// connection was parked.

@@ -94,7 +94,7 @@ pub enum Violation {
     UnknownQueue,
     /// A worker parked a connection of a listener that it never had.
     UnknownPark,
-    /// A worker parked a descriptor that is no connection.
+    /// A worker parked a descriptor that is not a connection.
     NotAConnection,
     /// A worker reported a connection that the master has not dispatched to it.
     UnknownConnection,

@@ -305,8 +305,8 @@ fn put_frame(out: &mut Vec<u8>, kind: u8, fds: usize, body: impl FnOnce(&mut Vec
     let fds = u8::try_from(fds).unwrap_or(u8::MAX);
     out.extend_from_slice(&[0, 0, 0, 0, VERSION, kind, fds, 0]);
     body(out);
-    // Write the length last, because `body` determines it. The caller checks the limit. A body
-    // above 4 GiB gets a saturated length, which the reader rejects.
+    // Write the length last, because `body` determines it. `send` enforces `MAX_BODY` for messages.
+    // If a body ever had 4 GiB or more, the saturated length would make the reader reject it.
     let length = u32::try_from(out.len() - start - HEADER).unwrap_or(u32::MAX);
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
 }

@@ -56,7 +56,7 @@ struct Counted {
 }
 
 impl Counted {
-    /// Returns the guard's parts. The guard notifies the worker no more.
+    /// Returns the guard's parts. The guard no longer notifies the worker.
     fn disarm(mut self) -> (Weak<Inner>, Origin) {
         (std::mem::take(&mut self.worker), self.origin)
     }
@@ -173,16 +173,21 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// when their worker disconnects, reloads or crashes, and when an
     /// [upgrade](crate::pool::Pool::upgrade) replaces the master.
     ///
-    /// The master closes a parked connection when the client hangs up, when the client has been
-    /// silent for [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when it holds
-    /// too many connections ([`Master::set_max_parked`](crate::Master::set_max_parked)), and when
-    /// the listener closes.
+    /// The master closes a parked connection in the following cases:
+    ///
+    /// - The client hangs up.
+    /// - The client has been silent for
+    ///   [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
+    /// - The master holds too many connections
+    ///   ([`Master::set_max_parked`](crate::Master::set_max_parked)).
+    /// - The listener closes.
     ///
     /// Bytes that the application has read but not processed are lost. Before parking, answer all
     /// requests that were read completely, and read the rest of an incomplete one. When the
-    /// application receives the connection again, the stream blocks and has no timeouts, as a new
-    /// one. Other socket options stay as they were. State of the application, such as a TLS
-    /// session, does not travel, so do not park connections that have some.
+    /// application receives the connection again, the stream blocks and has no timeouts, like a new
+    /// one. Other socket options stay as they were. State that the application keeps for the
+    /// connection, such as a TLS session, does not move with it. Do not park a connection that has
+    /// such state.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {

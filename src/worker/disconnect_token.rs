@@ -19,12 +19,13 @@ use crate::worker::Worker;
 ///
 /// Node has no counterpart. The Web has `AbortSignal`.
 ///
-/// [`Worker::disconnect_token`] returns the token. Clones show the same. The descriptor of
-/// [`AsFd`] becomes readable when the worker begins to disconnect, and stays readable. A thread
+/// [`Worker::disconnect_token`] returns the token. All clones show the same state. The descriptor
+/// of [`AsFd`] becomes readable when the worker begins to disconnect, and stays readable. A thread
 /// polls it beside its connection. Do not read from it.
 ///
-/// A token is true under the same conditions as [`Worker::is_disconnecting`]. It may outlive the
-/// worker. In a child that the application forked, it shows whether the parent is disconnecting.
+/// A token reports a disconnect under the same conditions as [`Worker::is_disconnecting`]. It may
+/// outlive the worker. In a child that the application forked, it shows whether the parent is
+/// disconnecting.
 ///
 /// ```no_run
 /// # fn f(token: &cluster::DisconnectToken, stream: &std::net::TcpStream) -> nix::Result<bool> {
@@ -43,7 +44,7 @@ pub struct DisconnectToken(Arc<State>);
 #[derive(Debug)]
 struct State {
     socket: UnixStream,
-    /// Whether the socket has been found readable, which never changes again.
+    /// Whether the socket has been found readable. Once this is `true`, it never changes again.
     is_disconnecting: AtomicBool,
 }
 

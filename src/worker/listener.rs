@@ -76,7 +76,7 @@ impl<S> Listener<S> {
     ///
     /// Node: `server.maxConnections`.
     ///
-    /// At the limit, further connections go to the callback of
+    /// At the limit, new connections go to the callback of
     /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
     /// workers. If no other worker can serve them, they wait in the kernel's backlog. The worker no
     /// longer counts a connection once the application has dropped it or its

@@ -60,8 +60,9 @@ pub fn measure(table: &mut Table) {
 }
 
 /// Returns three median times in microseconds, measured in a master with `mebibytes` MiB of
-/// resident memory: from a plain fork and exec to the program's first byte, from `fork()` to
-/// `online` of a worker with exec, and the same of a worker without exec.
+/// resident memory. The first is the time from a plain fork and exec to the program's first byte.
+/// The second is the time from `fork()` to `online` for a worker with exec, and the third is the
+/// same for a worker without exec.
 fn forks(mebibytes: usize) -> [f64; 3] {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let command = command.env(SCENARIO, FORK).arg(mebibytes.to_string());

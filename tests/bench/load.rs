@@ -134,7 +134,8 @@ impl Open {
             let client = self.clients[number].as_mut().unwrap();
             let length = client.stream.read(&mut buffer).unwrap();
             client.answer.extend_from_slice(&buffer[..length]);
-            // The whole answer has been read if the server has already closed the connection.
+            // If EPOLLRDHUP was reported before the read, the whole answer has been read, because
+            // it is shorter than the buffer.
             if length == 0 || event.events().contains(EpollFlags::EPOLLRDHUP) {
                 answered.extend(self.clients[number].take());
                 self.free.push(number);

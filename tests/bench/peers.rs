@@ -72,8 +72,8 @@ pub fn prefork(workers: usize) -> Result<Server, String> {
     Ok(Server::run(command.arg(workers.to_string())))
 }
 
-/// Compiles the package with this manifest in release mode. `args` are further arguments of `cargo
-/// build`.
+/// Compiles the package with this manifest in release mode. `args` are additional arguments of
+/// `cargo build`.
 pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String> {
     let mut command = Command::new(env!("CARGO"));
     command.args([

@@ -425,9 +425,9 @@ fn messages_queued_in_accept_are_sent_in_accept() {
     });
 }
 
-/// Checks that the master receives all messages in order. If `requested` is set, the master sends
-/// the worker a message, at which the worker sends its own. Otherwise the master sends no message,
-/// because a message would wake the worker.
+/// Checks that the master receives all of the worker's messages in order. If `requested` is set,
+/// the master sends a message that makes the worker start sending. Otherwise the master sends no
+/// message, because a message would wake the worker.
 fn assert_all_is_sent(requested: bool, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();

@@ -76,8 +76,8 @@ fn read_all(mut client: TcpStream) -> String {
     answer
 }
 
-/// Answers the first byte of a client, waits for the disconnect without a call of the loop, and says
-/// goodbye.
+/// Answers the first byte of a client, waits for the disconnect without running the event loop, and
+/// says goodbye.
 fn serve_until_disconnecting(worker: &Worker) {
     let token = worker.disconnect_token();
     let listener = worker.listen("127.0.0.1:0").unwrap();

@@ -316,7 +316,7 @@ fn adding_to_a_poller() -> SeccompRule {
 /// error names.
 ///
 /// Seccomp filters accumulate. In the opposite order, the filter for the first step would make all
-/// further forks fail at that step.
+/// later forks fail at that step.
 fn refused_fork_names_the_failed_step() {
     let log = Log::default();
     let entries = log.clone();

@@ -48,7 +48,7 @@ const HOSTS: [(&str, Ipv4Addr); 2] = [
 
 /// Timeout of a client, which is longer than any answer takes.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Number of further answers of a host after which the test assumes that the host receives its
+/// Number of additional answers from a host after which the test assumes that the host receives its
 /// share of requests.
 const SHARE: u64 = 200;
 
@@ -281,7 +281,7 @@ impl Load {
         of_host.map(|(_, count)| count).sum()
     }
 
-    /// Waits until a host has answered `SHARE` further requests.
+    /// Waits until a host has answered `SHARE` more requests.
     fn wait_for(&self, host: usize) {
         let before = self.answers_of(host);
         wait_until("answers of a host", || {

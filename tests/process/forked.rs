@@ -695,7 +695,7 @@ fn pool_is_inert_in_a_forked_child() {
 }
 
 /// Checks that the worker's `run` returns an error in a child that a callback forks, and delivers
-/// no further event there.
+/// no more events there.
 fn loop_ends_in_a_child_forked_by_a_callback() {
     cluster(
         |master| {

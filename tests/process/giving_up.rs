@@ -128,7 +128,8 @@ fn stop_chosen_at_the_failure_limit_is_an_error() {
     }
 }
 
-/// Starts an example on an address that is in use, so that its workers or its master cannot listen.
+/// Checks that an example exits with 1 if its address is in use, so that its workers or its master
+/// cannot listen.
 fn fails_if_its_workers_fail(name: &str) -> Result<(), Failed> {
     let other = TcpListener::bind("127.0.0.1:0")?;
     let address = other.local_addr()?.to_string();

@@ -323,7 +323,7 @@ impl Group {
         Pid::from_raw(i32::try_from(self.child.borrow().id()).unwrap())
     }
 
-    /// Returns everything that the program has printed until now.
+    /// Returns everything that the program has printed so far.
     pub fn output(&self) -> String {
         let path = format!("/proc/self/fd/{}", self.log.borrow().as_raw_fd());
         let mut text = String::new();

@@ -247,7 +247,7 @@ impl Attacker {
         }
     }
 
-    /// Sends the message at which the test starts clients of the well-behaved worker.
+    /// Sends the message that makes the test start clients of the well-behaved worker.
     fn start_clients(&self) {
         self.send(&message(b"begin"));
     }
@@ -1263,8 +1263,8 @@ fn worker_that_requests_and_never_reads_is_disconnected() {
             attacker.send(&many);
         }
     };
-    // Expect "out of memory": the master has no space for further replies, and a worker that does
-    // not read them breaks no rule of the protocol. The application has already filled most of the
+    // Expect "out of memory": the master has no space for more replies, and a worker that does not
+    // read them breaks no rule of the protocol. The application has already filled most of the
     // outgoing queue, so few replies fit.
     let case = Case::new(attack, Outcome::Disconnected("out of memory"));
     let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER + FDS_OUT;
@@ -1689,7 +1689,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
     ]
 }
 
-/// Parks a descriptor for a listener. Returns no further frames.
+/// Sends a frame that parks `fd` for the listener. Returns no frames for the caller to send.
 fn park(attacker: &Attacker, handle: u32, fd: RawFd) -> Vec<u8> {
     attacker.send_with_fds(&frame(PARK, 1, &numbers(&[handle])), &[fd]);
     Vec::new()

@@ -585,7 +585,7 @@ fn hold(address: SocketAddr) -> TcpStream {
 }
 
 /// Stops the service while both workers are busy and one more client waits. Asserts that the
-/// handshakes of further clients are dropped, not refused, and that the waiting client is served.
+/// handshakes of later clients are dropped, not refused, and that the waiting client is served.
 fn assert_drops_handshakes_when_it_stops(service: Service, address: SocketAddr) {
     let master = service.master();
     service.wait_for_both_workers();

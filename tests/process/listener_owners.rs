@@ -524,7 +524,7 @@ fn shutdown_of_a_unix_listener_by_a_worker_is_an_error() {
                 let path = listener.take().unwrap().address().to_string();
                 assert!(error.to_string().contains(&path), "{error}");
                 log.add("error");
-                // Wait, to check that no further error is reported.
+                // Wait, to check that no second error is reported.
                 master.set_timeout(Duration::from_millis(300), |master| master.disconnect());
             });
             master.on_listening(|master, _, _| ask(master, 0, "", |_, _| {}));

@@ -102,7 +102,7 @@ const UNWRITABLE: &[Unwritable] = &[
     },
 ];
 
-/// Writes until the log is full, and then restores the file status flags, so that a further write
+/// Writes until the log is full, and then restores the file status flags, so that the next write
 /// would block.
 fn fill(log: impl AsFd) {
     let log = log.as_fd().try_clone_to_owned().unwrap();

@@ -1,8 +1,8 @@
 //! Tests processes whose limit of descriptors is lowered below the descriptors that they use.
 //!
-//! Nothing wakes a master that drains while its only worker has no descriptor, because the worker
-//! reports nothing. In these scenarios, the client belongs to the worker's process, so that the end
-//! of the client wakes nothing either.
+//! In the two drain scenarios, the worker has no free descriptor and reports nothing, so the master
+//! must check the waiting client itself. The client belongs to the worker's process, so its reset
+//! or half-close does not wake the master. In the last scenario, the master lacks descriptors.
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
@@ -28,7 +28,7 @@ crate::scenarios! {
 }
 
 /// Time for which the worker lacks descriptors after its client has stopped sending. It is longer
-/// than the master's intervals between two checks of a waiting client.
+/// than the interval at which the master checks a waiting client.
 const SHORTAGE: Duration = Duration::from_millis(500);
 const REQUEST: &[u8] = b"request";
 

@@ -88,8 +88,9 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
-/// Restores the default effects of the signals that this process was started with as ignored, for
-/// example by nohup(1) or in the background of a script. The tests' processes would inherit them.
+/// Gives all signals except SIGPIPE their default effects. This process may have been started with
+/// ignored signals, for example by nohup(1) or in the background of a script, and the tests'
+/// processes would inherit them.
 #[allow(unsafe_code)]
 fn reset_ignored_signals() {
     let is_fixed = |signal: &Signal| {

@@ -163,7 +163,8 @@ fn failed_upgrade_leaves_the_main_process() {
     manager.remove();
 }
 
-/// Values of `NOTIFY_SOCKET` that are invalid, or at which no process receives.
+/// Values of `NOTIFY_SOCKET` that are invalid, or that name an address on which no process
+/// receives.
 const UNREACHABLE: [&str; 7] = [
     "/no/such/socket",
     "@cluster-test-no-such-name",

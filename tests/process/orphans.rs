@@ -28,7 +28,7 @@ crate::scenarios! {
 /// Maximum time that a worker may outlive its master.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Environment variable that tells a master in which way to end.
+/// Environment variable that tells a master how to end.
 const END: &str = "MASTERS_END";
 
 /// The activity of each worker when its master ends, and its process state in `/proc/PID/stat`.
@@ -52,8 +52,8 @@ const BEFORE_INIT: usize = 2;
 fn print_ready() {
     let mut output = std::io::stdout().lock();
     let line = format!("{} {}\n", std::process::id(), kind());
-    // Write the whole line by one call, because all workers share this output and their lines must
-    // not mix.
+    // Write the whole line with one call, because all workers share this output and their lines
+    // must not mix.
     output.write_all(line.as_bytes()).unwrap();
     output.flush().unwrap();
 }

@@ -331,8 +331,8 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
             master.on_exit(|_, _, _| panic!("no worker was forked"));
             master.setup_master(settings_of_nobody());
             // Seccomp filters accumulate and cannot be removed, so the child fails at the first
-            // refused step. Refuse the child's last step first. Each further filter then makes a
-            // step before it fail.
+            // refused step. Refuse the child's last step first. Each new filter then makes an
+            // earlier step fail.
             let steps = [
                 (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
                 (libc::SYS_setresuid, libc::EACCES, "change its user"),

@@ -336,8 +336,8 @@ fn set_user_id_copy(releases: &Releases) -> PathBuf {
     app
 }
 
-/// The user who calls a set-user-ID program may switch the link by which the user called it, but
-/// must not choose a program that is executed as the other user.
+/// The caller of a set-user-ID program may switch the link by which the program is called, but must
+/// not use the link to choose a program that is executed as the other user.
 fn set_user_id_program_ignores_the_link_by_which_it_was_called() {
     if is_watched() {
         let Role::Master(master) = cluster::init().unwrap() else {

@@ -187,8 +187,8 @@ fn no_choice_means_round_robin() {
     assert_round_robin(|_| None);
 }
 
-/// Checks that the master uses round robin if the scheduler chooses a worker that is no candidate.
-/// The chosen worker has been forked but does not listen.
+/// Checks that the master uses round robin if the scheduler chooses a worker that is not a
+/// candidate. The chosen worker has been forked but does not listen.
 fn choice_of_a_worker_that_is_no_candidate_means_round_robin() {
     assert_round_robin(Some);
 }
@@ -394,8 +394,8 @@ fn master_accepts_at_most_sixteen_connections_per_worker() {
                     in_background(master, clients, move |master, clients| {
                         let is_reached = |master: &Master| master.ledger().accepted >= 2 * 16;
                         when(master, is_reached, move |master| {
-                            // All clients are connected. A master without a limit would accept
-                            // further clients within 100 ms.
+                            // All clients are connected. A master without a limit would accept more
+                            // clients within 100 ms.
                             master.set_timeout(Duration::from_millis(100), move |master| {
                                 assert_eq!(master.ledger().accepted, 2 * 16);
                                 chosen.process().kill(Signal::CONT);

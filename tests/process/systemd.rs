@@ -575,8 +575,8 @@ fn worker_notifies_readiness_itself() {
             let socket = UnixDatagram::bind(&path).unwrap();
             let received_so_far = Rc::clone(&notifications);
             let receive = move |_: &Master, socket: &UnixDatagram| {
-                // `received` drops the descriptors that it receives, because `systemd-notify` waits
-                // until its descriptor is closed.
+                // `systemd-notify` waits until its descriptor is closed. `received` calls `recv`
+                // without a control buffer, so the kernel closes the descriptor.
                 received_so_far.borrow_mut().extend(received(socket));
                 Some(Interest::Readable)
             };

@@ -215,7 +215,7 @@ fn disconnect_master(master: &Master, (): ()) {
 fn dropped_guard_frees_its_place_at_the_connection_limit() {
     let clients = |address| {
         let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
-        // The worker accepts the next client only when the thread of the last one has ended.
+        // The worker accepts the next client only when the previous client's thread has ended.
         for client in clients {
             assert_eq!(ask(&client).unwrap(), KEEP);
         }
@@ -255,7 +255,7 @@ fn master_sees_guards_dropped_while_the_worker_waits() {
                 };
                 in_background(master, connect, move |master, clients| {
                     drop(clients);
-                    // The number changes without an event.
+                    // Check repeatedly, because the number changes without an event.
                     let own = Rc::clone(&timer);
                     let check = move |master: &Master| {
                         let loads = master.loads();

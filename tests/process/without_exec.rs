@@ -902,8 +902,8 @@ fn failed_step_in_a_copy_is_an_error_of_fork() {
         master.setup_master(Settings::default().cwd("/nowhere/at/all"));
         assert_fails(master, "enter its directory", Some(libc::ENOENT));
         master.setup_master(Settings::default().cwd("/"));
-        // Seccomp filters accumulate. Reject the last step first, because each further filter makes
-        // an earlier step fail.
+        // Seccomp filters accumulate. Reject the last step first, because each new filter then
+        // makes an earlier step fail.
         refuse_calls(
             &[libc::SYS_timerfd_create, libc::SYS_eventfd2],
             libc::EMFILE,

@@ -97,9 +97,8 @@ fn trial(scenario: &'static Scenario) -> Trial {
 
 fn run(name: &str) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    // Disable glibc's thread cache. Until the cache has blocks of each size, it occupies more and
-    // more pages. After tens of thousands of listeners, these pages are half a megabyte, which
-    // looks like a leak.
+    // Disable glibc's thread cache. The cache grows until it holds blocks of every size. After tens
+    // of thousands of listeners it has grown by half a megabyte, which looks like a leak.
     command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
     let group = Group::start(command.env(SCENARIO, name))?;
     // Wait without a deadline, because a process that does not finish a round kills itself.

@@ -22,7 +22,7 @@ crate::scenarios! {
 
 /// Number of workers that run at the same time.
 const AT_ONCE: usize = 4;
-/// The environment variable for a worker's way to exit. The value is an index into `WAYS`.
+/// Environment variable that selects how a worker exits. The value is an index into `WAYS`.
 const WAY: &str = "WAY";
 const UNIX: &str = "unix";
 
@@ -172,8 +172,8 @@ fn count_events(master: &Master, tally: &Rc<Tally>) {
     });
 }
 
-/// Starts the next worker of this round, if there is one left. If its program cannot be executed,
-/// no worker starts, and the next one in turn is tried.
+/// Starts the next worker of this round, if one is left. If the worker's program cannot be
+/// executed, tries the next worker.
 fn start_one(master: &Master, tally: &Tally) {
     while let Some(left) = tally.left.get().checked_sub(1) {
         tally.left.set(left);
@@ -209,7 +209,8 @@ fn settings(way: Way) -> Settings {
     Settings::default().exec(program).stdio(stdio)
 }
 
-/// Makes the worker exit in its way, and checks its exit status.
+/// Does the master's part of `way`, if it has one. When the worker exits, checks its status and its
+/// standard output.
 fn follow_way(worker: &WorkerProcess, way: Way) {
     worker.on_online(move |_, worker| match way {
         IsKilled => worker.process().kill(Signal::KILL),

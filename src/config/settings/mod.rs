@@ -219,7 +219,7 @@ impl Settings {
     /// [`Process::kill`](crate::Process::kill), or call `disconnect_within`, which kills the worker
     /// at its deadline.
     ///
-    /// The worker leads its own process group, because its program may start further processes. The
+    /// The worker leads its own process group, because its program may start other processes. The
     /// group ends with the worker:
     ///
     /// - When the worker's process has exited, the master kills the rest of the group.
@@ -543,8 +543,7 @@ impl Settings {
     }
 
     /// Returns whether a worker with these settings leads its own process group. A worker with
-    /// `listen_fds` does, because its program possibly starts further processes and does not use
-    /// this crate.
+    /// `listen_fds` does, because its program may start other processes.
     pub(crate) fn leads_group(&self) -> bool {
         !self.is_detached() && !self.passed_fds().is_empty()
     }

@@ -73,8 +73,8 @@
 //!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
 //! 2. If a worker was idle and has received none of its connections `STALL_TIMEOUT` after the first
 //!    of them was dispatched, they are reclaimed. If the worker has none left, it becomes stalled.
-//!    The first penalty lasts `PENALTY_MIN`. Each further penalty is twice as long, up to
-//!    `PENALTY_MAX`, until the worker receives a connection.
+//!    The first penalty lasts `PENALTY_MIN`. Each later penalty is twice as long as the one before,
+//!    up to `PENALTY_MAX`, until the worker receives a connection.
 //!
 //! If all idle workers are stalled, the earliest end of a penalty is a deadline, because a worker
 //! then becomes prompt without any event.
@@ -166,7 +166,7 @@ const BUSY_WORKERS_CHECKED: usize = 16;
 pub(crate) const STALL_TIMEOUT: Time = Duration::from_millis(20);
 
 /// The first penalty of a stalled worker: only twice the `STALL_TIMEOUT`, because the worker may
-/// only have waited for a core. Each further penalty is twice as long as the previous one.
+/// only have waited for a core. Each later penalty is twice as long as the previous one.
 const PENALTY_MIN: Time = Duration::from_millis(40);
 
 /// The longest penalty.
@@ -322,7 +322,7 @@ impl<C> Dispatcher<C> {
         !self.waiting.is_empty()
     }
 
-    /// Lets the scheduler choose the worker of each further connection.
+    /// Lets the scheduler choose the worker of each connection from now on.
     pub(crate) fn use_scheduler(&mut self) {
         self.has_scheduler = true;
     }

@@ -160,8 +160,8 @@ impl<C, F> MasterCore<C, F> {
         if listener.accept_state != AcceptState::Ready || listener.stage == Stage::Unbound {
             return;
         }
-        // Use the rest of the capacity even if no worker is idle now, because it is the share of the
-        // new connections. They are dispatched behind the resumed ones.
+        // Use the rest of the capacity even if no worker is idle now, because this part is reserved
+        // for new connections. They are dispatched behind the resumed ones.
         let capacity = before.saturating_sub(resumed).max(listener.capacity(space));
         if capacity > 0 && listener.dispatch_from.is_none() {
             listener.accept_state = AcceptState::Accepting;

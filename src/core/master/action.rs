@@ -68,7 +68,8 @@ pub(crate) enum Action<C> {
     /// passes the connections that were in the queue.
     ///
     /// If the shell lacks descriptors to empty the queue at once, it first answers with `reclaimed`
-    /// for the connections that it has taken out, and with `queue_closed` once the queue is empty.
+    /// for the connections that it has taken out. It answers with `queue_closed` once the queue is
+    /// empty.
     CloseQueue {
         handle: HandleId,
         worker: WorkerId,
@@ -114,13 +115,13 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         at_most: u64,
     },
-    /// Lets the kernel keep connections out of the backlog until their clients have sent something,
-    /// for this many seconds, or no longer if `seconds` is 0.
+    /// Makes the kernel keep each new connection out of the backlog until its client has sent
+    /// something, for at most about `seconds`; 0 ends this.
     DeferAccept {
         handle: HandleId,
         seconds: u32,
     },
-    /// Removes the file of a Unix path, so that no further client can connect.
+    /// Removes the file of a Unix path, so that no more clients can connect.
     RemoveFile {
         handle: HandleId,
     },
@@ -146,8 +147,8 @@ pub(crate) enum Action<C> {
     Unbind {
         handle: HandleId,
     },
-    /// Prevents the worker from writing further frames, processes the final frames that it has
-    /// already written, and closes the channel. The shell answers with `channel_closed`.
+    /// Prevents the worker from writing more frames, processes the final frames that it has already
+    /// written, and closes the channel. The shell answers with `channel_closed`.
     CloseChannel {
         worker: WorkerId,
     },

@@ -80,8 +80,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Lets the kernel wait for the first bytes of new connections, or no longer, if the workers
-    /// accept from the listener. The socket of another owner is left alone.
+    /// Updates how long the kernel holds back new connections until their first bytes arrive. The
+    /// time may be 0. Does nothing if the master accepts the connections, or if a process outside
+    /// the cluster may have a copy of the listener.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         // A shard that changes its worker would strand the connections that the kernel holds.

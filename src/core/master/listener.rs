@@ -20,9 +20,9 @@
 //!   also enters this stage if its last serving worker exits while others are disconnecting. A UDP
 //!   socket enters this stage immediately, because UDP has no handshakes and so needs no grace
 //!   period.
-//! - In two cases, a draining listener never returns to `Open`, so the next worker receives a new
-//!   listener: its Unix path has been removed, or the borrowed listener has been returned to the
-//!   application.
+//! - A draining listener never returns to `Open` if its Unix path has been removed, or if it is
+//!   borrowed and has been returned to the application. The next worker then receives a new
+//!   listener.
 //!
 //! A retained listener stays open without workers, and new connections wait in its backlog.
 //!
@@ -103,8 +103,7 @@ pub(super) enum AcceptState {
     /// Accepting failed, or another process shut the listener down. The value is the time of the
     /// next attempt.
     BackingOff(Time),
-    /// The master accepts nothing more, and leaves further connections to the socket's other
-    /// owners.
+    /// The master accepts nothing more, and leaves new connections to the socket's other owners.
     Closed,
 }
 

@@ -437,7 +437,7 @@ impl<C, F> MasterCore<C, F> {
         (workers.into_values().collect(), listeners.collect())
     }
 
-    /// Lets the application's scheduler choose the worker of each further connection.
+    /// Lets the application's scheduler choose the worker of each connection from now on.
     pub(crate) fn use_scheduler(&mut self) {
         self.has_scheduler = true;
         for handle in self.listeners.ids() {

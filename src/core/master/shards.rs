@@ -68,7 +68,7 @@ impl<C, F> MasterCore<C, F> {
         // Report the resets only for an open listener. While a listener drains, the kernel chooses
         // the selector (see `shard_group`) for all new connections, and its SYN filter drops them.
         // A connection whose handshake a SYN cookie completes passes the filter, and its reset is
-        // no error.
+        // not an error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });

@@ -22,8 +22,9 @@ use crate::wire::frame::{HandleId, ToWorker};
 /// limit are dropped, but the calls that caused them still return them.
 const LATE_ERRORS_MAX: u32 = 16;
 
-/// The number of joined listeners from which on those that have closed are forgotten. A lower number
-/// costs more time for workers that listen often, a higher one more memory.
+/// The number of joined listeners at which a worker's entry forgets those that no longer exist.
+/// With a lower number, workers that listen often cost more time. With a higher number, each worker
+/// costs more memory.
 const JOINED_MAX: usize = 128;
 
 /// The state of a worker's channel and process.
@@ -76,8 +77,8 @@ pub(super) struct WorkerEntry {
     late_errors: u32,
     /// The worker's load on listeners that it has left.
     pub(super) past_load: WorkerLoad,
-    /// The listeners that the worker has joined, also those that it has left. Only their
-    /// connections can be parked by the worker.
+    /// The listeners that the worker has joined, including those that it has left. The worker can
+    /// park only their connections.
     joined: BTreeSet<HandleId>,
 }
 
@@ -96,8 +97,8 @@ impl WorkerEntry {
         }
     }
 
-    /// Records that the worker has joined a listener. Forgets the listeners that do not exist any
-    /// more if there are many, because a worker may listen any number of times.
+    /// Records that the worker has joined a listener. If there are many, forgets those that no
+    /// longer exist, because a worker may listen any number of times.
     pub(super) fn joined(&mut self, handle: HandleId, exists: impl Fn(HandleId) -> bool) {
         if self.joined.len() >= JOINED_MAX {
             self.joined.retain(|other| exists(*other));
@@ -170,7 +171,7 @@ impl<C, F> MasterCore<C, F> {
         self.emit(Level::Cluster, Some(worker), Event::Fork);
     }
 
-    /// Kills a worker that broke the protocol, and ignores its further frames.
+    /// Kills a worker that broke the protocol, and ignores its later frames.
     pub(crate) fn violation(&mut self, worker: WorkerId, reason: FrameError) {
         if !self.is_connected(worker) {
             return;

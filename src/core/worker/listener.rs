@@ -111,7 +111,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Returns whether the application can expect no further connections.
+    /// Returns whether the application can expect no more connections.
     pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
         match self.listeners.get(&listener) {
             Some(entry) => match entry.stage {

@@ -37,7 +37,7 @@ impl MasterShell {
     /// close them any longer.
     ///
     /// If the application may have another handle of a descriptor, the method replaces the
-    /// descriptor by `inert` instead. If such a descriptor were closed, its number would soon
+    /// descriptor with `inert` instead. If such a descriptor were closed, its number would soon
     /// belong to another descriptor, which the application's handle would then use or close.
     pub(super) fn abandon(&self, inert: BorrowedFd<'_>) -> io::Result<Vec<RawFd>> {
         self.poller.abandon(inert)?;

@@ -38,7 +38,7 @@ const NOT_A_CONNECTION: FrameError = FrameError::Violation(Violation::NotAConnec
 #[derive(Clone, Copy, Debug)]
 enum FdLimit {
     Unlimited,
-    /// At most this number of further descriptors is accepted.
+    /// At most this number of additional descriptors is accepted.
     AtMost(usize),
     /// The limit has been exceeded, and the loss has been reported.
     Exceeded,

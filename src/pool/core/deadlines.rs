@@ -93,7 +93,7 @@ impl Core {
     /// quarter of the timeout in question.
     ///
     /// If the master was stopped or the machine was asleep, the master has not yet read the
-    /// messages that its workers sent in the meantime. A missed deadline is then no evidence that a
+    /// messages that its workers sent in the meantime. A missed deadline does not mean then that a
     /// worker hangs.
     fn forgive_absence(&mut self, now: Time) {
         let late = self

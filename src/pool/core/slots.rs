@@ -21,9 +21,13 @@ pub(in super::super) struct Slot {
     /// The generation of the slot's next worker, except that a reload forks a successor of its own
     /// generation.
     pub(super) generation: u64,
-    /// The number of failures since the back-off was last reset. The back-off is reset before the
-    /// failure of a worker that was ready for `PoolOptions::back_off_reset` is counted, when a
-    /// rollout promotes a successor, and when the slot reaches its failure limit.
+    /// The number of failures since the back-off was last reset. The back-off is reset in three
+    /// cases:
+    ///
+    /// - A worker that was ready for `PoolOptions::back_off_reset` fails. Its own failure is counted
+    ///   after the reset.
+    /// - A rollout promotes a successor.
+    /// - The slot reaches its failure limit.
     consecutive_failures: u32,
     /// The times of the failures within `PoolOptions::failure_window` that count towards the
     /// failure limit.

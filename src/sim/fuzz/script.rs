@@ -237,7 +237,7 @@ impl Script {
     }
 
     /// Writes bytes and `fds` descriptors from the hostile worker to the master, which processes
-    /// them. `lost_fds` tells the master that the kernel has dropped further descriptors.
+    /// them. `lost_fds` tells the master that the kernel has dropped more descriptors.
     fn write(&mut self, bytes: &[u8], fds: usize, lost_fds: bool) {
         let id = self.hostile.id;
         let process = self.world.process(id);
@@ -635,7 +635,8 @@ impl Script {
         self.poll();
     }
 
-    /// Makes a client send a request, connect silently or hang up, or makes a second pass.
+    /// Makes a client send a request, connect silently or hang up, or advances the clock by one
+    /// second.
     fn client_event(&mut self, choice: u8) {
         let n = choice / 8;
         match choice % 8 {

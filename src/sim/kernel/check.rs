@@ -125,8 +125,8 @@ impl World {
         (fate.served, fate.is_pending) = (true, false);
     }
 
-    /// Checks that the master has a reason for closing its copy of a connection. The end of a
-    /// worker is no reason while only the master has the connection.
+    /// Checks that the master has a reason for closing its copy of a connection. The exit of a
+    /// worker is not a reason while only the master has the connection.
     pub(crate) fn check_closing(&mut self, held: &Held) {
         let Some(client) = held.client().filter(|_| !held.is_unwatched) else {
             return;
@@ -231,7 +231,7 @@ impl World {
         let flag = self.master.exited_after_disconnect(worker);
         let is_connected = self.master.is_connected(worker);
         let process = self.processes.get_mut(&worker).expect(KNOWN);
-        let status = process.status();
+        let (status, is_raw) = (process.status(), process.is_raw());
         let life = match level {
             Level::Worker => &mut process.life[0],
             Level::Cluster => &mut process.life[1],
@@ -250,8 +250,9 @@ impl World {
                 assert_eq!(*life, Life::Online);
                 assert_eq!(state, Some(WorkerState::Listening));
             }
-            // A raw worker's messages contain arbitrary bytes instead of numbers.
-            Event::Message { .. } if process.inbox.is_some() => assert_eq!(*life, Life::Online),
+            // The driver writes a raw worker's bytes, so its messages are arbitrary and not
+            // numbered.
+            Event::Message { .. } if is_raw => assert_eq!(*life, Life::Online),
             Event::Message { bytes, .. } => {
                 assert_eq!(*life, Life::Online);
                 let number = number(bytes);
@@ -362,9 +363,10 @@ impl World {
                 assert!(is_served, "client {client} is lost");
             }
         }
-        // The client may have sent its first request just before its connection expired, or before
-        // its connection was passed to the other master, which answers the request. A hostile
-        // worker may have detached a connection instead of receiving it.
+        // Allow for three kinds of unserved clients: the connection was closed as idle just after the
+        // client had sent a request (`expired`, `idle_closed`), it was passed to the other master,
+        // which answers the request, or a hostile worker reported it as detached or parked before
+        // taking it from its queue (`early_reports`).
         let ledger = self.master.ledger();
         let closes = ledger.expired + ledger.idle_closed + ledger.passed;
         let is_allowed = closed <= closes + self.early_reports;

@@ -133,7 +133,8 @@ impl World {
             }
             Action::Watch { handle } => self.port(handle).is_watched = true,
             Action::Unwatch { handle } => self.port(handle).is_watched = false,
-            // The simulated kernel's clients do not differ before their connection is accepted.
+            // Do nothing. Like a system without this option, the simulated kernel never defers a
+            // connection.
             Action::DeferAccept { .. } => {}
             Action::RemoveFile { handle }
             | Action::AttachSynFilter { handle }
@@ -473,8 +474,8 @@ impl World {
         client.is_none_or(|client| self.fates[client as usize].left)
     }
 
-    /// Keeps a connection, and waits until its client sends something. If `failing` contains
-    /// `Hold`, the poller cannot watch the connection.
+    /// Carries out `Action::Hold`: stores the connection and marks it as waiting for data. If
+    /// `failing` contains `Hold`, reports instead that it cannot be watched.
     fn hold_connection(&mut self, id: ConnectionId, connection: Client) {
         let is_failing = self.failing.remove(&Failure::Hold);
         let held = Held {
@@ -488,8 +489,9 @@ impl World {
         assert!(previous.is_none(), "a second connection with one number");
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
-            // If the master has accepted more connections at once than it may hold, another
-            // connection may have this number now, and closes.
+            // Allow for one unexplained close (see `check_closing`). If the master has accepted
+            // more connections at once than it may hold, it may already have given this number to
+            // another connection, and `not_held` closes that one.
             self.failed_holds += 1;
             self.report(|core| core.not_held(id));
         }

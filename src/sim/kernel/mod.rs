@@ -139,12 +139,13 @@ pub(crate) struct World {
     has_successor: bool,
     /// The connections that the other master will read.
     passing: VecDeque<ConnectionId>,
-    /// The number of reports about connections that were still in the worker's queue.
+    /// The number of reports that a connection was detached or parked while it was still in the
+    /// reporting worker's queue.
     pub(crate) early_reports: u64,
     /// The number of times that the master could not hold a connection.
     failed_holds: u64,
-    /// The number of held connections that were closed for no reason that the simulation knows,
-    /// except that they may have expired.
+    /// The number of held connections whose closing only an expiry, or a reused number after a
+    /// failed hold, can explain. See `check_closing`.
     expired: u64,
     /// The pairs of a listener and a worker for which sharing the listener failed.
     unshared: BTreeSet<(HandleId, WorkerId)>,
@@ -286,7 +287,7 @@ impl World {
         }
     }
 
-    /// Makes the client of a connection that the master holds send a request. `n` selects the
+    /// Sends a request from the client of one of the master's held connections. `n` selects the
     /// connection.
     pub(crate) fn send_on_held(&mut self, n: u8) {
         let client = nth(self.held.values(), n).and_then(Held::client);

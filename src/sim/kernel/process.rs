@@ -28,7 +28,7 @@ pub(crate) struct Received {
 }
 
 /// A frame and the descriptor that it carries. The frame is an error if the writer wrote bytes that
-/// are no frame.
+/// are not a frame.
 #[derive(Debug)]
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
@@ -216,8 +216,8 @@ pub(crate) struct Process {
     pub(crate) watched: BTreeSet<ListenerId>,
     /// The open connections of the worker's application, each with its listener.
     pub(crate) held: Vec<Received>,
-    /// The connections that a raw worker parks with its next frames. Without one, the worker parks
-    /// a connection that it has opened itself.
+    /// The connections that a raw worker parks with its next frames. If there are none, the worker
+    /// parks a connection that it has opened itself.
     pub(crate) to_park: VecDeque<Client>,
     /// The connection limits that were set when the listeners were opened. A limit is removed when
     /// the application changes it, because the application may then hold more connections.

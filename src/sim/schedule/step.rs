@@ -21,7 +21,7 @@ use crate::wire::frame::{HandleId, HandleKey, ToMaster};
 /// worker does. Variants without a description write the frame of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forgery {
-    /// Writes bytes that are no frame.
+    /// Writes bytes that are not a frame.
     Garbled,
     Online,
     Listen,

@@ -1,4 +1,4 @@
-//! Replaces Linux's packet filters by functions that succeed without effect, because sockets have
+//! Replaces Linux's packet filters with functions that succeed without effect, because sockets have
 //! no filters here.
 //!
 //! As a result, new connections still arrive while the caller accepts the backlog. The kernel

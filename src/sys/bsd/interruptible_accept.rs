@@ -1,4 +1,4 @@
-//! Replaces Linux's interruptible `accept` by a type that cannot be created. The worker polls
+//! Replaces Linux's interruptible `accept` with a type that cannot be created. The worker polls
 //! instead.
 
 use std::convert::Infallible;

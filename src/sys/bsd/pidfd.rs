@@ -1,4 +1,4 @@
-//! Replaces Linux's process descriptors by functions that return `None`. The caller uses the
+//! Replaces Linux's process descriptors with functions that return `None`. The caller uses the
 //! process id instead.
 
 use std::io;

@@ -86,12 +86,12 @@ fn try_clone(child: &Child<'_>) -> io::Result<Started> {
     })
 }
 
-/// Returns whether the C library's `clone` leaves the memory that a child shares with its parent
-/// unchanged.
+/// Returns whether a CLONE_VM child may be started with the C library's `clone`, that is, whether
+/// `clone` does not write to the shared memory.
 ///
-/// glibc before 2.25 caches the process and thread ids in the thread's memory. In a child with
-/// CLONE_VM, its `clone` writes -1 there (bug 19957; on some architectures until 2.24). After this
-/// write, `raise`, `abort` and `pthread_kill` fail in the parent.
+/// glibc before 2.25 caches the process and thread ids in the thread's memory. Before 2.24, and on
+/// some architectures before 2.25, its `clone` overwrites this cache with -1 if the child shares
+/// the memory (bug 19957). `raise`, `abort` and `pthread_kill` then fail in the parent.
 fn can_share_memory() -> bool {
     #[cfg(target_env = "gnu")]
     {

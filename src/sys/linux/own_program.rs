@@ -52,7 +52,7 @@ fn called_path() -> Option<PathBuf> {
 
 /// Returns whether a set-user-ID or set-group-ID bit has changed the user or group of this process.
 /// The user who called the program may then own a symbolic link in the called path, and must not
-/// choose by it which program is executed as the other user.
+/// use it to choose a program that is executed as the other user.
 fn has_changed_identity() -> bool {
     // SAFETY: these functions have no preconditions.
     unsafe { libc::getuid() != libc::geteuid() || libc::getgid() != libc::getegid() }

@@ -86,8 +86,7 @@ pub(in crate::sys) fn exit_status(process: BorrowedFd<'_>) -> Option<ExitStatus>
         ids: [u32; 11],
         exit_code: i32,
     }
-    /// `_IOWR(0xff, 11, Info)` on most architectures. On the others this number is no valid
-    /// request, so the call fails.
+    /// `_IOWR(0xff, 11, Info)`, which has this value on every architecture.
     const PIDFD_GET_INFO: u32 = 0xc040_ff0b;
     const PIDFD_INFO_EXIT: u64 = 1 << 3;
     let mut info = Info {

@@ -165,7 +165,7 @@ impl Child<'_> {
         close_all([self.reports.get()]);
     }
 
-    /// Replaces the report stream by a new one. No other process has the child's end of the new
+    /// Replaces the report stream with a new one. No other process has the child's end of the new
     /// stream, so the new stream ends when the program is executed.
     ///
     /// The first stream may stay open after the program is executed. If another thread of the host

@@ -37,8 +37,8 @@ pub struct Usage {
     /// The CPU time that the system spent on behalf of the process.
     pub system_cpu_time: Duration,
     /// The peak of resident memory, in bytes. On Linux, this is at least the memory that the master
-    /// had when it forked the worker, because the kernel also counts the memory that a worker has
-    /// before it executes its program.
+    /// had when it forked the worker. The kernel also counts the memory that a worker has before it
+    /// executes its program.
     pub max_rss: u64,
 }
 

@@ -65,7 +65,7 @@ pub(super) enum Report {
     Failed(Step, i32),
     /// A child that executes no program has started, and no step can fail any longer.
     Started,
-    /// The descriptor that comes with this report is the stream of all further reports.
+    /// The descriptor that comes with this report is the stream of all later reports.
     Moved,
 }
 
@@ -109,7 +109,7 @@ enum Reading {
     Closed,
     /// The child, which executes no program, has started.
     Started,
-    /// Further reports come from this stream.
+    /// Later reports come from this stream.
     Moved(UnixStream),
     Failed(Failure),
 }

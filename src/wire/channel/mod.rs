@@ -325,7 +325,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Writes as much as the socket accepts. After a write has filled the socket, writes nothing
-    /// until `retry_write` or until more than `RETRY` further bytes are queued.
+    /// until `retry_write` or until more than `RETRY` additional bytes are queued.
     ///
     /// # Errors
     ///

@@ -58,7 +58,7 @@ pub(super) struct Outbox {
     fds: VecDeque<QueuedFd>,
     /// The offsets of the protocol frames that have a descriptor.
     own_frames: VecDeque<u64>,
-    /// The offset of the end of the last batch that had descriptors. Further descriptors wait until
+    /// The offset of the end of the last batch that had descriptors. Later descriptors wait until
     /// all bytes up to this offset are written, so that the reader never holds descriptors of more
     /// than two batches.
     batch_end: u64,
@@ -235,7 +235,7 @@ mod tests {
             outbox.push([&bytes[..]], std::iter::repeat_n(Rc::clone(&null), MAX_FDS));
         }
         // The kernel sends all descriptors of a batch with the first byte. The next calls must send
-        // no further descriptors until all bytes of the first batch are written.
+        // no descriptors until all bytes of the first batch are written.
         for expected in [MAX_BATCH, 0, 0] {
             assert_eq!(outbox.next_batch().fds.len(), expected);
             outbox.advance(1);

@@ -43,12 +43,13 @@ pub(crate) struct SharedListener {
     pub(super) mode: Cell<AcceptMode>,
 }
 
-/// Whether `accept` on a shared listener blocks. All processes that have a copy share the mode.
+/// Whether this process expects `accept` on a shared listener to block. All copies of the listener
+/// share the kernel's flag.
 ///
 /// | state | event | next state |
 /// |---|---|---|
 /// | `Blocking` | `unblock` | `NonBlocking` |
-/// | `Blocking` | `accept` would block: another process has called `unblock` | `NonBlocking` |
+/// | `Blocking` | `accept` fails with `WouldBlock`, because another process has called `unblock` | `NonBlocking` |
 /// | `Blocking` | the descriptor limit no longer allows a wait in `accept` | `NonBlocking` |
 ///
 /// A worker never makes its listener block again.

@@ -37,8 +37,8 @@ impl Variant {
     }
 }
 
-/// The CPU time per request of one variant in each round, in microseconds, or the reason for which
-/// the variant could not be measured.
+/// The CPU time per request of one variant in each round, in microseconds, or the reason why the
+/// variant could not be measured.
 type Costs = Result<Vec<f64>, String>;
 
 /// Compares keep-alive connections with a new connection for each request.

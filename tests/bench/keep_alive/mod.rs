@@ -30,7 +30,7 @@ const POLICIES: [(&str, &str); 3] = [
     ("sharded", "sharded"),
 ];
 
-/// The plan of no clients.
+/// A plan without clients.
 const NONE: Plan = Plan {
     busy: 0,
     idle: 0,

@@ -140,8 +140,8 @@ fn disconnect_idle_worker() {
             });
             master.disconnect();
         },
-        // Keep the worker running until the disconnect, because in Node an idle worker keeps
-        // running, too.
+        // Keep the worker running until the disconnect, because in Node an idle worker also keeps
+        // running.
         |worker| worker.run().unwrap(),
     );
     let entries = entries.take();

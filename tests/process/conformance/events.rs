@@ -45,8 +45,8 @@ scenarios! {
     primary_kill
 }
 
-/// The events of a test's only worker at two levels: as the callbacks of the cluster (registered
-/// with the master) and those of the worker's handle receive them.
+/// The events of a test's only worker, logged twice: by callbacks on the master, and by callbacks
+/// on the worker's handle.
 #[derive(Default)]
 struct Events {
     by_cluster: Log,

@@ -1,5 +1,5 @@
-//! Tests further behaviour of Node that its documentation and its users rely on. Each test has the
-//! name of Node's test for the same behaviour.
+//! Tests more behaviour that Node documents or that Node's users rely on. Each test has the name of
+//! Node's test for the same behaviour.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};

@@ -1,4 +1,4 @@
-//! Tests further behaviour of Node when workers disconnect and exit.
+//! Tests more of Node's behaviour when workers disconnect and exit.
 
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};

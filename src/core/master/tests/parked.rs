@@ -345,7 +345,7 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
     assert_eq!(closed(&evicting), [third]);
     let fourth = held(&evicting);
     assert_eq!(core.sizes().held, 2);
-    // If no connection is idle, the further one closes.
+    // If no held connection is idle, a newly parked connection is closed at once.
     core.data_arrived(late);
     core.data_arrived(fourth);
     actions(&mut core);

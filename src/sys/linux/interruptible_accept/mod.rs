@@ -9,8 +9,8 @@
 //!
 //! A signal must not be lost if it arrives after it was unblocked, but before `accept` sleeps. So
 //! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
-//! handler replaces the slot's content with a copy of the *stub*, a descriptor that is no socket.
-//! As a result, `accept` fails, even if it begins only after the signal.
+//! handler replaces the slot's content with a copy of the *stub*, a descriptor that is not a
+//! socket. As a result, `accept` fails, even if it begins only after the signal.
 
 mod async_io;
 
