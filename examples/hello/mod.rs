@@ -27,7 +27,8 @@ fn parse(bytes: &[u8]) -> Head {
         Ok(httparse::Status::Complete(length)) => {
             let ends = |header: &httparse::Header<'_>| match header.name {
                 name if name.eq_ignore_ascii_case("connection") => {
-                    header.value.eq_ignore_ascii_case(b"close")
+                    let options = String::from_utf8_lossy(header.value);
+                    options.to_ascii_lowercase().contains("close")
                 }
                 // This server does not read bodies, so the next request cannot be found.
                 name => {
@@ -35,8 +36,9 @@ fn parse(bytes: &[u8]) -> Head {
                         || name.eq_ignore_ascii_case("transfer-encoding")
                 }
             };
-            let is_new = request.version == Some(1);
-            let keeps_alive = is_new && !request.headers.iter().any(ends);
+            // The answer to any other method may be without the body that this server sends.
+            let is_get = request.version == Some(1) && request.method == Some("GET");
+            let keeps_alive = is_get && !request.headers.iter().any(ends);
             Head::Complete {
                 length,
                 keeps_alive,
@@ -51,6 +53,7 @@ fn parse(bytes: &[u8]) -> Head {
 /// additional header lines. Answers a malformed request with status 400. Afterwards, parks the
 /// connection if the client may send another request, and otherwise closes it.
 pub(crate) fn answer(connection: Connection, headers: &str, body: &str) -> io::Result<()> {
+    let can_park = connection.can_park();
     let mut connection = Timed::new(connection);
     let mut buffer = [0; 8192];
     let mut filled = 0;
@@ -71,6 +74,7 @@ pub(crate) fn answer(connection: Connection, headers: &str, body: &str) -> io::R
                 length,
                 keeps_alive,
             } => {
+                let keeps_alive = keeps_alive && can_park;
                 let line = match keeps_alive {
                     true => "",
                     false => "Connection: close\r\n",

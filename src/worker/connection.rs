@@ -83,13 +83,13 @@ impl<S> Connection<S> {
     ///
     /// Node has no counterpart.
     ///
-    /// An application can use the number to limit the requests of one connection:
+    /// An application can use the number to limit the requests of one connection. It decides before
+    /// the answer, so that the answer can tell the client:
     ///
     /// ```no_run
-    /// # fn f(connection: cluster::Connection) {
-    /// if connection.requests() < 1000 {
-    ///     connection.park();
-    /// }
+    /// # fn f(connection: &cluster::Connection) -> &'static str {
+    /// let keeps_alive = connection.can_park() && connection.requests() < 1000;
+    /// if keeps_alive { "" } else { "Connection: close\r\n" }
     /// # }
     /// ```
     #[must_use]
@@ -159,6 +159,23 @@ impl<S> Connection<S> {
     }
 }
 
+impl<S> Connection<S> {
+    /// Returns whether the connection can be [parked](Self::park): the master dispatches it, and the
+    /// channel is open.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Connections of the shared and sharded policies, of private listeners, and from
+    /// [`Worker::adopt`](crate::Worker::adopt) cannot be parked. An application asks before it
+    /// answers a request, so that it can tell the client that it closes the connection. See
+    /// [`requests`](Self::requests) for an example.
+    #[must_use]
+    pub fn can_park(&self) -> bool {
+        let worker = self.counted.worker.upgrade();
+        worker.is_some_and(|worker| worker.shell.can_park(&self.counted.origin))
+    }
+}
+
 impl<S: Into<OwnedFd>> Connection<S> {
     /// Gives the connection back until its client sends something. The application then receives it
     /// again from [`accept`](crate::Listener::accept), [`incoming`](crate::Listener::incoming) or
@@ -173,6 +190,9 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// when their worker disconnects, reloads or crashes, and when an
     /// [upgrade](crate::pool::Pool::upgrade) replaces the master.
     ///
+    /// Only connections that the master dispatches can be parked: those of the round robin policy
+    /// ([`can_park`](Self::can_park)). Any other connection is closed.
+    ///
     /// The master closes a parked connection in the following cases:
     ///
     /// - The client hangs up.
@@ -181,6 +201,9 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// - The master holds too many connections
     ///   ([`Master::set_max_parked`](crate::Master::set_max_parked)).
     /// - The listener closes.
+    ///
+    /// The master may close a connection at the moment at which the client sends something. The
+    /// client then has to send its request again, as with any server that closes idle connections.
     ///
     /// Bytes that the application has read but not processed are lost. Before parking, answer all
     /// requests that were read completely, and read the rest of an incomplete one. When the
@@ -195,11 +218,10 @@ impl<S: Into<OwnedFd>> Connection<S> {
     ///
     /// for connection in listener.incoming() {
     ///     let mut connection = connection?;
-    ///     let mut request = [0; 512];
-    ///     if let Ok(1..) = connection.read(&mut request) {
-    ///         if connection.write_all(b"answer\n").is_ok() {
-    ///             connection.park();
-    ///         }
+    ///     // Each request of this protocol has 4 bytes, so nothing is read ahead.
+    ///     let mut request = [0; 4];
+    ///     if connection.read_exact(&mut request).is_ok() && connection.write_all(b"pong").is_ok() {
+    ///         connection.park();
     ///     }
     /// }
     /// # Ok(()) }

@@ -1660,7 +1660,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
             |attacker| {
                 let join = after_joining(attacker, Vec::new());
                 attacker.send(&join);
-                let (reader, _writer) = std::io::pipe().unwrap();
+                let (reader, _writer) = nix::unistd::pipe().unwrap();
                 park(attacker, SHARED_HANDLE, reader.as_raw_fd())
             },
             "parked descriptor that is no connection",

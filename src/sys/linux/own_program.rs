@@ -54,8 +54,11 @@ fn called_path() -> Option<PathBuf> {
 /// The user who called the program may then own a symbolic link in the called path, and must not
 /// use it to choose a program that is executed as the other user.
 fn has_changed_identity() -> bool {
-    // SAFETY: these functions have no preconditions.
-    unsafe { libc::getuid() != libc::geteuid() || libc::getgid() != libc::getegid() }
+    // SAFETY: the function has no preconditions.
+    let users = [unsafe { libc::getuid() }, unsafe { libc::geteuid() }];
+    // SAFETY: the function has no preconditions.
+    let groups = [unsafe { libc::getgid() }, unsafe { libc::getegid() }];
+    users[0] != users[1] || groups[0] != groups[1]
 }
 
 /// Returns whether executing the program has raised the rights of this process, because the file

@@ -35,6 +35,12 @@ impl WorkerShell {
         }
     }
 
+    /// Returns whether the master would hold the connection.
+    pub(crate) fn can_park(&self, origin: &Origin) -> bool {
+        let is_dispatched = origin.held.is_some() || origin.handle.is_some();
+        is_dispatched && self.core.borrow().is_writable() && self.poller.is_own()
+    }
+
     /// Gives a connection to the master, which holds it until its client sends something.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
         self.fault("worker.before_park");
