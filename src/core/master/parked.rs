@@ -33,15 +33,12 @@ use std::collections::{BTreeSet, VecDeque};
 use super::listener::{Listener, Stage};
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
+use crate::core::parked::{Expiries, NUMBER_MAX, Slab, end_of, expiry};
 use crate::types::connection_id::ConnectionId;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
-
-/// The maximum number of connections that any master holds, because the poller's keys have 29 bits
-/// for a connection's number on 32-bit systems.
-const NUMBER_MAX: usize = (1 << 29) - 1;
 
 /// A connection on its way to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,12 +80,9 @@ enum State {
 /// The table of the connections that the master holds.
 #[derive(Debug)]
 pub(super) struct ParkedTable {
-    /// The connection with the number `n` at the index `n`, or `None` for a free number.
-    entries: Vec<Option<Entry>>,
-    /// The free numbers below the length of `entries`.
-    free: Vec<u32>,
-    /// The idle connections, each with the second at whose end it expires.
-    expiries: BTreeSet<(u32, ConnectionId)>,
+    entries: Slab<Entry>,
+    /// The idle connections.
+    expiries: Expiries,
     /// The connections that workers have, by worker.
     with: BTreeSet<(WorkerId, ConnectionId)>,
     /// The maximum number of connections that the master holds.
@@ -98,24 +92,23 @@ pub(super) struct ParkedTable {
 impl ParkedTable {
     pub(super) fn new() -> Self {
         Self {
-            entries: Vec::new(),
-            free: Vec::new(),
-            expiries: BTreeSet::new(),
+            entries: Slab::new(),
+            expiries: Expiries::new(),
             with: BTreeSet::new(),
             limit: NUMBER_MAX,
         }
     }
 
     fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
+        self.entries.len()
     }
 
     fn get(&self, connection: ConnectionId) -> Option<&Entry> {
-        self.entries.get(connection.0 as usize)?.as_ref()
+        self.entries.get(connection)
     }
 
     fn get_mut(&mut self, connection: ConnectionId) -> Option<&mut Entry> {
-        self.entries.get_mut(connection.0 as usize)?.as_mut()
+        self.entries.get_mut(connection)
     }
 
     fn state(&self, connection: ConnectionId) -> Option<State> {
@@ -133,7 +126,7 @@ impl ParkedTable {
 
     fn link(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.insert((second, connection))),
+            State::Idle(second) => self.expiries.insert(second, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
         }
@@ -141,7 +134,7 @@ impl ParkedTable {
 
     fn unlink(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => drop(self.expiries.remove(&(second, connection))),
+            State::Idle(second) => self.expiries.remove(second, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
         }
@@ -153,27 +146,14 @@ impl ParkedTable {
             return None;
         }
         let state = entry.state;
-        let number = match self.free.pop() {
-            Some(number) => number,
-            None => {
-                self.entries.push(None);
-                u32::try_from(self.entries.len() - 1).ok()?
-            }
-        };
-        *self.entries.get_mut(number as usize)? = Some(entry);
-        let connection = ConnectionId(number);
+        let connection = self.entries.insert(entry)?;
         self.link(connection, state);
         Some(connection)
     }
 
     fn remove(&mut self, connection: ConnectionId) -> Option<Entry> {
-        let entry = self.entries.get_mut(connection.0 as usize)?.take()?;
+        let entry = self.entries.remove(connection)?;
         self.unlink(connection, entry.state);
-        self.free.push(connection.0);
-        if self.len() == 0 {
-            // Return the memory after a peak.
-            (self.entries, self.free) = (Vec::new(), Vec::new());
-        }
         Some(entry)
     }
 
@@ -194,7 +174,7 @@ impl ParkedTable {
     /// Returns the latest time at which `expire_parked` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
         let (second, _) = self.expiries.first()?;
-        Some(Time::from_secs(u64::from(*second)))
+        Some(end_of(second))
     }
 
     /// Returns the number of idle connections.
@@ -213,21 +193,12 @@ impl ParkedTable {
 
     /// Returns the idle connections of one listener.
     fn idle_on(&self, handle: HandleId) -> Vec<ConnectionId> {
-        let idle = self.expiries.iter().map(|(_, connection)| *connection);
         let is_on = |connection: &ConnectionId| {
             self.get(*connection)
                 .is_some_and(|entry| entry.handle == handle)
         };
-        idle.filter(is_on).collect()
+        self.expiries.iter().filter(is_on).collect()
     }
-}
-
-/// Returns the second at whose end an idle connection expires. The granularity of a second lets one
-/// wake-up of the master close many connections.
-fn expiry(now: Time, timeout: Time) -> u32 {
-    let at = now.saturating_add(timeout);
-    let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
-    u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 
 /// The source of the next connection, if both the backlog and the resumed connections have one.
@@ -313,7 +284,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if self.parked.len() >= self.parked.limit {
-            if let Some(&(_, first)) = self.parked.expiries.first() {
+            if let Some((_, first)) = self.parked.expiries.first() {
                 self.ledger.idle_closed += 1;
                 self.close_held(first);
             }
@@ -412,7 +383,7 @@ impl<C, F> MasterCore<C, F> {
     /// Closes the connections whose clients have been silent for too long.
     pub(super) fn expire_parked(&mut self) {
         while self.parked.deadline().is_some_and(|time| time <= self.now) {
-            let Some(&(_, connection)) = self.parked.expiries.first() else {
+            let Some((_, connection)) = self.parked.expiries.first() else {
                 return;
             };
             self.ledger.expired += 1;
