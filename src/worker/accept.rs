@@ -10,7 +10,7 @@ use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
 use crate::runtime::backoff::Backoff;
 use crate::sys::listen::is_permanent_error;
-use crate::types::time::earlier;
+use crate::types::time::{Time, earlier};
 use crate::worker::connection::Connection;
 use crate::worker::shell::Accepted;
 use crate::worker::{Inner, Worker};
@@ -32,10 +32,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The shorter pauses add up to about one second.
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
+/// Maximum time that a worker waits in accept(2) for a connection that it has found in the backlog,
+/// while a client of a parked connection waits for it.
+///
+/// Another worker may take the connection first. The worker then waits in vain. A longer time would
+/// delay the parked connection. A shorter time could end before the call.
+const TURN_WAIT: Duration = Duration::from_millis(1);
+
 /// The sources, besides the listener itself, that may have unhandled input.
 ///
-/// The sources are the channel and the poller, which reports signals. Input on the channel and
-/// signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
+/// The sources are the channel and the poller, which reports signals and parked connections. Input
+/// on the channel, input on parked connections and signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
 /// were set up does not interrupt it, and one interrupt may stand for several inputs. In both
 /// cases, the worker checks both sources before it waits in accept(2).
 ///
@@ -170,9 +177,9 @@ impl Worker {
                 return Ok(Attempt::Nothing);
             }
             let attempt = if worker.may_block(listener)? {
-                worker.accept_blocking(listener)
+                worker.accept_in_turn(listener)
             } else {
-                shell.try_accept(listener).map(Attempt::from)
+                shell.try_next(listener).map(Attempt::from)
             };
             match attempt {
                 Err(error) if pause < LAST_PAUSE && shell.will_listen_again(listener, &error) => {
@@ -230,9 +237,35 @@ impl Worker {
         Ok(alone)
     }
 
+    /// Returns a parked connection whose client has sent something. If there is none, or if it is
+    /// the turn of a new connection and the backlog has one, accepts a new connection.
+    fn accept_in_turn(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
+        let shell = &self.inner.shell;
+        if !shell.has_resumed(listener) {
+            return self.accept_blocking(listener, None);
+        }
+        // Without a wait in accept(2), nothing else would check the channel.
+        let last_wait = &self.inner.wait_state.last_wait;
+        if last_wait.get().elapsed() >= CHECK_INTERVAL {
+            last_wait.set(Instant::now());
+            if shell.service_channel()? {
+                return Ok(Attempt::Retry);
+            }
+        }
+        if shell.is_turn_of_new() && shell.has_input(listener) {
+            let deadline = shell.now().saturating_add(TURN_WAIT);
+            return self.accept_blocking(listener, Some(deadline));
+        }
+        Ok(shell.resume(listener).into())
+    }
+
     /// Handles pending input on the channel. If there was none, waits for a connection in
-    /// accept(2).
-    fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
+    /// accept(2), at most until `deadline`.
+    fn accept_blocking(
+        &self,
+        listener: ListenerId,
+        deadline: Option<Time>,
+    ) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
         let must_check = wait_state.unchecked.get().includes_channel() || shell.is_writing();
@@ -240,7 +273,7 @@ impl Worker {
             return Ok(Attempt::Retry);
         }
         wait_state.channel_checked();
-        let deadline = event_loop.deadline(shell.deadline());
+        let deadline = earlier(event_loop.deadline(shell.deadline()), deadline);
         match shell.accept_blocking(listener, deadline) {
             Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
             Ok(None) => {
@@ -293,7 +326,9 @@ impl Worker {
         let mut backoff = Backoff::default();
         loop {
             // Deliver pending notifications first, because the attempt may wait.
-            if wait_state.take_poller() || worker.time_left() == Some(Duration::ZERO) {
+            let is_unchecked = shell.take_unchecked() && shell.is_blocking(listener);
+            let must_check = wait_state.take_poller() || is_unchecked;
+            if must_check || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
             }
             let may_wait = match worker.attempt_after(&mut backoff, &mut attempt)? {

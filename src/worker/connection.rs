@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 
 use crate::sys;
-use crate::worker::shell::Origin;
+use crate::worker::shell::{Origin, Registration};
 use crate::worker::{Inner, finish};
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
@@ -61,6 +61,19 @@ impl Counted {
     }
 }
 
+impl Counted {
+    /// Removes what the worker has set up for a connection that was parked.
+    fn unregister(&self) {
+        let Some(registration) = self.origin.registration else {
+            return;
+        };
+        match self.worker.upgrade() {
+            Some(worker) => worker.shell.unregister(registration),
+            None => Registration::stop_interrupts(registration),
+        }
+    }
+}
+
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(worker) = self.worker.upgrade() {
@@ -107,6 +120,7 @@ impl<S> Connection<S> {
     /// ```
     #[must_use]
     pub fn into_stream(self) -> S {
+        self.counted.unregister();
         self.stream
     }
 }

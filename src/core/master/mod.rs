@@ -348,6 +348,7 @@ impl<C, F> MasterCore<C, F> {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.dispatch_from.is_some_and(|time| time <= self.now) {
                 listener.dispatch_from = None;
+                self.give_held(handle);
                 self.dispatch_waiting(handle);
                 self.accept_if_possible(handle);
             }
@@ -508,6 +509,8 @@ impl<C, F> MasterCore<C, F> {
 pub(crate) struct Sizes {
     pub(crate) processes: usize,
     pub(crate) handles: usize,
+    /// The number of connections that the master holds.
+    pub(crate) held: usize,
     pub(crate) actions: usize,
     pub(crate) events: usize,
 }
@@ -518,6 +521,7 @@ impl<C, F> MasterCore<C, F> {
         Sizes {
             processes: self.workers.len() + self.detached.len(),
             handles: self.listeners.len(),
+            held: self.parked.len(),
             actions: self.actions.len(),
             events: self.events.len(),
         }

@@ -25,16 +25,23 @@
 //!            holds too many connections, or the listener closes
 //! ```
 //!
+//! With the other policies, the workers hold idle connections themselves. A worker that disconnects
+//! parks them in the master, which gives them to another worker that serves the listener. While no
+//! other worker does, the connections are `Idle` here, and the next worker receives them.
+//!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
 use std::collections::{BTreeSet, VecDeque};
 
+use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
+use super::workers::WorkerEntry;
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, NUMBER_MAX, Slab, end_of, expiry};
 use crate::types::connection_id::ConnectionId;
+use crate::types::endpoint::Kind;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -99,7 +106,7 @@ impl ParkedTable {
         }
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
@@ -260,18 +267,25 @@ impl<C, F> MasterCore<C, F> {
         self.parked.limit = limit.min(NUMBER_MAX);
     }
 
-    /// Takes a connection that the worker parks for the first time. Closes the connection if its
-    /// listener has closed. Kills a worker that has never had the listener.
-    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C) {
+    /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
+    /// the listener can no longer hold. Closes the connection if its listener has closed. Kills a
+    /// worker that has never had the listener.
+    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
         if !self.is_connected(worker) {
             return;
         }
+        let listener = self.listeners.get(&handle);
+        let is_datagram = listener.is_some_and(|own| own.key.endpoint.kind == Kind::Udp);
+        let workers_hold = listener.is_some_and(|own| !own.master_accepts());
         let entry = self.workers.get(&worker);
-        if entry.is_some_and(|entry| entry.has_had(handle)) {
-            self.ledger.parked += 1;
-            self.hold(handle, connection, 1);
-        } else {
+        if is_datagram || !entry.is_some_and(|entry| entry.has_had(handle)) {
             self.violation(worker, FrameError::Violation(Violation::UnknownPark));
+            return;
+        }
+        self.ledger.parked += 1;
+        match workers_hold {
+            true => self.give(handle, Some(worker), Handoff::New(connection), parked),
+            false => self.hold(handle, connection, parked.max(1)),
         }
     }
 
@@ -392,11 +406,105 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
+/// The maximum number of idle connections that one step gives to workers.
+///
+/// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
+/// benchmark chose this value.
+const GIVE_BATCH: usize = 1024;
+// Idle connections of listeners whose workers accept. The workers hold them, and the master only
+// gives them from one worker to another.
+impl<C, F> MasterCore<C, F> {
+    /// Gives an idle connection to a worker that serves the listener, but not to `from`. Holds the
+    /// connection if there is no such worker.
+    fn give(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        connection: Handoff<C>,
+        parked: u32,
+    ) {
+        match (self.next_adopter(handle, from), connection) {
+            (Some(worker), connection) => {
+                if let Handoff::Held(resumed) = &connection {
+                    self.parked.remove(resumed.connection);
+                }
+                self.ledger.received += 1;
+                self.actions.push_back(Action::Adopt {
+                    handle,
+                    worker,
+                    connection,
+                    parked,
+                });
+            }
+            (None, Handoff::New(connection)) => self.hold(handle, connection, parked),
+            (None, Handoff::Held(_)) => {}
+        }
+    }
+
+    /// Returns the worker that receives the listener's next idle connection. The workers take
+    /// turns.
+    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
+        let listener = self.listeners.get_mut(&handle)?;
+        let workers = &self.workers;
+        let may_adopt = |worker: &WorkerId| {
+            let entry = workers.get(worker);
+            Some(*worker) != from && entry.is_some_and(WorkerEntry::may_listen)
+        };
+        let last = listener.last_adopter;
+        let mut next = listener.members.serving().filter(may_adopt);
+        let later = next.find(|worker| Some(*worker) > last);
+        let next = later.or_else(|| listener.members.serving().find(may_adopt));
+        listener.last_adopter = next.or(last);
+        next
+    }
+
+    /// Gives the idle connections that the master holds to the workers that serve the listener.
+    pub(super) fn give_held(&mut self, handle: HandleId) {
+        let is_done = |listener: &Listener<C>| listener.master_accepts();
+        if self.parked.len() == 0 || self.listeners.get(&handle).is_none_or(is_done) {
+            return;
+        }
+        let mut held = self.parked.entries.filter(|entry| entry.handle == handle);
+        let is_more = held.len() > GIVE_BATCH;
+        held.truncate(GIVE_BATCH);
+        for connection in held {
+            let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
+            let resumed = Resumed { connection, parked };
+            self.give(handle, None, Handoff::Held(resumed), parked);
+        }
+        if is_more {
+            let now = self.now;
+            self.give_held_at(handle, now);
+        }
+    }
+
+    /// Records that a worker has not read the connections that it was given before. The master
+    /// holds the connection, and tries again after `RETRY_DELAY`.
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
+        self.ledger.received -= 1;
+        self.hold(handle, connection, parked);
+        let retry = self.now.saturating_add(RETRY_DELAY);
+        self.give_held_at(handle, retry);
+    }
+
+    fn give_held_at(&mut self, handle: HandleId, time: Time) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.dispatch_from = Some(time);
+        }
+    }
+}
+
 // Facts that the shell reports about idle connections.
 impl<C, F> MasterCore<C, F> {
     /// Records that the client of an idle connection has sent something.
     pub(crate) fn data_arrived(&mut self, connection: ConnectionId) {
         if !matches!(self.parked.state(connection), Some(State::Idle(_))) {
+            return;
+        }
+        let handle = self.parked.get(connection).map(|entry| entry.handle);
+        let listener = handle.and_then(|handle| self.listeners.get(&handle));
+        if listener.is_some_and(|listener| !listener.master_accepts()) {
+            // No worker serves the listener. The next one receives the connection with its data.
             return;
         }
         let Some(entry) = self.parked.set(connection, State::Ready) else {

@@ -76,7 +76,10 @@ fn dispatched(core: &mut Core) -> Vec<(u32, bool)> {
             connection,
             has_waited,
             ..
-        } => Some((connection.connection, has_waited)),
+        } => match connection.connection {
+            Handoff::New(client) => Some((client, has_waited)),
+            Handoff::Held(_) => None,
+        },
         _ => None,
     });
     dispatched.collect()
@@ -101,9 +104,17 @@ fn clients_of_connections_that_have_waited_are_checked_before_the_dispatch() {
     core.frame(worker, idle);
     assert_eq!(dispatched(&mut core), [(17, true)]);
     assert_eq!(core.ledger().in_flight(), 16);
-    core.hung_up(handle, worker);
+    core.hung_up(handle, worker, Handoff::New(17));
     assert_eq!(core.ledger().in_flight(), 15);
     assert_eq!(core.ledger().closed_by_peer, 1);
+}
+
+/// Returns the number of a new connection.
+fn new_client(handoff: &Handoff<u32>) -> u32 {
+    match handoff {
+        Handoff::New(client) => *client,
+        Handoff::Held(_) => unreachable!("no connection is held"),
+    }
 }
 
 #[test]
@@ -115,8 +126,8 @@ fn sweeps_take_turns_through_all_connections() {
     (3..5).for_each(|client| core.accepted(second, client));
     let mut checked = Vec::new();
     for _ in 0..4 {
-        core.sweep(2, |client| {
-            checked.push(*client);
+        core.sweep(2, |handoff| {
+            checked.push(new_client(handoff));
             false
         });
     }
@@ -128,7 +139,7 @@ fn sweeps_take_turns_through_all_connections() {
     // were checked above, so it finds only clients 2 and 4. The second call starts again at each
     // listener's first connection, and finds client 0.
     for _ in 0..2 {
-        core.sweep(usize::MAX, |client| client % 2 == 0);
+        core.sweep(usize::MAX, |handoff| new_client(handoff) % 2 == 0);
     }
     assert_eq!(core.ledger().closed_by_peer, 3);
     assert_eq!(core.in_flight(), 2);

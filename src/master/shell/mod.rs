@@ -306,6 +306,12 @@ impl MasterShell {
             Action::Hold { id, connection } => self.hold(id, connection),
             Action::AwaitData { id } => self.await_data(id),
             Action::CloseHeld { id } => self.close_held(id),
+            Action::Adopt {
+                handle,
+                worker,
+                connection,
+                parked,
+            } => self.give(handle, worker, connection, parked),
             Action::Reclaim {
                 handle,
                 worker,

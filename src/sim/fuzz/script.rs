@@ -14,7 +14,7 @@ use std::process::ExitStatus;
 use super::{Input, descriptors};
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::error::Error;
-use crate::sim::kernel::socket::{Client, Port, endpoint};
+use crate::sim::kernel::socket::{Port, endpoint};
 use crate::sim::kernel::{Call, Config, Ending, Fact, Failure, Master, ROUNDS, World};
 use crate::types::endpoint::{BindFlags, Kind};
 use crate::types::errno;
@@ -503,16 +503,9 @@ impl Script {
 
     /// Makes a quarter of the clients that wait in the master hang up.
     fn sweep(&mut self, quarter: u8) {
-        let mut left = Vec::new();
-        let has_left = |connection: &Client| {
-            let has_left = connection.client % 4 == quarter.into();
-            left.extend(has_left.then_some(connection.client));
-            has_left
-        };
-        self.world.report(|core| core.sweep(usize::MAX, has_left));
-        for client in left {
-            self.world.fates[client as usize].left = true;
-        }
+        self.world.sweep(usize::MAX, |client, fate| {
+            fate.left || client % 4 == quarter.into()
+        });
     }
 
     fn connect(&mut self, choice: u8, count: u8) {

@@ -1,9 +1,10 @@
 //! Checks the crate's guarantees after each step of a driver.
 
 use super::process::{Detached, Life};
-use super::socket::{Port, QUEUE_CAPACITY};
+use super::socket::{Held, Location, Port, QUEUE_CAPACITY};
 use super::{KNOWN, World};
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
+use crate::core::master::Resumed;
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
 use crate::types::time::earlier;
@@ -20,7 +21,7 @@ impl World {
         assert!(self.master.is_index_consistent(), "the index is wrong");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_flight(), self.master.in_flight(), "{ledger:?}");
-        let lost = ledger.dropped + ledger.closed_by_peer;
+        let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
         assert!(self.lost <= lost, "a client is lost: {ledger:?}");
         let waits = self.awaited || !self.referenced.is_empty();
         assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
@@ -50,7 +51,7 @@ impl World {
         assert!(sizes.handles <= max, "{} listeners", sizes.handles);
         // In the worst case, all queues of a listener are full, and the master also holds the
         // reclaimed connections of one more queue.
-        let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles;
+        let max = (workers + 1) * QUEUE_CAPACITY * sizes.handles + self.parked_limit_max;
         let in_flight = usize::try_from(self.master.in_flight()).expect("few connections");
         assert!(in_flight <= max, "{in_flight} connections in flight");
         for process in self.processes.values() {
@@ -86,13 +87,39 @@ impl World {
         assert!(is_complete || self.has_false_claims, "forgotten in a queue");
     }
 
-    /// Records that a worker has received the client's connection. Checks that no worker has
-    /// received the connection before.
-    pub(crate) fn mark_served(&mut self, client: u32) {
+    /// Records that a worker has received the client's connection and reads what the client has
+    /// sent. Checks that no worker has received the connection before, unless it has been parked.
+    pub(crate) fn mark_served(&mut self, client: u32, resumed: Option<Resumed>) {
+        let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];
-        assert!(!fate.served, "client {client} served twice");
-        fate.served = true;
-        self.served += 1;
+        let is_parked = resumed.is_some_and(|resumed| resumed.parked > 0);
+        match resumed {
+            Some(_) if !is_trusted => {}
+            _ => assert_eq!(fate.served, is_parked, "client {client} served twice"),
+        }
+        self.served += u64::from(!fate.served);
+        (fate.served, fate.is_pending) = (true, false);
+    }
+
+    /// Checks that the master has a reason for closing its copy of a connection. The end of a
+    /// worker is no reason while only the master has the connection.
+    pub(crate) fn check_closing(&mut self, held: &Held) {
+        let Some(client) = held.client().filter(|_| !held.is_unwatched) else {
+            return;
+        };
+        let fate = self.fates[client as usize];
+        let is_bound = fate.port.is_some_and(|port| self.master.is_bound(port));
+        let is_explained = match held.location {
+            Location::Detached => true,
+            Location::Worker(worker) => {
+                let is_liar = self.processes[&worker].is_liar;
+                is_liar || !is_bound || !self.master.is_connected(worker)
+            }
+            Location::Master => fate.left || !is_bound || self.held.len() + 1 >= self.parked_limit,
+        };
+        self.expired += u64::from(!is_explained);
+        let is_known = self.expired <= self.master.ledger().expired;
+        assert!(is_known, "client {client} is closed for no reason");
     }
 
     /// Checks that a worker reports no more connections than it received, unless it has forged
@@ -268,13 +295,16 @@ impl World {
         }
         assert!(self.ports.values().all(Port::is_unbound));
         assert!(self.queues.is_empty(), "a queue is forgotten");
+        assert!(self.held.is_empty(), "a held connection is forgotten");
+        assert_eq!(sizes.held, 0, "a held connection is forgotten");
         let ledger = self.master.ledger();
         assert_eq!(ledger.in_flight(), 0);
         assert_eq!(self.master.policy(), self.config.policy);
         if !self.has_false_claims {
             assert_eq!(ledger.received, self.received, "received");
-            let lost = ledger.dropped + ledger.closed_by_peer;
-            assert_eq!(self.lost, lost, "closed connections: {ledger:?}");
+            let lost = ledger.dropped + ledger.closed_by_peer + ledger.expired + ledger.idle_closed;
+            let is_exact = ledger.parked > 0 || self.lost == lost;
+            assert!(is_exact, "{} closed connections: {ledger:?}", self.lost);
         }
     }
 
@@ -287,7 +317,8 @@ impl World {
         };
         for (client, fate) in self.fates.iter().enumerate() {
             if fate.port.is_some_and(is_bound) {
-                assert!(fate.served || fate.left, "client {client} is lost");
+                let is_served = fate.served || fate.left || !fate.has_sent;
+                assert!(is_served, "client {client} is lost");
             }
         }
     }

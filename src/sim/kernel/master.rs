@@ -7,11 +7,15 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::process::{Detached, Parcel, ProcessState};
-use super::socket::{Client, Connection, Port, PortState, QUEUE_CAPACITY, Queue, endpoint};
+use super::socket::{
+    Client, Connection, Fate, Held, Location, Port, PortState, QUEUE_CAPACITY, Queue, Queued,
+    endpoint,
+};
 use super::{BACKOFF, Fact, Failure, KNOWN, Master, World};
 use crate::core::dispatch::{MAX_WINDOW, Sequenced};
-use crate::core::master::{Action, Attachment};
+use crate::core::master::{Action, Attachment, Handoff, Resumed};
 use crate::error::{Error, SendError};
+use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{Endpoint, Kind};
 use crate::types::errno;
 use crate::types::signal::Signal;
@@ -75,7 +79,7 @@ impl World {
         let handles = before.handles.max(after.handles);
         // Allow four actions for each pair of a listener and a worker, because one input may remove
         // every worker from every listener.
-        let max = 16 + MAX_ACCEPTED + connections + 4 * handles * workers;
+        let max = 16 + MAX_ACCEPTED + connections + self.held.len() + 4 * handles * workers;
         let actions = after.actions - before.actions;
         assert!(actions <= max, "{actions} actions after one fact");
         let events = after.events - before.events;
@@ -102,6 +106,17 @@ impl World {
                 connection,
                 has_waited,
             } => self.dispatch(handle, worker, connection, has_waited),
+            Action::Hold { id, connection } => self.hold_connection(id, connection),
+            Action::AwaitData { id } => self.await_data(id),
+            Action::CloseHeld { id } => self.close_held(id),
+            // Close the connection, because simulated workers hold no parked connections. Only
+            // liars park connections of shared listeners.
+            Action::Adopt { connection, .. } => {
+                self.received += 1;
+                if let Handoff::Held(resumed) = connection {
+                    self.held.remove(&resumed.connection);
+                }
+            }
             Action::Reclaim {
                 handle,
                 worker,
@@ -220,6 +235,7 @@ impl World {
         let arrival = match &mut process.inbox {
             Some(inbox) => inbox.next().transpose(),
             None => process.up.wire.pop_front().map(|parcel| {
+                process.to_park.extend(parcel.connection);
                 parcel.frame.map(|frame| Arrival {
                     frame,
                     fds: Vec::new(),
@@ -268,10 +284,54 @@ impl World {
         {
             self.check_claim(handle, worker, received);
         }
-        if let ToMaster::Message(bytes) = frame {
-            self.report(|core| core.message(worker, bytes, fds));
-        } else {
-            self.report(|core| core.frame(worker, frame));
+        match frame {
+            ToMaster::Message(bytes) => self.report(|core| core.message(worker, bytes, fds)),
+            ToMaster::Park { handle, parked } => self.read_parked(worker, handle, parked),
+            frame => {
+                self.note_report(worker, &frame);
+                self.report(|core| core.frame(worker, frame));
+            }
+        }
+    }
+
+    /// Reads a connection that a worker parks. If `failing` contains `Park`, the connection is lost,
+    /// because the master has no free descriptor number.
+    fn read_parked(&mut self, worker: WorkerId, handle: HandleId, parked: u32) {
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        let connection = process.to_park.pop_front();
+        if self.failing.remove(&Failure::Park) {
+            let error = Error::no_descriptors(Some(worker));
+            self.report(|core| core.error(Some(worker), error));
+            let frame = ToMaster::Park { handle, parked };
+            return self.report(|core| core.frame(worker, frame));
+        }
+        assert!(connection.is_some() || process.is_liar, "parks nothing");
+        let connection = connection.unwrap_or_else(|| self.own_connection());
+        self.report(|core| core.park(worker, handle, connection, parked));
+    }
+
+    /// Returns a connection to a client that is a worker itself. The client has sent something.
+    fn own_connection(&mut self) -> Client {
+        let client = u32::try_from(self.fates.len()).expect("few clients");
+        self.served += 1;
+        self.fates.push(Fate {
+            served: true,
+            has_sent: true,
+            is_pending: client % 2 == 0,
+            ..Fate::default()
+        });
+        Connection::new(client, &self.closed)
+    }
+
+    /// Records a worker's report about a connection that the master holds, before the master
+    /// processes the report.
+    fn note_report(&mut self, worker: WorkerId, frame: &ToMaster) {
+        let ToMaster::Detach { connection } = frame else {
+            return;
+        };
+        let held = self.held.get_mut(connection);
+        if let Some(held) = held.filter(|held| held.location == Location::Worker(worker)) {
+            held.location = Location::Detached;
         }
     }
 
@@ -377,17 +437,94 @@ impl World {
     }
 }
 
+// Connections that the master holds.
+impl World {
+    /// Returns whether the client of a connection on its way to a worker has hung up.
+    pub(crate) fn is_gone(&self, handoff: &Handoff<Client>) -> bool {
+        let client = match handoff {
+            Handoff::New(connection) => Some(connection.client),
+            Handoff::Held(Resumed { connection, .. }) => {
+                self.held.get(connection).and_then(Held::client)
+            }
+        };
+        client.is_none_or(|client| self.fates[client as usize].left)
+    }
+
+    /// Keeps a connection, and waits until its client sends something. If `failing` contains
+    /// `Hold`, the poller cannot watch the connection.
+    fn hold_connection(&mut self, id: ConnectionId, connection: Client) {
+        let is_failing = self.failing.remove(&Failure::Hold);
+        let held = Held {
+            copy: (!is_failing).then_some(connection),
+            is_awaited: !is_failing,
+            is_unwatched: is_failing,
+            location: Location::Master,
+            since: self.now,
+        };
+        let previous = self.held.insert(id, held);
+        assert!(previous.is_none(), "a second connection with one number");
+        assert!(self.held.len() <= self.parked_limit_max, "holds too many");
+        if is_failing {
+            self.report(|core| core.not_held(id));
+        }
+    }
+
+    fn await_data(&mut self, id: ConnectionId) {
+        let now = self.now;
+        let held = self.held.get_mut(&id).expect("a held connection");
+        held.location = Location::Master;
+        held.since = now;
+        self.watch_held(id);
+    }
+
+    /// Makes the poller watch a held connection. If `failing` contains `Hold`, this fails.
+    fn watch_held(&mut self, id: ConnectionId) {
+        let is_failing = self.failing.remove(&Failure::Hold);
+        let held = self.held.get_mut(&id).expect("a held connection");
+        held.is_awaited = !is_failing;
+        held.is_unwatched = is_failing;
+        if is_failing {
+            self.report(|core| core.not_held(id));
+        }
+    }
+
+    fn close_held(&mut self, id: ConnectionId) {
+        let held = self.held.remove(&id).expect("a held connection");
+        self.check_closing(&held);
+    }
+
+    /// Makes the master handle a held connection that its poller has reported, as the shell does.
+    /// The event may belong to an earlier connection with the same number.
+    pub(crate) fn held_ready(&mut self, id: ConnectionId) {
+        let Some(held) = self.held.get_mut(&id) else {
+            return;
+        };
+        held.is_awaited = false;
+        let Some(client) = held.client() else {
+            return;
+        };
+        let fate = self.fates[client as usize];
+        if fate.is_pending {
+            self.report(|core| core.data_arrived(id));
+        } else if fate.left {
+            self.report(|core| core.idle_hung_up(id));
+        } else {
+            self.watch_held(id);
+        }
+    }
+}
+
 // Workers' queues.
 impl World {
     fn dispatch(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<Client>,
+        connection: Sequenced<Handoff<Client>>,
         has_waited: bool,
     ) {
-        if has_waited && self.fates[connection.connection.client as usize].left {
-            return self.report(|core| core.hung_up(handle, worker));
+        if has_waited && self.is_gone(&connection.connection) {
+            return self.report(|core| core.hung_up(handle, worker, connection.connection));
         }
         let is_exhausted = self.failing.remove(&Failure::Send);
         let process = self.processes.get_mut(&worker).expect(KNOWN);
@@ -401,7 +538,23 @@ impl World {
             return self
                 .report(|core| core.not_dispatched(handle, worker, connection, is_exhausted));
         };
-        queue.connections.push_back(connection);
+        let (client, resumed) = match connection.connection {
+            Handoff::New(client) => (client, None),
+            Handoff::Held(resumed) => {
+                let held = self
+                    .held
+                    .get_mut(&resumed.connection)
+                    .expect("a held connection");
+                held.location = Location::Worker(worker);
+                let copy = held.copy.as_ref().expect("a copy");
+                (Client::clone(copy), Some(resumed))
+            }
+        };
+        queue.connections.push_back(Queued {
+            sequence: connection.sequence,
+            connection: client,
+            resumed,
+        });
         process.counters.dispatched += 1;
         let is_trusted = !process.is_liar || !self.has_false_claims;
         let is_within = queue.connections.len() <= MAX_WINDOW as usize;
@@ -416,7 +569,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Vec<Sequenced<Client>>, Option<bool>)> {
+    ) -> Option<(Vec<Sequenced<Handoff<Client>>>, Option<bool>)> {
         let is_failing = self.failing.remove(&Failure::Reclaim);
         let queue = self.queues.get_mut(&(handle, worker))?;
         let queued = queue.connections.len();
@@ -425,7 +578,14 @@ impl World {
         } else {
             (at_most.min(queued), Some(at_most > queued))
         };
-        let reclaimed = queue.connections.drain(..count).collect();
+        let reclaimed: Vec<_> = queue.connections.drain(..count).collect();
+        for resumed in reclaimed.iter().filter_map(|queued| queued.resumed) {
+            let held = self.held.get_mut(&resumed.connection);
+            if let Some(held) = held.filter(|held| held.location == Location::Worker(worker)) {
+                held.location = Location::Master;
+            }
+        }
+        let reclaimed = reclaimed.into_iter().map(Queued::reclaim).collect();
         self.process(worker).counters.reclaimed += count;
         Some((reclaimed, is_empty))
     }
@@ -467,21 +627,21 @@ impl World {
     }
 
     /// Receives the first connection in the worker's queue.
-    pub(crate) fn receive(&mut self, handle: HandleId, worker: WorkerId) -> Option<Client> {
+    pub(crate) fn receive(&mut self, handle: HandleId, worker: WorkerId) -> Option<Queued> {
         let queue = self.queues.get_mut(&(handle, worker))?;
-        let client = queue.connections.pop_front()?.connection;
+        let queued = queue.connections.pop_front()?;
         queue.received += 1;
         self.received += 1;
-        Some(client)
+        Some(queued)
     }
 
     /// Receives the first connection in the worker's queue and closes it, without the knowledge of
     /// the worker's core. Returns whether there was a connection.
     pub(crate) fn receive_and_close(&mut self, handle: HandleId, worker: WorkerId) -> bool {
-        let Some(client) = self.receive(handle, worker) else {
+        let Some(queued) = self.receive(handle, worker) else {
             return false;
         };
-        self.mark_served(client.client);
+        self.mark_served(queued.connection.client, queued.resumed);
         self.process(worker).counters.received += 1;
         true
     }

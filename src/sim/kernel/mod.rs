@@ -24,8 +24,9 @@ use std::process::ExitStatus;
 use std::rc::Rc;
 
 use crate::core::event::{EmittedEvent, Event};
-use crate::core::master::MasterCore;
+use crate::core::master::{Handoff, MasterCore};
 use crate::sys::fd::NoLingerFd;
+use crate::types::connection_id::ConnectionId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
@@ -34,7 +35,7 @@ use crate::wire::frame::HandleId;
 pub(crate) use ending::{Ending, ROUNDS};
 pub(crate) use master::Call;
 use process::{Detached, Process, ProcessState};
-use socket::{Client, Fate, Port, Queue};
+use socket::{Client, Fate, Held, Port, Queue};
 
 /// The back-off delay of the shells after a descriptor could not be sent or received, or a queue
 /// could not be emptied.
@@ -42,6 +43,8 @@ const BACKOFF: Time = Time::from_millis(100);
 /// The number of waiting connections whose clients the shell checks in each tick. The number is
 /// small, so that checking all waiting connections often takes several ticks.
 const SWEEP: usize = 2;
+/// The maximum number of connections that the master holds, unless the application changes it.
+const PARKED_LIMIT: usize = 24;
 /// The message of the panic for an unknown worker. Such a panic is a bug of the driver, which must
 /// name only existing workers.
 const KNOWN: &str = "a known worker";
@@ -61,6 +64,10 @@ pub(crate) enum Failure {
     /// Reclaiming connections from a queue. At most half of the queue's connections are reclaimed
     /// before the failure.
     Reclaim,
+    /// Watching a connection that the master holds.
+    Hold,
+    /// Receiving a parked connection in the master, which has no free descriptor number.
+    Park,
 }
 
 /// An input that is ready for the master.
@@ -72,6 +79,8 @@ pub(crate) enum Fact {
     Frame(WorkerId),
     /// The worker's channel has ended, and all its frames have been read.
     End(WorkerId),
+    /// The client of a held connection has sent something or has hung up.
+    Held(ConnectionId),
     /// The process has exited and can be reaped.
     Exit(WorkerId),
     /// The worker's channel has space for a frame that waits in the outbox.
@@ -116,6 +125,15 @@ pub(crate) struct World {
     referenced: BTreeSet<WorkerId>,
     pub(crate) ports: BTreeMap<HandleId, Port>,
     pub(crate) queues: BTreeMap<(HandleId, WorkerId), Queue>,
+    /// The connections that the master holds.
+    pub(crate) held: BTreeMap<ConnectionId, Held>,
+    /// The maximum number of connections that the master holds.
+    parked_limit: usize,
+    /// The highest value that `parked_limit` has had.
+    parked_limit_max: usize,
+    /// The number of held connections that were closed for no reason that the simulation knows,
+    /// except that they may have expired.
+    expired: u64,
     /// The pairs of a listener and a worker for which sharing the listener failed.
     unshared: BTreeSet<(HandleId, WorkerId)>,
     /// The queues that the master could not empty and therefore could not close.
@@ -164,11 +182,20 @@ pub(crate) fn nth<T>(mut all: impl Iterator<Item = T> + Clone, n: u8) -> Option<
 
 impl World {
     pub(crate) fn new(config: Config) -> Self {
-        Self {
+        let mut world = Self {
             config,
             master: MasterCore::new(config.policy),
             ..Self::default()
-        }
+        };
+        world.limit_parked(PARKED_LIMIT);
+        world
+    }
+
+    /// Limits the number of connections that the master holds.
+    pub(crate) fn limit_parked(&mut self, limit: usize) {
+        self.parked_limit = limit;
+        self.parked_limit_max = self.parked_limit_max.max(limit);
+        self.master.set_parked_limit(limit);
     }
 
     pub(crate) fn process(&mut self, worker: WorkerId) -> &mut Process {
@@ -206,6 +233,12 @@ impl World {
     /// Connects a client to the open listener with the index `n` modulo the number of open
     /// listeners. Does nothing if no listener is open.
     pub(crate) fn connect(&mut self, n: u8) {
+        self.connect_silently(n);
+        self.send_request(0);
+    }
+
+    /// Connects a client that sends no request yet.
+    pub(crate) fn connect_silently(&mut self, n: u8) {
         let client = u32::try_from(self.fates.len()).expect("few clients");
         let ports = self.ports.iter_mut().map(|(id, port)| (Some(*id), port));
         let private = self
@@ -226,11 +259,25 @@ impl World {
         }
     }
 
+    /// Returns one of the last 16 clients. `n` selects the client.
+    fn recent_client(&mut self, n: u8) -> Option<&mut Fate> {
+        let ago = usize::from(n) % 16 + 1;
+        let at = self.fates.len().checked_sub(ago)?;
+        self.fates.get_mut(at)
+    }
+
+    /// Makes one of the last 16 clients send a request, unless it has hung up. `n` selects the
+    /// client.
+    pub(crate) fn send_request(&mut self, n: u8) {
+        if let Some(fate) = self.recent_client(n).filter(|fate| !fate.left) {
+            (fate.has_sent, fate.is_pending) = (true, true);
+        }
+    }
+
     /// Makes one of the last 16 clients hang up. `n` selects the client.
     pub(crate) fn hang_up(&mut self, n: u8) {
-        let ago = usize::from(n) % 16 + 1;
-        if let Some(at) = self.fates.len().checked_sub(ago) {
-            self.fates[at].left = true;
+        if let Some(fate) = self.recent_client(n) {
+            fate.left = true;
         }
     }
 
@@ -356,6 +403,13 @@ impl World {
         facts.clear();
         let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
         facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
+        for (id, held) in &self.held {
+            let fate = held.client().map(|client| self.fates[client as usize]);
+            let is_ready = fate.is_some_and(|fate| fate.is_pending || fate.left);
+            if held.is_awaited && is_ready {
+                facts.push(Fact::Held(*id));
+            }
+        }
         for (worker, process) in &self.processes {
             if process.master_end {
                 if !process.up.wire.is_empty() {
@@ -394,6 +448,7 @@ impl World {
             Fact::Readable(handle) => self.report(|core| core.readable(handle)),
             Fact::Frame(worker) => drop(self.master_reads(worker)),
             Fact::End(worker) => self.master_reads_end(worker),
+            Fact::Held(id) => self.held_ready(id),
             Fact::Exit(process) => self.reap(process),
             Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
             Fact::Time => self.tick(),
@@ -438,11 +493,29 @@ impl World {
         let now = self.now;
         self.report(|core| core.tick(now));
         if self.master.has_waiting() {
-            let fates = std::mem::take(&mut self.fates);
-            let has_left = |connection: &Client| fates[connection.client as usize].left;
-            self.report(|core| core.sweep(SWEEP, has_left));
-            self.fates = fates;
+            self.sweep(SWEEP, |_, fate| fate.left);
         }
+    }
+
+    /// Checks at most `limit` connections that wait in the master, and closes those for which
+    /// `has_left` returns true. Makes their clients hang up.
+    pub(crate) fn sweep(&mut self, limit: usize, has_left: impl Fn(u32, &Fate) -> bool) {
+        let mut fates = std::mem::take(&mut self.fates);
+        let held = std::mem::take(&mut self.held);
+        self.report(|core| {
+            core.sweep(limit, |handoff| {
+                let client = match handoff {
+                    Handoff::New(connection) => Some(connection.client),
+                    Handoff::Held(resumed) => held.get(&resumed.connection).and_then(Held::client),
+                };
+                client.is_none_or(|client| {
+                    let fate = &mut fates[client as usize];
+                    fate.left = has_left(client, fate);
+                    fate.left
+                })
+            });
+        });
+        (self.fates, self.held) = (fates, held);
     }
 
     // Running until idle.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::process::ExitStatus;
 
 use super::socket::{Client, Port};
-use crate::core::master::Attachment;
+use crate::core::master::{Attachment, Resumed};
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
@@ -16,12 +16,25 @@ use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 /// small, so that channels are often full.
 const CAPACITY: usize = 6;
 
+/// A connection that a worker's application has received.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) client: Client,
+    pub(crate) listener: ListenerId,
+    /// The master's handle of the listener. `None` for a private listener.
+    pub(crate) handle: Option<HandleId>,
+    /// The connection's id and history if the master holds a copy.
+    pub(crate) resumed: Option<Resumed>,
+}
+
 /// A frame and the descriptor that it carries. The frame is an error if the writer wrote bytes that
 /// are no frame.
 #[derive(Debug)]
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
     pub(crate) with: Attachment,
+    /// The connection that a worker parks with this frame.
+    pub(crate) connection: Option<Client>,
     /// Whether the kernel dropped the attached descriptor, because the receiver's descriptors were
     /// exhausted.
     pub(crate) lost_fd: bool,
@@ -32,6 +45,7 @@ impl<F> Parcel<F> {
         Self {
             frame,
             with,
+            connection: None,
             lost_fd: false,
         }
     }
@@ -62,6 +76,15 @@ impl<F> Pipe<F> {
     pub(crate) fn queue(&mut self, frame: F, with: Attachment) {
         if !self.is_broken {
             self.outbox.push_back(Parcel::new(Ok(frame), with));
+        }
+    }
+
+    /// Queues a frame that carries a connection.
+    pub(crate) fn queue_connection(&mut self, frame: F, connection: Client) {
+        if !self.is_broken {
+            let mut parcel = Parcel::new(Ok(frame), Attachment::None);
+            parcel.connection = Some(connection);
+            self.outbox.push_back(parcel);
         }
     }
 
@@ -188,7 +211,10 @@ pub(crate) struct Process {
     /// The listeners that the worker's poller watches for a callback.
     pub(crate) watched: BTreeSet<ListenerId>,
     /// The open connections of the worker's application, each with its listener.
-    pub(crate) held: Vec<(Client, ListenerId)>,
+    pub(crate) held: Vec<Received>,
+    /// The connections that a raw worker parks with its next frames. Without one, the worker parks
+    /// a connection that it has opened itself.
+    pub(crate) to_park: VecDeque<Client>,
     /// The connection limits that were set when the listeners were opened. A limit is removed when
     /// the application changes it, because the application may then hold more connections.
     pub(crate) limits: BTreeMap<ListenerId, usize>,
@@ -246,6 +272,7 @@ impl Process {
         self.private.clear();
         self.watched.clear();
         self.held.clear();
+        self.to_park.clear();
         self.listeners.clear();
         self.actions.clear();
         self.core = WorkerCore::new();

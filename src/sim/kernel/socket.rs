@@ -6,7 +6,10 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use crate::core::dispatch::Sequenced;
+use crate::core::master::{Handoff, Resumed};
 use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
 /// The number of connections that fit into a queue.
@@ -44,6 +47,10 @@ pub(crate) struct Fate {
     pub(crate) port: Option<HandleId>,
     /// Whether a worker has received the client's connection.
     pub(crate) served: bool,
+    /// Whether the client has ever sent a request.
+    pub(crate) has_sent: bool,
+    /// Whether the client has sent a request that no worker has read.
+    pub(crate) is_pending: bool,
     /// Whether the client has hung up.
     pub(crate) left: bool,
 }
@@ -110,11 +117,67 @@ impl Port {
     }
 }
 
+/// A connection that the master holds.
+#[derive(Debug)]
+pub(crate) struct Held {
+    /// The master's copy. `None` if the master could not keep the connection.
+    pub(crate) copy: Option<Client>,
+    /// Whether the master's poller reports the connection when the client sends something or hangs
+    /// up. Each report ends this.
+    pub(crate) is_awaited: bool,
+    /// Whether the poller could not watch the connection.
+    pub(crate) is_unwatched: bool,
+    pub(crate) location: Location,
+    /// The time at which the master began to wait for the client.
+    pub(crate) since: Time,
+}
+
+impl Held {
+    /// Returns the client's number. Returns `None` if the master could not keep the connection.
+    pub(crate) fn client(&self) -> Option<u32> {
+        Some(self.copy.as_ref()?.client)
+    }
+}
+
+/// The location of a connection of which the master holds a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Location {
+    /// Only the master has the connection.
+    Master,
+    /// The connection is in the worker's queue, or the worker has received it.
+    Worker(WorkerId),
+    /// The worker has reported that it keeps the connection or has closed it.
+    Detached,
+}
+
+/// A connection in a worker's queue.
+#[derive(Debug)]
+pub(crate) struct Queued {
+    pub(crate) sequence: u64,
+    pub(crate) connection: Client,
+    /// The connection's id and history if the master holds a copy.
+    pub(crate) resumed: Option<Resumed>,
+}
+
+impl Queued {
+    /// Returns the connection in the form in which the master reclaims it.
+    pub(crate) fn reclaim(self) -> Sequenced<Handoff<Client>> {
+        let connection = match self.resumed {
+            Some(resumed) => Handoff::Held(resumed),
+            None => Handoff::New(self.connection),
+        };
+        Sequenced {
+            sequence: self.sequence,
+            connection,
+        }
+    }
+}
+
 /// The connections of one listener that are dispatched to one worker. The master keeps both ends of
 /// the queue, and the worker has a copy of one end.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    pub(crate) connections: VecDeque<Sequenced<Client>>,
+    pub(crate) connections: VecDeque<Queued>,
     /// The number of connections that the worker has received.
     pub(crate) received: u64,
     /// Whether the worker has shut its end down, so that nothing can be added to the queue.

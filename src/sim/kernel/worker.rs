@@ -4,12 +4,12 @@
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
-use super::process::{Parcel, ProcessState};
-use super::socket::{Client, Connection, Port, PortState, endpoint};
+use super::process::{Parcel, ProcessState, Received};
+use super::socket::{Connection, Port, PortState, endpoint};
 use super::{BACKOFF, Failure, KNOWN, World, nth};
 use crate::core::master::Attachment;
 use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
-use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::protocol::FrameError;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{ToMaster, ToWorker};
@@ -30,6 +30,8 @@ pub(crate) enum WorkerCall {
     /// Confirms a listener that has been opened, or drops a listener that could not be opened.
     FinishListen,
     CloseConnection,
+    /// Parks a connection.
+    Park,
     DropListener,
     LimitConnections,
     /// Makes the process's descriptors scarce or plentiful.
@@ -182,6 +184,9 @@ impl World {
                     port.state = PortState::Filtered;
                 }
             }
+            Action::CloseParked(_) | Action::HandOver => {
+                unreachable!("simulated workers hold no parked connections")
+            }
             Action::CloseChannel => {
                 let is_idle = process.held.is_empty();
                 assert!(
@@ -287,13 +292,17 @@ impl World {
             return false;
         }
         let has_queue = process.core.has_queue(listener);
-        let client = match process.shared.get(&listener).copied() {
+        let handle = process.shared.get(&listener).copied();
+        let received = match handle {
             Some(_) if has_queue && self.failing.remove(&Failure::Receive) => {
                 process.core.fds_exhausted();
                 process.worker_backoff = process.worker_backoff.or(Some(self.now + BACKOFF));
                 None
             }
-            Some(handle) if has_queue => self.receive(handle, worker),
+            Some(handle) if has_queue => {
+                let queued = self.receive(handle, worker);
+                queued.map(|queued| (queued.connection, queued.resumed))
+            }
             shared => {
                 let port = match shared {
                     Some(handle) => self.ports.get_mut(&handle),
@@ -303,19 +312,25 @@ impl World {
                     return false;
                 };
                 let client = port.backlog.pop_front();
-                client.map(|client| Connection::new(client, &self.closed))
+                client.map(|client| (Connection::new(client, &self.closed), None))
             }
         };
         let process = self.process(worker);
         let core = &mut process.core;
-        if let Some(client) = client {
+        if let Some((client, resumed)) = received {
             core.connection_opened(listener);
             match (has_queue, process.fds_are_scarce) {
                 (false, _) => {}
                 (true, true) => core.fds_scarce(),
                 (true, false) => core.fds_plentiful(),
             }
-            self.hold(worker, client, listener);
+            let received = Received {
+                client,
+                listener,
+                handle,
+                resumed,
+            };
+            self.hold(worker, received);
             return true;
         }
         if !core.is_draining(listener) {
@@ -328,17 +343,19 @@ impl World {
 
     /// Adds a connection to those that the application holds. Checks that the application does not
     /// hold more than its limit, unless the worker is disconnecting.
-    fn hold(&mut self, worker: WorkerId, client: Client, listener: ListenerId) {
-        let number = client.client;
+    fn hold(&mut self, worker: WorkerId, received: Received) {
+        let (client, listener) = (received.client.client, received.listener);
+        let resumed = received.resumed;
         let process = self.process(worker);
-        process.held.push((client, listener));
+        process.held.push(received);
         process.counters.received += 1;
         if let Some(limit) = process.limits.get(&listener) {
-            let held = process.held.iter().filter(|(_, from)| *from == listener);
+            let held = process.held.iter();
+            let held = held.filter(|received| received.listener == listener);
             let is_allowed = held.count() <= *limit || process.core.is_disconnecting();
             assert!(is_allowed, "more connections than the application wants");
         }
-        self.mark_served(number);
+        self.mark_served(client, resumed);
     }
 }
 
@@ -367,7 +384,7 @@ impl World {
         match (call, listener) {
             (WorkerCall::Listen, _) if can_listen => self.listen_with_limit(worker, n),
             (WorkerCall::ListenPrivately, _) if can_listen => {
-                let listener = process.core.listen_privately(Kind::Tcp);
+                let listener = process.core.listen_privately(Kind::Tcp, Parking::default());
                 process.listeners.push(listener);
                 if !process.core.is_disconnecting() {
                     process.private.insert(listener, Port::new(endpoint(0)));
@@ -395,6 +412,7 @@ impl World {
                 }
             }
             (WorkerCall::CloseConnection, _) => self.close_connection(worker, n),
+            (WorkerCall::Park, _) => self.park_connection(worker, n),
             (WorkerCall::DropListener, Some(listener)) => self.drop_listener(worker, listener),
             (WorkerCall::LimitConnections, Some(listener)) => {
                 // Stop checking the limit, because the new limit may be below the number of
@@ -459,9 +477,43 @@ impl World {
     pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) {
         let process = self.process(worker);
         if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
-            let (client, listener) = process.held.swap_remove(at);
-            drop(client);
-            process.core.connection_closed(Some(listener));
+            let received = process.held.swap_remove(at);
+            process.core.connection_closed(Some(received.listener));
+            if let Some(resumed) = received.resumed {
+                process.core.detach(resumed.connection);
+            }
+        }
+    }
+
+    /// Makes the application park one of its connections, if it has any. `n` selects the
+    /// connection.
+    pub(crate) fn park_connection(&mut self, worker: WorkerId, n: u8) {
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        let Some(at) = usize::from(n).checked_rem(process.held.len()) else {
+            return;
+        };
+        let Received {
+            client,
+            listener,
+            handle,
+            resumed,
+        } = process.held.swap_remove(at);
+        let core = &mut process.core;
+        core.connection_closed(Some(listener));
+        match (resumed, handle) {
+            (Some(resumed), _) if core.is_writable() => core.park_again(resumed.connection),
+            (None, Some(handle)) if core.is_writable() && core.has_queue(listener) => {
+                let frame = ToMaster::Park { handle, parked: 1 };
+                process.up.queue_connection(frame, client);
+                process.is_unflushed = true;
+            }
+            _ => {}
+        }
+        // As the shell, report that the worker is idle at once if the queue is empty.
+        let handle = process.shared.get(&listener);
+        let queue = handle.and_then(|handle| self.queues.get(&(*handle, worker)));
+        if queue.is_some_and(|queue| queue.connections.is_empty()) {
+            core.found_empty(listener);
         }
     }
 

@@ -129,6 +129,22 @@ impl InterruptibleAccept {
         async_io::enable(source, SIGNAL, own_thread())
     }
 
+    /// Makes arrivals on a connection interrupt `accept`, as [`add`](Self::add) does, until
+    /// [`remove_connection`](Self::remove_connection) is called or the connection is closed.
+    ///
+    /// # Errors
+    ///
+    /// Returns the same errors as [`add`](Self::add).
+    pub(crate) fn add_connection(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        async_io::enable(connection.as_raw_fd(), SIGNAL, own_thread())
+    }
+
+    /// Undoes [`add_connection`](Self::add_connection), also after the value was dropped. Does
+    /// nothing if this thread did not add the connection.
+    pub(crate) fn remove_connection(number: RawFd) {
+        async_io::disable(number, own_thread());
+    }
+
     /// Waits for a connection and returns it, blocking and closed on exec. Returns `None` if a
     /// source may have something to process, if a signal has interrupted the call, or if the
     /// deadline has passed.

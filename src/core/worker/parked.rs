@@ -1,0 +1,343 @@
+//! Connections that the worker holds while their clients send nothing.
+//!
+//! With round robin, the master holds parked connections. For the other listeners, the worker does:
+//! for those whose connections it accepts itself, and for private ones.
+//!
+//! ```text
+//! from         event                                                          to
+//! -----------  -------------------------------------------------------------  ---------
+//! (none)       the application parks a connection                             Idle
+//! (none)       the master gives the worker a connection of another worker     Idle
+//! (none)       either of the two, but the listener receives no more           Leaving
+//! Idle         the client sends something                                     Ready
+//! Ready        the application receives the connection                        (removed)
+//! Idle         the client hangs up or is silent for too long, or the worker   (removed)
+//!              holds too many connections
+//! Idle         the worker disconnects, or the listener drains                 Leaving
+//! Idle, Ready  the listener closes                                            Leaving
+//! Leaving      the shell sends the connection to the master                   (removed)
+//! any          the channel closes                                             (removed)
+//! ```
+//!
+//! A connection of a private listener is removed instead of becoming `Leaving`, because no other
+//! worker can serve it.
+
+use std::collections::VecDeque;
+
+use super::listener::{Entry as ListenerEntry, Stage};
+use super::{Action, Disconnect, ListenerId, WorkerCore};
+use crate::core::parked::{Expiries, NUMBER_MAX, Slab, end_of, expiry};
+use crate::types::connection_id::ConnectionId;
+use crate::types::time::Time;
+use crate::wire::frame::HandleId;
+
+/// The listener of connections that the worker only passes on. No listener has this number.
+const NO_LISTENER: ListenerId = ListenerId(0);
+
+#[derive(Debug)]
+struct Entry {
+    listener: ListenerId,
+    /// The master's handle of the listener, or `None` for a private listener.
+    handle: Option<HandleId>,
+    /// How often the connection has been parked.
+    parked: u32,
+    state: State,
+}
+
+/// The state of a connection that the worker holds. See the [module](self) for the transitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The worker waits until the client sends something, at most until the end of this second on
+    /// the worker's clock.
+    Idle(u32),
+    /// The client has sent something, and the connection waits for the application.
+    Ready,
+    /// The connection waits until the channel has space for it.
+    Leaving,
+}
+
+/// What the shell does with a connection that the application has parked, or that the master has
+/// sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Held {
+    /// Wait until the client sends something or hangs up, and then call `data_arrived` or
+    /// `idle_hung_up`.
+    Idle(ConnectionId),
+    /// Keep the connection until `next_leaving` returns it.
+    Leaving(ConnectionId),
+    Closed,
+}
+
+/// A connection that waits to be sent to the master.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Leaving {
+    pub(crate) id: ConnectionId,
+    pub(crate) handle: HandleId,
+    pub(crate) parked: u32,
+}
+
+/// The table of the connections that the worker holds.
+#[derive(Debug)]
+pub(super) struct ParkedTable {
+    entries: Slab<Entry>,
+    /// The idle connections.
+    expiries: Expiries,
+    leaving: VecDeque<ConnectionId>,
+    /// The maximum number of connections that the worker holds.
+    limit: usize,
+    /// The second at whose end the worker checks the expiries. It is not later than the first
+    /// expiry, and it does not move when that connection is resumed. A worker that blocks would
+    /// otherwise set its timer again for nearly every request.
+    alarm: Option<u32>,
+}
+
+impl ParkedTable {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: Slab::new(),
+            expiries: Expiries::new(),
+            leaving: VecDeque::new(),
+            limit: NUMBER_MAX,
+            alarm: None,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.len() == 0
+    }
+
+    fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
+        let state = entry.state;
+        let id = self.entries.insert(entry)?;
+        match state {
+            State::Idle(second) => {
+                self.expiries.insert(second, id);
+                self.alarm = Some(self.alarm.map_or(second, |alarm| alarm.min(second)));
+            }
+            State::Leaving => self.leaving.push_back(id),
+            State::Ready => {}
+        }
+        Some(id)
+    }
+
+    /// Changes the state of a connection that is not leaving.
+    fn set(&mut self, id: ConnectionId, state: State) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            let old = std::mem::replace(&mut entry.state, state);
+            if let State::Idle(second) = old {
+                self.expiries.remove(second, id);
+            }
+            if state == State::Leaving {
+                self.leaving.push_back(id);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: ConnectionId) -> Option<Entry> {
+        let entry = self.entries.remove(id)?;
+        if let State::Idle(second) = entry.state {
+            self.expiries.remove(second, id);
+        }
+        Some(entry)
+    }
+
+    fn is_idle(&self, id: ConnectionId) -> bool {
+        let entry = self.entries.get(id);
+        entry.is_some_and(|entry| matches!(entry.state, State::Idle(_)))
+    }
+}
+
+// Requests of the application, and facts that the shell reports.
+impl<F> WorkerCore<F> {
+    /// Sets the maximum number of connections that the worker holds.
+    pub(crate) fn set_parked_limit(&mut self, limit: usize) {
+        self.parked.limit = limit.min(NUMBER_MAX);
+    }
+
+    /// Holds a connection of the listener until its client sends something. If the worker holds too
+    /// many connections, closes the one that expires first. If the listener receives no more
+    /// connections, the connection goes to the master, or is closed if the listener is private.
+    pub(crate) fn hold(
+        &mut self,
+        listener: ListenerId,
+        handle: Option<HandleId>,
+        parked: u32,
+        now: Time,
+    ) -> Held {
+        let entry = self.listeners.get(&listener);
+        let is_disconnecting = self.disconnect == Disconnect::Received;
+        let is_open = |entry: &&ListenerEntry| {
+            matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
+        };
+        let state = match (entry.filter(is_open), handle) {
+            _ if !self.is_writable() => return Held::Closed,
+            (Some(entry), _) => State::Idle(expiry(now, entry.idle_timeout)),
+            (None, Some(_)) => State::Leaving,
+            (None, None) => return Held::Closed,
+        };
+        let inserted = self.parked.insert(Entry {
+            listener,
+            handle,
+            parked,
+            state,
+        });
+        let Some(id) = inserted else {
+            return Held::Closed;
+        };
+        if state == State::Leaving {
+            self.actions.push_back(Action::HandOver);
+            return Held::Leaving(id);
+        }
+        // Close the connection after the insertion, so that the new connection has another number.
+        if self.parked.entries.len() > self.parked.limit {
+            if let Some((_, first)) = self.parked.expiries.first() {
+                self.close_parked(first);
+            }
+        }
+        Held::Idle(id)
+    }
+
+    /// Holds a connection that the master has sent. A connection of a listener that receives no
+    /// more goes back to the master.
+    pub(crate) fn adopt(&mut self, handle: HandleId, parked: u32, now: Time) -> Held {
+        let listener = self.by_handle(handle).unwrap_or(NO_LISTENER);
+        match self.is_datagram(listener) {
+            true => Held::Closed,
+            false => self.hold(listener, Some(handle), parked, now),
+        }
+    }
+
+    /// Records that the client of an idle connection has sent something. Returns the listener that
+    /// passes the connection to the application.
+    pub(crate) fn data_arrived(&mut self, id: ConnectionId) -> Option<ListenerId> {
+        if !self.parked.is_idle(id) {
+            return None;
+        }
+        let listener = self.parked.entries.get(id)?.listener;
+        let entry = self.listeners.get_mut(&listener)?;
+        entry.resumed.push_back(id);
+        self.parked.set(id, State::Ready);
+        Some(listener)
+    }
+
+    /// Records that the client of an idle connection has hung up, or that the connection cannot be
+    /// watched. Closes the connection.
+    pub(crate) fn idle_hung_up(&mut self, id: ConnectionId) {
+        if self.parked.is_idle(id) {
+            self.close_parked(id);
+        }
+    }
+
+    /// Closes the connections whose clients have been silent for too long.
+    pub(crate) fn expire_parked(&mut self, now: Time) {
+        if self.parked_deadline().is_none_or(|alarm| alarm > now) {
+            return;
+        }
+        loop {
+            let first = self.parked.expiries.first();
+            let Some((_, id)) = first.filter(|(second, _)| end_of(*second) <= now) else {
+                self.parked.alarm = first.map(|(second, _)| second);
+                return;
+            };
+            self.close_parked(id);
+        }
+    }
+
+    fn close_parked(&mut self, id: ConnectionId) {
+        if self.parked.remove(id).is_some() {
+            self.actions.push_back(Action::CloseParked(id));
+        }
+    }
+}
+
+// Queries, and connections that leave the table.
+impl<F> WorkerCore<F> {
+    /// Returns the time by which `expire_parked` must be called.
+    pub(crate) fn parked_deadline(&self) -> Option<Time> {
+        self.parked.alarm.map(end_of)
+    }
+
+    /// Returns whether the client of a parked connection of this listener has sent something.
+    pub(crate) fn has_resumed(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| !entry.resumed.is_empty())
+    }
+
+    /// Removes the listener's next connection whose client has sent something. Returns the
+    /// connection, and how often it has been parked.
+    pub(crate) fn next_resumed(&mut self, listener: ListenerId) -> Option<(ConnectionId, u32)> {
+        let entry = self.listeners.get_mut(&listener)?;
+        let id = entry.resumed.pop_front()?;
+        let removed = self.parked.remove(id)?;
+        Some((id, removed.parked))
+    }
+
+    /// Removes and returns the next connection that the shell sends to the master.
+    pub(crate) fn next_leaving(&mut self) -> Option<Leaving> {
+        loop {
+            let id = self.parked.leaving.pop_front()?;
+            let removed = self.parked.remove(id);
+            let handle = removed.as_ref().and_then(|entry| entry.handle);
+            if let (Some(Entry { parked, .. }), Some(handle)) = (removed, handle) {
+                return Some(Leaving { id, handle, parked });
+            }
+        }
+    }
+
+    pub(crate) fn has_leaving(&self) -> bool {
+        !self.parked.leaving.is_empty()
+    }
+
+    /// Lets the idle connections leave, of one listener or of all. Those whose clients have sent
+    /// something stay for the application.
+    pub(super) fn idle_leave(&mut self, listener: Option<ListenerId>) {
+        self.leave_where(|entry| {
+            let is_own = listener.is_none_or(|listener| entry.listener == listener);
+            is_own && matches!(entry.state, State::Idle(_))
+        });
+    }
+
+    /// Lets all connections of a listener leave, because it closes.
+    pub(super) fn all_leave(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.resumed = VecDeque::new();
+        }
+        self.leave_where(|entry| entry.listener == listener && entry.state != State::Leaving);
+    }
+
+    /// Lets all connections leave, because the application no longer has the worker.
+    pub(crate) fn release_parked(&mut self) {
+        for listener in self.listeners_where(|entry| !entry.resumed.is_empty()) {
+            self.all_leave(listener);
+        }
+        self.idle_leave(None);
+    }
+
+    fn leave_where(&mut self, is_wanted: impl Fn(&Entry) -> bool) {
+        if self.parked.is_empty() {
+            return;
+        }
+        for id in self.parked.entries.filter(is_wanted) {
+            let entry = self.parked.entries.get(id);
+            if entry.is_some_and(|entry| entry.handle.is_some()) {
+                self.parked.set(id, State::Leaving);
+            } else {
+                self.close_parked(id);
+            }
+        }
+        if self.has_leaving() {
+            self.actions.push_back(Action::HandOver);
+        }
+    }
+
+    /// Closes all connections, because the channel has closed.
+    pub(super) fn close_all_parked(&mut self) {
+        for id in self.parked.entries.filter(|_| true) {
+            self.close_parked(id);
+        }
+        self.parked = ParkedTable {
+            limit: self.parked.limit,
+            ..ParkedTable::new()
+        };
+    }
+}
