@@ -48,6 +48,7 @@ mod operator;
 mod orphans;
 mod own_user;
 mod parked;
+mod parked_in_worker;
 mod passed;
 mod pool;
 /// The pool's source, compiled a second time to check that it uses only the crate's public API.
@@ -141,6 +142,7 @@ fn main() -> ExitCode {
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
+        parked_in_worker::SCENARIOS,
         passed::SCENARIOS,
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
