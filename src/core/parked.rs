@@ -69,47 +69,67 @@ impl<T> Slab<T> {
     }
 }
 
+/// The time at which an idle connection expires: the end of a second. The granularity of a second
+/// lets one wake-up of the process close many connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Expiry {
+    second: u32,
+    /// Orders the connections that expire in the same second by the time at which they became idle.
+    order: u32,
+}
+
+impl Expiry {
+    /// Returns the time at which the connection is closed.
+    pub(super) fn time(self) -> Time {
+        Time::from_secs(u64::from(self.second))
+    }
+}
+
 /// The idle connections, in the order in which they expire.
 #[derive(Debug)]
-pub(super) struct Expiries(BTreeSet<(u32, ConnectionId)>);
+pub(super) struct Expiries {
+    idle: BTreeSet<(Expiry, ConnectionId)>,
+    last_order: u32,
+}
 
 impl Expiries {
     pub(super) const fn new() -> Self {
-        Self(BTreeSet::new())
+        Self {
+            idle: BTreeSet::new(),
+            last_order: 0,
+        }
     }
 
-    pub(super) fn insert(&mut self, second: u32, connection: ConnectionId) {
-        self.0.insert((second, connection));
+    /// Returns the expiry of a connection that becomes idle now.
+    pub(super) fn next_expiry(&mut self, now: Time, timeout: Time) -> Expiry {
+        let at = now.saturating_add(timeout);
+        let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
+        self.last_order = self.last_order.wrapping_add(1);
+        Expiry {
+            second: u32::try_from(seconds).unwrap_or(u32::MAX),
+            order: self.last_order,
+        }
     }
 
-    pub(super) fn remove(&mut self, second: u32, connection: ConnectionId) {
-        self.0.remove(&(second, connection));
+    pub(super) fn insert(&mut self, expiry: Expiry, connection: ConnectionId) {
+        self.idle.insert((expiry, connection));
     }
 
-    /// Returns the connection that expires first, and the second at whose end it expires.
-    pub(super) fn first(&self) -> Option<(u32, ConnectionId)> {
-        self.0.first().copied()
+    pub(super) fn remove(&mut self, expiry: Expiry, connection: ConnectionId) {
+        self.idle.remove(&(expiry, connection));
+    }
+
+    /// Returns the connection that expires first.
+    pub(super) fn first(&self) -> Option<(Expiry, ConnectionId)> {
+        self.idle.first().copied()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = ConnectionId> + '_ {
-        self.0.iter().map(|(_, connection)| *connection)
+        self.idle.iter().map(|(_, connection)| *connection)
     }
 
     #[cfg(any(test, fuzzing))]
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.idle.len()
     }
-}
-
-/// Returns the second at whose end an idle connection expires. The granularity of a second lets one
-/// wake-up of the process close many connections.
-pub(super) fn expiry(now: Time, timeout: Time) -> u32 {
-    let at = now.saturating_add(timeout);
-    let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
-    u32::try_from(seconds).unwrap_or(u32::MAX)
-}
-
-/// Returns the time at which the connections with this expiry are closed.
-pub(super) fn end_of(second: u32) -> Time {
-    Time::from_secs(u64::from(second))
 }

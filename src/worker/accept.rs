@@ -97,8 +97,11 @@ impl Unchecked {
 #[derive(Debug)]
 pub(super) struct WaitState {
     unchecked: Cell<Unchecked>,
-    /// The time of the last wait with poll(2).
+    /// The time of the last wait with poll(2), or of the last interrupt of accept(2).
     last_wait: Cell<Instant>,
+    /// Whether the poller has reported a parked connection whose interrupt is probably still
+    /// pending. It would interrupt the next accept(2) in vain, which costs more than discarding it.
+    has_stale_interrupt: Cell<bool>,
 }
 
 impl WaitState {
@@ -106,6 +109,7 @@ impl WaitState {
         Self {
             unchecked: Cell::new(Unchecked::Both),
             last_wait: Cell::new(Instant::now()),
+            has_stale_interrupt: Cell::new(false),
         }
     }
 
@@ -248,13 +252,18 @@ impl Worker {
         let last_wait = &self.inner.wait_state.last_wait;
         if last_wait.get().elapsed() >= CHECK_INTERVAL {
             last_wait.set(Instant::now());
+            shell.check_backlog();
             if shell.service_channel()? {
                 return Ok(Attempt::Retry);
             }
+            self.inner.wait_state.channel_checked();
         }
-        if shell.is_turn_of_new() && shell.has_input(listener) {
-            let deadline = shell.now().saturating_add(TURN_WAIT);
-            return self.accept_blocking(listener, Some(deadline));
+        if shell.is_turn_of_new() {
+            if shell.has_input(listener) {
+                let deadline = shell.now().saturating_add(TURN_WAIT);
+                return self.accept_blocking(listener, Some(deadline));
+            }
+            shell.backlog_is_empty();
         }
         Ok(shell.resume(listener).into())
     }
@@ -273,11 +282,16 @@ impl Worker {
             return Ok(Attempt::Retry);
         }
         wait_state.channel_checked();
+        if wait_state.has_stale_interrupt.take() && shell.discard_interrupt() {
+            wait_state.interrupted();
+            return Ok(Attempt::Retry);
+        }
         let deadline = earlier(event_loop.deadline(shell.deadline()), deadline);
         match shell.accept_blocking(listener, deadline) {
             Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
             Ok(None) => {
                 wait_state.interrupted();
+                wait_state.last_wait.set(Instant::now());
                 Ok(Attempt::Retry)
             }
             Err(error) => {
@@ -326,10 +340,16 @@ impl Worker {
         let mut backoff = Backoff::default();
         loop {
             // Deliver pending notifications first, because the attempt may wait.
-            let is_unchecked = shell.take_unchecked() && shell.is_blocking(listener);
-            let must_check = wait_state.take_poller() || is_unchecked;
-            if must_check || worker.time_left() == Some(Duration::ZERO) {
+            // While there are resumed connections, their requests come first.
+            let is_unchecked = !shell.has_resumed(listener)
+                && shell.take_unchecked()
+                && shell.is_blocking(listener);
+            let must_check = wait_state.take_poller();
+            if must_check || is_unchecked || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
+            }
+            if is_unchecked && !must_check && shell.has_resumed(listener) {
+                wait_state.has_stale_interrupt.set(true);
             }
             let may_wait = match worker.attempt_after(&mut backoff, &mut attempt)? {
                 Attempt::Received(received) => return Ok(Some(received)),
@@ -391,6 +411,7 @@ impl Worker {
         let is_ready = shell.wait(event_loop.as_fd(), socket, limit)?;
         self.inner.wait_state.poller_reported(is_ready);
         self.inner.wait_state.last_wait.set(Instant::now());
+        shell.check_backlog();
         Ok(())
     }
 }

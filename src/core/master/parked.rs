@@ -39,7 +39,7 @@ use super::listener::{Listener, Stage};
 use super::workers::WorkerEntry;
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
-use crate::core::parked::{Expiries, NUMBER_MAX, Slab, end_of, expiry};
+use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
 use crate::types::protocol::{FrameError, Violation};
@@ -75,9 +75,8 @@ struct Entry {
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The master waits until the client sends something, at most until the end of this second on
-    /// the core's clock.
-    Idle(u32),
+    /// The master waits until the client sends something, at most until this time.
+    Idle(Expiry),
     /// The client has sent something, and the connection waits for a worker.
     Ready,
     /// The connection is in the worker's queue, or the worker serves it.
@@ -133,7 +132,7 @@ impl ParkedTable {
 
     fn link(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => self.expiries.insert(second, connection),
+            State::Idle(expiry) => self.expiries.insert(expiry, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
         }
@@ -141,7 +140,7 @@ impl ParkedTable {
 
     fn unlink(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(second) => self.expiries.remove(second, connection),
+            State::Idle(expiry) => self.expiries.remove(expiry, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
         }
@@ -180,8 +179,8 @@ impl ParkedTable {
 
     /// Returns the latest time at which `expire_parked` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
-        let (second, _) = self.expiries.first()?;
-        Some(end_of(second))
+        let (expiry, _) = self.expiries.first()?;
+        Some(expiry.time())
     }
 
     /// Returns the number of idle connections.
@@ -305,7 +304,7 @@ impl<C, F> MasterCore<C, F> {
         }
         let entry = Entry {
             handle,
-            state: State::Idle(expiry(self.now, timeout)),
+            state: State::Idle(self.parked.expiries.next_expiry(self.now, timeout)),
             parked,
         };
         match self.parked.insert(entry) {
@@ -337,7 +336,7 @@ impl<C, F> MasterCore<C, F> {
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         match timeout {
             Some(timeout) => {
-                let state = State::Idle(expiry(self.now, timeout));
+                let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
                 self.actions.push_back(Action::AwaitData { id: connection });
             }

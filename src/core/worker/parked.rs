@@ -26,9 +26,9 @@ use std::collections::VecDeque;
 
 use super::listener::{Entry as ListenerEntry, Stage};
 use super::{Action, Disconnect, ListenerId, WorkerCore};
-use crate::core::parked::{Expiries, NUMBER_MAX, Slab, end_of, expiry};
+use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
-use crate::types::time::Time;
+use crate::types::time::{Time, earlier};
 use crate::wire::frame::HandleId;
 
 /// The listener of connections that the worker only passes on. No listener has this number.
@@ -47,9 +47,8 @@ struct Entry {
 /// The state of a connection that the worker holds. See the [module](self) for the transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The worker waits until the client sends something, at most until the end of this second on
-    /// the worker's clock.
-    Idle(u32),
+    /// The worker waits until the client sends something, at most until this time.
+    Idle(Expiry),
     /// The client has sent something, and the connection waits for the application.
     Ready,
     /// The connection waits until the channel has space for it.
@@ -85,10 +84,10 @@ pub(super) struct ParkedTable {
     leaving: VecDeque<ConnectionId>,
     /// The maximum number of connections that the worker holds.
     limit: usize,
-    /// The second at whose end the worker checks the expiries. It is not later than the first
-    /// expiry, and it does not move when that connection is resumed. A worker that blocks would
-    /// otherwise set its timer again for nearly every request.
-    alarm: Option<u32>,
+    /// The time at which the worker checks the expiries. It is not later than the first expiry, and
+    /// it does not move when that connection is resumed. A worker that blocks would otherwise set
+    /// its timer again for nearly every request.
+    alarm: Option<Time>,
 }
 
 impl ParkedTable {
@@ -110,9 +109,9 @@ impl ParkedTable {
         let state = entry.state;
         let id = self.entries.insert(entry)?;
         match state {
-            State::Idle(second) => {
-                self.expiries.insert(second, id);
-                self.alarm = Some(self.alarm.map_or(second, |alarm| alarm.min(second)));
+            State::Idle(expiry) => {
+                self.expiries.insert(expiry, id);
+                self.alarm = earlier(self.alarm, Some(expiry.time()));
             }
             State::Leaving => self.leaving.push_back(id),
             State::Ready => {}
@@ -124,8 +123,8 @@ impl ParkedTable {
     fn set(&mut self, id: ConnectionId, state: State) {
         if let Some(entry) = self.entries.get_mut(id) {
             let old = std::mem::replace(&mut entry.state, state);
-            if let State::Idle(second) = old {
-                self.expiries.remove(second, id);
+            if let State::Idle(expiry) = old {
+                self.expiries.remove(expiry, id);
             }
             if state == State::Leaving {
                 self.leaving.push_back(id);
@@ -135,8 +134,8 @@ impl ParkedTable {
 
     fn remove(&mut self, id: ConnectionId) -> Option<Entry> {
         let entry = self.entries.remove(id)?;
-        if let State::Idle(second) = entry.state {
-            self.expiries.remove(second, id);
+        if let State::Idle(expiry) = entry.state {
+            self.expiries.remove(expiry, id);
         }
         Some(entry)
     }
@@ -171,7 +170,9 @@ impl<F> WorkerCore<F> {
         };
         let state = match (entry.filter(is_open), handle) {
             _ if !self.is_writable() => return Held::Closed,
-            (Some(entry), _) => State::Idle(expiry(now, entry.idle_timeout)),
+            (Some(entry), _) => {
+                State::Idle(self.parked.expiries.next_expiry(now, entry.idle_timeout))
+            }
             (None, Some(_)) => State::Leaving,
             (None, None) => return Held::Closed,
         };
@@ -235,8 +236,8 @@ impl<F> WorkerCore<F> {
         }
         loop {
             let first = self.parked.expiries.first();
-            let Some((_, id)) = first.filter(|(second, _)| end_of(*second) <= now) else {
-                self.parked.alarm = first.map(|(second, _)| second);
+            let Some((_, id)) = first.filter(|(expiry, _)| expiry.time() <= now) else {
+                self.parked.alarm = first.map(|(expiry, _)| expiry.time());
                 return;
             };
             self.close_parked(id);
@@ -254,7 +255,7 @@ impl<F> WorkerCore<F> {
 impl<F> WorkerCore<F> {
     /// Returns the time by which `expire_parked` must be called.
     pub(crate) fn parked_deadline(&self) -> Option<Time> {
-        self.parked.alarm.map(end_of)
+        self.parked.alarm
     }
 
     /// Returns whether the client of a parked connection of this listener has sent something.
@@ -339,5 +340,194 @@ impl<F> WorkerCore<F> {
             limit: self.parked.limit,
             ..ParkedTable::new()
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+    use crate::types::policy::SchedulingPolicy;
+    use crate::wire::frame::{Bound, ToMaster, ToWorker};
+
+    type Core = WorkerCore<()>;
+
+    const HANDLE: HandleId = HandleId(7);
+    const NOW: Time = Time::from_millis(100);
+
+    /// Returns a core with a shared listener whose clients may be silent for `seconds`.
+    fn shared(seconds: u32) -> (Core, ListenerId) {
+        let mut core = Core::new();
+        let flags = BindFlags {
+            parking: Parking {
+                idle_seconds: Some(seconds),
+                ..Parking::default()
+            },
+            ..BindFlags::default()
+        };
+        let path = Place::Path("/path".into());
+        let listener = core.listen(Endpoint::new(Kind::Unix, path), flags);
+        let result = Ok(Bound {
+            handle: HANDLE,
+            policy: SchedulingPolicy::Shared,
+            address: None,
+        });
+        let request = listener.0;
+        core.frame(ToWorker::Reply { request, result }).unwrap();
+        actions(&mut core);
+        (core, listener)
+    }
+
+    fn actions(core: &mut Core) -> Vec<Action> {
+        std::iter::from_fn(|| core.next_action()).collect()
+    }
+
+    fn idle(core: &mut Core, listener: ListenerId, parked: u32) -> ConnectionId {
+        let handle = core.handle(listener);
+        match core.hold(listener, handle, parked, NOW) {
+            Held::Idle(id) => id,
+            held => panic!("{held:?}"),
+        }
+    }
+
+    fn leaving(core: &mut Core) -> Vec<(ConnectionId, u32)> {
+        let all = std::iter::from_fn(|| core.next_leaving());
+        let all = all.inspect(|leaving| assert_eq!(leaving.handle, HANDLE));
+        all.map(|leaving| (leaving.id, leaving.parked)).collect()
+    }
+
+    #[test]
+    fn connections_are_resumed_in_the_order_of_their_requests() {
+        let (mut core, listener) = shared(60);
+        let [first, second, third] = [1, 2, 3].map(|parked| idle(&mut core, listener, parked));
+        assert!(!core.has_resumed(listener));
+        for id in [second, first] {
+            assert_eq!(core.data_arrived(id), Some(listener));
+            assert_eq!(core.data_arrived(id), None, "reported twice");
+        }
+        core.idle_hung_up(first);
+        assert_eq!(core.next_resumed(listener), Some((second, 2)));
+        assert_eq!(core.next_resumed(listener), Some((first, 1)));
+        assert_eq!(core.next_resumed(listener), None);
+        core.idle_hung_up(third);
+        assert_eq!(actions(&mut core), [Action::CloseParked(third)]);
+        assert!(core.parked.is_empty());
+    }
+
+    #[test]
+    fn silent_connections_expire_together_at_the_end_of_a_second() {
+        let (mut core, listener) = shared(1);
+        let early = idle(&mut core, listener, 1);
+        let same = core.hold(listener, None, 1, Time::from_millis(900));
+        let late = core.hold(listener, None, 1, Time::from_millis(1100));
+        let end = Time::from_secs(2);
+        assert_eq!(core.parked_deadline(), Some(end));
+        core.expire_parked(Time::from_millis(1999));
+        assert_eq!(actions(&mut core), []);
+        core.expire_parked(end);
+        let (Held::Idle(same), Held::Idle(late)) = (same, late) else {
+            panic!("{same:?} {late:?}");
+        };
+        let closed = [Action::CloseParked(early), Action::CloseParked(same)];
+        assert_eq!(actions(&mut core), closed);
+        assert_eq!(core.parked_deadline(), Some(Time::from_secs(3)));
+        core.expire_parked(Time::from_secs(3));
+        assert_eq!(actions(&mut core), [Action::CloseParked(late)]);
+        assert_eq!(core.parked_deadline(), None);
+    }
+
+    #[test]
+    fn resumed_connection_does_not_move_the_timer() {
+        let (mut core, listener) = shared(1);
+        let id = idle(&mut core, listener, 1);
+        let deadline = core.parked_deadline();
+        core.data_arrived(id);
+        core.next_resumed(listener);
+        assert_eq!(core.parked_deadline(), deadline);
+        let later = Time::from_millis(1500);
+        assert!(matches!(core.hold(listener, None, 2, later), Held::Idle(_)));
+        assert_eq!(core.parked_deadline(), deadline);
+        core.expire_parked(Time::from_secs(2));
+        assert_eq!(actions(&mut core), [], "the connection was parked again");
+        assert_eq!(core.parked_deadline(), Some(Time::from_secs(3)));
+    }
+
+    #[test]
+    fn first_to_expire_is_closed_beyond_the_limit() {
+        let (mut core, listener) = shared(60);
+        core.set_parked_limit(2);
+        let ids: Vec<_> = (0..5).map(|n| idle(&mut core, listener, n)).collect();
+        let closed: Vec<_> = ids[..3].iter().copied().map(Action::CloseParked).collect();
+        assert_eq!(actions(&mut core), closed);
+        core.data_arrived(ids[4]);
+        assert_eq!(core.next_resumed(listener), Some((ids[4], 4)));
+    }
+
+    #[test]
+    fn disconnecting_worker_hands_idle_connections_to_the_master() {
+        let (mut core, listener) = shared(60);
+        let private = core.listen_privately(Kind::Tcp, Parking::default());
+        let [resumed, idle_one] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        let private_one = idle(&mut core, private, 1);
+        core.data_arrived(resumed);
+        core.frame(ToWorker::Disconnect).unwrap();
+        let all = actions(&mut core);
+        assert!(all.contains(&Action::CloseParked(private_one)), "{all:?}");
+        assert!(all.contains(&Action::HandOver), "{all:?}");
+        assert!(core.has_leaving());
+        assert_eq!(leaving(&mut core), [(idle_one, 2)]);
+        assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
+        // What the application parks now leaves at once.
+        let Held::Leaving(id) = core.hold(listener, Some(HANDLE), 2, NOW) else {
+            panic!("the worker holds a connection");
+        };
+        assert_eq!(core.hold(private, None, 2, NOW), Held::Closed);
+        core.close(private);
+        core.close(listener);
+        assert!(!core.is_drained(), "a connection is left");
+        assert_eq!(leaving(&mut core), [(id, 2)]);
+        assert!(core.is_drained());
+    }
+
+    #[test]
+    fn all_connections_of_a_closed_listener_leave_before_its_release() {
+        let (mut core, listener) = shared(60);
+        let [resumed, idle_one] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.data_arrived(resumed);
+        core.forget(listener);
+        let release = Action::Send(ToMaster::Release { handle: HANDLE });
+        let close = Action::CloseListener(listener);
+        assert_eq!(actions(&mut core), [Action::HandOver, release, close]);
+        assert_eq!(leaving(&mut core), [(resumed, 1), (idle_one, 2)]);
+        assert!(!core.has_resumed(listener));
+        let held = core.hold(listener, Some(HANDLE), 3, NOW);
+        assert!(matches!(held, Held::Leaving(_)), "{held:?}");
+    }
+
+    #[test]
+    fn adopted_connection_is_idle_or_returns_to_the_master() {
+        let (mut core, listener) = shared(60);
+        let Held::Idle(id) = core.adopt(HANDLE, 4, NOW) else {
+            panic!("not held");
+        };
+        assert_eq!(core.data_arrived(id), Some(listener));
+        assert_eq!(core.next_resumed(listener), Some((id, 4)));
+        core.close(listener);
+        let held = core.adopt(HANDLE, 4, NOW);
+        assert!(matches!(held, Held::Leaving(_)), "{held:?}");
+        assert_eq!(leaving(&mut core).len(), 1);
+    }
+
+    #[test]
+    fn closed_channel_closes_all_connections() {
+        let (mut core, listener) = shared(60);
+        let [first, second] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.data_arrived(first);
+        core.channel_closed();
+        let all = actions(&mut core);
+        let closed = [first, second].map(Action::CloseParked);
+        assert_eq!(all[..2], closed, "{all:?}");
+        assert!(core.parked.is_empty() && core.parked_deadline().is_none());
+        assert_eq!(core.hold(listener, Some(HANDLE), 1, NOW), Held::Closed);
     }
 }

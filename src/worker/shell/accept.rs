@@ -61,7 +61,7 @@ impl WorkerShell {
     pub(crate) fn try_next(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let core = self.core.borrow();
         let resumes = core.has_resumed(listener)
-            && (self.turn.get() == Turn::Parked || core.is_draining(listener));
+            && (self.turn.get() != Turn::New || core.is_draining(listener));
         drop(core);
         if resumes {
             return Ok(self.resume(listener));
@@ -72,7 +72,10 @@ impl WorkerShell {
                 self.turn.set(Turn::Parked);
                 Some(accepted)
             }
-            None => self.resume(listener),
+            None => {
+                self.backlog_is_empty();
+                self.resume(listener)
+            }
         })
     }
 
@@ -256,9 +259,13 @@ impl WorkerShell {
         // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
-            Ok(fd) => {
+            Ok(Some(fd)) => {
                 self.turn.set(Turn::Parked);
-                Ok(fd.map(|fd| self.accepted(listener, Arrived::new(fd))))
+                Ok(Some(self.accepted(listener, Arrived::new(fd))))
+            }
+            Ok(None) => {
+                self.backlog_is_empty();
+                Ok(None)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);

@@ -57,11 +57,22 @@ pub(super) struct ParkedConnection {
     interrupts: bool,
 }
 
-/// The source of the next connection, if both the listener and the parked connections have one.
+/// The source of the next connection, if a parked connection is ready.
+///
+/// | turn | event | next |
+/// |---|---|---|
+/// | any | a new connection is accepted | `Parked` |
+/// | `Parked` | a parked connection is resumed | `New` |
+/// | `New` | the backlog is found empty | `ParkedOnly` |
+/// | `ParkedOnly` | `check_backlog`, once per interval | `New` |
+///
+/// Without `ParkedOnly`, the worker would check the backlog for each request on a parked
+/// connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turn {
+pub(super) enum Turn {
     New,
     Parked,
+    ParkedOnly,
 }
 
 impl WorkerShell {
@@ -262,7 +273,9 @@ impl WorkerShell {
         drop(core);
         let ParkedConnection { fd, interrupts } = self.parked.borrow_mut().remove(id)?;
         self.poller.keep_dormant(fd.as_fd());
-        self.turn.set(Turn::New);
+        if self.turn.get() == Turn::Parked {
+            self.turn.set(Turn::New);
+        }
         let number = fd.as_raw_fd();
         let arrived = Arrived {
             fd,
@@ -281,6 +294,25 @@ impl WorkerShell {
     /// Returns whether a new connection comes before a parked one.
     pub(crate) fn is_turn_of_new(&self) -> bool {
         self.turn.get() == Turn::New
+    }
+
+    /// Records that the backlog was found empty.
+    pub(crate) fn backlog_is_empty(&self) {
+        self.turn.set(Turn::ParkedOnly);
+    }
+
+    /// Lets a new connection come before a parked one again, if the backlog was found empty before.
+    pub(crate) fn check_backlog(&self) {
+        if self.turn.get() == Turn::ParkedOnly {
+            self.turn.set(Turn::New);
+        }
+    }
+
+    /// Discards a pending interrupt of a blocking `accept`. Returns whether there was one. The
+    /// caller must then check all sources.
+    pub(crate) fn discard_interrupt(&self) -> bool {
+        let interrupt = self.interrupt.get();
+        interrupt.is_some_and(InterruptibleAccept::discard)
     }
 }
 

@@ -145,6 +145,15 @@ impl InterruptibleAccept {
         async_io::disable(number, own_thread());
     }
 
+    /// Discards a pending interrupt. Returns whether there was one. The caller must then check all
+    /// sources before it calls `accept`. Does nothing if the application handles the signal too,
+    /// because the pending signal may be meant for the application.
+    pub(crate) fn discard(&self) -> bool {
+        let previous = self.previous_action.sa_sigaction;
+        let is_ours = matches!(previous, libc::SIG_DFL | libc::SIG_IGN) && is_handled();
+        is_ours && self.signal.take_pending()
+    }
+
     /// Waits for a connection and returns it, blocking and closed on exec. Returns `None` if a
     /// source may have something to process, if a signal has interrupted the call, or if the
     /// deadline has passed.
