@@ -10,7 +10,7 @@ use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
 use crate::runtime::backoff::Backoff;
 use crate::sys::listen::is_permanent_error;
-use crate::types::time::{Time, earlier};
+use crate::types::time::earlier;
 use crate::worker::connection::Connection;
 use crate::worker::shell::Accepted;
 use crate::worker::{Inner, Worker};
@@ -38,6 +38,12 @@ const LAST_PAUSE: Duration = Duration::from_millis(1024);
 /// Another worker may take the connection first. The worker then waits in vain. A longer time would
 /// delay the parked connection. A shorter time could end before the call.
 const TURN_WAIT: Duration = Duration::from_millis(1);
+/// Maximum number of calls of accept(2) for a new connection while parked connections are ready.
+///
+/// Each arrival on a parked connection interrupts the call. With one attempt, busy parked
+/// connections would make new ones wait forever. Two attempts almost always suffice, because an
+/// arrival would have to fall between two system calls.
+const TURN_ATTEMPTS: u32 = 3;
 
 /// The sources, besides the listener itself, that may have unhandled input.
 ///
@@ -246,7 +252,7 @@ impl Worker {
     fn accept_in_turn(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let shell = &self.inner.shell;
         if !shell.has_resumed(listener) {
-            return self.accept_blocking(listener, None);
+            return self.accept_blocking(listener);
         }
         // Without a wait in accept(2), nothing else would check the channel.
         let last_wait = &self.inner.wait_state.last_wait;
@@ -260,21 +266,45 @@ impl Worker {
         }
         if shell.is_turn_of_new() {
             if shell.has_input(listener) {
-                let deadline = shell.now().saturating_add(TURN_WAIT);
-                return self.accept_blocking(listener, Some(deadline));
+                if let Some(attempt) = self.accept_new_first(listener)? {
+                    return Ok(attempt);
+                }
+            } else {
+                shell.backlog_is_empty();
             }
-            shell.backlog_is_empty();
         }
         Ok(shell.resume(listener).into())
     }
 
+    /// Accepts a new connection although parked connections are ready. Returns `None` if another
+    /// worker has taken it, or if the attempts were interrupted.
+    fn accept_new_first(&self, listener: ListenerId) -> Result<Option<Attempt<Accepted>>> {
+        let (shell, wait_state) = (&self.inner.shell, &self.inner.wait_state);
+        let deadline = shell.now().saturating_add(TURN_WAIT);
+        for _ in 0..TURN_ATTEMPTS {
+            // The interrupts of parked connections do not matter here. Check all sources later.
+            shell.discard_interrupt();
+            wait_state.interrupted();
+            match shell.accept_blocking(listener, Some(deadline)) {
+                Ok(Some(accepted)) => return Ok(Some(Attempt::Received(accepted))),
+                Ok(None) => {}
+                Err(error) => return self.accept_failed(listener, error).map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    fn accept_failed(&self, listener: ListenerId, error: Error) -> Result<Attempt<Accepted>> {
+        let failed = Attempt::failed(error)?;
+        // Without a free descriptor, accept(2) fails even if no connection waits. In that case,
+        // `Nothing` makes the caller poll until a connection arrives.
+        let has_input = self.inner.shell.has_input(listener);
+        Ok(if has_input { failed } else { Attempt::Nothing })
+    }
+
     /// Handles pending input on the channel. If there was none, waits for a connection in
     /// accept(2), at most until `deadline`.
-    fn accept_blocking(
-        &self,
-        listener: ListenerId,
-        deadline: Option<Time>,
-    ) -> Result<Attempt<Accepted>> {
+    fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
         let must_check = wait_state.unchecked.get().includes_channel() || shell.is_writing();
@@ -286,21 +316,16 @@ impl Worker {
             wait_state.interrupted();
             return Ok(Attempt::Retry);
         }
-        let deadline = earlier(event_loop.deadline(shell.deadline()), deadline);
+        let deadline = event_loop.deadline(shell.deadline());
         match shell.accept_blocking(listener, deadline) {
             Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
             Ok(None) => {
                 wait_state.interrupted();
+                shell.backlog_is_empty();
                 wait_state.last_wait.set(Instant::now());
                 Ok(Attempt::Retry)
             }
-            Err(error) => {
-                let failed = Attempt::failed(error)?;
-                // Without a free descriptor, accept(2) fails even if no connection waits. In that
-                // case, `Nothing` makes the caller poll until a connection arrives.
-                let has_input = shell.has_input(listener);
-                Ok(if has_input { failed } else { Attempt::Nothing })
-            }
+            Err(error) => self.accept_failed(listener, error),
         }
     }
 

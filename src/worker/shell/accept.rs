@@ -263,10 +263,7 @@ impl WorkerShell {
                 self.turn.set(Turn::Parked);
                 Ok(Some(self.accepted(listener, Arrived::new(fd))))
             }
-            Ok(None) => {
-                self.backlog_is_empty();
-                Ok(None)
-            }
+            Ok(None) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);
                 Ok(None)

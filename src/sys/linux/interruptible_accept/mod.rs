@@ -236,7 +236,8 @@ impl InterruptibleAccept {
         accepted
     }
 
-    /// Returns whether the deadline has passed. If not, sets the timer to the deadline.
+    /// Sets the timer to the deadline. Returns whether the caller must check all sources first,
+    /// because this deadline or the previous one has passed.
     fn set_timer(&self, deadline: Option<Instant>) -> io::Result<bool> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
@@ -257,8 +258,16 @@ impl InterruptibleAccept {
         // SAFETY: the timer exists, the pointer is valid for reads of the time, and the old time is
         // not requested.
         check(unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) })?;
-        self.deadline.set(deadline);
-        Ok(false)
+        let previous = self.deadline.replace(deadline);
+        if previous.is_none_or(|previous| previous > Instant::now()) {
+            return Ok(false);
+        }
+        // The timer had expired, so its signal may be pending. Since Linux 6.13, the kernel discards
+        // such a signal of a timer that is set again, but only when the signal would be delivered.
+        // Until then, arrivals send no second signal. So deliver the signal now. The caller checks
+        // all sources for earlier arrivals.
+        self.signal.unblock().set_as_mask();
+        Ok(true)
     }
 
     /// Returns the timer, and creates it in the first call.
