@@ -382,13 +382,10 @@ impl<S: AsFd> Registered<S> {
     pub(crate) fn into_source(self) -> S {
         self.deregister();
         let this = ManuallyDrop::new(self);
-        // SAFETY: the pointers are valid for reads, and `this` is not used or dropped afterwards.
-        let (poller, source) = unsafe {
-            (
-                std::ptr::read(&raw const this.poller),
-                std::ptr::read(&raw const this.source),
-            )
-        };
+        // SAFETY: the pointer is valid for reads, and `this` is not used or dropped afterwards.
+        let poller = unsafe { std::ptr::read(&raw const this.poller) };
+        // SAFETY: as above.
+        let source = unsafe { std::ptr::read(&raw const this.source) };
         drop(poller);
         source
     }

@@ -134,19 +134,31 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// to its worker, and closes with it.
     ///
     /// An application that has answered a request parks the connection, instead of waiting for the
-    /// next request itself. A worker then has a connection only while it works on it. Idle clients
-    /// occupy no worker, each request goes to a worker that is idle, and idle connections stay open
-    /// when their worker disconnects, reloads or crashes.
+    /// next request itself. A worker then has a connection only while it works on it, and idle
+    /// clients occupy no worker.
     ///
-    /// The master closes a parked connection when the client hangs up, when the client has been
-    /// silent for [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when it holds
-    /// too many connections ([`Master::set_max_parked`](crate::Master::set_max_parked)), and when
-    /// the listener closes.
+    /// With round robin, the master holds parked connections. Each request goes to a worker that is
+    /// idle, and idle connections stay open when their worker disconnects, reloads or crashes.
+    ///
+    /// With the other policies, the worker holds them itself, so each request goes to the same
+    /// worker. When the worker disconnects or closes the listener, its idle connections go to the
+    /// other workers of the listener. While there are none, the master holds the connections. If
+    /// the worker crashes, its idle connections close. On a
+    /// [private listener](crate::ListenOptions::exclusive), they also close when the worker
+    /// disconnects. A connection from [`Worker::adopt`](crate::Worker::adopt) cannot be parked, and
+    /// closes.
+    ///
+    /// The process that holds a parked connection closes it when the client hangs up, when the
+    /// client has been silent for
+    /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds
+    /// too many connections, and when the listener closes. The master's maximum is
+    /// [`Master::set_max_parked`](crate::Master::set_max_parked). A worker holds at most half of its
+    /// descriptor limit. Beyond the maximum, the connection that expires first is closed.
     ///
     /// Bytes that the application has read but not processed are lost. Before parking, answer all
     /// requests that were read completely, and read the rest of an incomplete one. When the
     /// application receives the connection again, the stream blocks and has no timeouts, as a new
-    /// one. Other socket options stay as they were. State of the application, such as a TLS
+    /// one. It counts for [`set_max_connections`](crate::Listener::set_max_connections) again. Other socket options stay as they were. State of the application, such as a TLS
     /// session, does not travel, so do not park connections that have some.
     ///
     /// ```no_run

@@ -471,7 +471,7 @@ fn worker_closes_parked_clients_that_hang_up() {
         when_sockets(master, is_any, move |master, all| {
             drop(clients);
             let is_less = move |count| count + 10 == all;
-            when_sockets(master, is_less, |master, _| drop(master.disconnect()));
+            when_sockets(master, is_less, disconnect);
         });
     };
     for_policies_without_dispatch(|| {
