@@ -242,7 +242,9 @@ impl<S> ListenOptions<S> {
     /// Node: `server.keepAliveTimeout`.
     ///
     /// With [`wait_for_data`](Self::wait_for_data), the time also limits how long a new client may
-    /// send nothing. If several workers listen on an address, the time that was set last applies.
+    /// send nothing. If several workers listen on an address, the time that was set last applies to
+    /// the connections that the master holds. A worker that holds connections itself uses its own
+    /// time.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

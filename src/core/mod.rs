@@ -10,4 +10,5 @@
 pub(crate) mod dispatch;
 pub(crate) mod event;
 pub(crate) mod master;
+pub(crate) mod parked;
 pub(crate) mod worker;

@@ -3,12 +3,13 @@
 //!
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::io;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -50,6 +51,9 @@ struct Owned {
     owner: Owner,
     /// Whether `epoll::wait` replaces the poller's own wait.
     waits_directly: bool,
+    /// The descriptors that stay registered although no event is awaited. See
+    /// [`Poller::keep_dormant`].
+    dormant: RefCell<BTreeSet<RawFd>>,
 }
 
 impl Drop for Owned {
@@ -150,6 +154,7 @@ impl Poller {
             waits_directly: epoll::reports_keys(&poller)?,
             poller: ManuallyDrop::new(poller),
             owner: Owner::current(),
+            dormant: RefCell::default(),
         })))
     }
 
@@ -222,10 +227,21 @@ impl Poller {
         // SAFETY: the caller moves the source into a `Registered`, which exposes it only as a
         // shared reference. The `Drop` of `Registered` deletes the source from this poller before
         // the source itself is dropped.
-        unsafe {
+        let added = unsafe {
             self.0
                 .poller
                 .add_with_mode(number, event(key, new), mode(new))
+        };
+        match added {
+            Err(error)
+                if error.kind() == io::ErrorKind::AlreadyExists
+                    && self.0.dormant.borrow_mut().remove(&number) =>
+            {
+                self.0
+                    .poller
+                    .modify_with_mode(source.as_fd(), event(key, new), mode(new))
+            }
+            added => added,
         }
     }
 
@@ -247,6 +263,70 @@ impl Poller {
             });
         }
         Ok(())
+    }
+}
+
+// Descriptors that are awaited repeatedly, and that the application uses in between.
+impl Poller {
+    /// Reports once, with `key`, that bytes can be read or that the peer has hung up.
+    ///
+    /// After the report, the descriptor is still registered, so that the next call costs less. If
+    /// the descriptor was awaited before, set `was_awaited`.
+    ///
+    /// The caller keeps the descriptor open until the report, or calls
+    /// [`delete`](Self::delete) first.
+    pub(crate) fn await_once(
+        &self,
+        fd: BorrowedFd<'_>,
+        key: usize,
+        was_awaited: bool,
+    ) -> io::Result<()> {
+        self.check_own()?;
+        let poller = &self.0.poller;
+        let event = event(key, Awaited::Once);
+        if was_awaited {
+            self.0.dormant.borrow_mut().remove(&fd.as_raw_fd());
+            match poller.modify_with_mode(fd, event, PollMode::Oneshot) {
+                // A watch of the application has deleted the registration.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                modified => return modified,
+            }
+        }
+        // SAFETY: the kernel deletes the registration when the last copy of the descriptor is
+        // closed. If a process that the application forked has a copy, the registration stays, and
+        // its event carries a key whose owner checks the descriptor that it has now.
+        unsafe { poller.add_with_mode(fd.as_raw_fd(), event, PollMode::Oneshot) }
+    }
+
+    /// Records that the application uses a descriptor that stays registered after
+    /// [`await_once`](Self::await_once). If the application watches it, [`add`](Self::add) replaces
+    /// the registration.
+    pub(crate) fn keep_dormant(&self, fd: BorrowedFd<'_>) {
+        self.0.dormant.borrow_mut().insert(fd.as_raw_fd());
+    }
+
+    /// Deletes the registration of a dormant descriptor, which is open. Does nothing if another
+    /// registration has replaced the dormant one.
+    pub(crate) fn delete_dormant(&self, number: RawFd) {
+        if self.0.dormant.borrow().contains(&number) {
+            // SAFETY: the caller knows that the descriptor is open.
+            self.delete(unsafe { BorrowedFd::borrow_raw(number) });
+        }
+    }
+
+    /// Forgets a dormant descriptor that the application has closed.
+    pub(crate) fn forget_dormant(&self, number: RawFd) {
+        self.0.dormant.borrow_mut().remove(&number);
+    }
+
+    /// Deletes the registration that [`await_once`](Self::await_once) has made.
+    pub(crate) fn delete(&self, fd: BorrowedFd<'_>) {
+        if self.is_own() {
+            self.0.dormant.borrow_mut().remove(&fd.as_raw_fd());
+            // Ignore an error, because deleting fails only if the descriptor has already been
+            // deleted.
+            let _ = self.0.poller.delete(fd);
+        }
     }
 }
 
@@ -299,6 +379,26 @@ impl<S: AsFd> Registered<S> {
         Ok(())
     }
 
+    /// Returns the descriptor, which is no longer registered.
+    pub(crate) fn into_source(self) -> S {
+        self.deregister();
+        let this = ManuallyDrop::new(self);
+        // SAFETY: the pointer is valid for reads, and `this` is not used or dropped afterwards.
+        let poller = unsafe { std::ptr::read(&raw const this.poller) };
+        // SAFETY: as above.
+        let source = unsafe { std::ptr::read(&raw const this.source) };
+        drop(poller);
+        source
+    }
+
+    fn deregister(&self) {
+        if self.is_watched() && self.is_own() {
+            // Ignore an error, because deleting fails only if the descriptor has already been
+            // deleted.
+            let _ = self.poller.0.poller.delete(self.source.as_fd());
+        }
+    }
+
     /// Returns whether this process registered the descriptor.
     pub(crate) fn is_own(&self) -> bool {
         self.poller.is_own()
@@ -320,11 +420,7 @@ impl<S: AsFd> Deref for Registered<S> {
 
 impl<S: AsFd> Drop for Registered<S> {
     fn drop(&mut self) {
-        if self.is_watched() && self.is_own() {
-            // Ignore an error, because deleting fails only if the descriptor has already been
-            // deleted.
-            let _ = self.poller.0.poller.delete(self.source.as_fd());
-        }
+        self.deregister();
     }
 }
 

@@ -58,6 +58,21 @@ impl SignalSet {
         set
     }
 
+    /// Removes a pending signal of this set. Returns whether there was one. The signals must be
+    /// blocked on the calling thread.
+    #[cfg(target_os = "linux")]
+    pub(super) fn take_pending(&self) -> bool {
+        let now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the pointers are valid for reads of the set and the time, and the details of the
+        // signal are not requested.
+        let taken =
+            unsafe { libc::sigtimedwait(self.as_ptr(), std::ptr::null_mut(), &raw const now) };
+        taken > 0
+    }
+
     /// Blocks the signals of this set on the calling thread. Returns the previous mask.
     pub(super) fn block(&self) -> Self {
         self.change_mask(libc::SIG_BLOCK)

@@ -86,6 +86,12 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         self.with(|channel| channel.queue(frame, fd));
     }
 
+    /// Returns the number of unwritten protocol frames that have a descriptor, or `None` if the
+    /// channel is closed.
+    pub(crate) fn queued_fds(&self) -> Option<usize> {
+        self.with(|channel| channel.queued_fds())
+    }
+
     /// Sends the application's message, or queues what the socket does not accept.
     pub(crate) fn send(
         &self,

@@ -42,7 +42,7 @@
 //!   5   Pause                handle 4                 0
 //!   6   Release              handle 4                 0
 //!   7   DisconnectRequest                             0
-//!   8   Park                 handle 4                 1
+//!   8   Park                 handle 4, parked 4       1
 //!   9   ParkAgain            connection 4             0
 //!  10   Detach               connection 4             0
 //! 127   Message              application's bytes      0 to 16
@@ -55,6 +55,7 @@
 //!  65   Reply, failure       request 4, errno 4       0
 //!  66   ListenerClosed       handle 4, drain 1        0
 //!  67   Disconnect                                    0
+//!  68   Adopt                handle 4, parked 4       1
 //! 127   Message              application's bytes      0 to 16
 //!
 //! address:     family 1 (4, 6, or 0 for none), port 2, IP 4 or 16;
@@ -72,7 +73,7 @@
 //!
 //! 1. In this module, extend the table, `kind`, the enum, `encode`, `decode` and the golden bytes
 //!    of the unit tests, and increment `VERSION`. If the frame has a descriptor, also extend
-//!    `carries_listener`.
+//!    `carries_connection` or `carries_fd`.
 //! 2. For a frame to the master, send it in `core/worker` and process it in
 //!    `core/master/frames`. For a frame to a worker, send it in `core/master` and process it in
 //!    `core/worker`. If the frame has a descriptor, add an `Attachment`.
@@ -122,6 +123,7 @@ mod kind {
     pub(super) const REPLY: u8 = 65;
     pub(super) const LISTENER_CLOSED: u8 = 66;
     pub(super) const DISCONNECT: u8 = 67;
+    pub(super) const ADOPT: u8 = 68;
     // Frames in both directions.
     pub(super) const MESSAGE: u8 = 127;
 }
@@ -182,10 +184,13 @@ pub(crate) enum ToMaster {
     Pause {
         handle: HandleId,
     },
-    /// Gives a connection to the master, until its client sends something. The frame carries the
-    /// connection's descriptor.
+    /// Gives an idle connection to the master. With round robin, the master holds the connection
+    /// until its client sends something. With the other policies, the master gives the connection
+    /// to another worker. The frame carries the connection's descriptor.
     Park {
         handle: HandleId,
+        /// How often the connection has been parked.
+        parked: u32,
     },
     /// Reports that the worker has closed its copy of a connection that the master holds. The
     /// master dispatches the connection again when its client sends something.
@@ -216,6 +221,13 @@ pub(crate) enum ToWorker {
     },
     /// Requests that the worker disconnect once all its listeners and their connections are closed.
     Disconnect,
+    /// Gives the worker an idle connection that another worker parked. The frame carries the
+    /// connection's descriptor.
+    Adopt {
+        handle: HandleId,
+        /// How often the connection has been parked.
+        parked: u32,
+    },
     Message(Vec<u8>),
 }
 
@@ -318,6 +330,14 @@ fn put_handle(out: &mut Vec<u8>, handle: HandleId) {
 /// Appends a frame whose body contains only a handle.
 fn put_handle_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId) {
     put_frame(out, kind, fds, |out| put_handle(out, handle));
+}
+
+/// Appends a frame that carries an idle connection.
+fn put_parked_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId, parked: u32) {
+    put_frame(out, kind, fds, |out| {
+        put_handle(out, handle);
+        out.extend_from_slice(&parked.to_le_bytes());
+    });
 }
 
 /// Appends a frame whose body contains only a connection.
@@ -504,6 +524,10 @@ impl Body<'_> {
             },
         })
     }
+    /// Returns the body of a frame that carries an idle connection.
+    fn parked(&mut self) -> Option<(HandleId, u32)> {
+        Some((self.handle()?, self.u32()?))
+    }
     fn policy(&mut self) -> Option<SchedulingPolicy> {
         match self.u8()? {
             0 => Some(SchedulingPolicy::RoundRobin),
@@ -550,7 +574,9 @@ impl Frame for ToMaster {
             Self::Pause { handle } => put_handle_frame(out, kind::PAUSE, fds, *handle),
             Self::Release { handle } => put_handle_frame(out, kind::RELEASE, fds, *handle),
             Self::DisconnectRequest => put_frame(out, kind::DISCONNECT_REQUEST, fds, |_| {}),
-            Self::Park { handle } => put_handle_frame(out, kind::PARK, fds, *handle),
+            Self::Park { handle, parked } => {
+                put_parked_frame(out, kind::PARK, fds, *handle, *parked);
+            }
             Self::ParkAgain { connection } => {
                 put_connection_frame(out, kind::PARK_AGAIN, fds, *connection);
             }
@@ -576,7 +602,10 @@ impl Frame for ToMaster {
             kind::PAUSE => body.handle().map(|handle| Self::Pause { handle }),
             kind::RELEASE => body.handle().map(|handle| Self::Release { handle }),
             kind::DISCONNECT_REQUEST => Some(Self::DisconnectRequest),
-            kind::PARK => body.handle().map(|handle| Self::Park { handle }),
+            kind::PARK => {
+                let parked = body.parked();
+                parked.map(|(handle, parked)| Self::Park { handle, parked })
+            }
             kind::PARK_AGAIN => {
                 let connection = body.connection();
                 connection.map(|connection| Self::ParkAgain { connection })
@@ -649,6 +678,9 @@ impl Frame for ToWorker {
                 });
             }
             Self::Disconnect => put_frame(out, kind::DISCONNECT, fds, |_| {}),
+            Self::Adopt { handle, parked } => {
+                put_parked_frame(out, kind::ADOPT, fds, *handle, *parked);
+            }
             Self::Message(bytes) => put_message(out, fds, bytes),
         }
     }
@@ -664,10 +696,14 @@ impl Frame for ToWorker {
             kind::REPLY => Self::decode_reply(&mut body),
             kind::LISTENER_CLOSED => Self::decode_listener_closed(&mut body),
             kind::DISCONNECT => Some(Self::Disconnect),
+            kind::ADOPT => {
+                let parked = body.parked();
+                parked.map(|(handle, parked)| Self::Adopt { handle, parked })
+            }
             _ => return Err(FrameError::Kind(kind)),
         };
         let frame = body.finish(kind, frame)?;
-        if fds != usize::from(frame.carries_listener()) {
+        if fds != usize::from(frame.carries_fd()) {
             return Err(FrameError::Descriptors);
         }
         Ok(frame)
@@ -675,9 +711,10 @@ impl Frame for ToWorker {
 }
 
 impl ToWorker {
-    /// Returns whether the frame must carry the descriptor of a listener, a UDP socket or a queue.
-    fn carries_listener(&self) -> bool {
-        matches!(self, Self::Reply { result: Ok(_), .. })
+    /// Returns whether the frame must carry the descriptor of a listener, a UDP socket, a queue or a
+    /// connection.
+    fn carries_fd(&self) -> bool {
+        matches!(self, Self::Reply { result: Ok(_), .. } | Self::Adopt { .. })
     }
 
     fn decode_reply(body: &mut Body<'_>) -> Option<Self> {
@@ -858,6 +895,14 @@ mod tests {
             ),
             (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 2, 67, 0, 0]),
             (
+                ToWorker::Adopt {
+                    handle: H,
+                    parked: 3,
+                },
+                1,
+                vec![8, 0, 0, 0, 2, 68, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0],
+            ),
+            (
                 ToWorker::Message(b"hi".to_vec()),
                 0,
                 vec![2, 0, 0, 0, 2, 127, 0, 0, b'h', b'i'],
@@ -879,8 +924,9 @@ mod tests {
 
     #[test]
     fn parked_connection_needs_exactly_one_descriptor() {
-        let park = ToMaster::Park { handle: H };
-        let golden = [4, 0, 0, 0, 2, 8, 1, 0, 4, 3, 2, 1];
+        let (handle, parked) = (H, 3);
+        let park = ToMaster::Park { handle, parked };
+        let golden = [8, 0, 0, 0, 2, 8, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0];
         assert_eq!(bytes(&park, 1), golden);
         let decode = |fds| ToMaster::decode(kind::PARK, fds, &golden[HEADER..]);
         assert_eq!(decode(1), Ok(park));

@@ -32,10 +32,23 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The shorter pauses add up to about one second.
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
+/// Maximum time that a worker waits in accept(2) for a connection that it has found in the backlog,
+/// while a client of a parked connection waits for it.
+///
+/// Another worker may take the connection first. The worker then waits in vain. A longer time would
+/// delay the parked connection. A shorter time could end before the call.
+const TURN_WAIT: Duration = Duration::from_millis(1);
+/// Maximum number of calls of accept(2) for a new connection while parked connections are ready.
+///
+/// Each arrival on a parked connection interrupts the call. With one attempt, busy parked
+/// connections would make new ones wait forever. Two attempts almost always suffice, because an
+/// arrival would have to fall between two system calls.
+const TURN_ATTEMPTS: u32 = 3;
+
 /// The sources, besides the listener itself, that may have unhandled input.
 ///
-/// The sources are the channel and the poller, which reports signals. Input on the channel and
-/// signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
+/// The sources are the channel and the poller, which reports signals and parked connections. Input
+/// on the channel, input on parked connections and signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
 /// were set up does not interrupt it, and one interrupt may stand for several inputs. In both
 /// cases, the worker checks both sources before it waits in accept(2).
 ///
@@ -90,8 +103,11 @@ impl Unchecked {
 #[derive(Debug)]
 pub(super) struct WaitState {
     unchecked: Cell<Unchecked>,
-    /// The time of the last wait with poll(2).
+    /// The time of the last wait with poll(2), or of the last interrupt of accept(2).
     last_wait: Cell<Instant>,
+    /// Whether the poller has reported a parked connection whose interrupt is probably still
+    /// pending. It would interrupt the next accept(2) in vain, which costs more than discarding it.
+    has_stale_interrupt: Cell<bool>,
 }
 
 impl WaitState {
@@ -99,6 +115,7 @@ impl WaitState {
         Self {
             unchecked: Cell::new(Unchecked::Both),
             last_wait: Cell::new(Instant::now()),
+            has_stale_interrupt: Cell::new(false),
         }
     }
 
@@ -170,9 +187,9 @@ impl Worker {
                 return Ok(Attempt::Nothing);
             }
             let attempt = if worker.may_block(listener)? {
-                worker.accept_blocking(listener)
+                worker.accept_in_turn(listener)
             } else {
-                shell.try_accept(listener).map(Attempt::from)
+                shell.try_next(listener).map(Attempt::from)
             };
             match attempt {
                 Err(error) if pause < LAST_PAUSE && shell.will_listen_again(listener, &error) => {
@@ -230,8 +247,63 @@ impl Worker {
         Ok(alone)
     }
 
+    /// Returns a parked connection whose client has sent something. If there is none, or if it is
+    /// the turn of a new connection and the backlog has one, accepts a new connection.
+    fn accept_in_turn(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
+        let shell = &self.inner.shell;
+        if !shell.has_resumed(listener) {
+            return self.accept_blocking(listener);
+        }
+        // Without a wait in accept(2), nothing else would check the channel.
+        let last_wait = &self.inner.wait_state.last_wait;
+        if last_wait.get().elapsed() >= CHECK_INTERVAL {
+            last_wait.set(Instant::now());
+            shell.check_backlog();
+            if shell.service_channel()? {
+                return Ok(Attempt::Retry);
+            }
+            self.inner.wait_state.channel_checked();
+        }
+        if shell.is_turn_of_new() {
+            if shell.has_input(listener) {
+                if let Some(attempt) = self.accept_new_first(listener)? {
+                    return Ok(attempt);
+                }
+            } else {
+                shell.backlog_is_empty();
+            }
+        }
+        Ok(shell.resume(listener).into())
+    }
+
+    /// Accepts a new connection although parked connections are ready. Returns `None` if another
+    /// worker has taken it, or if the attempts were interrupted.
+    fn accept_new_first(&self, listener: ListenerId) -> Result<Option<Attempt<Accepted>>> {
+        let (shell, wait_state) = (&self.inner.shell, &self.inner.wait_state);
+        let deadline = shell.now().saturating_add(TURN_WAIT);
+        for _ in 0..TURN_ATTEMPTS {
+            // The interrupts of parked connections do not matter here. Check all sources later.
+            shell.discard_interrupt();
+            wait_state.interrupted();
+            match shell.accept_blocking(listener, Some(deadline)) {
+                Ok(Some(accepted)) => return Ok(Some(Attempt::Received(accepted))),
+                Ok(None) => {}
+                Err(error) => return self.accept_failed(listener, error).map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    fn accept_failed(&self, listener: ListenerId, error: Error) -> Result<Attempt<Accepted>> {
+        let failed = Attempt::failed(error)?;
+        // Without a free descriptor, accept(2) fails even if no connection waits. In that case,
+        // `Nothing` makes the caller poll until a connection arrives.
+        let has_input = self.inner.shell.has_input(listener);
+        Ok(if has_input { failed } else { Attempt::Nothing })
+    }
+
     /// Handles pending input on the channel. If there was none, waits for a connection in
-    /// accept(2).
+    /// accept(2), at most until `deadline`.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
@@ -240,20 +312,20 @@ impl Worker {
             return Ok(Attempt::Retry);
         }
         wait_state.channel_checked();
+        if wait_state.has_stale_interrupt.take() && shell.discard_interrupt() {
+            wait_state.interrupted();
+            return Ok(Attempt::Retry);
+        }
         let deadline = event_loop.deadline(shell.deadline());
         match shell.accept_blocking(listener, deadline) {
             Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
             Ok(None) => {
                 wait_state.interrupted();
+                shell.backlog_is_empty();
+                wait_state.last_wait.set(Instant::now());
                 Ok(Attempt::Retry)
             }
-            Err(error) => {
-                let failed = Attempt::failed(error)?;
-                // Without a free descriptor, accept(2) fails even if no connection waits. In that
-                // case, `Nothing` makes the caller poll until a connection arrives.
-                let has_input = shell.has_input(listener);
-                Ok(if has_input { failed } else { Attempt::Nothing })
-            }
+            Err(error) => self.accept_failed(listener, error),
         }
     }
 
@@ -293,8 +365,16 @@ impl Worker {
         let mut backoff = Backoff::default();
         loop {
             // Deliver pending notifications first, because the attempt may wait.
-            if wait_state.take_poller() || worker.time_left() == Some(Duration::ZERO) {
+            // While there are resumed connections, their requests come first.
+            let is_unchecked = !shell.has_resumed(listener)
+                && shell.take_unchecked()
+                && shell.is_blocking(listener);
+            let must_check = wait_state.take_poller();
+            if must_check || is_unchecked || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
+            }
+            if is_unchecked && !must_check && shell.has_resumed(listener) {
+                wait_state.has_stale_interrupt.set(true);
             }
             let may_wait = match worker.attempt_after(&mut backoff, &mut attempt)? {
                 Attempt::Received(received) => return Ok(Some(received)),
@@ -356,6 +436,7 @@ impl Worker {
         let is_ready = shell.wait(event_loop.as_fd(), socket, limit)?;
         self.inner.wait_state.poller_reported(is_ready);
         self.inner.wait_state.last_wait.set(Instant::now());
+        shell.check_backlog();
         Ok(())
     }
 }

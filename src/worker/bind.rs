@@ -75,7 +75,8 @@ impl Worker {
     fn open_private(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
         if shell.core.borrow().is_disconnecting() {
-            let id = shell.core.borrow_mut().listen_privately(endpoint.kind);
+            let (kind, parking) = (endpoint.kind, bind_request.flags.parking);
+            let id = shell.core.borrow_mut().listen_privately(kind, parking);
             return Ok(Opened { id, address: None });
         }
         let sharing = match bind_request.reuse_port {
@@ -92,7 +93,8 @@ impl Worker {
             true => SocketOwner::Application,
             false => SocketOwner::ThisWorker,
         };
-        let id = shell.add_exclusive(endpoint.kind, bound, owner)?;
+        let parking = bind_request.flags.parking;
+        let id = shell.add_exclusive(endpoint.kind, parking, bound, owner)?;
         Ok(Opened { id, address })
     }
 
@@ -107,10 +109,9 @@ impl Worker {
         };
         // Pass `Kind::Tcp` even for a Unix socket, because the kind makes no difference after the
         // socket has been opened.
-        let id = self
-            .inner
-            .shell
-            .add_exclusive(Kind::Tcp, bound, SocketOwner::Application)?;
+        let (parking, owner) = (bind_request.flags.parking, SocketOwner::Application);
+        let shell = &self.inner.shell;
+        let id = shell.add_exclusive(Kind::Tcp, parking, bound, owner)?;
         Ok(Opened { id, address })
     }
 }

@@ -9,7 +9,7 @@ use std::rc::{Rc, Weak};
 
 use crate::sys;
 use crate::worker::guard::ConnectionGuard;
-use crate::worker::shell::Origin;
+use crate::worker::shell::{Origin, Registration};
 use crate::worker::{Inner, finish};
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
@@ -60,13 +60,24 @@ impl Counted {
     fn disarm(mut self) -> (Weak<Inner>, Origin) {
         (std::mem::take(&mut self.worker), self.origin)
     }
+
+    /// Removes what the worker has set up for a connection that was parked.
+    fn unregister(&self) {
+        let Some(registration) = self.origin.registration else {
+            return;
+        };
+        match self.worker.upgrade() {
+            Some(worker) => worker.shell.unregister(registration),
+            None => Registration::stop_interrupts(registration),
+        }
+    }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(worker) = self.worker.upgrade() {
             worker.shell.connection_closed(self.origin.listener);
-            worker.shell.detach(&self.origin);
+            worker.shell.forget(&self.origin);
         }
     }
 }
@@ -115,6 +126,7 @@ impl<S> Connection<S> {
     /// ```
     #[must_use]
     pub fn into_stream(self) -> S {
+        self.counted.unregister();
         self.stream
     }
 
@@ -150,6 +162,7 @@ impl<S> Connection<S> {
     /// ```
     pub fn into_parts(self) -> (S, ConnectionGuard) {
         let Self { stream, counted } = self;
+        counted.unregister();
         let (worker, origin) = counted.disarm();
         let worker = worker.upgrade();
         if let Some(worker) = &worker {
@@ -160,15 +173,13 @@ impl<S> Connection<S> {
 }
 
 impl<S> Connection<S> {
-    /// Returns whether the connection can be [parked](Self::park): the master dispatches it, and the
+    /// Returns whether the connection can be [parked](Self::park): it comes from a listener, and the
     /// channel is open.
     ///
     /// Node has no counterpart.
     ///
-    /// Connections of the shared and sharded policies, of private listeners, and from
-    /// [`Worker::adopt`](crate::Worker::adopt) cannot be parked. An application asks before it
-    /// answers a request, so that it can tell the client that it closes the connection. See
-    /// [`requests`](Self::requests) for an example.
+    /// An application asks before it answers a request, so that it can tell the client that it closes
+    /// the connection. See [`requests`](Self::requests) for an example.
     #[must_use]
     pub fn can_park(&self) -> bool {
         let worker = self.counted.worker.upgrade();
@@ -185,32 +196,37 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// to its worker, and closes with it.
     ///
     /// An application that has answered a request parks the connection, instead of waiting for the
-    /// next request itself. A worker then has a connection only while it works on it. Idle clients
-    /// occupy no worker, each request goes to a worker that is idle, and idle connections stay open
-    /// when their worker disconnects, reloads or crashes, and when an
-    /// [upgrade](crate::pool::Pool::upgrade) replaces the master.
+    /// next request itself. A worker then has a connection only while it works on it, and idle
+    /// clients occupy no worker.
     ///
-    /// Only connections that the master dispatches can be parked: those of the round robin policy
-    /// ([`can_park`](Self::can_park)). Any other connection is closed.
+    /// With round robin, the master holds parked connections. Each request goes to a worker that is
+    /// idle, and idle connections stay open when their worker disconnects, reloads or crashes, and
+    /// when an [upgrade](crate::pool::Pool::upgrade) replaces the master.
     ///
-    /// The master closes a parked connection in the following cases:
+    /// With the other policies, the worker holds them itself, so each request goes to the same
+    /// worker. When the worker disconnects or closes the listener, its idle connections go to the
+    /// other workers of the listener. While there are none, the master holds the connections. If
+    /// the worker crashes, its idle connections close. On a
+    /// [private listener](crate::ListenOptions::exclusive), they also close when the worker
+    /// disconnects. A connection from [`Worker::adopt`](crate::Worker::adopt) cannot be parked, and
+    /// closes.
     ///
-    /// - The client hangs up.
-    /// - The client has been silent for
-    ///   [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
-    /// - The master holds too many connections
-    ///   ([`Master::set_max_parked`](crate::Master::set_max_parked)).
-    /// - The listener closes.
-    ///
-    /// The master may close a connection at the moment at which the client sends something. The
-    /// client then has to send its request again, as with any server that closes idle connections.
+    /// The process that holds a parked connection closes it when the client hangs up, when the
+    /// client has been silent for
+    /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds
+    /// too many connections, and when the listener closes. The master's maximum is
+    /// [`Master::set_max_parked`](crate::Master::set_max_parked). A worker holds at most half of its
+    /// descriptor limit. Beyond the maximum, the connection that expires first is closed. A
+    /// connection may be closed at the moment at which its client sends something. The client then
+    /// has to send its request again, as with any server that closes idle connections.
     ///
     /// Bytes that the application has read but not processed are lost. Before parking, answer all
     /// requests that were read completely, and read the rest of an incomplete one. When the
-    /// application receives the connection again, the stream blocks and has no timeouts, like a new
-    /// one. Other socket options stay as they were. State that the application keeps for the
-    /// connection, such as a TLS session, does not move with it. Do not park a connection that has
-    /// such state.
+    /// application receives the connection again, the connection counts for
+    /// [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream blocks
+    /// and has no timeouts, like a new one. Other socket options stay as they were. State that the
+    /// application keeps for the connection, such as a TLS session, does not move with it. Do not
+    /// park a connection that has such state.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {

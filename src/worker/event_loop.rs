@@ -256,11 +256,12 @@ impl Worker {
                         event_loop.call_signal(self, signal);
                     }
                 }
-                Token::Process(_)
-                | Token::Selector(_)
-                | Token::Log(_)
-                | Token::Parked(_)
-                | Token::Successor => {}
+                Token::Parked(number) => {
+                    if let Some(listener) = self.inner.shell.parked_ready(number) {
+                        self.deliver_resumed(listener);
+                    }
+                }
+                Token::Process(_) | Token::Selector(_) | Token::Log(_) | Token::Successor => {}
             }
             self.settle();
         }
@@ -356,7 +357,18 @@ impl Worker {
         }
     }
 
-    /// Accepts up to `ACCEPT_BATCH` waiting connections of a listener with a callback.
+    /// Passes the next parked connection whose client has sent something to the callback, if there
+    /// is one and the listener is not paused.
+    fn deliver_resumed(&self, listener: ListenerId) {
+        if self.inner.has_callback(listener) {
+            if let Some(resumed) = self.inner.shell.resume(listener) {
+                self.deliver(listener, resumed);
+            }
+        }
+    }
+
+    /// Accepts up to `ACCEPT_BATCH` waiting connections of a listener with a callback. Parked
+    /// connections whose clients have sent something count too.
     fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
@@ -367,7 +379,7 @@ impl Worker {
             if shell.core.borrow().is_paused(listener) {
                 return shell.watch(listener, false);
             }
-            match shell.try_accept(listener) {
+            match shell.try_next(listener) {
                 Ok(Some(accepted)) => self.deliver(listener, accepted),
                 Ok(None) => return,
                 Err(error) => return self.back_off(listener, error),
@@ -377,7 +389,8 @@ impl Worker {
         // again. Schedule another attempt. If that attempt finds no connection, it closes a
         // draining listener, or reports to the master that the queue is empty.
         let mut core = shell.core.borrow_mut();
-        if core.is_draining(listener) || core.has_queue(listener) {
+        let has_more = core.has_queue(listener) || core.has_resumed(listener);
+        if core.is_draining(listener) || has_more {
             core.notify_ready(listener);
         }
     }

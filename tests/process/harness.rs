@@ -883,6 +883,17 @@ pub fn for_both_policies(play: impl Fn()) {
     with_env(POLICY, "none", play);
 }
 
+/// Runs `play` with the policies `none` and `sharded`, each in a child process.
+pub fn for_policies_without_dispatch(play: impl Fn()) {
+    const POLICY: &str = "CLUSTER_SCHED_POLICY";
+    if std::env::var_os(POLICY).is_some() {
+        return play();
+    }
+    for policy in ["none", "sharded"] {
+        with_env(POLICY, policy, &play);
+    }
+}
+
 /// Returns the children of this process's main thread, including zombies.
 pub fn children() -> Vec<u32> {
     let own = std::process::id();

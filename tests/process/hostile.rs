@@ -1675,7 +1675,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
             "parked descriptor that is no connection",
         ),
         violation(
-            |attacker| after_joining(attacker, handle_frame(PARK, SHARED_HANDLE)),
+            |attacker| after_joining(attacker, frame(PARK, 0, &numbers(&[SHARED_HANDLE, 1]))),
             "descriptors that no frame announced",
         ),
         violation(
@@ -1691,7 +1691,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
 
 /// Sends a frame that parks `fd` for the listener. Returns no frames for the caller to send.
 fn park(attacker: &Attacker, handle: u32, fd: RawFd) -> Vec<u8> {
-    attacker.send_with_fds(&frame(PARK, 1, &numbers(&[handle])), &[fd]);
+    attacker.send_with_fds(&frame(PARK, 1, &numbers(&[handle, 1])), &[fd]);
     Vec::new()
 }
 

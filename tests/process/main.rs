@@ -50,6 +50,7 @@ mod operator;
 mod orphans;
 mod own_user;
 mod parked;
+mod parked_in_worker;
 mod passed;
 mod passing;
 mod pool;
@@ -150,6 +151,7 @@ fn main() -> ExitCode {
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
+        parked_in_worker::SCENARIOS,
         passed::SCENARIOS,
         passing::SCENARIOS,
         without_exec::SCENARIOS,

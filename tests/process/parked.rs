@@ -43,13 +43,13 @@ crate::scenarios! {
 }
 
 /// What the worker does after its answer.
-const PARK: u8 = b'p';
-const CLOSE: u8 = b'c';
+pub const PARK: u8 = b'p';
+pub const CLOSE: u8 = b'c';
 /// Takes the stream out of the connection, sends a second line, and closes the stream.
-const TAKE: u8 = b't';
+pub const TAKE: u8 = b't';
 
 /// Answers a request of one byte with the worker's id and the number of requests.
-fn answer(worker: &Worker, mut connection: Connection) {
+pub fn answer(worker: &Worker, mut connection: Connection) {
     let mut request = [0];
     if !matches!(connection.read(&mut request), Ok(1)) {
         return;
@@ -68,37 +68,37 @@ fn answer(worker: &Worker, mut connection: Connection) {
     }
 }
 
-fn serve_with(worker: &Worker, options: ListenOptions) {
+pub fn serve_with(worker: &Worker, options: ListenOptions) {
     for connection in worker.listen(options).unwrap().incoming() {
         answer(worker, connection.unwrap());
     }
 }
 
-fn serve(worker: Worker) {
+pub fn serve(worker: Worker) {
     serve_with(&worker, "127.0.0.1:0".into());
 }
 
 /// A client that keeps its connection open.
-struct Client(BufReader<TcpStream>);
+pub struct Client(pub BufReader<TcpStream>);
 
 impl Client {
-    fn connect(address: SocketAddr) -> Self {
+    pub fn connect(address: SocketAddr) -> Self {
         Self(BufReader::new(TcpStream::connect(address).unwrap()))
     }
 
-    fn send(&mut self, request: u8) {
+    pub fn send(&mut self, request: u8) {
         self.0.get_mut().write_all(&[request]).unwrap();
     }
 
     /// Returns the next line, or an empty string at the end.
-    fn line(&mut self) -> String {
+    pub fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
         line.trim_end().to_owned()
     }
 
     /// Sends a request, and returns the answering worker's id and its number of requests.
-    fn ask(&mut self, request: u8) -> (u32, u64) {
+    pub fn ask(&mut self, request: u8) -> (u32, u64) {
         self.send(request);
         let line = self.line();
         let (id, requests) = line.split_once(' ').expect("an answer");
@@ -107,7 +107,7 @@ impl Client {
 }
 
 /// Forks `workers` workers, runs `clients` on a thread once they listen, and then disconnects.
-fn with_clients<T: Send + 'static>(
+pub fn with_clients<T: Send + 'static>(
     master: &Master,
     workers: usize,
     clients: impl FnOnce(SocketAddr) -> T + Send + 'static,
@@ -278,7 +278,7 @@ fn stream_taken_out_of_a_parked_connection_belongs_to_the_application() {
 }
 
 /// Calls `then` once the condition on the ledger holds.
-fn when_ledger(
+pub fn when_ledger(
     master: &Master,
     condition: impl Fn(&Ledger) -> bool + 'static,
     then: impl FnOnce(&Master) + 'static,

@@ -51,6 +51,16 @@ pub(crate) enum Action<C> {
     CloseHeld {
         id: ConnectionId,
     },
+    /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has not
+    /// read the connections that it was given before, the shell calls `not_adopted` instead. If the
+    /// master holds the connection, it no longer does afterwards.
+    Adopt {
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Handoff<C>,
+        /// How often the connection has been parked.
+        parked: u32,
+    },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
     /// `reclaimed`. If the shell lacks descriptors, it first answers with `cannot_reclaim`.
     Reclaim {

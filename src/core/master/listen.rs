@@ -296,6 +296,7 @@ impl<C, F> MasterCore<C, F> {
         };
         self.reply(worker, request, Ok(bound), with);
         self.select_shards(handle);
+        self.give_held(handle);
     }
 
     /// Opens the listener to new connections if all workers that serve it are disconnecting.

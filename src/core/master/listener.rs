@@ -146,9 +146,13 @@ pub(super) struct Listener<C> {
     /// dispatcher does not have yet.
     pub(super) ready: ReadyQueue,
     pub(super) parking: Parking,
+    /// The worker that received the last idle connection of another worker. Only for listeners
+    /// whose workers accept.
+    pub(super) last_adopter: Option<WorkerId>,
     /// Whether the master has ever accepted a connection from the listener.
     pub(super) has_accepted: bool,
-    /// The time of the next attempt to dispatch, after the system lacked a resource.
+    /// The time of the next attempt to dispatch, after the system lacked a resource. If workers
+    /// accept, the time of the next attempt to give them the idle connections of other workers.
     pub(super) dispatch_from: Option<Time>,
     /// The time at which clients of waiting connections were last checked for a hang-up.
     pub(super) swept_at: Time,
@@ -195,6 +199,7 @@ impl<C> Listener<C> {
             dispatcher: Dispatcher::new(),
             ready: ReadyQueue::new(),
             parking: Parking::default(),
+            last_adopter: None,
             has_accepted: false,
             dispatch_from: None,
             swept_at: Time::ZERO,

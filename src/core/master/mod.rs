@@ -350,6 +350,7 @@ impl<C, F> MasterCore<C, F> {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.dispatch_from.is_some_and(|time| time <= self.now) {
                 listener.dispatch_from = None;
+                self.give_held(handle);
                 self.dispatch_waiting(handle);
                 self.accept_if_possible(handle);
             }

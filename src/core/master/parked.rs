@@ -27,6 +27,10 @@
 //!
 //! If another master takes over (see `passing`), the connections go to it.
 //!
+//! With the other policies, the workers hold idle connections themselves. A worker that disconnects
+//! parks them in the master, which gives them to another worker that serves the listener. While no
+//! other worker does, the connections are `Idle` here, and the next worker receives them.
+//!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
@@ -34,19 +38,19 @@ mod passing;
 
 use std::collections::{BTreeSet, VecDeque};
 
+use super::accept::RETRY_DELAY;
 use super::listener::{AcceptState, Listener, Stage};
+use super::workers::WorkerEntry;
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
+use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
+use crate::types::endpoint::Kind;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 use passing::Keeper;
-
-/// The maximum number of connections that any master holds, because the poller's keys have 29 bits
-/// for a connection's number on 32-bit systems.
-const NUMBER_MAX: usize = (1 << 29) - 1;
 
 /// A connection on its way to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,26 +90,12 @@ enum State {
     Passing,
 }
 
-/// The order in which idle connections expire. Among those that expire in the same second, the one
-/// that has been idle for the longest time is first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Expiry {
-    /// The time at which the connection expires, in whole seconds on the core's clock.
-    second: u32,
-    order: u64,
-}
-
 /// The table of the connections that the master holds.
 #[derive(Debug)]
 pub(super) struct ParkedTable {
-    /// The connection with the number `n` at the index `n`, or `None` for a free number.
-    entries: Vec<Option<Entry>>,
-    /// The free numbers below the length of `entries`.
-    free: Vec<u32>,
-    /// The idle connections, in the order in which they expire.
-    expiries: BTreeSet<(Expiry, ConnectionId)>,
-    /// The number of times that a connection has become idle.
-    last_order: u64,
+    entries: Slab<Entry>,
+    /// The idle connections.
+    expiries: Expiries,
     /// The connections that workers have, by worker.
     with: BTreeSet<(WorkerId, ConnectionId)>,
     /// The connections that wait until the shell has passed them to the other master.
@@ -121,10 +111,8 @@ pub(super) struct ParkedTable {
 impl ParkedTable {
     pub(super) fn new() -> Self {
         Self {
-            entries: Vec::new(),
-            free: Vec::new(),
-            expiries: BTreeSet::new(),
-            last_order: 0,
+            entries: Slab::new(),
+            expiries: Expiries::new(),
             with: BTreeSet::new(),
             passing: BTreeSet::new(),
             keeper: Keeper::ThisMaster,
@@ -141,15 +129,15 @@ impl ParkedTable {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
+        self.entries.len()
     }
 
     fn get(&self, connection: ConnectionId) -> Option<&Entry> {
-        self.entries.get(connection.0 as usize)?.as_ref()
+        self.entries.get(connection)
     }
 
     fn get_mut(&mut self, connection: ConnectionId) -> Option<&mut Entry> {
-        self.entries.get_mut(connection.0 as usize)?.as_mut()
+        self.entries.get_mut(connection)
     }
 
     fn state(&self, connection: ConnectionId) -> Option<State> {
@@ -165,16 +153,9 @@ impl ParkedTable {
         self.get(connection)
     }
 
-    /// Returns the state of a connection that becomes idle and expires at the end of this second.
-    fn idle_until(&mut self, second: u32) -> State {
-        self.last_order += 1;
-        let order = self.last_order;
-        State::Idle(Expiry { second, order })
-    }
-
     fn link(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(expiry) => drop(self.expiries.insert((expiry, connection))),
+            State::Idle(expiry) => self.expiries.insert(expiry, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.insert((worker, connection))),
             State::Passing => drop(self.passing.insert(connection)),
@@ -183,7 +164,7 @@ impl ParkedTable {
 
     fn unlink(&mut self, connection: ConnectionId, state: State) {
         match state {
-            State::Idle(expiry) => drop(self.expiries.remove(&(expiry, connection))),
+            State::Idle(expiry) => self.expiries.remove(expiry, connection),
             State::Ready => {}
             State::With(worker) => drop(self.with.remove(&(worker, connection))),
             State::Passing => drop(self.passing.remove(&connection)),
@@ -194,27 +175,14 @@ impl ParkedTable {
     /// number.
     fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
         let state = entry.state;
-        let number = match self.free.pop() {
-            Some(number) => number,
-            None => {
-                self.entries.push(None);
-                u32::try_from(self.entries.len() - 1).ok()?
-            }
-        };
-        *self.entries.get_mut(number as usize)? = Some(entry);
-        let connection = ConnectionId(number);
+        let connection = self.entries.insert(entry)?;
         self.link(connection, state);
         Some(connection)
     }
 
     fn remove(&mut self, connection: ConnectionId) -> Option<Entry> {
-        let entry = self.entries.get_mut(connection.0 as usize)?.take()?;
+        let entry = self.entries.remove(connection)?;
         self.unlink(connection, entry.state);
-        self.free.push(connection.0);
-        if self.len() == 0 {
-            // Return the memory after a peak.
-            (self.entries, self.free) = (Vec::new(), Vec::new());
-        }
         Some(entry)
     }
 
@@ -242,7 +210,7 @@ impl ParkedTable {
     /// Returns the latest time at which `expire_parked` must be called.
     pub(super) fn deadline(&self) -> Option<Time> {
         let (expiry, _) = self.expiries.first()?;
-        Some(Time::from_secs(u64::from(expiry.second)))
+        Some(expiry.time())
     }
 
     /// Returns the number of idle connections.
@@ -262,8 +230,8 @@ impl ParkedTable {
     /// Returns whether a connection of the listener is idle.
     pub(super) fn is_any_idle_on(&self, handle: HandleId) -> bool {
         let mut idle = self.expiries.iter();
-        idle.any(|(_, connection)| {
-            let entry = self.get(*connection);
+        idle.any(|connection| {
+            let entry = self.get(connection);
             entry.is_some_and(|entry| entry.handle == handle)
         })
     }
@@ -276,21 +244,12 @@ impl ParkedTable {
 
     /// Returns the idle connections of one listener.
     fn idle_on(&self, handle: HandleId) -> Vec<ConnectionId> {
-        let idle = self.expiries.iter().map(|(_, connection)| *connection);
         let is_on = |connection: &ConnectionId| {
             self.get(*connection)
                 .is_some_and(|entry| entry.handle == handle)
         };
-        idle.filter(is_on).collect()
+        self.expiries.iter().filter(is_on).collect()
     }
-}
-
-/// Returns the time at which an idle connection expires, in whole seconds. The granularity of a second lets one
-/// wake-up of the master close many connections.
-fn expiry(now: Time, timeout: Time) -> u32 {
-    let at = now.saturating_add(timeout);
-    let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
-    u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 
 /// The source of the next connection, if both the backlog and the resumed connections have one.
@@ -368,23 +327,27 @@ impl<C, F> MasterCore<C, F> {
         self.space_freed();
     }
 
-    /// Takes a connection that the worker parks for the first time. Closes the connection if its
-    /// listener has closed. Kills a worker that has not sent `Online`, that has never had the
-    /// listener, or that accepts the listener's connections itself.
-    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C) {
+    /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
+    /// the listener can no longer hold. Closes the connection if its listener has closed. Kills a
+    /// worker that has not sent `Online`, or that has never had the listener.
+    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
         if !self.is_connected(worker) {
             return;
         }
         let entry = self.workers.get(&worker);
         let has_had = entry.is_some_and(|entry| entry.is_online() && entry.has_had(handle));
         let listener = self.listeners.get(&handle);
+        let is_datagram = |own: &Listener<C>| own.key.endpoint.kind == Kind::Udp;
+        let workers_hold = listener.is_some_and(|own| !own.master_accepts());
         // Do not accuse a worker of a listener that no longer exists, because the worker's entry
         // forgets some of these.
-        if listener.is_none_or(|listener| has_had && listener.master_accepts()) {
-            self.ledger.parked += 1;
-            self.hold(handle, connection, 1);
-        } else {
-            self.violation(worker, FrameError::Violation(Violation::UnknownPark));
+        if listener.is_some_and(|own| !has_had || is_datagram(own)) {
+            return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
+        }
+        self.ledger.parked += 1;
+        match workers_hold {
+            true => self.give(handle, Some(worker), Handoff::New(connection), parked),
+            false => self.hold(handle, connection, parked.max(1)),
         }
     }
 
@@ -400,7 +363,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if self.parked.len() >= self.parked.limit {
-            let Some(&(_, first)) = self.parked.expiries.first() else {
+            let Some((_, first)) = self.parked.expiries.first() else {
                 // No connection that the master holds is idle.
                 self.ledger.idle_closed += 1;
                 return;
@@ -410,7 +373,7 @@ impl<C, F> MasterCore<C, F> {
         }
         let entry = Entry {
             handle,
-            state: self.parked.idle_until(expiry(self.now, timeout)),
+            state: State::Idle(self.parked.expiries.next_expiry(self.now, timeout)),
             parked,
         };
         match self.parked.insert(entry) {
@@ -452,7 +415,7 @@ impl<C, F> MasterCore<C, F> {
         let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
         match timeout {
             Some(timeout) => {
-                let state = self.parked.idle_until(expiry(self.now, timeout));
+                let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
                 self.actions.push_back(Action::AwaitData { id: connection });
                 self.space_freed();
@@ -480,11 +443,6 @@ impl<C, F> MasterCore<C, F> {
         }
         self.close_held(connection);
         Ok(())
-    }
-
-    /// Returns whether the master holds any connection.
-    pub(crate) fn holds_any(&self) -> bool {
-        self.parked.len() > 0
     }
 
     /// Closes the master's copy of a connection.
@@ -537,11 +495,100 @@ impl<C, F> MasterCore<C, F> {
     /// Closes the connections whose clients have been silent for too long.
     pub(super) fn expire_parked(&mut self) {
         while self.parked.deadline().is_some_and(|time| time <= self.now) {
-            let Some(&(_, connection)) = self.parked.expiries.first() else {
+            let Some((_, connection)) = self.parked.expiries.first() else {
                 return;
             };
             self.ledger.expired += 1;
             self.close_held(connection);
+        }
+    }
+}
+
+/// The maximum number of idle connections that one step gives to workers.
+///
+/// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
+/// benchmark chose this value.
+const GIVE_BATCH: usize = 1024;
+
+// Idle connections of listeners whose workers accept. The workers hold them, and the master only
+// gives them from one worker to another.
+impl<C, F> MasterCore<C, F> {
+    /// Gives an idle connection to a worker that serves the listener, but not to `from`. Holds the
+    /// connection if there is no such worker.
+    fn give(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        connection: Handoff<C>,
+        parked: u32,
+    ) {
+        match (self.next_adopter(handle, from), connection) {
+            (Some(worker), connection) => {
+                if let Handoff::Held(resumed) = &connection {
+                    self.parked.remove(resumed.connection);
+                }
+                self.ledger.received += 1;
+                self.actions.push_back(Action::Adopt {
+                    handle,
+                    worker,
+                    connection,
+                    parked,
+                });
+            }
+            (None, Handoff::New(connection)) => self.hold(handle, connection, parked),
+            (None, Handoff::Held(_)) => {}
+        }
+    }
+
+    /// Returns the worker that receives the listener's next idle connection. The workers take
+    /// turns.
+    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
+        let listener = self.listeners.get_mut(&handle)?;
+        let workers = &self.workers;
+        let may_adopt = |worker: &WorkerId| {
+            let entry = workers.get(worker);
+            Some(*worker) != from && entry.is_some_and(WorkerEntry::may_listen)
+        };
+        let last = listener.last_adopter;
+        let mut next = listener.members.serving().filter(may_adopt);
+        let later = next.find(|worker| Some(*worker) > last);
+        let next = later.or_else(|| listener.members.serving().find(may_adopt));
+        listener.last_adopter = next.or(last);
+        next
+    }
+
+    /// Gives the idle connections that the master holds to the workers that serve the listener.
+    pub(super) fn give_held(&mut self, handle: HandleId) {
+        let is_done = |listener: &Listener<C>| listener.master_accepts();
+        if self.parked.len() == 0 || self.listeners.get(&handle).is_none_or(is_done) {
+            return;
+        }
+        let mut held = self.parked.entries.filter(|entry| entry.handle == handle);
+        let is_more = held.len() > GIVE_BATCH;
+        held.truncate(GIVE_BATCH);
+        for connection in held {
+            let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
+            let resumed = Resumed { connection, parked };
+            self.give(handle, None, Handoff::Held(resumed), parked);
+        }
+        if is_more {
+            let now = self.now;
+            self.give_held_at(handle, now);
+        }
+    }
+
+    /// Records that a worker has not read the connections that it was given before. The master
+    /// holds the connection, and tries again after `RETRY_DELAY`.
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
+        self.ledger.received -= 1;
+        self.hold(handle, connection, parked);
+        let retry = self.now.saturating_add(RETRY_DELAY);
+        self.give_held_at(handle, retry);
+    }
+
+    fn give_held_at(&mut self, handle: HandleId, time: Time) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.dispatch_from = Some(time);
         }
     }
 }
@@ -558,8 +605,11 @@ impl<C, F> MasterCore<C, F> {
         else {
             return;
         };
-        // The listener exists, because a listener that closes closes its idle connections.
-        let Some(listener) = self.listeners.get_mut(&handle) else {
+        // The listener exists, because a listener that closes closes its idle connections. If its
+        // workers accept and none of them serves it, the next one receives the connection with its
+        // data.
+        let listener = self.listeners.get_mut(&handle);
+        let Some(listener) = listener.filter(|listener| listener.master_accepts()) else {
             return;
         };
         self.parked.set(connection, State::Ready);

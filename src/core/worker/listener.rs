@@ -1,15 +1,17 @@
 //! Opening, draining and closing a worker's listener.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use super::capacity::QueueReport;
 use super::{Action, HandleId, ListenStatus, WorkerCore};
-use crate::types::endpoint::{BindFlags, Endpoint, Kind};
+use crate::types::connection_id::ConnectionId;
+use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
+use crate::types::time::Time;
 use crate::wire::frame::{Bound, HandleKey, ToMaster};
 
 /// Identifies a listener of this worker. The number is reused only after the listener's entry has
@@ -76,6 +78,11 @@ pub(super) struct Entry {
     pub(super) referenced: bool,
     /// Whether the worker has sent `Listening` to the master.
     listening_sent: bool,
+    /// How long the clients of parked connections may be silent. Only for connections that the
+    /// worker holds itself.
+    pub(super) idle_timeout: Time,
+    /// The parked connections whose clients have sent something.
+    pub(super) resumed: VecDeque<ConnectionId>,
 }
 
 impl Entry {
@@ -139,11 +146,9 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.has_callback)
     }
 
-    /// Returns the master's handle of a listener that has one of the master's queues, or `None` for
-    /// any other listener.
-    pub(crate) fn dispatching_handle(&self, listener: ListenerId) -> Option<HandleId> {
-        let entry = self.listeners.get(&listener);
-        entry.filter(|entry| entry.has_queue())?.handle()
+    /// Returns the master's handle of a listener, or `None` for a private listener.
+    pub(crate) fn handle(&self, listener: ListenerId) -> Option<HandleId> {
+        self.listeners.get(&listener)?.handle()
     }
 
     /// Returns whether the listener's connections come through one of the master's queues.
@@ -171,7 +176,8 @@ impl<F> WorkerCore<F> {
         let key = HandleKey { endpoint, index };
         let requested = Some(key.clone());
         let policy = SchedulingPolicy::RoundRobin;
-        let listener = self.add(kind, requested, Stage::Requested, policy);
+        let idle_timeout = flags.parking.idle_timeout();
+        let listener = self.add(kind, requested, Stage::Requested, policy, idle_timeout);
         if self.listen_status(listener) == ListenStatus::Pending {
             self.send(ToMaster::Listen {
                 request: listener.0,
@@ -183,8 +189,9 @@ impl<F> WorkerCore<F> {
     }
 
     /// Adds a private listener, which is a socket unknown to the master.
-    pub(crate) fn listen_privately(&mut self, kind: Kind) -> ListenerId {
-        self.add(kind, None, Stage::Open(None), SchedulingPolicy::Shared)
+    pub(crate) fn listen_privately(&mut self, kind: Kind, parking: Parking) -> ListenerId {
+        let (stage, policy) = (Stage::Open(None), SchedulingPolicy::Shared);
+        self.add(kind, None, stage, policy, parking.idle_timeout())
     }
 
     /// Returns a number that no listener has. After the highest number, numbers start again at 1.
@@ -205,6 +212,7 @@ impl<F> WorkerCore<F> {
         key: Option<HandleKey>,
         stage: Stage,
         policy: SchedulingPolicy,
+        idle_timeout: Time,
     ) -> ListenerId {
         let listener = self.next_listener();
         let is_late = self.is_disconnecting();
@@ -222,6 +230,8 @@ impl<F> WorkerCore<F> {
             drops_excess: false,
             referenced: true,
             listening_sent: false,
+            idle_timeout,
+            resumed: VecDeque::new(),
         };
         self.listeners.insert(listener, entry);
         listener
@@ -306,6 +316,9 @@ impl<F> WorkerCore<F> {
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) => {
                 entry.stage = Stage::Closed;
+                // The connections leave before the listener is released, so that the master still
+                // has the listener.
+                self.all_leave(listener);
                 if let Some(handle) = handle {
                     self.send(ToMaster::Release { handle });
                     self.release_index(listener);
@@ -339,6 +352,7 @@ impl<F> WorkerCore<F> {
         if let Stage::Open(handle) = entry.stage {
             entry.stage = Stage::Draining(handle);
         }
+        self.idle_leave(Some(listener));
         self.notify_ready(listener);
     }
 

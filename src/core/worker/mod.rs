@@ -5,10 +5,12 @@
 //! are any type `F`.
 //!
 //! The top level contains the life of the worker and of its channel. `listener` contains the life
-//! of one listener. `capacity` decides whether the worker takes more connections.
+//! of one listener. `capacity` decides whether the worker takes more connections. `parked` contains
+//! the connections that the worker holds while their clients send nothing.
 
 mod capacity;
 mod listener;
+mod parked;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +24,8 @@ use crate::types::sorted_map::SortedMap;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
 use listener::{Entry, Stage};
+use parked::ParkedTable;
+pub(crate) use parked::{Held, Leaving};
 
 /// An action that the shell carries out at once.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,6 +35,11 @@ pub(crate) enum Action {
     CloseListener(ListenerId),
     /// Keeps new connections out of a private listener's backlog.
     AttachSynFilter(ListenerId),
+    /// Closes a connection that the worker holds.
+    CloseParked(ConnectionId),
+    /// Sends the connections of `next_leaving` to the master, as far as the channel has space. The
+    /// shell continues when the channel has space again.
+    HandOver,
     /// Closes the channel once all queued frames are written.
     CloseChannel,
     /// Makes the disconnect tokens report that this worker is disconnecting.
@@ -123,6 +132,7 @@ pub(crate) struct WorkerCore<F> {
     indices: SortedMap<Endpoint, BTreeSet<u32>>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,
+    parked: ParkedTable,
     actions: VecDeque<Action>,
     events: VecDeque<Event<F>>,
 }
@@ -143,6 +153,7 @@ impl<F> WorkerCore<F> {
             listeners: SortedMap::new(),
             indices: SortedMap::new(),
             open_connections: 0,
+            parked: ParkedTable::new(),
             actions: VecDeque::from([Action::Send(ToMaster::Online)]),
             events: VecDeque::new(),
         }
@@ -206,13 +217,13 @@ impl<F> WorkerCore<F> {
         self.must_exit() || !(channel || self.open_connections > 0 || listens)
     }
 
-    /// Returns whether a disconnecting worker can close its channel, because it has no listener and
-    /// no connection left.
+    /// Returns whether a disconnecting worker can close its channel, because it has no listener, no
+    /// connection and no parked connection left.
     pub(crate) fn is_drained(&self) -> bool {
         let disconnects =
             self.disconnect == Disconnect::Received && self.channel == ChannelState::Open;
         let listens = || self.listeners.values().any(Entry::is_open);
-        disconnects && self.open_connections == 0 && !listens()
+        disconnects && self.open_connections == 0 && self.parked.is_empty() && !listens()
     }
 }
 
@@ -306,6 +317,7 @@ impl<F> WorkerCore<F> {
                 entry.stage = Stage::Closed;
             }
         }
+        self.close_all_parked();
         let all = self.listeners.keys().copied().map(Action::CloseListener);
         self.actions.extend(all);
         self.events.push_back(Event::Disconnect);
@@ -342,6 +354,8 @@ impl<F> WorkerCore<F> {
                 }
             }
             ToWorker::Disconnect => self.disconnect_received(),
+            // The connection has been lost for lack of descriptors, so its client is disconnected.
+            ToWorker::Adopt { .. } => {}
             ToWorker::Message(bytes) => self.message(bytes, F::default()),
         }
         Ok(None)
@@ -369,6 +383,7 @@ impl<F> WorkerCore<F> {
                 | Stage::Closed => {}
             }
         }
+        self.idle_leave(None);
         for listener in private {
             self.actions.push_back(Action::AttachSynFilter(listener));
             self.drain(listener);

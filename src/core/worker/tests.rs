@@ -1,6 +1,6 @@
 use super::listener::MAX_LISTENER;
 use super::*;
-use crate::types::endpoint::{BindFlags, Kind, Place};
+use crate::types::endpoint::{BindFlags, Kind, Parking, Place};
 use crate::types::errno;
 use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::Bound;
@@ -35,6 +35,8 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
         Action::Send(frame) => Some(frame),
         Action::CloseListener(_)
         | Action::AttachSynFilter(_)
+        | Action::CloseParked(_)
+        | Action::HandOver
         | Action::CloseChannel
         | Action::MarkDisconnecting => None,
     });
@@ -62,9 +64,9 @@ fn idle(received: u64, open: u32) -> ToMaster {
 #[test]
 fn listener_numbers_start_again_and_skip_those_in_use() {
     let mut core = Core::new();
-    let first = core.listen_privately(Kind::Tcp);
+    let first = core.listen_privately(Kind::Tcp, Parking::default());
     core.last_listener = MAX_LISTENER - 1;
-    let later = [Kind::Tcp, Kind::Udp].map(|kind| core.listen_privately(kind));
+    let later = [Kind::Tcp, Kind::Udp].map(|kind| core.listen_privately(kind, Parking::default()));
     assert_eq!(first, ListenerId(1));
     assert_eq!(later, [ListenerId(MAX_LISTENER), ListenerId(2)]);
     assert!(core.is_datagram(later[1]) && !core.is_datagram(first));
@@ -149,7 +151,7 @@ fn exhausted_descriptors_pause_all_queues_until_the_backoff_elapses() {
 fn callbacks_leave_some_descriptors_to_the_application() {
     let mut core = Core::new();
     let listener = listener(&mut core, HANDLE);
-    let blocking = core.listen_privately(Kind::Tcp);
+    let blocking = core.listen_privately(Kind::Tcp, Parking::default());
     accepts(&mut core, listener);
     core.connection_opened(listener);
     core.connection_opened(listener);

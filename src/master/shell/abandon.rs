@@ -97,7 +97,7 @@ impl MasterShell {
         let policy = self.core.borrow().policy();
         let core = self.core.replace(MasterCore::new(policy));
         let held = self.held.take();
-        numbers.extend(held.iter().flatten().map(|fd| fd.as_fd().as_raw_fd()));
+        numbers.extend(held.values().map(|fd| fd.as_fd().as_raw_fd()));
         let waiting = core.waiting().filter_map(|handoff| match handoff {
             Handoff::New(connection) => Some(connection),
             Handoff::Held(_) => None,

@@ -262,12 +262,12 @@ impl MasterShell {
         }
         match frame {
             ToMaster::Message(bytes) => core.message(worker, bytes, fds),
-            ToMaster::Park { handle } if !fds.is_empty() => {
+            ToMaster::Park { handle, parked } if !fds.is_empty() => {
                 self.fault("master.before_park", worker);
                 core.set_time(self.start.elapsed());
                 for connection in fds {
                     match sys::socket::is_connection(connection.as_fd()) {
-                        true => core.park(worker, handle, connection),
+                        true => core.park(worker, handle, connection, parked),
                         false => core.violation(worker, NOT_A_CONNECTION),
                     }
                 }

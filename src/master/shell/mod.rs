@@ -326,6 +326,12 @@ impl MasterShell {
                 connection,
             } => self.pass(Passed { id, handle, parked }, connection),
             Action::CloseHeld { id } => self.close_held(id),
+            Action::Adopt {
+                handle,
+                worker,
+                connection,
+                parked,
+            } => self.give(handle, worker, connection, parked),
             Action::Reclaim {
                 handle,
                 worker,

@@ -11,15 +11,12 @@ use crate::runtime::event_loop::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::Registered;
-use crate::types::connection_id::ConnectionId;
+use crate::types::connection_id::{ConnectionId, ConnectionMap};
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::{HandleId, MAX_BATCH, ToWorker};
 
-/// The connections that the master holds. The connection with the number `n` is at the index `n`.
-pub(super) type HeldConnections = Vec<Option<Registered<NoLingerFd>>>;
-
-/// Returns the held connection with this id.
-pub(super) fn find(held: &HeldConnections, id: ConnectionId) -> Option<&Registered<NoLingerFd>> {
-    held.get(id.0 as usize)?.as_ref()
-}
+/// The connections that the master holds.
+pub(super) type HeldConnections = ConnectionMap<Registered<NoLingerFd>>;
 
 /// Returns the descriptor of a connection on its way to a worker. Returns `None` if the master no
 /// longer holds the connection.
@@ -29,7 +26,7 @@ pub(super) fn descriptor_of<'a>(
 ) -> Option<BorrowedFd<'a>> {
     match handoff {
         Handoff::New(connection) => Some(connection.as_fd()),
-        Handoff::Held(resumed) => find(held, resumed.connection).map(|held| held.as_fd()),
+        Handoff::Held(resumed) => held.get(resumed.connection).map(|held| held.as_fd()),
     }
 }
 
@@ -39,18 +36,9 @@ impl MasterShell {
         let added = self.poller.add(connection, Token::Parked(id.0).key(), None);
         let added = added.and_then(|connection| connection.await_once().map(|()| connection));
         match added {
-            Ok(connection) => self.keep(id, connection),
+            Ok(connection) => self.held.borrow_mut().insert(id, connection),
             Err(reason) => self.not_held(id, reason),
         }
-    }
-
-    pub(super) fn keep(&self, id: ConnectionId, connection: Registered<NoLingerFd>) {
-        let mut held = self.held.borrow_mut();
-        let at = id.0 as usize;
-        if held.len() <= at {
-            held.resize_with(at + 1, || None);
-        }
-        held[at] = Some(connection);
     }
 
     /// Waits again until the client of a held connection sends something or hangs up.
@@ -58,7 +46,7 @@ impl MasterShell {
         let held = self.held.borrow();
         // The connection is missing if it could not be held earlier.
         let missing = || Err(io::ErrorKind::NotFound.into());
-        let awaited = find(&held, id).map_or_else(missing, Registered::await_once);
+        let awaited = held.get(id).map_or_else(missing, Registered::await_once);
         drop(held);
         if let Err(reason) = awaited {
             self.not_held(id, reason);
@@ -73,21 +61,59 @@ impl MasterShell {
     }
 
     pub(super) fn close_held(&self, id: ConnectionId) {
-        let mut held = self.held.borrow_mut();
-        if let Some(connection) = held.get_mut(id.0 as usize) {
-            *connection = None;
+        self.held.borrow_mut().remove(id);
+    }
+
+    /// Gives an idle connection to a worker. If the worker has not read the connections that it was
+    /// given before, returns the connection to the core.
+    pub(super) fn give(
+        &self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Handoff<NoLingerFd>,
+        parked: u32,
+    ) {
+        let connection = match connection {
+            Handoff::New(connection) => Some(connection),
+            Handoff::Held(resumed) => {
+                let held = self.held.borrow_mut().remove(resumed.connection);
+                held.map(Registered::into_source)
+            }
+        };
+        let Some(connection) = connection else {
+            return;
+        };
+        let mut has_space = self.has_space_for_fd(worker);
+        if !has_space {
+            self.unflushed.borrow_mut().push_back(worker);
+            self.flush();
+            has_space = self.has_space_for_fd(worker);
         }
-        if !self.core.borrow().holds_any() {
-            // Return the memory after a peak.
-            *held = Vec::new();
+        let worker_io = self.worker_io(worker).filter(|_| has_space);
+        match worker_io {
+            Some(worker_io) => {
+                let frame = ToWorker::Adopt { handle, parked };
+                let fd = connection.into_owned_fd();
+                worker_io.channel.queue(&frame, Some(fd));
+                self.unflushed.borrow_mut().push_back(worker);
+            }
+            None => self.core_now().not_adopted(handle, connection, parked),
         }
+    }
+
+    /// Returns whether the worker's channel accepts another protocol frame with a descriptor
+    /// without the risk that the worker is disconnected.
+    fn has_space_for_fd(&self, worker: WorkerId) -> bool {
+        let worker_io = self.worker_io(worker);
+        let queued = worker_io.and_then(|worker_io| worker_io.channel.queued_fds());
+        queued.is_some_and(|queued| queued < MAX_BATCH)
     }
 
     /// Handles a held connection that the poller has reported.
     pub(crate) fn held_ready(&self, number: u32) {
         let id = ConnectionId(number);
         let held = self.held.borrow();
-        let Some(connection) = find(&held, id) else {
+        let Some(connection) = held.get(id) else {
             return;
         };
         let peeked = sys::fd::peek(connection.as_fd().as_raw_fd(), &mut [0]);

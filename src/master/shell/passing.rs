@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::MasterShell;
-use super::parked::{HeldConnections, find};
+use super::parked::HeldConnections;
 use crate::error::{Error, Result};
 use crate::runtime::backoff::BACKOFF;
 use crate::runtime::event_loop::Token;
@@ -126,7 +126,7 @@ impl Successor {
             return Ok(Sent::Nothing);
         };
         let connections = message.connections.iter().filter(|_| !message.is_begun);
-        let fds = connections.filter_map(|id| find(held, *id));
+        let fds = connections.filter_map(|id| held.get(*id));
         let fds: Vec<_> = fds.map(|connection| connection.as_fd()).collect();
         let written = sys::socket::send(&self.stream, &message.rest, &fds)?;
         message.is_begun = true;
@@ -205,11 +205,11 @@ impl MasterShell {
         if let Some(connection) = connection {
             let key = Token::Parked(passed.id.0).key();
             match self.poller.add(connection, key, None) {
-                Ok(connection) => self.keep(passed.id, connection),
+                Ok(connection) => self.held.borrow_mut().insert(passed.id, connection),
                 Err(_) => return self.core_now().not_passed(passed.id),
             }
         }
-        if find(&self.held.borrow(), passed.id).is_none() {
+        if self.held.borrow().get(passed.id).is_none() {
             // The connection could not be held, for instance for lack of memory.
             return self.core_now().not_passed(passed.id);
         }

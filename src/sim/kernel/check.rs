@@ -7,6 +7,7 @@ use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::core::master::Resumed;
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
+use crate::types::policy::SchedulingPolicy;
 use crate::types::time::earlier;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
@@ -72,7 +73,9 @@ impl World {
         let is_passed = !self.has_successor || self.master.count_idle() == 0;
         assert!(is_passed, "an idle connection is not passed");
         for (id, held) in &self.held {
-            let is_watched = held.is_awaited || !self.master.is_idle(*id);
+            // With the other policies, the next worker receives the connection with its data.
+            let is_dispatched = self.config.policy == SchedulingPolicy::RoundRobin;
+            let is_watched = held.is_awaited || !self.master.is_idle(*id) || !is_dispatched;
             assert!(is_watched, "{id:?} is idle and not watched");
         }
         assert_eq!(self.master.sizes().held, self.held.len(), "held");

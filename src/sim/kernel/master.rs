@@ -117,6 +117,14 @@ impl World {
             Action::Hold { id, connection } => self.hold_connection(id, connection),
             Action::AwaitData { id } => self.await_data(id),
             Action::CloseHeld { id } => self.close_held(id),
+            // Close the connection, because simulated workers hold no parked connections. Only
+            // liars park connections of shared listeners.
+            Action::Adopt { connection, .. } => {
+                self.received += 1;
+                if let Handoff::Held(resumed) = connection {
+                    self.held.remove(&resumed.connection);
+                }
+            }
             Action::Reclaim {
                 handle,
                 worker,
@@ -290,9 +298,9 @@ impl World {
         }
         match frame {
             ToMaster::Message(bytes) => self.report(|core| core.message(worker, bytes, fds)),
-            ToMaster::Park { handle } => {
+            ToMaster::Park { handle, parked } => {
                 let is_lost = self.processes[&worker].is_raw() && fds.is_empty();
-                self.read_parked(worker, handle, is_lost);
+                self.read_parked(worker, handle, parked, is_lost);
             }
             frame @ (ToMaster::Online
             | ToMaster::Listen { .. }
@@ -311,17 +319,18 @@ impl World {
 
     /// Reads a connection that a worker parks. If the connection `is_lost`, or `failing` contains
     /// `Park`, the master has no free descriptor number for it.
-    fn read_parked(&mut self, worker: WorkerId, handle: HandleId, is_lost: bool) {
+    fn read_parked(&mut self, worker: WorkerId, handle: HandleId, parked: u32, is_lost: bool) {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         let connection = process.to_park.pop_front();
         if self.failing.remove(&Failure::Park) || is_lost {
             let error = Error::no_descriptors(Some(worker));
             self.report(|core| core.error(Some(worker), error));
-            return self.report(|core| core.frame(worker, ToMaster::Park { handle }));
+            let frame = ToMaster::Park { handle, parked };
+            return self.report(|core| core.frame(worker, frame));
         }
         assert!(connection.is_some() || process.is_liar, "parks nothing");
         let connection = connection.unwrap_or_else(|| self.own_connection());
-        self.report(|core| core.park(worker, handle, connection));
+        self.report(|core| core.park(worker, handle, connection, parked));
     }
 
     /// Returns a connection to a client that is a worker itself. The client has sent something.

@@ -188,6 +188,9 @@ impl World {
                 assert!(!process.is_marked, "marked twice");
                 process.is_marked = true;
             }
+            Action::CloseParked(_) | Action::HandOver => {
+                unreachable!("simulated workers hold no parked connections")
+            }
             Action::CloseChannel => {
                 let is_idle = process.held.is_empty();
                 assert!(
@@ -397,7 +400,7 @@ impl World {
         match (call, listener) {
             (WorkerCall::Listen, _) if can_listen => self.listen_with_limit(worker, n),
             (WorkerCall::ListenPrivately, _) if can_listen => {
-                let listener = process.core.listen_privately(Kind::Tcp);
+                let listener = process.core.listen_privately(Kind::Tcp, Parking::default());
                 process.listeners.push(listener);
                 if !process.core.is_disconnecting() {
                     process.private.insert(listener, Port::new(endpoint(0)));
@@ -526,7 +529,7 @@ impl World {
         match (resumed, handle) {
             (Some(resumed), _) if core.is_writable() => core.park_again(resumed.connection),
             (None, Some(handle)) if core.is_writable() && core.has_queue(listener) => {
-                let frame = ToMaster::Park { handle };
+                let frame = ToMaster::Park { handle, parked: 1 };
                 process.up.queue_connection(frame, client);
                 process.is_unflushed = true;
             }

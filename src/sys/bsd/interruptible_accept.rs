@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 #[derive(Debug)]
@@ -22,6 +22,16 @@ impl InterruptibleAccept {
     pub(crate) fn add(&self, _source: BorrowedFd<'_>) -> io::Result<()> {
         match self.0 {}
     }
+
+    pub(crate) fn add_connection(&self, _connection: BorrowedFd<'_>) -> io::Result<()> {
+        match self.0 {}
+    }
+
+    pub(crate) fn discard(&self) -> bool {
+        match self.0 {}
+    }
+
+    pub(crate) fn remove_connection(_number: RawFd) {}
 
     pub(crate) fn accept(
         &self,

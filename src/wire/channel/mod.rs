@@ -373,6 +373,11 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         Ok(Flushed::Done)
     }
 
+    /// Returns the number of unwritten protocol frames that have a descriptor.
+    pub(crate) fn queued_fds(&self) -> usize {
+        self.outbox.own_fds()
+    }
+
     fn check_length(&self) -> io::Result<()> {
         if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > Out::UNREAD_FDS_MAX {
             return Err(io::ErrorKind::OutOfMemory.into());

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use super::WorkerShell;
-use super::parked::Origin;
+use super::parked::{Home, Origin, Registration, Turn};
 use super::sockets::{AcceptMode, Socket, SocketOwner};
 use crate::core::worker::{ListenerId, WorkerCore};
 use crate::error::{Error, Result};
@@ -35,10 +35,11 @@ pub(crate) struct Accepted {
 }
 
 /// A connection as it arrives from a listener or a queue.
-struct Arrived {
-    fd: OwnedFd,
-    held: Option<ConnectionId>,
-    parked: u32,
+pub(super) struct Arrived {
+    pub(super) fd: OwnedFd,
+    pub(super) held: Option<ConnectionId>,
+    pub(super) parked: u32,
+    pub(super) registration: Option<Registration>,
 }
 
 impl Arrived {
@@ -48,15 +49,40 @@ impl Arrived {
             fd,
             held: None,
             parked: 0,
+            registration: None,
         }
     }
 }
 
 impl WorkerShell {
+    /// Returns the next connection of the listener without waiting: a new connection, or a parked
+    /// one whose client has sent something. If there are both, they take turns. On a draining
+    /// listener, the parked ones come first, because the listener closes when it is found empty.
+    pub(crate) fn try_next(&self, listener: ListenerId) -> Result<Option<Accepted>> {
+        let core = self.core.borrow();
+        let resumes = core.has_resumed(listener)
+            && (self.turn.get() != Turn::New || core.is_draining(listener));
+        drop(core);
+        if resumes {
+            return Ok(self.resume(listener));
+        }
+        let accepted = self.try_accept(listener)?;
+        Ok(match accepted {
+            Some(accepted) => {
+                self.turn.set(Turn::Parked);
+                Some(accepted)
+            }
+            None => {
+                self.backlog_is_empty();
+                self.resume(listener)
+            }
+        })
+    }
+
     /// Accepts the next connection from the listener, or receives it from the queue. Returns `None`
     /// if there is no connection, or if no descriptor is free for a connection from the queue. A
     /// draining listener that is found empty closes, unless it is paused.
-    pub(crate) fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
+    fn try_accept(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let Some(socket) = self.socket(listener).filter(|socket| socket.is_own()) else {
             return Ok(None);
         };
@@ -83,14 +109,25 @@ impl WorkerShell {
     }
 
     /// Notifies the core of a connection that the application receives.
-    fn accepted(&self, listener: ListenerId, arrived: Arrived) -> Accepted {
-        let Arrived { fd, held, parked } = arrived;
-        let mut core = self.core.borrow_mut();
-        let origin = Origin {
-            listener: Some(listener),
-            handle: core.dispatching_handle(listener),
+    pub(super) fn accepted(&self, listener: ListenerId, arrived: Arrived) -> Accepted {
+        let Arrived {
+            fd,
             held,
             parked,
+            registration,
+        } = arrived;
+        let mut core = self.core.borrow_mut();
+        let handle = core.handle(listener);
+        let home = match core.has_queue(listener) {
+            true => handle.map_or(Home::Nowhere, Home::Master),
+            false => Home::Worker(listener, handle),
+        };
+        let origin = Origin {
+            listener: Some(listener),
+            home,
+            held,
+            parked,
+            registration,
         };
         let is_excess = core.connection_opened(listener);
         if core.has_queue(listener) {
@@ -142,6 +179,7 @@ impl WorkerShell {
                     fd: connection.into_owned_fd(),
                     held: label.held,
                     parked: label.parked,
+                    registration: None,
                 }))
             }
             Ok(Dequeued::Lost(label)) => {
@@ -214,6 +252,7 @@ impl WorkerShell {
             interrupt.add(signals)?;
             let added = self.channel.with(|channel| interrupt.add(channel.as_fd()));
             added.unwrap_or(Ok(()))?;
+            self.interrupt_for_parked(&interrupt)?;
             let _ = self.interrupt.set(interrupt);
             // Write the queued frames now. The kernel reports free space in the channel, and thus
             // interrupts `accept`, only after it has rejected a write.
@@ -239,7 +278,11 @@ impl WorkerShell {
         // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
-            Ok(fd) => Ok(fd.map(|fd| self.accepted(listener, Arrived::new(fd)))),
+            Ok(Some(fd)) => {
+                self.turn.set(Turn::Parked);
+                Ok(Some(self.accepted(listener, Arrived::new(fd))))
+            }
+            Ok(None) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);
                 Ok(None)

@@ -60,6 +60,16 @@ impl WorkerShell {
     }
 
     fn flush(&self) {
+        loop {
+            self.flush_once();
+            // Send the connections for which the channel had no space before.
+            if !self.core.borrow().has_leaving() || !self.hand_over() {
+                return;
+            }
+        }
+    }
+
+    fn flush_once(&self) {
         self.fault("worker.before_write");
         let flush = self.channel.flush();
         self.fault("worker.after_write");
@@ -159,6 +169,12 @@ impl WorkerShell {
         }
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
+            ToWorker::Adopt { handle, parked } if !fds.is_empty() => {
+                drop(core);
+                for connection in fds {
+                    self.adopt(handle, connection.into_owned_fd(), parked);
+                }
+            }
             ToWorker::Reply { ref result, .. } => {
                 // With every policy except round robin, the reply's listener blocks unless another
                 // worker has made it non-blocking. `accept_blocking` detects that case. For a UDP
@@ -176,7 +192,7 @@ impl WorkerShell {
                     self.add_shared(listener, fd, mode);
                 }
             }
-            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect => {
+            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect | ToWorker::Adopt { .. } => {
                 core.frame(frame)?;
             }
         }

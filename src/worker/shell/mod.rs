@@ -10,7 +10,7 @@ mod parked;
 mod sockets;
 
 pub(crate) use accept::Accepted;
-pub(crate) use parked::Origin;
+pub(crate) use parked::{Origin, Registration};
 pub(crate) use sockets::{Socket, SocketOwner};
 
 use std::cell::{Cell, OnceCell, RefCell};
@@ -23,17 +23,20 @@ use crate::core::worker::{Action, ListenerId, WorkerCore};
 use crate::error::Error;
 use crate::runtime::backoff::Backoff;
 use crate::runtime::event_loop::Token;
+use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::poll::Poller;
+use crate::types::connection_id::ConnectionMap;
 use crate::types::sorted_map::SortedMap;
-use crate::types::time::Time;
+use crate::types::time::{Time, earlier};
 use crate::wire::channel::Channel;
 use crate::wire::channel::inbox::READ_SIZE;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::Receipt;
 use crate::worker::disconnect_token::DisconnectToken;
+use parked::{ParkedConnection, Turn};
 use sockets::SocketEntry;
 
 /// Maximum time that an exiting worker waits for the channel to accept its final frames.
@@ -61,6 +64,12 @@ pub(crate) struct WorkerShell {
     /// it.
     interrupt: OnceCell<InterruptibleAccept>,
     backoff: Cell<Backoff>,
+    /// The connections that this worker holds while their clients send nothing.
+    parked: RefCell<ConnectionMap<ParkedConnection>>,
+    turn: Cell<Turn>,
+    /// Whether the poller may report a parked connection whose data interrupts no `accept`, because
+    /// the data arrived earlier than the connection was parked.
+    is_unchecked: Cell<bool>,
     /// Errors that no call of the application could return and that have not been delivered.
     errors: RefCell<VecDeque<Error>>,
     /// Receipts that have not been delivered to the application.
@@ -84,8 +93,12 @@ impl WorkerShell {
         start: Instant,
     ) -> io::Result<Self> {
         let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
+        let mut core = WorkerCore::new();
+        // Leave the other half of the descriptors to the application.
+        let limit = usize::try_from(sys::fd::limit()).unwrap_or(usize::MAX);
+        core.set_parked_limit(limit / 2);
         let shell = Self {
-            core: RefCell::new(WorkerCore::new()),
+            core: RefCell::new(core),
             poller,
             channel: ChannelDriver::new(None, Some(channel)),
             disconnect_token,
@@ -95,6 +108,9 @@ impl WorkerShell {
             start,
             interrupt: OnceCell::new(),
             backoff: Cell::default(),
+            parked: RefCell::default(),
+            turn: Cell::new(Turn::Parked),
+            is_unchecked: Cell::new(false),
             errors: RefCell::default(),
             receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
@@ -146,12 +162,18 @@ impl WorkerShell {
 
     /// Returns the time by which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        self.backoff.get().deadline()
+        let parked = self.core.borrow().parked_deadline();
+        earlier(self.backoff.get().deadline(), parked)
     }
 
-    /// Carries out the retries that are due.
+    /// Carries out the retries that are due, and closes the parked connections that have expired.
     pub(crate) fn tick(&self) {
-        if self.deadline().is_some() && self.backoff.get().is_due(self.now()) {
+        if self.core.borrow().parked_deadline().is_some() {
+            self.core.borrow_mut().expire_parked(self.now());
+            self.act();
+        }
+        let backoff = self.backoff.get().deadline();
+        if backoff.is_some() && self.backoff.get().is_due(self.now()) {
             self.backoff.take();
             self.core.borrow_mut().backoff_elapsed();
             self.act();
@@ -181,6 +203,7 @@ impl WorkerShell {
                 Some(
                     Action::Send(_)
                     | Action::AttachSynFilter(_)
+                    | Action::HandOver
                     | Action::CloseChannel
                     | Action::MarkDisconnecting,
                 ) if !is_own => {}
@@ -190,6 +213,8 @@ impl WorkerShell {
                 }
                 Some(Action::CloseListener(listener)) => self.close_socket(listener),
                 Some(Action::AttachSynFilter(listener)) => self.attach_syn_filter(listener),
+                Some(Action::CloseParked(id)) => self.close_parked(id),
+                Some(Action::HandOver) => must_flush |= self.hand_over(),
                 Some(Action::CloseChannel) => {
                     must_flush = true;
                     self.channel.with(Channel::close);
@@ -206,7 +231,17 @@ impl WorkerShell {
 
 impl Drop for WorkerShell {
     fn drop(&mut self) {
-        self.channel
-            .with(|channel| channel.flush_blocking(SHUTDOWN_FLUSH));
+        if self.poller.is_own() {
+            self.core.borrow_mut().release_parked();
+        }
+        let start = Instant::now();
+        loop {
+            let has_more = self.hand_over();
+            let left = SHUTDOWN_FLUSH.saturating_sub(start.elapsed());
+            self.channel.with(|channel| channel.flush_blocking(left));
+            if !has_more || left.is_zero() {
+                return;
+            }
+        }
     }
 }

@@ -1,26 +1,78 @@
-//! Giving connections back to the master.
+//! Parked connections: giving them back to the master, or holding them in this worker.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use super::WorkerShell;
+use super::accept::{Accepted, Arrived};
 use super::sockets::Socket;
-use crate::core::worker::ListenerId;
+use crate::core::worker::{Held, Leaving, ListenerId};
+use crate::runtime::event_loop::Token;
 use crate::sys;
+use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
-use crate::wire::frame::{HandleId, ToMaster};
+use crate::wire::frame::{HandleId, MAX_BATCH, ToMaster};
 
 /// Where a connection comes from, and where it goes when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Origin {
     /// The listener that counts the connection.
     pub(crate) listener: Option<ListenerId>,
-    /// The master's handle of the listener if the master dispatches the listener's connections. The
-    /// handle stays valid after the listener has closed.
-    pub(crate) handle: Option<HandleId>,
+    pub(crate) home: Home,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
     /// How often the connection has been parked.
     pub(crate) parked: u32,
+    /// What this worker has set up for the connection while the connection was parked.
+    pub(crate) registration: Option<Registration>,
+}
+
+/// The process that holds a connection while it is parked. The master's handle of the listener
+/// stays valid after the listener has closed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Home {
+    /// The connection comes from no listener, and is closed instead of being parked.
+    #[default]
+    Nowhere,
+    Master(HandleId),
+    /// This worker. The handle is `None` for a private listener.
+    Worker(ListenerId, Option<HandleId>),
+}
+
+/// What stays set up for a connection while the application has it, so that parking it again costs
+/// less.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Registration {
+    /// The number of the connection's descriptor, which is dormant in the poller.
+    number: RawFd,
+    /// Whether arrivals on the connection interrupt a blocking `accept`.
+    interrupts: bool,
+}
+
+/// A connection that this worker holds.
+#[derive(Debug)]
+pub(super) struct ParkedConnection {
+    fd: OwnedFd,
+    /// Whether arrivals on the connection interrupt a blocking `accept`.
+    interrupts: bool,
+}
+
+/// The source of the next connection, if a parked connection is ready.
+///
+/// | turn | event | next |
+/// |---|---|---|
+/// | any | a new connection is accepted | `Parked` |
+/// | `Parked` | a parked connection is resumed | `New` |
+/// | `New` | the backlog is found empty | `ParkedOnly` |
+/// | `ParkedOnly` | `check_backlog`, once per interval | `New` |
+///
+/// Without `ParkedOnly`, the worker would check the backlog for each request on a parked
+/// connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    New,
+    Parked,
+    ParkedOnly,
 }
 
 impl WorkerShell {
@@ -35,20 +87,38 @@ impl WorkerShell {
         }
     }
 
-    /// Returns whether the master would hold the connection.
-    pub(crate) fn can_park(&self, origin: &Origin) -> bool {
-        let is_dispatched = origin.held.is_some() || origin.handle.is_some();
-        is_dispatched && self.core.borrow().is_writable() && self.poller.is_own()
+    /// Forgets what is set up for a connection whose stream the application has closed, and lets the
+    /// master close its copy.
+    pub(crate) fn forget(&self, origin: &Origin) {
+        if let Some(registration) = origin.registration {
+            self.poller.forget_dormant(registration.number);
+        }
+        self.detach(origin);
     }
 
-    /// Gives a connection to the master, which holds it until its client sends something.
+    /// Returns whether the connection would be held if the application parked it now.
+    pub(crate) fn can_park(&self, origin: &Origin) -> bool {
+        let has_home = !matches!(origin.home, Home::Nowhere) || origin.held.is_some();
+        has_home && self.core.borrow().is_writable() && self.poller.is_own()
+    }
+
+    /// Holds a connection until its client sends something, or gives it to the master, which does.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
         self.fault("worker.before_park");
+        match origin.home {
+            Home::Worker(listener, handle) => self.park_here(fd, origin, listener, handle),
+            Home::Master(handle) => self.park_in_master(fd, origin, Some(handle)),
+            Home::Nowhere => self.park_in_master(fd, origin, None),
+        }
+        self.fault("worker.after_park");
+    }
+
+    fn park_in_master(&self, fd: OwnedFd, origin: &Origin, handle: Option<HandleId>) {
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
         // A forked child only closes its copy of the connection.
         let is_writable = core.is_writable() && self.poller.is_own();
-        match (origin.held, origin.handle) {
+        match (origin.held, handle) {
             // The options are the same for the master's copy.
             _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
                 if let Some(connection) = origin.held {
@@ -57,7 +127,9 @@ impl WorkerShell {
             }
             (Some(connection), _) => core.park_again(connection),
             (None, Some(handle)) => {
-                self.channel.queue(&ToMaster::Park { handle }, Some(fd));
+                let parked = origin.parked.saturating_add(1);
+                let frame = ToMaster::Park { handle, parked };
+                self.channel.queue(&frame, Some(fd));
             }
             (None, None) => {}
         }
@@ -69,7 +141,6 @@ impl WorkerShell {
         drop(core);
         self.act();
         self.flush_channel();
-        self.fault("worker.after_park");
     }
 
     /// Returns whether the listener has a queue that is known to be empty.
@@ -77,5 +148,222 @@ impl WorkerShell {
         let socket = self.socket(listener);
         let socket = socket.as_deref().map(|registered| &**registered);
         matches!(socket, Some(Socket::Queue(queue)) if sys::queue::is_empty(queue))
+    }
+}
+
+// Holding connections in this worker.
+impl WorkerShell {
+    fn park_here(
+        &self,
+        fd: OwnedFd,
+        origin: &Origin,
+        listener: ListenerId,
+        handle: Option<HandleId>,
+    ) {
+        let mut core = self.core.borrow_mut();
+        core.connection_closed(origin.listener);
+        let parked = origin.parked.saturating_add(1);
+        let held = match sys::socket::reset_options(fd.as_fd()) {
+            Ok(()) => core.hold(listener, handle, parked, self.now()),
+            // The client has reset the connection.
+            Err(_) => Held::Closed,
+        };
+        drop(core);
+        self.keep(held, fd, origin.registration);
+        self.act();
+    }
+
+    /// Holds a connection that another worker parked.
+    pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, parked: u32) {
+        let held = self.core.borrow_mut().adopt(handle, parked, self.now());
+        self.keep(held, fd, None);
+    }
+
+    /// Keeps a connection. If it is idle, waits once until its client sends something or hangs up.
+    fn keep(&self, held: Held, fd: OwnedFd, registration: Option<Registration>) {
+        let mut interrupts = registration.is_some_and(|registration| registration.interrupts);
+        let id = match held {
+            Held::Idle(id) => {
+                let awaited = self.await_data(id, &fd, registration.is_some(), interrupts);
+                match awaited {
+                    Ok(interrupting) => interrupts = interrupting,
+                    Err(reason) => {
+                        self.report_io("hold a parked connection", reason);
+                        self.core.borrow_mut().idle_hung_up(id);
+                    }
+                }
+                id
+            }
+            Held::Leaving(id) => id,
+            Held::Closed => {
+                self.poller.forget_dormant(fd.as_raw_fd());
+                return;
+            }
+        };
+        let connection = ParkedConnection { fd, interrupts };
+        self.parked.borrow_mut().insert(id, connection);
+    }
+
+    /// Waits once until the client sends something or hangs up. Returns whether this also
+    /// interrupts a blocking `accept`.
+    fn await_data(
+        &self,
+        id: ConnectionId,
+        fd: &OwnedFd,
+        was_awaited: bool,
+        interrupts: bool,
+    ) -> io::Result<bool> {
+        let interrupt = self.interrupt.get().filter(|_| !interrupts);
+        if let Some(interrupt) = interrupt {
+            interrupt.add_connection(fd.as_fd())?;
+        }
+        let key = Token::Parked(id.0).key();
+        self.poller.await_once(fd.as_fd(), key, was_awaited)?;
+        self.is_unchecked.set(true);
+        Ok(interrupts || interrupt.is_some())
+    }
+
+    /// Makes arrivals on the parked connections interrupt `accept`.
+    pub(super) fn interrupt_for_parked(&self, interrupt: &InterruptibleAccept) -> io::Result<()> {
+        for connection in self.parked.borrow_mut().values_mut() {
+            interrupt.add_connection(connection.fd.as_fd())?;
+            connection.interrupts = true;
+        }
+        Ok(())
+    }
+
+    /// Returns whether a connection was parked since the last call. The poller may then report
+    /// data that interrupts no `accept`.
+    pub(crate) fn take_unchecked(&self) -> bool {
+        self.is_unchecked.take()
+    }
+
+    /// Handles a parked connection that the poller has reported. Returns its listener if the
+    /// application can receive the connection.
+    pub(crate) fn parked_ready(&self, number: u32) -> Option<ListenerId> {
+        let id = ConnectionId(number);
+        let parked = self.parked.borrow();
+        let connection = parked.get(id)?;
+        let resumed = match sys::fd::peek(connection.fd.as_raw_fd(), &mut [0]) {
+            Ok(1..) => self.core.borrow_mut().data_arrived(id),
+            // The event belonged to an earlier connection with this number.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let awaited = self.await_data(id, &connection.fd, true, connection.interrupts);
+                if awaited.is_err() {
+                    self.core.borrow_mut().idle_hung_up(id);
+                }
+                None
+            }
+            Ok(0) | Err(_) => {
+                self.core.borrow_mut().idle_hung_up(id);
+                None
+            }
+        };
+        drop(parked);
+        self.act();
+        resumed
+    }
+
+    pub(super) fn close_parked(&self, id: ConnectionId) {
+        let removed = self.parked.borrow_mut().remove(id);
+        if let Some(connection) = removed {
+            // A process that the application forked may have a copy, which keeps the registration.
+            self.poller.delete(connection.fd.as_fd());
+        }
+    }
+
+    /// Returns the listener's next parked connection whose client has sent something, unless the
+    /// listener is paused.
+    pub(crate) fn resume(&self, listener: ListenerId) -> Option<Accepted> {
+        let mut core = self.core.borrow_mut();
+        if !core.has_resumed(listener) || core.is_paused(listener) {
+            return None;
+        }
+        let (id, parked) = core.next_resumed(listener)?;
+        drop(core);
+        let ParkedConnection { fd, interrupts } = self.parked.borrow_mut().remove(id)?;
+        self.poller.keep_dormant(fd.as_fd());
+        if self.turn.get() == Turn::Parked {
+            self.turn.set(Turn::New);
+        }
+        let number = fd.as_raw_fd();
+        let arrived = Arrived {
+            fd,
+            held: None,
+            parked,
+            registration: Some(Registration { number, interrupts }),
+        };
+        Some(self.accepted(listener, arrived))
+    }
+
+    /// Returns whether the listener has a parked connection whose client has sent something.
+    pub(crate) fn has_resumed(&self, listener: ListenerId) -> bool {
+        self.core.borrow().has_resumed(listener)
+    }
+
+    /// Returns whether a new connection comes before a parked one.
+    pub(crate) fn is_turn_of_new(&self) -> bool {
+        self.turn.get() == Turn::New
+    }
+
+    /// Records that the backlog was found empty.
+    pub(crate) fn backlog_is_empty(&self) {
+        self.turn.set(Turn::ParkedOnly);
+    }
+
+    /// Lets a new connection come before a parked one again, if the backlog was found empty before.
+    pub(crate) fn check_backlog(&self) {
+        if self.turn.get() == Turn::ParkedOnly {
+            self.turn.set(Turn::New);
+        }
+    }
+
+    /// Discards a pending interrupt of a blocking `accept`. Returns whether there was one. The
+    /// caller must then check all sources.
+    pub(crate) fn discard_interrupt(&self) -> bool {
+        let interrupt = self.interrupt.get();
+        interrupt.is_some_and(InterruptibleAccept::discard)
+    }
+}
+
+// Connections that leave this worker.
+impl WorkerShell {
+    /// Sends connections to the master for other workers, as far as the channel has space. Returns
+    /// whether any connection was queued.
+    pub(super) fn hand_over(&self) -> bool {
+        let mut has_queued = false;
+        while self.channel.queued_fds().is_some_and(|fds| fds < MAX_BATCH) {
+            let Some(leaving) = self.core.borrow_mut().next_leaving() else {
+                break;
+            };
+            let Leaving { id, handle, parked } = leaving;
+            let removed = self.parked.borrow_mut().remove(id);
+            if let Some(ParkedConnection { fd, interrupts }) = removed {
+                self.poller.delete(fd.as_fd());
+                if interrupts {
+                    InterruptibleAccept::remove_connection(fd.as_raw_fd());
+                }
+                let frame = ToMaster::Park { handle, parked };
+                self.channel.queue(&frame, Some(fd));
+                has_queued = true;
+            }
+        }
+        has_queued
+    }
+
+    /// Removes what is set up for a connection, because the application takes the stream out.
+    pub(crate) fn unregister(&self, registration: Registration) {
+        self.poller.delete_dormant(registration.number);
+        registration.stop_interrupts();
+    }
+}
+
+impl Registration {
+    /// Ends the interrupts of `accept`. They belong to the socket, and other processes may have
+    /// copies.
+    pub(crate) fn stop_interrupts(self) {
+        if self.interrupts {
+            InterruptibleAccept::remove_connection(self.number);
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::sys;
 use crate::sys::bind::BoundSocket;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::socket_file::SocketFile;
-use crate::types::endpoint::Kind;
+use crate::types::endpoint::{Kind, Parking};
 
 /// A socket from which a worker receives connections or datagrams.
 #[derive(Debug)]
@@ -114,10 +114,11 @@ impl WorkerShell {
     pub(crate) fn add_exclusive(
         &self,
         kind: Kind,
+        parking: Parking,
         bound: BoundSocket,
         owner: SocketOwner,
     ) -> io::Result<ListenerId> {
-        let listener = self.core.borrow_mut().listen_privately(kind);
+        let listener = self.core.borrow_mut().listen_privately(kind, parking);
         if !self.core.borrow().is_disconnecting() {
             let new = NewSocket {
                 fd: bound.socket,

@@ -41,9 +41,9 @@ impl ParkedTable {
     /// Returns the idle connections of all listeners, sorted by listener, so that the connections of
     /// one listener share messages.
     fn idle(&self) -> Vec<ConnectionId> {
-        let idle = self.expiries.iter().filter_map(|(_, connection)| {
-            let entry = self.get(*connection)?;
-            Some((entry.handle, *connection))
+        let idle = self.expiries.iter().filter_map(|connection| {
+            let entry = self.get(connection)?;
+            Some((entry.handle, connection))
         });
         let mut idle: Vec<_> = idle.collect();
         idle.sort_unstable();

@@ -44,7 +44,7 @@ fn report_idle(core: &mut Core, worker: WorkerId, handle: HandleId, received: u6
 
 /// Makes a worker park a connection for the first time. Returns the connection's id.
 fn park(core: &mut Core, worker: WorkerId, handle: HandleId, client: u32) -> ConnectionId {
-    core.park(worker, handle, client);
+    core.park(worker, handle, client, 1);
     held(&actions(core))
 }
 
@@ -333,14 +333,14 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
     let late = park(&mut core, workers[0], handle, 1);
     set_parking(&mut core, handle, 10, false);
     let early = park(&mut core, workers[0], handle, 2);
-    core.park(workers[0], handle, 3);
+    core.park(workers[0], handle, 3, 1);
     let evicting = actions(&mut core);
     assert_eq!(closed(&evicting), [early]);
     let third = held(&evicting);
     assert_eq!((core.ledger().idle_closed, core.sizes().held), (1, 2));
     // Beyond a lower limit, the other connections stay open, and one makes room.
     core.set_parked_limit(1);
-    core.park(workers[0], handle, 4);
+    core.park(workers[0], handle, 4, 1);
     let evicting = actions(&mut core);
     assert_eq!(closed(&evicting), [third]);
     let fourth = held(&evicting);
@@ -349,7 +349,7 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
     core.data_arrived(late);
     core.data_arrived(fourth);
     actions(&mut core);
-    core.park(workers[0], handle, 5);
+    core.park(workers[0], handle, 5, 1);
     assert!(actions(&mut core).is_empty(), "closed at once");
     assert_eq!((core.ledger().idle_closed, core.sizes().held), (3, 2));
     check(&core);
@@ -363,7 +363,7 @@ fn oldest_connection_makes_room_among_those_that_expire_in_the_same_second() {
         park(&mut core, workers[0], handle, client);
     }
     for id in [0, 1, 2, 0, 1] {
-        core.park(workers[0], handle, 7);
+        core.park(workers[0], handle, 7, 1);
         assert_eq!(closed(&actions(&mut core)), [ConnectionId(id)]);
     }
 }
@@ -372,7 +372,7 @@ fn oldest_connection_makes_room_among_those_that_expire_in_the_same_second() {
 fn limit_of_zero_closes_parked_connections() {
     let (mut core, handle, workers) = serving(1);
     core.set_parked_limit(0);
-    core.park(workers[0], handle, 1);
+    core.park(workers[0], handle, 1, 1);
     assert!(actions(&mut core).is_empty());
     assert_eq!((core.ledger().idle_closed, core.in_flight()), (1, 0));
 }
@@ -408,7 +408,7 @@ fn listener_that_closes_closes_its_idle_and_its_ready_connections() {
         },
     );
     assert_eq!(closed(&actions(&mut core)), [received]);
-    core.park(workers[0], handle, 5);
+    core.park(workers[0], handle, 5, 1);
     assert!(core.is_connected(workers[0]));
     assert_eq!(core.ledger().idle_closed, 3);
     assert!(core.is_idle(elsewhere));
@@ -609,15 +609,7 @@ fn report_of_a_connection_that_the_worker_does_not_have_is_a_violation() {
 fn worker_parks_only_connections_of_listeners_that_it_has_had() {
     let (mut core, handle, _) = serving(1);
     let foreign = online(&mut core);
-    core.park(foreign, handle, 7);
+    core.park(foreign, handle, 7, 1);
     assert!(!core.is_connected(foreign));
     assert_eq!(core.ledger().parked, 0);
-    // Connections of a shared listener come from the workers' own `accept`.
-    let mut core = Core::new(SchedulingPolicy::Shared);
-    let handle = retain(&mut core, port(1));
-    let worker = online(&mut core);
-    request(&mut core, worker, port(1));
-    core.park(worker, handle, 7);
-    assert!(!core.is_connected(worker));
-    assert_eq!(core.in_flight(), 0);
 }

@@ -129,6 +129,31 @@ impl InterruptibleAccept {
         async_io::enable(source, SIGNAL, own_thread())
     }
 
+    /// Makes arrivals on a connection interrupt `accept`, as [`add`](Self::add) does, until
+    /// [`remove_connection`](Self::remove_connection) is called or the connection is closed.
+    ///
+    /// # Errors
+    ///
+    /// Returns the same errors as [`add`](Self::add).
+    pub(crate) fn add_connection(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        async_io::enable(connection.as_raw_fd(), SIGNAL, own_thread())
+    }
+
+    /// Undoes [`add_connection`](Self::add_connection), also after the value was dropped. Does
+    /// nothing if this thread did not add the connection.
+    pub(crate) fn remove_connection(number: RawFd) {
+        async_io::disable(number, own_thread());
+    }
+
+    /// Discards a pending interrupt. Returns whether there was one. The caller must then check all
+    /// sources before it calls `accept`. Does nothing if the application handles the signal too,
+    /// because the pending signal may be meant for the application.
+    pub(crate) fn discard(&self) -> bool {
+        let previous = self.previous_action.sa_sigaction;
+        let is_ours = matches!(previous, libc::SIG_DFL | libc::SIG_IGN) && is_handled();
+        is_ours && self.signal.take_pending()
+    }
+
     /// Waits for a connection and returns it, blocking and closed on exec. Returns `None` if a
     /// source may have something to process, if a signal has interrupted the call, or if the
     /// deadline has passed.
@@ -210,7 +235,8 @@ impl InterruptibleAccept {
         accepted
     }
 
-    /// Returns whether the deadline has passed. If not, sets the timer to the deadline.
+    /// Sets the timer to the deadline. Returns whether the caller must check all sources first,
+    /// because this deadline or the previous one has passed.
     fn set_timer(&self, deadline: Option<Instant>) -> io::Result<bool> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
@@ -231,8 +257,16 @@ impl InterruptibleAccept {
         // SAFETY: the timer exists, the pointer is valid for reads of the time, and the old time is
         // not requested.
         check(unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) })?;
-        self.deadline.set(deadline);
-        Ok(false)
+        let previous = self.deadline.replace(deadline);
+        if previous.is_none_or(|previous| previous > Instant::now()) {
+            return Ok(false);
+        }
+        // The timer had expired, so its signal may be pending. Since Linux 6.13, the kernel discards
+        // such a signal of a timer that is set again, but only when the signal would be delivered.
+        // Until then, arrivals send no second signal. So deliver the signal now. The caller checks
+        // all sources for earlier arrivals.
+        self.signal.unblock().set_as_mask();
+        Ok(true)
     }
 
     /// Returns the timer, and creates it in the first call.

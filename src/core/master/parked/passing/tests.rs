@@ -189,7 +189,7 @@ impl World {
             (9..12, Some(id), _) => {
                 let worker = self.workers.get_mut(&id).unwrap();
                 if let Some(client) = worker.new.pop() {
-                    self.core.park(id, self.handle, client);
+                    self.core.park(id, self.handle, client, 1);
                 }
             }
             (12..15, Some(id), _) => {

@@ -1,0 +1,134 @@
+//! What the tables of parked connections in the master and in the worker have in common.
+
+use std::collections::BTreeSet;
+
+use crate::types::connection_id::ConnectionId;
+use crate::types::time::Time;
+
+/// The maximum number of connections in one table, because the poller's keys have 29 bits for a
+/// connection's number on 32-bit systems.
+pub(crate) const NUMBER_MAX: usize = (1 << 29) - 1;
+
+/// A table that assigns numbers to connections.
+#[derive(Debug)]
+pub(super) struct Slab<T> {
+    /// The connection with the number `n` at the index `n`, or `None` for a free number.
+    entries: Vec<Option<T>>,
+    /// The free numbers below the length of `entries`.
+    free: Vec<u32>,
+}
+
+impl<T> Slab<T> {
+    pub(super) const fn new() -> Self {
+        Self {
+            entries: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    pub(super) fn get(&self, connection: ConnectionId) -> Option<&T> {
+        self.entries.get(connection.0 as usize)?.as_ref()
+    }
+
+    pub(super) fn get_mut(&mut self, connection: ConnectionId) -> Option<&mut T> {
+        self.entries.get_mut(connection.0 as usize)?.as_mut()
+    }
+
+    /// Adds a connection under a free number, and returns the number.
+    pub(super) fn insert(&mut self, entry: T) -> Option<ConnectionId> {
+        let number = match self.free.pop() {
+            Some(number) => number,
+            None => {
+                self.entries.push(None);
+                u32::try_from(self.entries.len() - 1).ok()?
+            }
+        };
+        *self.entries.get_mut(number as usize)? = Some(entry);
+        Some(ConnectionId(number))
+    }
+
+    pub(super) fn remove(&mut self, connection: ConnectionId) -> Option<T> {
+        let entry = self.entries.get_mut(connection.0 as usize)?.take()?;
+        self.free.push(connection.0);
+        if self.len() == 0 {
+            // Return the memory after a peak.
+            *self = Self::new();
+        }
+        Some(entry)
+    }
+
+    /// Returns the connections for which `is_wanted` returns true, in the order of their numbers.
+    pub(super) fn filter(&self, is_wanted: impl Fn(&T) -> bool) -> Vec<ConnectionId> {
+        let used = self.entries.iter().zip(0..);
+        let wanted = used.filter(|(entry, _)| entry.as_ref().is_some_and(&is_wanted));
+        wanted.map(|(_, number)| ConnectionId(number)).collect()
+    }
+}
+
+/// The time at which an idle connection expires: the end of a second. The granularity of a second
+/// lets one wake-up of the process close many connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Expiry {
+    second: u32,
+    /// Orders the connections that expire in the same second by the time at which they became idle.
+    order: u32,
+}
+
+impl Expiry {
+    /// Returns the time at which the connection is closed.
+    pub(super) fn time(self) -> Time {
+        Time::from_secs(u64::from(self.second))
+    }
+}
+
+/// The idle connections, in the order in which they expire.
+#[derive(Debug)]
+pub(super) struct Expiries {
+    idle: BTreeSet<(Expiry, ConnectionId)>,
+    last_order: u32,
+}
+
+impl Expiries {
+    pub(super) const fn new() -> Self {
+        Self {
+            idle: BTreeSet::new(),
+            last_order: 0,
+        }
+    }
+
+    /// Returns the expiry of a connection that becomes idle now.
+    pub(super) fn next_expiry(&mut self, now: Time, timeout: Time) -> Expiry {
+        let at = now.saturating_add(timeout);
+        let seconds = at.as_secs() + u64::from(at.subsec_nanos() > 0);
+        self.last_order = self.last_order.wrapping_add(1);
+        Expiry {
+            second: u32::try_from(seconds).unwrap_or(u32::MAX),
+            order: self.last_order,
+        }
+    }
+
+    pub(super) fn insert(&mut self, expiry: Expiry, connection: ConnectionId) {
+        self.idle.insert((expiry, connection));
+    }
+
+    pub(super) fn remove(&mut self, expiry: Expiry, connection: ConnectionId) {
+        self.idle.remove(&(expiry, connection));
+    }
+
+    /// Returns the connection that expires first.
+    pub(super) fn first(&self) -> Option<(Expiry, ConnectionId)> {
+        self.idle.first().copied()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = ConnectionId> + '_ {
+        self.idle.iter().map(|(_, connection)| *connection)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.idle.len()
+    }
+}

@@ -1,0 +1,533 @@
+//! Connections that the worker holds while their clients send nothing.
+//!
+//! With round robin, the master holds parked connections. For the other listeners, the worker does:
+//! for those whose connections it accepts itself, and for private ones.
+//!
+//! ```text
+//! from         event                                                          to
+//! -----------  -------------------------------------------------------------  ---------
+//! (none)       the application parks a connection                             Idle
+//! (none)       the master gives the worker a connection of another worker     Idle
+//! (none)       either of the two, but the listener receives no more           Leaving
+//! Idle         the client sends something                                     Ready
+//! Ready        the application receives the connection                        (removed)
+//! Idle         the client hangs up or is silent for too long, or the worker   (removed)
+//!              holds too many connections
+//! Idle         the worker disconnects, or the listener drains                 Leaving
+//! Idle, Ready  the listener closes                                            Leaving
+//! Leaving      the shell sends the connection to the master                   (removed)
+//! any          the channel closes                                             (removed)
+//! ```
+//!
+//! A connection of a private listener is removed instead of becoming `Leaving`, because no other
+//! worker can serve it.
+
+use std::collections::VecDeque;
+
+use super::listener::{Entry as ListenerEntry, Stage};
+use super::{Action, Disconnect, ListenerId, WorkerCore};
+use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
+use crate::types::connection_id::ConnectionId;
+use crate::types::time::{Time, earlier};
+use crate::wire::frame::HandleId;
+
+/// The listener of connections that the worker only passes on. No listener has this number.
+const NO_LISTENER: ListenerId = ListenerId(0);
+
+#[derive(Debug)]
+struct Entry {
+    listener: ListenerId,
+    /// The master's handle of the listener, or `None` for a private listener.
+    handle: Option<HandleId>,
+    /// How often the connection has been parked.
+    parked: u32,
+    state: State,
+}
+
+/// The state of a connection that the worker holds. See the [module](self) for the transitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The worker waits until the client sends something, at most until this time.
+    Idle(Expiry),
+    /// The client has sent something, and the connection waits for the application.
+    Ready,
+    /// The connection waits until the channel has space for it.
+    Leaving,
+}
+
+/// What the shell does with a connection that the application has parked, or that the master has
+/// sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Held {
+    /// Wait until the client sends something or hangs up, and then call `data_arrived` or
+    /// `idle_hung_up`.
+    Idle(ConnectionId),
+    /// Keep the connection until `next_leaving` returns it.
+    Leaving(ConnectionId),
+    Closed,
+}
+
+/// A connection that waits to be sent to the master.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Leaving {
+    pub(crate) id: ConnectionId,
+    pub(crate) handle: HandleId,
+    pub(crate) parked: u32,
+}
+
+/// The table of the connections that the worker holds.
+#[derive(Debug)]
+pub(super) struct ParkedTable {
+    entries: Slab<Entry>,
+    /// The idle connections.
+    expiries: Expiries,
+    leaving: VecDeque<ConnectionId>,
+    /// The maximum number of connections that the worker holds.
+    limit: usize,
+    /// The time at which the worker checks the expiries. It is not later than the first expiry, and
+    /// it does not move when that connection is resumed. A worker that blocks would otherwise set
+    /// its timer again for nearly every request.
+    alarm: Option<Time>,
+}
+
+impl ParkedTable {
+    pub(super) fn new() -> Self {
+        Self {
+            entries: Slab::new(),
+            expiries: Expiries::new(),
+            leaving: VecDeque::new(),
+            limit: NUMBER_MAX,
+            alarm: None,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.len() == 0
+    }
+
+    fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
+        let state = entry.state;
+        let id = self.entries.insert(entry)?;
+        match state {
+            State::Idle(expiry) => {
+                self.expiries.insert(expiry, id);
+                self.alarm = earlier(self.alarm, Some(expiry.time()));
+            }
+            State::Leaving => self.leaving.push_back(id),
+            State::Ready => {}
+        }
+        Some(id)
+    }
+
+    /// Changes the state of a connection that is not leaving.
+    fn set(&mut self, id: ConnectionId, state: State) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            let old = std::mem::replace(&mut entry.state, state);
+            if let State::Idle(expiry) = old {
+                self.expiries.remove(expiry, id);
+            }
+            if state == State::Leaving {
+                self.leaving.push_back(id);
+            }
+        }
+    }
+
+    fn remove(&mut self, id: ConnectionId) -> Option<Entry> {
+        let entry = self.entries.remove(id)?;
+        if let State::Idle(expiry) = entry.state {
+            self.expiries.remove(expiry, id);
+        }
+        Some(entry)
+    }
+
+    fn is_idle(&self, id: ConnectionId) -> bool {
+        let entry = self.entries.get(id);
+        entry.is_some_and(|entry| matches!(entry.state, State::Idle(_)))
+    }
+}
+
+// Requests of the application, and facts that the shell reports.
+impl<F> WorkerCore<F> {
+    /// Sets the maximum number of connections that the worker holds.
+    pub(crate) fn set_parked_limit(&mut self, limit: usize) {
+        self.parked.limit = limit.min(NUMBER_MAX);
+    }
+
+    /// Holds a connection of the listener until its client sends something. If the worker holds too
+    /// many connections, closes the one that expires first. If the listener receives no more
+    /// connections, the connection goes to the master, or is closed if the listener is private.
+    pub(crate) fn hold(
+        &mut self,
+        listener: ListenerId,
+        handle: Option<HandleId>,
+        parked: u32,
+        now: Time,
+    ) -> Held {
+        let entry = self.listeners.get(&listener);
+        let is_disconnecting = self.disconnect == Disconnect::Received;
+        let is_open = |entry: &&ListenerEntry| {
+            matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
+        };
+        let state = match (entry.filter(is_open), handle) {
+            _ if !self.is_writable() => return Held::Closed,
+            (Some(entry), _) => {
+                State::Idle(self.parked.expiries.next_expiry(now, entry.idle_timeout))
+            }
+            (None, Some(_)) => State::Leaving,
+            (None, None) => return Held::Closed,
+        };
+        let inserted = self.parked.insert(Entry {
+            listener,
+            handle,
+            parked,
+            state,
+        });
+        let Some(id) = inserted else {
+            return Held::Closed;
+        };
+        if state == State::Leaving {
+            self.actions.push_back(Action::HandOver);
+            return Held::Leaving(id);
+        }
+        // Close the connection after the insertion, so that the new connection has another number.
+        if self.parked.entries.len() > self.parked.limit {
+            if let Some((_, first)) = self.parked.expiries.first() {
+                self.close_parked(first);
+            }
+        }
+        Held::Idle(id)
+    }
+
+    /// Holds a connection that the master has sent. A connection of a listener that receives no
+    /// more goes back to the master.
+    pub(crate) fn adopt(&mut self, handle: HandleId, parked: u32, now: Time) -> Held {
+        let listener = self.by_handle(handle).unwrap_or(NO_LISTENER);
+        match self.is_datagram(listener) {
+            true => Held::Closed,
+            false => self.hold(listener, Some(handle), parked, now),
+        }
+    }
+
+    /// Records that the client of an idle connection has sent something. Returns the listener that
+    /// passes the connection to the application.
+    pub(crate) fn data_arrived(&mut self, id: ConnectionId) -> Option<ListenerId> {
+        if !self.parked.is_idle(id) {
+            return None;
+        }
+        let listener = self.parked.entries.get(id)?.listener;
+        let entry = self.listeners.get_mut(&listener)?;
+        entry.resumed.push_back(id);
+        self.parked.set(id, State::Ready);
+        Some(listener)
+    }
+
+    /// Records that the client of an idle connection has hung up, or that the connection cannot be
+    /// watched. Closes the connection.
+    pub(crate) fn idle_hung_up(&mut self, id: ConnectionId) {
+        if self.parked.is_idle(id) {
+            self.close_parked(id);
+        }
+    }
+
+    /// Closes the connections whose clients have been silent for too long.
+    pub(crate) fn expire_parked(&mut self, now: Time) {
+        if self.parked_deadline().is_none_or(|alarm| alarm > now) {
+            return;
+        }
+        loop {
+            let first = self.parked.expiries.first();
+            let Some((_, id)) = first.filter(|(expiry, _)| expiry.time() <= now) else {
+                self.parked.alarm = first.map(|(expiry, _)| expiry.time());
+                return;
+            };
+            self.close_parked(id);
+        }
+    }
+
+    fn close_parked(&mut self, id: ConnectionId) {
+        if self.parked.remove(id).is_some() {
+            self.actions.push_back(Action::CloseParked(id));
+        }
+    }
+}
+
+// Queries, and connections that leave the table.
+impl<F> WorkerCore<F> {
+    /// Returns the time by which `expire_parked` must be called.
+    pub(crate) fn parked_deadline(&self) -> Option<Time> {
+        self.parked.alarm
+    }
+
+    /// Returns whether the client of a parked connection of this listener has sent something.
+    pub(crate) fn has_resumed(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| !entry.resumed.is_empty())
+    }
+
+    /// Removes the listener's next connection whose client has sent something. Returns the
+    /// connection, and how often it has been parked.
+    pub(crate) fn next_resumed(&mut self, listener: ListenerId) -> Option<(ConnectionId, u32)> {
+        let entry = self.listeners.get_mut(&listener)?;
+        let id = entry.resumed.pop_front()?;
+        let removed = self.parked.remove(id)?;
+        Some((id, removed.parked))
+    }
+
+    /// Removes and returns the next connection that the shell sends to the master.
+    pub(crate) fn next_leaving(&mut self) -> Option<Leaving> {
+        loop {
+            let id = self.parked.leaving.pop_front()?;
+            let removed = self.parked.remove(id);
+            let handle = removed.as_ref().and_then(|entry| entry.handle);
+            if let (Some(Entry { parked, .. }), Some(handle)) = (removed, handle) {
+                return Some(Leaving { id, handle, parked });
+            }
+        }
+    }
+
+    pub(crate) fn has_leaving(&self) -> bool {
+        !self.parked.leaving.is_empty()
+    }
+
+    /// Lets the idle connections leave, of one listener or of all. Those whose clients have sent
+    /// something stay for the application.
+    pub(super) fn idle_leave(&mut self, listener: Option<ListenerId>) {
+        self.leave_where(|entry| {
+            let is_own = listener.is_none_or(|listener| entry.listener == listener);
+            is_own && matches!(entry.state, State::Idle(_))
+        });
+    }
+
+    /// Lets all connections of a listener leave, because it closes.
+    pub(super) fn all_leave(&mut self, listener: ListenerId) {
+        if let Some(entry) = self.listeners.get_mut(&listener) {
+            entry.resumed = VecDeque::new();
+        }
+        self.leave_where(|entry| entry.listener == listener && entry.state != State::Leaving);
+    }
+
+    /// Lets all connections leave, because the application no longer has the worker.
+    pub(crate) fn release_parked(&mut self) {
+        for listener in self.listeners_where(|entry| !entry.resumed.is_empty()) {
+            self.all_leave(listener);
+        }
+        self.idle_leave(None);
+    }
+
+    fn leave_where(&mut self, is_wanted: impl Fn(&Entry) -> bool) {
+        if self.parked.is_empty() {
+            return;
+        }
+        for id in self.parked.entries.filter(is_wanted) {
+            let entry = self.parked.entries.get(id);
+            if entry.is_some_and(|entry| entry.handle.is_some()) {
+                self.parked.set(id, State::Leaving);
+            } else {
+                self.close_parked(id);
+            }
+        }
+        if self.has_leaving() {
+            self.actions.push_back(Action::HandOver);
+        }
+    }
+
+    /// Closes all connections, because the channel has closed.
+    pub(super) fn close_all_parked(&mut self) {
+        for id in self.parked.entries.filter(|_| true) {
+            self.close_parked(id);
+        }
+        self.parked = ParkedTable {
+            limit: self.parked.limit,
+            ..ParkedTable::new()
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+    use crate::types::policy::SchedulingPolicy;
+    use crate::wire::frame::{Bound, ToMaster, ToWorker};
+
+    type Core = WorkerCore<()>;
+
+    const HANDLE: HandleId = HandleId(7);
+    const NOW: Time = Time::from_millis(100);
+
+    /// Returns a core with a shared listener whose clients may be silent for `seconds`.
+    fn shared(seconds: u32) -> (Core, ListenerId) {
+        let mut core = Core::new();
+        let flags = BindFlags {
+            parking: Parking {
+                idle_seconds: Some(seconds),
+                ..Parking::default()
+            },
+            ..BindFlags::default()
+        };
+        let path = Place::Path("/path".into());
+        let listener = core.listen(Endpoint::new(Kind::Unix, path), flags);
+        let result = Ok(Bound {
+            handle: HANDLE,
+            policy: SchedulingPolicy::Shared,
+            address: None,
+        });
+        let request = listener.0;
+        core.frame(ToWorker::Reply { request, result }).unwrap();
+        actions(&mut core);
+        (core, listener)
+    }
+
+    fn actions(core: &mut Core) -> Vec<Action> {
+        std::iter::from_fn(|| core.next_action()).collect()
+    }
+
+    fn idle(core: &mut Core, listener: ListenerId, parked: u32) -> ConnectionId {
+        let handle = core.handle(listener);
+        match core.hold(listener, handle, parked, NOW) {
+            Held::Idle(id) => id,
+            held @ (Held::Leaving(_) | Held::Closed) => panic!("{held:?}"),
+        }
+    }
+
+    fn leaving(core: &mut Core) -> Vec<(ConnectionId, u32)> {
+        let all = std::iter::from_fn(|| core.next_leaving());
+        let all = all.inspect(|leaving| assert_eq!(leaving.handle, HANDLE));
+        all.map(|leaving| (leaving.id, leaving.parked)).collect()
+    }
+
+    #[test]
+    fn connections_are_resumed_in_the_order_of_their_requests() {
+        let (mut core, listener) = shared(60);
+        let [first, second, third] = [1, 2, 3].map(|parked| idle(&mut core, listener, parked));
+        assert!(!core.has_resumed(listener));
+        for id in [second, first] {
+            assert_eq!(core.data_arrived(id), Some(listener));
+            assert_eq!(core.data_arrived(id), None, "reported twice");
+        }
+        core.idle_hung_up(first);
+        assert_eq!(core.next_resumed(listener), Some((second, 2)));
+        assert_eq!(core.next_resumed(listener), Some((first, 1)));
+        assert_eq!(core.next_resumed(listener), None);
+        core.idle_hung_up(third);
+        assert_eq!(actions(&mut core), [Action::CloseParked(third)]);
+        assert!(core.parked.is_empty());
+    }
+
+    #[test]
+    fn silent_connections_expire_together_at_the_end_of_a_second() {
+        let (mut core, listener) = shared(1);
+        let early = idle(&mut core, listener, 1);
+        let same = core.hold(listener, None, 1, Time::from_millis(900));
+        let late = core.hold(listener, None, 1, Time::from_millis(1100));
+        let end = Time::from_secs(2);
+        assert_eq!(core.parked_deadline(), Some(end));
+        core.expire_parked(Time::from_millis(1999));
+        assert_eq!(actions(&mut core), []);
+        core.expire_parked(end);
+        let (Held::Idle(same), Held::Idle(late)) = (same, late) else {
+            panic!("{same:?} {late:?}");
+        };
+        let closed = [Action::CloseParked(early), Action::CloseParked(same)];
+        assert_eq!(actions(&mut core), closed);
+        assert_eq!(core.parked_deadline(), Some(Time::from_secs(3)));
+        core.expire_parked(Time::from_secs(3));
+        assert_eq!(actions(&mut core), [Action::CloseParked(late)]);
+        assert_eq!(core.parked_deadline(), None);
+    }
+
+    #[test]
+    fn resumed_connection_does_not_move_the_timer() {
+        let (mut core, listener) = shared(1);
+        let id = idle(&mut core, listener, 1);
+        let deadline = core.parked_deadline();
+        core.data_arrived(id);
+        core.next_resumed(listener);
+        assert_eq!(core.parked_deadline(), deadline);
+        let later = Time::from_millis(1500);
+        assert!(matches!(core.hold(listener, None, 2, later), Held::Idle(_)));
+        assert_eq!(core.parked_deadline(), deadline);
+        core.expire_parked(Time::from_secs(2));
+        assert_eq!(actions(&mut core), [], "the connection was parked again");
+        assert_eq!(core.parked_deadline(), Some(Time::from_secs(3)));
+    }
+
+    #[test]
+    fn first_to_expire_is_closed_beyond_the_limit() {
+        let (mut core, listener) = shared(60);
+        core.set_parked_limit(2);
+        let ids: Vec<_> = (0..5).map(|n| idle(&mut core, listener, n)).collect();
+        let closed: Vec<_> = ids[..3].iter().copied().map(Action::CloseParked).collect();
+        assert_eq!(actions(&mut core), closed);
+        core.data_arrived(ids[4]);
+        assert_eq!(core.next_resumed(listener), Some((ids[4], 4)));
+    }
+
+    #[test]
+    fn disconnecting_worker_hands_idle_connections_to_the_master() {
+        let (mut core, listener) = shared(60);
+        let private = core.listen_privately(Kind::Tcp, Parking::default());
+        let [resumed, idle_one] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        let private_one = idle(&mut core, private, 1);
+        core.data_arrived(resumed);
+        core.frame(ToWorker::Disconnect).unwrap();
+        let all = actions(&mut core);
+        assert!(all.contains(&Action::CloseParked(private_one)), "{all:?}");
+        assert!(all.contains(&Action::HandOver), "{all:?}");
+        assert!(core.has_leaving());
+        assert_eq!(leaving(&mut core), [(idle_one, 2)]);
+        assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
+        // What the application parks now leaves at once.
+        let Held::Leaving(id) = core.hold(listener, Some(HANDLE), 2, NOW) else {
+            panic!("the worker holds a connection");
+        };
+        assert_eq!(core.hold(private, None, 2, NOW), Held::Closed);
+        core.close(private);
+        core.close(listener);
+        assert!(!core.is_drained(), "a connection is left");
+        assert_eq!(leaving(&mut core), [(id, 2)]);
+        assert!(core.is_drained());
+    }
+
+    #[test]
+    fn all_connections_of_a_closed_listener_leave_before_its_release() {
+        let (mut core, listener) = shared(60);
+        let [resumed, idle_one] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.data_arrived(resumed);
+        core.forget(listener);
+        let release = Action::Send(ToMaster::Release { handle: HANDLE });
+        let close = Action::CloseListener(listener);
+        assert_eq!(actions(&mut core), [Action::HandOver, release, close]);
+        assert_eq!(leaving(&mut core), [(resumed, 1), (idle_one, 2)]);
+        assert!(!core.has_resumed(listener));
+        let held = core.hold(listener, Some(HANDLE), 3, NOW);
+        assert!(matches!(held, Held::Leaving(_)), "{held:?}");
+    }
+
+    #[test]
+    fn adopted_connection_is_idle_or_returns_to_the_master() {
+        let (mut core, listener) = shared(60);
+        let Held::Idle(id) = core.adopt(HANDLE, 4, NOW) else {
+            panic!("not held");
+        };
+        assert_eq!(core.data_arrived(id), Some(listener));
+        assert_eq!(core.next_resumed(listener), Some((id, 4)));
+        core.close(listener);
+        let held = core.adopt(HANDLE, 4, NOW);
+        assert!(matches!(held, Held::Leaving(_)), "{held:?}");
+        assert_eq!(leaving(&mut core).len(), 1);
+    }
+
+    #[test]
+    fn closed_channel_closes_all_connections() {
+        let (mut core, listener) = shared(60);
+        let [first, second] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.data_arrived(first);
+        core.channel_closed();
+        let mut all = actions(&mut core);
+        all.retain(|action| matches!(action, Action::CloseParked(_)));
+        assert_eq!(all, [first, second].map(Action::CloseParked));
+        assert!(core.parked.is_empty() && core.parked_deadline().is_none());
+        assert_eq!(core.hold(listener, Some(HANDLE), 1, NOW), Held::Closed);
+    }
+}
