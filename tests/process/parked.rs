@@ -11,14 +11,13 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cluster::{
-    Connection, Ledger, ListenOptions, Master, SchedulingPolicy, Signal, Worker, WorkerProcess,
-};
+use cluster::{Connection, Ledger, ListenOptions, Master, Signal, Worker, WorkerProcess};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::harness::{
-    answer_pings, cluster, count_returned, in_background, when_all_wait, when_listening,
+    answer_pings, cluster, count_returned, in_background, share_listeners, when_all_wait,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -32,8 +31,7 @@ crate::scenarios! {
     client_that_hangs_up_while_parked_is_forgotten
     silent_client_is_closed_after_the_idle_timeout
     silent_clients_occupy_no_worker_if_the_listener_waits_for_data
-    silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_none
-    silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_sharded
+    silent_clients_occupy_no_worker_if_the_kernel_waits_for_data
     kernel_waits_for_data_of_a_private_listener
     longest_idle_connection_is_closed_beyond_the_maximum
     half_closed_client_receives_its_answer
@@ -370,7 +368,7 @@ fn silent_clients_occupy_no_worker_if_the_listener_waits_for_data() {
 
 /// More clients than workers connect and send nothing. Without the option, each of them would occupy
 /// a worker, which reads without a time-out.
-fn kernel_waits_for_data(policy: SchedulingPolicy, options: fn() -> ListenOptions) {
+fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data() {
     let clients = |address| {
         let mut silent: Vec<_> = (0..10).map(|_| Client::connect(address)).collect();
         for _ in 0..10 {
@@ -382,23 +380,15 @@ fn kernel_waits_for_data(policy: SchedulingPolicy, options: fn() -> ListenOption
     };
     cluster(
         |master| {
-            master.set_scheduling_policy(policy).unwrap();
+            share_listeners(master);
             with_clients(master, 2, clients, |master, ()| master.disconnect());
         },
-        |worker| serve_with(&worker, options()),
+        |worker| serve_with(&worker, waiting_for_data()),
     );
 }
 
 fn waiting_for_data() -> ListenOptions {
     ListenOptions::from("127.0.0.1:0").wait_for_data(true)
-}
-
-fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_none() {
-    kernel_waits_for_data(SchedulingPolicy::Shared, waiting_for_data);
-}
-
-fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data_sharded() {
-    kernel_waits_for_data(SchedulingPolicy::Sharded, waiting_for_data);
 }
 
 fn kernel_waits_for_data_of_a_private_listener() {
