@@ -50,7 +50,7 @@ use crate::types::endpoint::BACKLOG;
 /// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
 /// A listener that was passed to this process is shared, not sharded.
 ///
-/// Like the [`Master`](crate::Master), this type is not `Send`. To use the socket on another thread
+/// Like the [`Master`], this type is not `Send`. To use the socket on another thread
 /// or in another process, copy the descriptor that [`AsFd`] returns.
 ///
 /// ```no_run
