@@ -393,7 +393,10 @@ fn waiting_for_data() -> ListenOptions {
 
 fn kernel_waits_for_data_of_a_private_listener() {
     cluster(
-        |master| drop(master.fork().unwrap()),
+        |master| {
+            let worker = master.fork().unwrap();
+            worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        },
         |worker| {
             let options = waiting_for_data().exclusive(true);
             let listener = worker.listen(options).unwrap();
