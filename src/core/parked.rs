@@ -69,7 +69,7 @@ impl<T> Slab<T> {
     }
 }
 
-/// The time at which an idle connection expires: the end of a second. The granularity of a second
+/// The time at which an idle connection expires, in whole seconds. The granularity of a second
 /// lets one wake-up of the process close many connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Expiry {

@@ -1,7 +1,7 @@
 //! The ids of connections that a process holds while their clients send nothing.
 
-/// Identifies a connection of which the master holds a copy while a worker serves the connection or
-/// while the connection is parked. In a worker, identifies a connection that the worker holds while
+/// Identifies a connection of which the master holds a copy: one that is parked, that was parked
+/// before and is now with a worker, or that waits for its first bytes. In a worker, identifies a connection that the worker holds while
 /// it is parked. Numbers are reused, but no two connections have the same number at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u32);

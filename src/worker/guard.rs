@@ -36,7 +36,8 @@ use crate::worker::{Inner, Worker};
 pub struct ConnectionGuard {
     /// The number of dropped guards of the same listener that the worker has not noticed.
     dropped: Arc<AtomicUsize>,
-    /// Whether the worker has been woken and has not counted since. Gone once the worker is gone.
+    /// Whether the worker has been woken and has not counted since. Cannot be upgraded once the
+    /// worker has been dropped.
     is_woken: Weak<AtomicBool>,
 }
 

@@ -87,7 +87,7 @@ impl MasterShell {
         let inspect_port = inspect_port.map_err(failed(ForkStep::InspectPort))?;
         // Check for threads after the closure, because the closure may have started one.
         if settings.get_main().is_some() && sys::threads::has_other_threads() == Some(true) {
-            let reason = "the master has other threads, whose locks the copy would hold for ever";
+            let reason = "the master has other threads, whose locks the copy would hold forever";
             let error = io::Error::new(io::ErrorKind::Deadlock, reason);
             return Err((ForkStep::CopyMaster, error));
         }
