@@ -614,14 +614,6 @@ const PRINTS: &[Prints] = &[
             "283146 primes below 4000000",
         ],
     },
-    Prints {
-        command: "codecs",
-        lines: &[
-            "16 bytes: Report { requests: 300, busiest: Some(\"/index.html\") }",
-            "41 bytes: Report { requests: 300, busiest: Some(\"/index.html\") }",
-            "worker 1 sent nonsense: an empty message, or one of an unknown kind",
-        ],
-    },
 ];
 
 impl Prints {

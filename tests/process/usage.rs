@@ -25,7 +25,8 @@ fn names() -> Vec<String> {
     let paths = read_dir(EXAMPLES)
         .unwrap()
         .map(|entry| entry.unwrap().path());
-    let is_example = |path: &PathBuf| path.is_file() || path.join("main.rs").is_file();
+    let is_source = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "rs");
+    let is_example = |path: &PathBuf| is_source(path) || path.join("main.rs").is_file();
     let stem = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
     paths.filter(is_example).map(stem).collect()
 }
