@@ -29,9 +29,9 @@ crate::scenarios! {
     errors_of_earlier_datagrams_do_not_end_recv_from
 }
 
-/// Serves one client before the shortage. With the policy `none`, the first call of `accept` opens
-/// the descriptors that the worker needs in order to block. Without them, later calls would not
-/// block.
+/// Serves one client before the shortage. With the policies `none` and `sharded`, the first call of
+/// `accept` opens the descriptors that the worker needs in order to block. Without them, later
+/// calls would not block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
@@ -221,8 +221,9 @@ fn refused_receives_are_reported_and_repeated() {
     );
 }
 
-/// Sends a datagram to a port on which no process receives. The next call on the socket then fails
-/// with ECONNREFUSED, the ICMP error of that datagram. `recv_from` must not return this error.
+/// Sends a datagram to a port on which no process receives. Because of IP_RECVERR, the next call on
+/// the socket then fails with ECONNREFUSED, the ICMP error of that datagram. `recv_from` must not
+/// return this error.
 fn errors_of_earlier_datagrams_do_not_end_recv_from() {
     let log = Log::default();
     let entries = log.clone();

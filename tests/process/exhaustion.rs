@@ -312,8 +312,8 @@ fn adding_to_a_poller() -> SeccompRule {
     SeccompRule::new(vec![condition]).unwrap()
 }
 
-/// Makes each step of a fork fail, from the last step to the first, and checks the step that the
-/// error names.
+/// Makes several steps of a fork fail, from the last step to the first, and checks the step that
+/// the error names.
 ///
 /// Seccomp filters accumulate. In the opposite order, the filter for the first step would make all
 /// later forks fail at that step.

@@ -844,8 +844,8 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
 
 /// Reserves a free port until the returned socket is dropped.
 ///
-/// The socket is bound but does not listen. Other sockets can therefore listen on the port, and the
-/// kernel does not choose the port for another socket.
+/// The socket is bound but does not listen. Other sockets with SO_REUSEADDR can therefore listen on
+/// the port, and the kernel does not choose the port for another socket.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
     reserve("127.0.0.1:0".parse().unwrap()).unwrap()
 }
@@ -911,7 +911,8 @@ pub fn is_alive(pid: u32) -> bool {
     !matches!(state, None | Some('Z' | 'X'))
 }
 
-/// A program that no process can open until this process releases its lease on the file.
+/// A program that no process can open until this process releases its lease on the file, or until
+/// the kernel removes the lease, usually after 45 s.
 ///
 /// A child that executes the program blocks in `execve` until then (see `F_SETLEASE` in fcntl(2)).
 pub struct LeasedProgram {

@@ -308,7 +308,8 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
 }
 
 /// Reads from the terminal, and thereby makes the kernel send SIGTTIN to all processes of the job.
-/// The read fails, because this process ignores the signal.
+/// At the signal, the crate's handler makes this process ignore it. The kernel then repeats the
+/// read, which fails.
 fn read_in_the_background() {
     let mut terminal = File::open("/dev/tty").unwrap();
     let error = terminal.read(&mut [0]).unwrap_err();

@@ -390,7 +390,8 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
 }
 
 /// Upgrades a service whose workers are ready before they listen. The new master must not close
-/// their port when the old master has exited. The kernel would reset the clients in the backlog.
+/// their port when the old master has exited. Otherwise the kernel would reset the clients in the
+/// backlog.
 fn port_of_an_online_worker_stays_open_until_the_worker_listens() {
     if is_watched() {
         return service();

@@ -1,4 +1,4 @@
-//! Tests messages with descriptors of every kind. The sender either keeps a descriptor open or
+//! Tests messages with descriptors of several kinds. The sender either keeps a descriptor open or
 //! moves it.
 
 use std::cell::{Cell, RefCell};
@@ -122,7 +122,7 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
     assert_eq!(entries.take(), expected);
 }
 
-/// A descriptor of each kind, and the peers that show whether each descriptor works in the
+/// Descriptors of several kinds, and the peers that show whether each descriptor works in the
 /// receiver.
 struct Kinds {
     stream: TcpStream,
