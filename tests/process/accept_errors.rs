@@ -70,8 +70,8 @@ fn accept_after_a_shortage(policy: SchedulingPolicy) {
             worker.on_error(move |worker, error| {
                 assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
                 errors.set(errors.get() + 1);
-                // With round robin, the worker reports a shortage once. With other policies, wait for
-                // a second error, which shows that the worker has repeated the call.
+                // With round robin, the worker reports a shortage once. With other policies, wait
+                // for a second error, which shows that the worker has repeated the call.
                 if errors.get() == 1 + u32::from(policy != SchedulingPolicy::RoundRobin) {
                     let _ = worker.send(b"out of descriptors").unwrap();
                 }

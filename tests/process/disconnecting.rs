@@ -37,7 +37,8 @@ fn is_readable(token: &DisconnectToken) -> bool {
 }
 
 /// Forks a worker, and connects a client once the worker listens. When the worker has answered the
-/// client's first byte, the master calls `disconnect`. Asserts that the client then reads `goodbye`.
+/// client's first byte, the master calls `disconnect`. Asserts that the client then reads
+/// `goodbye`.
 fn assert_says_goodbye(disconnect: fn(&WorkerProcess), worker: fn(Worker)) {
     cluster(
         |master| {

@@ -194,7 +194,8 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Returns the path of this process's dynamic loader, or `None` if the program is statically linked.
+/// Returns the path of this process's dynamic loader, or `None` if the program is statically
+/// linked.
 pub fn loader() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let files = maps
@@ -589,8 +590,8 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-/// Serves connections and reads one byte before each answer, which is the worker's id. A client that
-/// sends nothing therefore keeps its worker busy.
+/// Serves connections and reads one byte before each answer, which is the worker's id. A client
+/// that sends nothing therefore keeps its worker busy.
 pub fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
