@@ -16,7 +16,7 @@ use crate::harness::{Log, cluster, note_events, note_messages, open_fds};
 
 crate::scenarios! {
     kept_descriptors_stay_open_and_moved_ones_are_closed
-    one_message_carries_descriptors_of_every_kind
+    one_message_carries_descriptors_of_several_kinds
     too_many_descriptors_are_an_error
 }
 
@@ -189,7 +189,7 @@ impl Kinds {
     }
 }
 
-fn one_message_carries_descriptors_of_every_kind() {
+fn one_message_carries_descriptors_of_several_kinds() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
