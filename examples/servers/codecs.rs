@@ -1,5 +1,5 @@
-//! Sends messages in two formats over one channel: JSON, which people can read, and a compact format
-//! for frequent messages. A message is bytes; the application chooses their format.
+//! Sends messages in two formats over one channel: JSON, which people can read, and a compact
+//! format for frequent messages. A message is bytes; the application chooses their format.
 //!
 //! Usage:     cargo run -p cluster-servers --example codecs
 

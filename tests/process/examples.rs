@@ -385,7 +385,7 @@ fn request_counter() -> Result<(), Failed> {
 }
 
 fn is_dead() -> Result<(), Failed> {
-    // Reserve the port, so that it stays the same even if the last worker exits before the next
+    // Reserve the port, so that no other process gets it if the last worker exits before the next
     // worker listens.
     let (_reserved, address) = reserve_port();
     let server = Group::start(example("is_dead").arg(address.to_string()))?;

@@ -1059,7 +1059,7 @@ fn unfinished_header_does_not_delay_other_workers() {
     }));
 }
 
-/// Descriptors to send with one message: as many as the master can receive with one call.
+/// Descriptors to send with one message: the most that a well-behaved peer sends with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
 const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
@@ -1135,8 +1135,9 @@ fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     (client, server.accept().unwrap().0)
 }
 
-/// Sends more descriptors than the master's buffer holds. The kernel closes the excess descriptors
-/// while the master reads, and this `close` must not block the master.
+/// Sends more descriptors than a well-behaved peer sends with one call. If the master's buffer were
+/// too small for them, the kernel would close the excess descriptors while the master reads, and
+/// this `close` would block the master.
 fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1157,8 +1158,8 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     attack_beside_honest_worker(Case { fds: 256, ..case });
 }
 
-/// Sends a descriptor with out-of-band data. The kernel skips the data and closes the descriptor
-/// while the master reads, and this `close` must not block the master.
+/// Sends a descriptor with out-of-band data. Without SO_OOBINLINE, the kernel would skip the data
+/// and close the descriptor while the master reads, and this `close` would block the master.
 fn out_of_band_descriptors_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();

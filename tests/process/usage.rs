@@ -12,7 +12,7 @@ const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
 pub fn trials() -> Vec<Trial> {
     let answer_help = Trial::test("examples_answer_help", || help(&names()));
     let refuse_unknown = Trial::test("examples_refuse_unknown_options", || unknown(&names()));
-    // There may be no sources if the tests run on another machine than the compiler did.
+    // There may be no sources if the tests run on another machine than the compiler.
     let trials = [answer_help, refuse_unknown].into_iter();
     let trials = trials.map(|trial| trial.with_kind("needs the sources"));
     trials
