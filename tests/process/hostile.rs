@@ -1062,7 +1062,7 @@ fn unfinished_header_does_not_delay_other_workers() {
 /// Descriptors to send with one message: as many as the master can receive with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
-const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
+const UNANNOUNCED: Outcome = Outcome::Disconnected("invalid number of descriptors");
 
 fn unannounced_descriptors_disconnect_the_worker() {
     let attack = |attacker: &Attacker| {
@@ -1152,7 +1152,7 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
         drop(client);
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("descriptors that no frame announced");
+    let why = Outcome::Disconnected("invalid number of descriptors");
     let case = Case::new(attack, why);
     attack_beside_honest_worker(Case { fds: 256, ..case });
 }
@@ -1676,7 +1676,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
         ),
         violation(
             |attacker| after_joining(attacker, frame(PARK, 0, &numbers(&[SHARED_HANDLE, 1]))),
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| after_joining(attacker, frame(PARK_AGAIN, 0, &numbers(&[0]))),
@@ -1717,37 +1717,37 @@ fn malformed_frames() -> Vec<Violation> {
         violation(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
         violation(
             |_| frame(MESSAGE, 17, &[]),
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| after_online(frame(MESSAGE, 1, &[])),
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 0, 1],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 2, 1],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 1, 65],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| {
                 attacker.send_with_fds(&after_online(frame(MESSAGE, 2, &[])), &[0]);
                 Vec::new()
             },
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| {
                 attacker.send_with_fds(&frame(ONLINE, 1, &[]), &[0]);
                 Vec::new()
             },
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
     ]
 }

@@ -58,7 +58,7 @@ impl<C, F> MasterCore<C, F> {
         (0..).map_while(move |index| self.keys.get(&key(index)).copied())
     }
 
-    /// Adds a retained listener that the shell has just opened.
+    /// Adds a listener that the shell has just opened, and retains it for the application.
     pub(crate) fn retained(
         &mut self,
         handle: HandleId,

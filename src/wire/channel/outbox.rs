@@ -12,8 +12,8 @@ use crate::types::protocol::MAX_FDS;
 use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH};
 use crate::wire::receipts::ReceiptId;
 
-/// The maximum number of bytes that a single system call writes. With a smaller value, many frames
-/// take more system calls. With a larger value, more memory stays allocated after a burst.
+/// The maximum number of queued bytes that a single system call writes. With a smaller value, many
+/// frames take more system calls. With a larger value, more memory stays allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
 // The descriptors of any one frame must fit into a batch.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
