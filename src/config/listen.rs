@@ -275,10 +275,10 @@ impl<S> ListenOptions<S> {
     /// is silent for longer reaches a worker or is disconnected. If such a listener closes, the
     /// kernel resets the connections that it holds when their clients send something.
     ///
-    /// The option has no effect with the sharded policy, because a shard that changes its worker
-    /// would strand the connections that the kernel holds. Without round robin, it also has no
-    /// effect on a Unix socket, on systems other than Linux, and on a listener that a process
-    /// outside the cluster may also use.
+    /// The option has no effect on a sharded listener. If its worker disconnected, the connections
+    /// that the kernel holds would later wait in the backlog of a listener without a worker.
+    /// Without round robin, the option also has no effect on a Unix socket, on systems other than
+    /// Linux, and on a listener that a process outside the cluster may also use.
     ///
     /// If several workers listen on an address, the value that was set last applies.
     ///

@@ -1715,10 +1715,7 @@ fn malformed_frames() -> Vec<Violation> {
         violation(|_| frame(IDLE, 0, &[0; 8]), "malformed frame of kind 4"),
         violation(|_| frame(PAUSE, 0, &[0; 12]), "malformed frame of kind 5"),
         violation(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
-        violation(
-            |_| frame(MESSAGE, 17, &[]),
-            "invalid number of descriptors",
-        ),
+        violation(|_| frame(MESSAGE, 17, &[]), "invalid number of descriptors"),
         violation(
             |_| after_online(frame(MESSAGE, 1, &[])),
             "invalid number of descriptors",

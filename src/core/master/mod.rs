@@ -13,7 +13,7 @@
 //! | `detached` | the life of a detached process |
 //! | `frames` | how the master responds to a worker's frame |
 //! | `listener`, `member` | the states of one listener, and of a worker that has it |
-//! | `listener_table` | which listener's deadline is next, and which listeners have waiting connections |
+//! | `listener_table` | the next deadline, and which listeners have waiting connections |
 //! | `listen` | which listener a worker receives |
 //! | `accept` | when to accept |
 //! | `parked` | connections that the master holds while their clients send nothing |
