@@ -37,8 +37,8 @@ pub(crate) enum Action<C> {
     AwaitData {
         id: ConnectionId,
     },
-    /// Passes a connection to the other master. The shell then calls `passed`, `not_passed` or
-    /// `end_passing`.
+    /// Passes a connection to the master that takes over from this one. The shell then calls
+    /// `passed`, `not_passed` or `end_passing`.
     Pass {
         id: ConnectionId,
         /// The listener that accepted the connection. The listener may have been closed.

@@ -13,8 +13,9 @@ use crate::wire::frame::HandleId;
 /// departing workers.
 ///
 /// Handshakes that are in flight over a network complete in that time, and the poller reports the
-/// idle connections whose clients have already sent something. If it is shorter, the
-/// clients of slow handshakes are reset. If it is longer, the disconnects take longer.
+/// idle connections whose clients have already sent something. With a shorter time, the clients of
+/// slow handshakes are reset. With a longer time, disconnects take longer. No benchmark chose this
+/// value.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
 // Starting and continuing a drain.
@@ -41,8 +42,8 @@ impl<C, F> MasterCore<C, F> {
                 self.return_borrowed(handle, idle_grace);
             }
             Kind::Unix if listener.is_sole() => {
-                // Remove the file, so that no client can connect. Handshakes need no grace period,
-                // because none can be in flight.
+                // Remove the file, so that no client can connect. Set a grace period only for idle
+                // connections, because a Unix socket has no handshakes.
                 listener.stage = Stage::Draining(idle_grace);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });

@@ -98,7 +98,7 @@ pub(crate) struct MasterCore<C, F> {
     referenced: usize,
     listeners: ListenerTable<C>,
     parked: ParkedTable,
-    /// The listener whose waiting connections were swept last.
+    /// The listener whose waiting connections were checked last (see [`sweep`](Self::sweep)).
     last_swept: HandleId,
     /// The listener of each key. A worker that requests a key joins the key's listener.
     keys: SortedMap<HandleKey, HandleId>,

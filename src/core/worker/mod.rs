@@ -92,7 +92,7 @@ enum ChannelState {
 ///
 /// | state | event | next | what happens |
 /// |---|---|---|---|
-/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the worker sends `DisconnectRequest` |
+/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the worker sends `DisconnectRequest`, if the channel is `Open` |
 /// | `NotRequested`, `Requested` | `Disconnect` arrives | `Received` | limits are lifted, private listeners drain, pending listens are abandoned |
 ///
 /// The value stays after the channel has closed. If the channel closes before `Received`, it closed
