@@ -116,10 +116,10 @@ impl std::fmt::Display for Violation {
                 "report of listening on a listener that the worker does not have"
             }
             Self::RepeatedListening => "second report that the worker is listening",
-            Self::UnknownIdle => "idle for a listener that the worker does not have",
+            Self::UnknownIdle => "idle for a listener without a queue for the worker",
             Self::UndispatchedConnection => "more connections received than were dispatched",
             Self::UnknownRelease => "release of a listener that the worker does not have",
-            Self::UnknownPause => "pause of a listener that the worker does not have",
+            Self::UnknownPause => "pause of a listener without queues",
             Self::UnknownQueue => "pause of a queue that the worker does not have",
             Self::UnknownPark => "parked connection of a listener that the worker never had",
             Self::NotAConnection => "parked descriptor that is no connection",

@@ -915,7 +915,7 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
         },
         |_| unreachable!("the worker is the attacker"),
     );
-    let error = "invalid frame from worker 1: idle for a listener that the worker does not have";
+    let error = "invalid frame from worker 1: idle for a listener without a queue for the worker";
     assert_eq!(entries.take(), [error, "Some(9) Some(false)"]);
 }
 
@@ -1576,7 +1576,7 @@ fn violations() -> Vec<Violation> {
 fn violations_without_a_listener() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     let (ready_why, listening_why) = (
-        "idle for a listener that the worker does not have",
+        "idle for a listener without a queue for the worker",
         "report of listening on a listener that the worker does not have",
     );
     let release_why = "release of a listener that the worker does not have";
@@ -1609,7 +1609,7 @@ fn violations_without_a_listener() -> Vec<Violation> {
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
-            "pause of a listener that the worker does not have",
+            "pause of a listener without queues",
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, SHARED_HANDLE)),
@@ -1640,7 +1640,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
                     [handle_frame(RELEASE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
                 )
             },
-            "idle for a listener that the worker does not have",
+            "idle for a listener without a queue for the worker",
         ),
         violation(
             |attacker| after_joining(attacker, handle_frame(RELEASE, SHARED_HANDLE).repeat(2)),

@@ -224,7 +224,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn next_batch_of_descriptors_waits_for_the_frames_of_the_last() {
+    fn next_batch_of_descriptors_waits_for_the_frames_of_the_previous_batch() {
         let null = Rc::new(NoLingerFd::from(OwnedFd::from(
             File::open("/dev/null").unwrap(),
         )));
