@@ -317,8 +317,8 @@ impl<F> WorkerCore<F> {
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) => {
                 entry.stage = Stage::Closed;
-                // Send the parked connections to the master before the listener is released,
-                // because the master may close the listener at the release.
+                // Begin to send the parked connections to the master before the listener is
+                // released, because the master may no longer have the listener afterwards.
                 self.all_leave(listener);
                 if let Some(handle) = handle {
                     self.send(ToMaster::Release { handle });
