@@ -66,10 +66,10 @@ pub enum Role {
 /// [`Settings::exec`](crate::Settings::exec()). Call `init` before the process changes its working
 /// directory.
 ///
-/// On Linux, the kernel kills a worker when its master exits. For a program with file capabilities
-/// or a set-user-ID bit, `execve` clears the request for that signal, so `init` repeats the request
-/// (prctl(2), `PR_SET_PDEATHSIG`). If the master has already exited, `accept` and
-/// [`run`](Worker::run) return at once.
+/// On Linux, the kernel kills a worker when its master exits, because the worker has requested this
+/// signal before it executes its program (prctl(2), `PR_SET_PDEATHSIG`). For a program with file
+/// capabilities or a set-user-ID bit, `execve` clears the request, so `init` repeats it. If the
+/// master has already exited, `accept` and [`run`](Worker::run) return at once.
 ///
 /// If the application forks a child that executes no program, the child has copies of all handles.
 /// The child may drop these copies, which only closes its copies of the descriptors. Methods that

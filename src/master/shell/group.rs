@@ -25,7 +25,8 @@ pub(super) enum GroupState {
     Running,
     /// The leader has been sent this signal, which asks it to end.
     Ending(Signal),
-    /// The leader has exited, and the members have been sent the same signal. They may still run.
+    /// The leader has exited, and the members have been sent the signal that the leader had been
+    /// sent. They may still run.
     Draining,
     /// The group has been killed.
     Killed,
