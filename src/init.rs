@@ -66,7 +66,7 @@ pub enum Role {
 /// [`Settings::exec`](crate::Settings::exec()). Call `init` before the process changes its working
 /// directory.
 ///
-/// On Linux, the kernel kills a worker when its master exits, because the worker has requested this
+/// On Linux, the kernel kills a worker when its master exits, because the worker requests this
 /// signal before it executes its program (prctl(2), `PR_SET_PDEATHSIG`). For a program with file
 /// capabilities or a set-user-ID bit, `execve` clears the request, so `init` repeats it. If the
 /// master has already exited, `accept` and [`run`](Worker::run) return at once.
