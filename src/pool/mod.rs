@@ -224,7 +224,7 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// Workers share the listener by listening on the same address. Call `listen` before the loop
-    /// runs, so that no worker listens on the address first.
+    /// runs. Otherwise, a worker may listen on the address first, with its own options.
     ///
     /// # Errors
     ///

@@ -90,7 +90,8 @@ impl Pool {
         }
     }
 
-    /// Returns whether neither an old nor a new master of this process is running.
+    /// Returns whether no old master of this process and no new master that it has started is
+    /// running.
     fn is_only_master(&self) -> bool {
         self.0.old_master.borrow().is_none()
             && !self.0.is_old_master_running.get()
@@ -142,7 +143,7 @@ impl Pool {
     fn have_workers_listened(&self, master: &Master) -> bool {
         let core = self.0.core.borrow();
         let has_listened = |id: &WorkerId| match core.options().readiness {
-            // A ready worker has opened its sockets.
+            // Assume that a ready worker has opened all of its sockets.
             Readiness::Listening | Readiness::Message => true,
             Readiness::Online | Readiness::Alive(_) => {
                 let worker = master.worker(*id);

@@ -30,7 +30,8 @@ use super::{Pool, PoolListener};
 ///
 /// The old master writes one byte for each socket to the channel (see [`PassedSocket`]), and then
 /// the fields of a [`Handover`]. Once the new master has taken over, the old master passes its
-/// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits.
+/// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits,
+/// or until its pool is stopped at once.
 const CHANNEL: &str = "cluster-predecessor";
 
 /// The byte with which a new master reports that it has taken over.
@@ -202,9 +203,9 @@ impl Pool {
         self.emit(master, PoolEvent::TookOver);
     }
 
-    /// Receives the old master's parked connections, and watches for its exit. The old master keeps
-    /// its end of the channel open until it exits, so end-of-file on the channel means that it has
-    /// exited.
+    /// Receives the old master's parked connections, and watches for its exit. The end-of-file on the
+    /// channel means that the old master has exited, or that it has killed its workers and is about
+    /// to exit ([`stop_at_once`](Self::stop_at_once)).
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_end = move |master: &Master| {
@@ -357,8 +358,8 @@ impl Pool {
                 return None;
             }
             pool.input(master, |core, now| core.new_master_took_over(id, now));
-            // Keep the channel open, even if the upgrade has failed, because the end-of-file tells
-            // the new master that this process has exited.
+            // Keep the channel open, even if the upgrade has failed, because the new master treats
+            // end-of-file as the exit of this process.
             Some(Interest::Readable)
         };
         let channel = Rc::clone(&new_master.channel);
@@ -384,7 +385,7 @@ impl Pool {
         Some(new_masters.get(&new_master)?.process.process().id())
     }
 
-    /// Passes the parked connections to the new master, until the pool has stopped.
+    /// Passes the parked connections to the new master, for at most `drain_timeout`.
     pub(super) fn pass_parked(&self, master: &Master, new_master: WorkerId) {
         let mut new_masters = self.0.new_masters.borrow_mut();
         let new_master = new_masters.get_mut(&new_master);
