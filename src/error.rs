@@ -173,9 +173,10 @@ pub enum Error {
         /// `Ok` if the listener listens again, or the system's reason why it does not.
         outcome: std::result::Result<(), io::Error>,
     },
-    /// Connections to a sharded listener reached no worker, because a process with a copy of a shard
-    /// had changed the selection among the shards. Usually, this process is a worker; the system
-    /// does not tell which one. The master has closed the connections and restored the selection.
+    /// Connections to a sharded listener reached no worker, because a process with a copy of a
+    /// shard had changed the selection among the shards. Usually, this process is a worker; the
+    /// system does not tell which one. The master has closed the connections and restored the
+    /// selection.
     #[non_exhaustive]
     Misdirected {
         /// The listener's address.

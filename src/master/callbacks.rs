@@ -75,9 +75,9 @@ pub(super) struct MasterCallbacks {
 /// The methods that add and remove callbacks.
 ///
 /// Each `on_…` method adds a callback to the existing ones, and returns the id of the callback for
-/// [`remove_callback`](Master::remove_callback). These callbacks are the cluster's: they receive the
-/// events of all workers. The callbacks that were added for one worker are called first, except for
-/// `message`, where they are called last.
+/// [`remove_callback`](Master::remove_callback). These callbacks are the cluster's: they receive
+/// the events of all workers. The callbacks that were added for one worker are called first, except
+/// for `message`, where they are called last.
 impl Master {
     callback_methods! {
         /// Calls `callback` when a worker has been forked.
@@ -279,7 +279,8 @@ impl Master {
     /// ignores SIGHUP, and a shell without job control ignores SIGINT and SIGQUIT for its
     /// background jobs. The result is always `false` for SIGPIPE and SIGCHLD. The runtime of every
     /// Rust program ignores SIGPIPE, so its disposition does not show what the process has
-    /// inherited. Workers do not ignore SIGCHLD, because they could not wait for their own children.
+    /// inherited. Workers do not ignore SIGCHLD, because they could not wait for their own
+    /// children.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

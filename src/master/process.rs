@@ -39,8 +39,8 @@ impl Process<'_> {
     /// Node: `worker.process.kill(signal)`.
     ///
     /// The signal does not count as a disconnect request
-    /// ([`exited_after_disconnect`](WorkerProcess::exited_after_disconnect)). Nothing happens if the
-    /// process has already exited.
+    /// ([`exited_after_disconnect`](WorkerProcess::exited_after_disconnect)). Nothing happens if
+    /// the process has already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {

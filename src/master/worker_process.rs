@@ -228,10 +228,10 @@ impl WorkerProcess {
     ///
     /// The worker receives no new connections, and other workers receive those in flight to it. The
     /// worker first serves the connections that no other worker can serve. These wait in the
-    /// kernel's backlog of the worker's shard, or of a listener that no other worker serves and that
-    /// the master does not [retain](Master::listen). The disconnect may take any
-    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the
-    /// worker is already disconnecting or disconnected.
+    /// kernel's backlog of the worker's shard, or of a listener that no other worker serves and
+    /// that the master does not [retain](Master::listen). The disconnect may take any time;
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the worker
+    /// is already disconnecting or disconnected.
     pub fn disconnect(&self) -> &Self {
         self.update(|core| core.disconnect(self.id()));
         self
@@ -246,8 +246,9 @@ impl WorkerProcess {
     /// SIGKILL, which also ends a worker that loops or is stopped. Even then,
     /// [`exited_after_disconnect`](Self::exited_after_disconnect) returns `Some(true)`, unless the
     /// channel had closed before a disconnect was requested. With a deadline of zero, the master
-    /// kills the worker in the next iteration of the loop. If several deadlines are set, the earliest one applies. A
-    /// deadline cannot be revoked. Nothing happens if the process has already exited.
+    /// kills the worker in the next iteration of the loop. If several deadlines are set, the
+    /// earliest one applies. A deadline cannot be revoked. Nothing happens if the process has
+    /// already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {

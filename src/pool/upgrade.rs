@@ -53,7 +53,8 @@ pub(super) struct OldMaster {
 pub(super) struct NewMaster {
     pub(super) process: WorkerProcess,
     channel: Rc<UnixStream>,
-    /// A copy of the channel for the parked connections. `None` after the new master has taken over.
+    /// A copy of the channel for the parked connections. `None` after the new master has taken
+    /// over.
     passing: Option<UnixStream>,
 }
 
@@ -72,11 +73,11 @@ impl Pool {
     /// After an upgrade, the new release may not use all sockets of the old release. The pool waits
     /// until the old master has exited and all workers are ready. With
     /// [`Readiness::Online`](super::Readiness::Online) or
-    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker listens.
-    /// It then closes each socket whose address neither a worker nor [`listen`](Self::listen) has
-    /// requested. The kernel resets the clients in the socket's backlog, and the file of a Unix
-    /// socket is removed. If a worker requests the address later, the master opens a new socket.
-    /// Sockets that systemd has passed stay open.
+    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker
+    /// listens. It then closes each socket whose address neither a worker nor
+    /// [`listen`](Self::listen) has requested. The kernel resets the clients in the socket's
+    /// backlog, and the file of a Unix socket is removed. If a worker requests the address later,
+    /// the master opens a new socket. Sockets that systemd has passed stay open.
     ///
     /// If the old pool was [scaled](Self::scale) to a number of slots other than its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
@@ -133,8 +134,8 @@ impl Pool {
         result
     }
 
-    /// Reads what the old master has written to the channel, and keeps the channel for the takeover.
-    /// Returns the encoded properties of the sockets, one byte for each socket.
+    /// Reads what the old master has written to the channel, and keeps the channel for the
+    /// takeover. Returns the encoded properties of the sockets, one byte for each socket.
     fn connect_to_old_master(&self, channel: ListenFd, sockets: usize) -> Result<Vec<u8>> {
         let mut channel = UnixStream::from(OwnedFd::from(channel));
         let mut facts = vec![0; sockets];
@@ -203,9 +204,9 @@ impl Pool {
         self.emit(master, PoolEvent::TookOver);
     }
 
-    /// Receives the old master's parked connections, and watches for its exit. The end-of-file on the
-    /// channel means that the old master has exited, or that it has killed its workers and is about
-    /// to exit ([`stop_at_once`](Self::stop_at_once)).
+    /// Receives the old master's parked connections, and watches for its exit. The end-of-file on
+    /// the channel means that the old master has exited, or that it has killed its workers and is
+    /// about to exit ([`stop_at_once`](Self::stop_at_once)).
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_end = move |master: &Master| {
@@ -242,9 +243,9 @@ impl Pool {
     /// master does not receive private sockets of workers, descriptors that workers request by
     /// their numbers, and sockets that workers open after this call.
     ///
-    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master when
-    /// it has taken over, and so do connections that this master's workers park while they drain. No
-    /// idle connection is closed, unless the new master cannot hold it
+    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master
+    /// when it has taken over, and so do connections that this master's workers park while they
+    /// drain. No idle connection is closed, unless the new master cannot hold it
     /// ([`Master::receive_parked`]).
     ///
     /// The new master runs this process's program with the same arguments. The path of the program

@@ -368,9 +368,9 @@ impl Worker {
         }
         let mut backoff = Backoff::default();
         loop {
-            // Check the poller and deliver pending notifications first, because the attempt may wait.
-            // Skip the check for newly parked connections while earlier ones are resumed, because
-            // the earlier ones come first.
+            // Check the poller and deliver pending notifications first, because the attempt may
+            // wait. Skip the check for newly parked connections while earlier ones are resumed,
+            // because the earlier ones come first.
             let is_unchecked = !shell.has_resumed(listener)
                 && shell.take_unchecked()
                 && shell.is_blocking(listener);

@@ -76,8 +76,8 @@ impl Worker {
         /// sends a message `shutdown` for this purpose.
         ///
         /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`, before the
-        /// callbacks of [`on_disconnect`](Self::on_disconnect). While the application does something
-        /// else, [`is_disconnecting`](Self::is_disconnecting) already returns `true`.
+        /// callbacks of [`on_disconnect`](Self::on_disconnect). While the application does
+        /// something else, [`is_disconnecting`](Self::is_disconnecting) already returns `true`.
         ///
         /// ```no_run
         /// # fn f(worker: &cluster::Worker) {

@@ -138,8 +138,8 @@ impl<S> Connection<S> {
     ///
     /// A worker that disconnects in [`Worker::run`](crate::Worker::run) or
     /// [`Worker::dispatch`](crate::Worker::dispatch) waits for the guard. An application that calls
-    /// `accept` should call `run` afterwards. Otherwise, the process exits at the end of `main`, and
-    /// all threads with it. See [`ConnectionGuard`] for the other effects.
+    /// `accept` should call `run` afterwards. Otherwise, the process exits at the end of `main`,
+    /// and all threads with it. See [`ConnectionGuard`] for the other effects.
     ///
     /// A thread for each connection:
     ///
@@ -216,18 +216,18 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// client has been silent for
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds
     /// too many connections, and when the listener closes. The master's maximum is
-    /// [`Master::set_max_parked`](crate::Master::set_max_parked). The maximum of a worker is half of
-    /// its descriptor limit. Beyond the maximum, the connection that expires first is closed. A
+    /// [`Master::set_max_parked`](crate::Master::set_max_parked). The maximum of a worker is half
+    /// of its descriptor limit. Beyond the maximum, the connection that expires first is closed. A
     /// connection may be closed at the moment at which its client sends something. The client then
     /// has to send its request again, as with any server that closes idle connections.
     ///
-    /// Bytes that the application has read but not processed are lost. Before you park a connection,
-    /// answer all requests that were read completely, and read the rest of an incomplete one. When the
-    /// application receives the connection again, the connection counts for
-    /// [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream blocks
-    /// and has no timeouts, like a new one. Other socket options stay as they were. State that the
-    /// application keeps for the connection, such as a TLS session, does not move with it. Do not
-    /// park a connection that has such state.
+    /// Bytes that the application has read but not processed are lost. Before you park a
+    /// connection, answer all requests that were read completely, and read the rest of an
+    /// incomplete one. When the application receives the connection again, the connection counts
+    /// for [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream
+    /// blocks and has no timeouts, like a new one. Other socket options stay as they were. State
+    /// that the application keeps for the connection, such as a TLS session, does not move with it.
+    /// Do not park a connection that has such state.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {

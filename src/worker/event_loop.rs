@@ -69,8 +69,8 @@ impl Worker {
     /// Node has no counterpart: in Node, every socket is in the loop.
     ///
     /// The callback returns the next interest, or `None` to end the watch and drop the source. If
-    /// the source is still ready when the callback returns, the loop calls the callback again in its
-    /// next iteration.
+    /// the source is still ready when the callback returns, the loop calls the callback again in
+    /// its next iteration.
     ///
     /// # Errors
     ///

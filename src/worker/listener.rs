@@ -189,8 +189,8 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// While the call waits, the worker handles messages, timers, signals and watches. While the
     /// application is not in this call, connections go to the other workers that wait for one. With
     /// the sharded policy, however, connections in this worker's shard wait for the next call. If
-    /// several listeners have no callback, only the listener whose `accept` is being called receives
-    /// connections.
+    /// several listeners have no callback, only the listener whose `accept` is being called
+    /// receives connections.
     ///
     /// After the listener has ended, the application can still finish its work and, unless the
     /// master has exited, send messages. Then call [`Worker::run`] if timers or watches still own
@@ -205,9 +205,9 @@ impl<S: From<OwnedFd>> Listener<S> {
     ///   listener (EBADF, EINVAL, ENOTSOCK).
     ///
     /// An error that concerns only one connection, such as ECONNABORTED, is ignored. The remaining
-    /// errors of accept(2) are temporary, for example a lack of descriptors or memory. The call does
-    /// not return temporary errors. The callbacks of [`Worker::on_error`] receive them, and the next
-    /// attempt follows after 100 ms.
+    /// errors of accept(2) are temporary, for example a lack of descriptors or memory. The call
+    /// does not return temporary errors. The callbacks of [`Worker::on_error`] receive them, and
+    /// the next attempt follows after 100 ms.
     ///
     /// See [`Listener`] for an example.
     pub fn accept(&self) -> Result<Option<Connection<S>>> {

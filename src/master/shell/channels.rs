@@ -19,8 +19,8 @@ use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
-/// Maximum number of frames that are processed when a channel closes. More frames are a violation of
-/// the protocol, for which the master kills the worker.
+/// Maximum number of frames that are processed when a channel closes. More frames are a violation
+/// of the protocol, for which the master kills the worker.
 ///
 /// A socket buffer of the usual size contains fewer frames. With a larger value, a hostile worker
 /// could delay the master for longer.

@@ -303,7 +303,8 @@ impl WorkerShell {
     }
 
     /// Returns whether accepting failed because another process shut down one of the master's TCP
-    /// listeners. The master makes such a listener listen again, unless it is a borrowed descriptor.
+    /// listeners. The master makes such a listener listen again, unless it is a borrowed
+    /// descriptor.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
         let Error::Io { reason, .. } = error else {
             return false;

@@ -51,9 +51,9 @@ pub(crate) struct SharedListener {
 /// | `Blocking` | `unblock` | `NonBlocking` |
 /// | `Blocking` | `accept` fails with `WouldBlock` | `NonBlocking` |
 ///
-/// `accept` fails with `WouldBlock` if another process has made the listener non-blocking, or if the
-/// descriptor limit no longer allows a wait in `accept`. A worker never makes its listener block
-/// again.
+/// `accept` fails with `WouldBlock` if another process has made the listener non-blocking, or if
+/// the descriptor limit no longer allows a wait in `accept`. A worker never makes its listener
+/// block again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AcceptMode {
     Blocking,
