@@ -35,7 +35,7 @@ static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 pub enum Role {
     /// The process that forks workers. Newer versions of Node call it the *primary*.
     Master(Master),
-    /// A process that a master forked.
+    /// A process that a master forked, with a channel to the master.
     Worker(Worker),
 }
 
@@ -321,7 +321,8 @@ pub fn is_master() -> bool {
     !is_worker()
 }
 
-/// Returns whether this process is a worker, which means that a master forked it.
+/// Returns whether this process is a worker, which means that a master forked it with a channel to
+/// itself.
 ///
 /// Node: `cluster.isWorker`.
 ///

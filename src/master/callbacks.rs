@@ -170,7 +170,8 @@ impl Master {
         ///
         /// Node: the `error` events.
         ///
-        /// Errors are ignored while there is no callback.
+        /// Errors are ignored while there is no callback. After a worker's channel has closed, the
+        /// callback receives at most 16 more of the worker's errors.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -393,7 +394,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.on('error')`.
     ///
-    /// See [`Master::on_error`] for an example.
+    /// See [`Master::on_error`] for an example, and for errors after the channel has closed.
     pub fn on_error(&self, callback: impl FnMut(&Master, &Self, &Error) + 'static) -> CallbackId {
         let mut callback = callback;
         let with_worker = move |master: &Master, worker: Option<&Self>, error: &Error| {

@@ -78,7 +78,7 @@ impl Master {
     ///
     /// Node: `setInterval`.
     ///
-    /// If the loop is too late for a call, that call is skipped.
+    /// If the loop is so late that several calls are due, `callback` is called only once for them.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -362,7 +362,8 @@ impl MasterListener {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Io`] if `removes` is true and the file does not exist.
+    /// Returns [`Error::Io`] if `removes` is true and the file cannot be found, for instance
+    /// because it does not exist.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -380,11 +380,12 @@ impl Master {
     /// Node: `cluster.disconnect()`.
     ///
     /// The workers still serve connections that have been accepted. They also serve the kernel's
-    /// backlog of every listener that is not retained. Serving them may take any time;
-    /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
-    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
-    /// Therefore, an application that replaces exited workers stops doing so first, like the
-    /// example of [`Master`]. Callbacks are never called inside this call.
+    /// backlog of every listener, except the retained ones and those that the application has
+    /// opened itself ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving them may take any
+    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in
+    /// the meantime, the disconnect also waits for that worker, but does not request it to
+    /// disconnect. Therefore, an application that replaces exited workers stops doing so first,
+    /// like the example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -125,7 +125,8 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 /// also receive the master, so they may call these methods.
 ///
 /// The application may send messages to a pool's workers. If the application kills a worker, the
-/// pool replaces it. The application must not disconnect a pool's workers. Workers that the
+/// pool replaces it. The application must not disconnect a pool's workers, because the pool treats
+/// the exit of a worker that it has not disconnected itself as a failure. Workers that the
 /// application itself forks do not belong to the pool.
 ///
 /// See the [module](self) for an example.

@@ -98,8 +98,9 @@ impl Pool {
             && self.0.new_masters.borrow().is_empty()
     }
 
-    /// Handles the exit of an old or a new master. If no other master of the service is left, no
-    /// other process has the service's own sockets, so the master drains them when they close.
+    /// Handles the exit of an old or a new master, or the failed start of a new one. If no other
+    /// master of the service is left, no other process has the service's own sockets, so the master
+    /// drains them when they close.
     pub(super) fn other_master_exited(&self, master: &Master) {
         if !self.is_only_master() {
             return;

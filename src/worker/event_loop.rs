@@ -44,8 +44,8 @@ impl Worker {
     ///
     /// Node: `setInterval`.
     ///
-    /// If the loop is too late for a call, that call is skipped. See
-    /// [`Master::set_interval`](crate::Master::set_interval) for an example.
+    /// If the loop is so late that several calls are due, `callback` is called only once for them.
+    /// See [`Master::set_interval`](crate::Master::set_interval) for an example.
     #[doc(alias = "setInterval")]
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
         self.inner.event_loop.set_interval(every, callback)

@@ -29,13 +29,13 @@ fn replay(target: &str, run: fn(&[u8])) {
 
 #[test]
 #[cfg_attr(miri, ignore = "reads files; slow")]
-fn frame_corpus() {
+fn stored_inputs_survive_the_frame_target() {
     replay("frame", frame);
 }
 
 #[test]
 #[cfg_attr(miri, ignore = "reads files; slow")]
-fn master_input_corpus() {
+fn stored_inputs_survive_the_master_input_target() {
     replay("master_input", master_input);
 }
 
