@@ -40,7 +40,7 @@ pub enum PoolEvent {
         /// The worker's id.
         worker: WorkerId,
     },
-    /// A worker that the pool had disconnected has exited.
+    /// A worker has exited that the pool had disconnected, or had killed during a stop.
     #[non_exhaustive]
     WorkerShutDown {
         /// The worker's slot.

@@ -413,7 +413,7 @@ impl Pool {
     /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
     /// the last slots and disconnects their workers. If the pool has given up all remaining slots,
     /// the pool forks workers for them. The number stays the same after an
-    /// [`upgrade`](Self::upgrade).
+    /// [`upgrade`](Self::upgrade), unless it is 0.
     ///
     /// Node has no counterpart.
     ///

@@ -61,7 +61,8 @@ impl Pool {
                 worker_sockets.push(PoolListener { listener, is_own });
             }
         }
-        // Until this process has taken over, its old master may still serve from the same sockets.
+        // Until this process has taken over, its old master may still serve from the same sockets,
+        // so no socket is this service's own yet.
         let has_taken_over = self.0.old_master.borrow().is_none();
         let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
             let PoolListener { listener, is_own } = socket;

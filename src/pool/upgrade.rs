@@ -62,7 +62,7 @@ pub(super) struct NewMaster {
 impl Pool {
     /// Adopts the sockets that systemd, or the old master of an [upgrade](Self::upgrade), has
     /// passed to this process. Like the listeners of [`listen`](Self::listen), adopted sockets stay
-    /// open until the pool stops.
+    /// open until the pool stops, except unused sockets after an upgrade.
     ///
     /// Node has no counterpart.
     ///

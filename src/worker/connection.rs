@@ -42,8 +42,8 @@ use crate::worker::{Inner, finish};
 /// ```
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
-    // Keep this field order, because the client must receive end-of-file before the worker, and
-    // through it the master, is notified.
+    // Keep this field order. Fields are dropped in order, and the stream must be closed before the
+    // worker, and through it the master, is notified.
     stream: S,
     counted: Counted,
 }

@@ -78,8 +78,9 @@ impl<S> Listener<S> {
     ///
     /// At the limit, new connections go to the callback of
     /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
-    /// workers. If no other worker can serve them, they wait in the kernel's backlog. The worker no
-    /// longer counts a connection once the application has dropped it or its
+    /// workers. If no other worker can serve them, they wait in the kernel's backlog. With the
+    /// sharded policy, connections in this worker's shard always wait. The worker no longer counts
+    /// a connection once the application has dropped it or its
     /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`].
     ///
     /// ```no_run
@@ -98,7 +99,8 @@ impl<S> Listener<S> {
     ///
     /// Node: `server.removeListener('connection')`.
     ///
-    /// Until the next call of `accept`, new connections go to other workers. Nothing happens if
+    /// Until the next call of `accept`, new connections go to other workers. With the sharded
+    /// policy, however, connections in this worker's shard wait for that call. Nothing happens if
     /// there is no callback.
     ///
     /// ```no_run
