@@ -315,9 +315,10 @@ impl Pool {
     /// use cluster::LogWriter;
     /// use cluster::pool::PoolEvent;
     ///
-    /// pool.on_event(|_, _, event| match event {
-    ///     PoolEvent::WorkerFailed(failure) => eprintln!("{failure}"),
-    ///     PoolEvent::ReloadFailed { reason, .. } => eprintln!("{reason}"),
+    /// let log = LogWriter::stderr().attached_to(master);
+    /// pool.on_event(move |_, _, event| match event {
+    ///     PoolEvent::WorkerFailed(failure) => log.line(failure),
+    ///     PoolEvent::ReloadFailed { reason, .. } => log.line(reason),
     ///     _ => {}
     /// });
     /// # }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions};
 use cluster::{
-    BindOptions, CallbackId, Error, ForkStep, InspectPort, Interest, Listener, Master,
+    BindOptions, CallbackId, Error, ForkStep, InspectPort, Interest, Listener, LogWriter, Master,
     MasterListener, Role, SchedulingPolicy, SendOptions, Settings, Signal, SpawnOptions, UdpSocket,
     Worker, WorkerProcess,
 };
@@ -125,13 +125,28 @@ const MASTER_CALLS: &[Call<Cluster>] = &[
         let _ = listener.removes_file();
         let _ = listener.set_removes_file(false);
         let _ = listener.as_fd();
+        let _ = listener.name();
+        listener.set_foreign_copies(listener.has_foreign_copies());
         c.listener.replace(Some(listener));
         // Replace the handle, so that the previous handle's destructor also runs.
         let other = c.master.listen("127.0.0.1:0").unwrap();
         c.listener.replace(Some(other));
     }),
+    ("retain_all", |c| drop(c.master.retain_all())),
     ("ledger", |c| {
         let _ = c.master.ledger();
+    }),
+    ("set_max_parked", |c| c.master.set_max_parked(1)),
+    ("pass_parked, receive_parked", |c| {
+        let (here, there) = UnixStream::pair().unwrap();
+        c.master.pass_parked(here, MS).unwrap();
+        c.master.receive_parked(there, |_| {}).unwrap();
+    }),
+    ("wrapper_script", |c| {
+        let _ = c.master.wrapper_script();
+    }),
+    ("log", |c| {
+        LogWriter::stderr().attached_to(&c.master).line("hello")
     }),
     ("loads", |c| drop(c.master.loads())),
     ("set_scheduler", |c| {
@@ -750,6 +765,10 @@ const WORKER_CALLS: &[Call<Own>] = &[
         let _ = (w.id(), w.inspect_port(), w.is_connected(), w.is_dead());
         let _ = (w.exited_after_disconnect(), w.process().id(), w.time_left());
         let _ = (
+            w.is_disconnecting(),
+            w.disconnect_token().is_disconnecting(),
+        );
+        let _ = (
             w.as_fd(),
             o.listener.local_addr().unwrap(),
             o.udp.local_addr().unwrap(),
@@ -794,7 +813,14 @@ const WORKER_CALLS: &[Call<Own>] = &[
         drop(o.worker.adopt(UnixStream::pair().unwrap().0).into_stream());
         o.worker.adopt(UnixStream::pair().unwrap().0).finish();
     }),
-    ("connections", |o| drop(o.connections.take())),
+    ("connections", |o| {
+        for connection in o.connections.take() {
+            let _ = (connection.requests(), connection.can_park());
+            connection.park();
+        }
+        drop(o.worker.adopt(UnixStream::pair().unwrap().0).into_parts());
+        o.worker.adopt(UnixStream::pair().unwrap().0).park();
+    }),
     ("send", |o| {
         let _ = o.worker.send(b"hello");
         let fd: OwnedFd = UnixStream::pair().unwrap().0.into();
@@ -805,9 +831,10 @@ const WORKER_CALLS: &[Call<Own>] = &[
     }),
     ("callbacks", |o| {
         let w = &o.worker;
-        let ids: [CallbackId; 6] = [
+        let ids: [CallbackId; 7] = [
             w.on_message(|_, _| {}),
             w.on_disconnect(|_| {}),
+            w.on_disconnecting(|_| {}),
             w.on_error(|_, _| {}),
             w.on_signal(Signal::USR2, |_, _| {}).unwrap(),
             w.on_error_once(|_, _| {}),
@@ -883,6 +910,10 @@ const WORKER_CALLBACKS: &[Register<Rc<Own>>] = &[
     }),
     ("on_disconnect", |o, calls| {
         o.worker.on_disconnect(move |_| calls());
+        o.worker.disconnect();
+    }),
+    ("on_disconnecting", |o, calls| {
+        o.worker.on_disconnecting(move |_| calls());
         o.worker.disconnect();
     }),
     ("on_signal", |o, calls| {

@@ -345,12 +345,16 @@ impl Group {
             found.map(str::to_owned)
         };
         wait_until(&format!("a line that starts with {prefix:?}"), || {
+            // Look whether the program runs before reading its output, because it may print the
+            // line and exit in between.
+            let is_running = matches!(self.child.borrow_mut().try_wait(), Ok(None));
+            let found = find();
             assert!(
-                find().is_some() || matches!(self.child.borrow_mut().try_wait(), Ok(None)),
+                found.is_some() || is_running,
                 "exited without a line that starts with {prefix:?}:\n{}",
                 self.output()
             );
-            find()
+            found
         })
     }
 

@@ -370,9 +370,11 @@ impl MasterShell {
     }
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
-        // `OutOfMemory` means that too many replies wait in the master. A worker that never reads
-        // its replies may ignore end-of-file too, so kill it.
-        let is_violation = reason.kind() == io::ErrorKind::OutOfMemory;
+        // The channel itself returns `OutOfMemory` if too many replies wait in the master; the
+        // system's ENOMEM has a number. A worker that never reads its replies may ignore
+        // end-of-file too, so kill it.
+        let is_violation =
+            reason.kind() == io::ErrorKind::OutOfMemory && reason.raw_os_error().is_none();
         let mut core = self.core_now();
         if is_violation {
             core.signal(worker, Signal::KILL);
