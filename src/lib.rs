@@ -10,6 +10,8 @@ extern crate self as cluster;
 mod config;
 mod core;
 mod error;
+#[cfg(doc)]
+pub mod guide;
 mod init;
 mod master;
 pub mod pool;
