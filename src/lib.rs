@@ -1,3 +1,4 @@
+//! [guide]: crate::guide
 //! [quick_start]: crate::guide::quick_start
 //! [how_it_works]: crate::guide::how_it_works
 //! [writing_workers]: crate::guide::writing_workers
