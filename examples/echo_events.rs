@@ -41,7 +41,6 @@ fn options() -> Result<(String, usize), lexopt::Error> {
 fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     let log = LogWriter::stdout().attached_to(master);
     let hints = LogWriter::stderr().attached_to(master);
-    // Count requests.
     let requests = Rc::new(Cell::new(0));
     let (total, counts) = (Rc::clone(&requests), log.clone());
     let report = master.set_interval(Duration::from_secs(1), move |_| {

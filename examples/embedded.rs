@@ -12,12 +12,12 @@ mod usage;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 use cluster::{Interest, LogWriter, Master, Role, Signal, Worker};
 use lexopt::prelude::*;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 /// Time after which a client of the status port is disconnected.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -66,16 +66,12 @@ fn host(master: &Master, status: &str) -> Outcome {
     }
     while !master.workers().is_empty() {
         let mut fds = [
-            PollFd::new(status.as_fd(), PollFlags::POLLIN),
-            PollFd::new(master.as_fd(), PollFlags::POLLIN),
+            PollFd::new(&status, PollFlags::IN),
+            PollFd::new(&master, PollFlags::IN),
         ];
-        // Round up to the next millisecond, so that `poll` does not return before a timer is due.
-        let wait = master
-            .time_left()
-            .map(|time| time + Duration::from_micros(999));
-        let wait = wait.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
-        match poll(&mut fds, wait.unwrap_or(PollTimeout::MAX)) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
+        let wait = master.time_left().map(Timespec::try_from).transpose()?;
+        match poll(&mut fds, wait.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         serve_status(&status, master)?;

@@ -113,8 +113,8 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
     for signal in [Signal::INT, Signal::TERM] {
         worker.on_signal(signal, |_, _| {})?;
     }
-    // Silent clients occupy no worker: a connection waits in the master for its first bytes, and
-    // again after each answer.
+    // With round robin, the default, silent clients occupy no worker: a connection waits in the
+    // master for its first bytes, and again after each answer.
     let listen = ListenOptions::from(options.addr.as_str()).wait_for_data(true);
     let headers = format!("X-Worker: {}\r\nContent-Type: text/plain\r\n", worker.id());
     for connection in worker.listen(listen)?.incoming() {

@@ -9,7 +9,7 @@ mod hello;
 mod usage;
 
 use cluster::{LogWriter, Master, Role, Worker};
-use nix::sys::signal::{Signal, raise};
+use rustix::process::{Signal, getpid, kill_process};
 
 fn master(master: &Master) -> cluster::Result<()> {
     let log = LogWriter::stdout().attached_to(master);
@@ -34,7 +34,7 @@ fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
     if let Some(connection) = worker.listen(address)?.accept()? {
         let text = format!("current process\n {}\n", worker.process().id());
         let _ = hello::answer(connection, "", &text);
-        let _ = raise(Signal::SIGTERM);
+        let _ = kill_process(getpid(), Signal::TERM);
     }
     Ok(())
 }

@@ -29,8 +29,8 @@ fn main() -> cluster::Result<()> {
         }
         Role::Worker(worker) => {
             ignore_pool_signals(&worker)?;
-            // Silent clients occupy no worker: a connection waits in the master for its first bytes,
-            // and again after each answer.
+            // With round robin, the default, silent clients occupy no worker: a connection waits in
+            // the master for its first bytes, and again after each answer.
             let options = ListenOptions::from(address).wait_for_data(true);
             for connection in worker.listen(options)?.incoming() {
                 // Ignore an error, because a client that disconnects must not stop the worker.

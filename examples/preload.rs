@@ -1,5 +1,5 @@
-//! The master loads a large table once, and all workers share it: they are copies of the master that
-//! execute no program.
+//! The master loads a large table once, and all workers share it: they are copies of the master
+//! that execute no program.
 //!
 //! Usage:     cargo run --example preload
 

@@ -17,7 +17,6 @@ use cluster::{LogWriter, Master, Role, Worker};
 
 fn master(master: &Master) -> cluster::Result<()> {
     let log = LogWriter::stdout().attached_to(master);
-    // Keep track of requests.
     let requests = Rc::new(Cell::new(0));
     let (total, counts) = (Rc::clone(&requests), log.clone());
     let report = master.set_interval(Duration::from_secs(1), move |_| {

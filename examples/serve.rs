@@ -225,9 +225,10 @@ fn serve() -> Result<(), Box<dyn Error>> {
         (Signal::INT, SignalAction::Stop),
         (Signal::QUIT, SignalAction::StopAtOnce),
     ] {
-        // Leave these signals ignored, as `Pool::on_default_signals` does. Under nohup(1), SIGHUP is
-        // ignored, because it means only that the terminal has closed. A shell can ignore SIGTTIN and
-        // SIGTTOU, because the kernel sends them to a background job that uses its terminal.
+        // Leave these signals ignored, as `Pool::on_default_signals` does. Under nohup(1), SIGHUP
+        // is ignored, because it means only that the terminal has closed. A shell can ignore
+        // SIGTTIN and SIGTTOU, because the kernel sends them to a background job that uses its
+        // terminal.
         let may_stay_ignored = [Signal::HUP, Signal::TTIN, Signal::TTOU].contains(&signal);
         if !may_stay_ignored || !master.is_signal_ignored(signal) {
             pool.on_signal(&master, signal, action)?;

@@ -1,5 +1,5 @@
-//! Two kinds of workers of one program: the first uses https, the second http. The master prints the
-//! output of both.
+//! Two kinds of workers of one program: the first uses https, the second http. The master prints
+//! the output of both.
 //!
 //! Usage:     cargo run --example setup_master
 

@@ -18,9 +18,9 @@ use std::net::IpAddr;
 use cluster::{LogWriter, Role, WorkerId};
 use lexopt::ValueExt;
 
-/// Returns a pseudo-random score that is always the same for one worker and client. Each client gets
-/// the worker with the highest score (rendezvous hashing), so a worker that starts or exits moves no
-/// client between other workers.
+/// Returns a pseudo-random score that is always the same for one worker and client. Each client
+/// gets the worker with the highest score (rendezvous hashing), so a worker that starts or exits
+/// moves no client between other workers.
 fn score(worker: WorkerId, client: IpAddr) -> u64 {
     let mut hasher = DefaultHasher::new();
     (worker, client).hash(&mut hasher);

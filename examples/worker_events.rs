@@ -1,5 +1,5 @@
-//! Prints the events of four workers: one succeeds, one exits with an error code, one is killed by a
-//! signal, and one listens and is disconnected.
+//! Prints the events of four workers: one succeeds, one exits with an error code, one is killed by
+//! a signal, and one listens and is disconnected.
 //!
 //! Usage:     cargo run --example worker_events
 

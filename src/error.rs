@@ -46,7 +46,7 @@ pub enum Error {
     Environment {
         /// The variable's name.
         variable: &'static str,
-        /// The variable's value, made printable.
+        /// The variable's value. Bytes that are not valid UTF-8 are replaced by U+FFFD.
         value: String,
         /// A description of the valid values.
         expected: &'static str,
@@ -66,7 +66,8 @@ pub enum Error {
     },
     /// `init` was called a second time in this process.
     AlreadyInitialized,
-    /// The scheduling policy cannot change after the first `fork` or the master's first `listen`.
+    /// The scheduling policy cannot change after the first `fork`, or after the master's first
+    /// `listen` or `adopt`.
     PolicyFrozen,
     /// A callback called `run`, `dispatch`, `accept` or `recv_from`. Calls of these methods cannot
     /// be nested, and the method that called the callback is still running.
@@ -75,9 +76,9 @@ pub enum Error {
     /// child that the application forked, or a worker that executes no program
     /// ([`Settings::main`](crate::Settings::main)). The call had no effect.
     ForeignProcess,
-    /// A master that is process 1 of a container or system cannot be upgraded. In an upgrade, the
-    /// old master exits, but when process 1 exits, the kernel kills all other processes of the PID
-    /// namespace (pid_namespaces(7)).
+    /// A master that is process 1, for example in a container, cannot be upgraded. In an upgrade,
+    /// the old master exits, but when process 1 exits, the kernel kills all other processes of the
+    /// PID namespace (pid_namespaces(7)).
     InitProcess,
     /// The workers failed, and their supervisor gave up
     /// ([`Master::give_up`](crate::Master::give_up)).
@@ -100,10 +101,10 @@ pub enum Error {
         /// [`WorkerFailure`](crate::pool::WorkerFailure).
         reason: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A worker could not be started.
+    /// A worker or a detached process could not be started.
     #[non_exhaustive]
     Fork {
-        /// The worker's program.
+        /// The program of the worker or process.
         program: PathBuf,
         /// The step that failed.
         step: ForkStep,
@@ -172,14 +173,15 @@ pub enum Error {
         /// `Ok` if the listener listens again, or the system's reason why it does not.
         outcome: std::result::Result<(), io::Error>,
     },
-    /// Connections to a sharded listener reached no worker and were reset, because a worker had
-    /// changed the selection among the shards. The system does not tell which worker. The master
-    /// has restored the selection.
+    /// Connections to a sharded listener reached no worker, because a process with a copy of a
+    /// shard had changed the selection among the shards. Usually, this process is a worker; the
+    /// system does not tell which one. The master has closed the connections and restored the
+    /// selection.
     #[non_exhaustive]
     Misdirected {
         /// The listener's address.
         address: String,
-        /// The number of connections that were reset.
+        /// The number of connections that were closed.
         count: u64,
     },
     /// A message could not be sent.
@@ -192,7 +194,7 @@ pub enum Error {
     },
     /// The peer sent bytes that the protocol does not allow. This process closed the channel. If
     /// this process is the master, it also killed the worker. [`init`](crate::init()) returns this
-    /// error if the master uses another version of the protocol.
+    /// error, and leaves the channel open, if the master uses another version of the protocol.
     #[non_exhaustive]
     Frame {
         /// The sender. `None` in a worker, where the sender is the master.
@@ -211,8 +213,8 @@ pub enum Error {
     /// The system lacked resources for the channel to the peer. The channel stays open.
     ///
     /// Outgoing frames wait, and the process retries them every 100 ms. Descriptors that arrived
-    /// are lost: a message is delivered without its descriptors, and a connection goes to another
-    /// worker.
+    /// are lost: a message is delivered without its descriptors, and a parked connection is closed.
+    /// A connection that waits in a worker's queue is not lost. It goes to another worker.
     #[non_exhaustive]
     Exhausted {
         /// The worker at the other end. `None` in a worker, where the peer is the master.
@@ -528,7 +530,7 @@ impl std::fmt::Display for Error {
                 f,
                 "process 1 cannot be upgraded: the kernel kills the new master when process 1 exits"
             ),
-            Self::GaveUp { reason } => write!(f, "gave up after repeated failures: {reason}"),
+            Self::GaveUp { reason } => write!(f, "gave up: {reason}"),
             Self::Fork {
                 program,
                 step,
@@ -562,7 +564,8 @@ impl std::fmt::Display for Error {
             Self::ShutDown { address, outcome } => fmt_shut_down(f, address, outcome.as_ref()),
             Self::Misdirected { address, count } => write!(
                 f,
-                "a worker changed the selection among the shards of {address}: {count} connections were reset"
+                "a worker changed the selection among the shards of {address}: \
+                 {count} connections were closed"
             ),
             Self::Send { worker, reason } => {
                 write!(f, "cannot send to {}: {reason}", Peer(*worker))

@@ -35,7 +35,7 @@ static ROLE: AtomicU8 = AtomicU8::new(UNKNOWN);
 pub enum Role {
     /// The process that forks workers. Newer versions of Node call it the *primary*.
     Master(Master),
-    /// A process that a master forked.
+    /// A process that a master forked, with a channel to the master.
     Worker(Worker),
 }
 
@@ -66,10 +66,10 @@ pub enum Role {
 /// [`Settings::exec`](crate::Settings::exec()). Call `init` before the process changes its working
 /// directory.
 ///
-/// On Linux, the kernel kills a worker when its master exits. For a program with file capabilities
-/// or a set-user-ID bit, `execve` clears the request for that signal, so `init` repeats the request
-/// (prctl(2), `PR_SET_PDEATHSIG`). If the master has already exited, `accept` and
-/// [`run`](Worker::run) return at once.
+/// On Linux, the kernel kills a worker when its master exits, because the worker requests this
+/// signal before it executes its program (prctl(2), `PR_SET_PDEATHSIG`). For a program with file
+/// capabilities or a set-user-ID bit, `execve` clears the request, so `init` repeats it. If the
+/// master has already exited, `accept` and [`run`](Worker::run) return at once.
 ///
 /// If the application forks a child that executes no program, the child has copies of all handles.
 /// The child may drop these copies, which only closes its copies of the descriptors. Methods that
@@ -321,7 +321,8 @@ pub fn is_master() -> bool {
     !is_worker()
 }
 
-/// Returns whether this process is a worker, which means that a master forked it.
+/// Returns whether this process is a worker, which means that a master forked it with a channel to
+/// itself.
 ///
 /// Node: `cluster.isWorker`.
 ///

@@ -14,7 +14,7 @@
 //! [glossary]: crate::guide::glossary
 //! [set_scheduler]: Master::set_scheduler
 //! [set_scheduling_policy]: Master::set_scheduling_policy
-//! [examples]: https://docs.rs/crate/cluster/latest/source/examples/
+//! [examples]: crate::guide::quick_start#examples
 //! [tests]: https://docs.rs/crate/cluster/latest/source/tests/process/
 //! [changelog]: https://docs.rs/crate/cluster/latest/source/CHANGELOG.md
 //! [conformance]: https://docs.rs/crate/cluster/latest/source/tests/CONFORMANCE.md

@@ -36,7 +36,8 @@ fn parse(bytes: &[u8]) -> Head {
                         || name.eq_ignore_ascii_case("transfer-encoding")
                 }
             };
-            // The answer to any other method may be without the body that this server sends.
+            // Close the connection after any method except GET. The answer to HEAD, for example,
+            // has no body, but this server sends one.
             let is_get = request.version == Some(1) && request.method == Some("GET");
             let keeps_alive = is_get && !request.headers.iter().any(ends);
             Head::Complete {

@@ -28,9 +28,9 @@ fn fill(values: &mut [String]) -> Result<(), lexopt::Error> {
 
 /// Returns the parsed options, or ends the process if parsing has failed.
 ///
-/// No example parses `--help` and `-h`, so these options arrive here as errors. For them, prints the
-/// usage to standard output, and exits with status 0. For any other error, prints the error and the
-/// usage to standard error, and exits with status 2.
+/// No example parses `--help` and `-h`, so these options arrive here as errors. For them, prints
+/// the usage to standard output, and exits with status 0. For any other error, prints the error and
+/// the usage to standard error, and exits with status 2.
 pub(crate) fn or_exit<T>(source: &str, parsed: Result<T, lexopt::Error>) -> T {
     let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
     let lines: Vec<_> = lines

@@ -1,4 +1,4 @@
-//! The names of the environment variables that the crate reads and sets.
+//! The names of the crate's own environment variables. The name of a pool's variable is in `pool`.
 
 /// The worker's process id, set by the master. Programs that the worker starts inherit all
 /// variables in `TO_WORKER`, but the variables are valid only in the process with this id.
@@ -9,7 +9,7 @@ pub(crate) const UNIQUE_ID: &str = "CLUSTER_UNIQUE_ID";
 pub(crate) const CHANNEL_FD: &str = "CLUSTER_CHANNEL_FD";
 /// The worker's inspect port, set by the master if the worker has one.
 pub(crate) const INSPECT_PORT: &str = "CLUSTER_INSPECT_PORT";
-/// The variables that a master sets for its workers.
+/// The variables that describe a worker. The master sets them for each worker.
 pub(crate) const TO_WORKER: [&str; 4] = [WORKER_PID, UNIQUE_ID, CHANNEL_FD, INSPECT_PORT];
 /// The mark that a wrapped master sets for the programs that it starts. A wrapped master is a
 /// cluster program that a wrapper runs in a child process. The wrapper is a worker of another

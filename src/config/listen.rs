@@ -224,7 +224,8 @@ impl<S> ListenOptions<S> {
 
     /// Sets how many connections may wait in the kernel's queue. The default is 511. The system may
     /// impose a lower limit, such as `net.core.somaxconn` on Linux. If several workers listen on an
-    /// address, the first worker's options apply to all of them.
+    /// address, the first worker's options apply to all of them. If the listener is sharded, each
+    /// worker's own value applies to the socket that is opened for that worker.
     ///
     /// Node: `backlog`.
     ///
@@ -274,10 +275,10 @@ impl<S> ListenOptions<S> {
     /// is silent for longer reaches a worker or is disconnected. If such a listener closes, the
     /// kernel resets the connections that it holds when their clients send something.
     ///
-    /// The option has no effect with the sharded policy, because a shard that changes its worker
-    /// would strand the connections that the kernel holds. Without round robin, it also has no
-    /// effect on a Unix socket, on systems other than Linux, and on a listener that a process
-    /// outside the cluster may also use.
+    /// The option has no effect on a sharded listener. If its worker disconnected, the connections
+    /// that the kernel holds would later wait in the backlog of a listener without a worker.
+    /// Without round robin, the option also has no effect on a Unix socket, on systems other than
+    /// Linux, and on a listener that a process outside the cluster may also use.
     ///
     /// If several workers listen on an address, the value that was set last applies.
     ///

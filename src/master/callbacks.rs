@@ -75,8 +75,9 @@ pub(super) struct MasterCallbacks {
 /// The methods that add and remove callbacks.
 ///
 /// Each `on_…` method adds a callback to the existing ones, and returns the id of the callback for
-/// [`remove_callback`](Master::remove_callback). The worker's own callbacks for an event are called
-/// before the cluster's callbacks. For `message`, they are called after the cluster's callbacks.
+/// [`remove_callback`](Master::remove_callback). These callbacks are the cluster's: they receive
+/// the events of all workers. The callbacks that were added for one worker are called first, except
+/// for `message`, where they are called last.
 impl Master {
     callback_methods! {
         /// Calls `callback` when a worker has been forked.
@@ -169,7 +170,8 @@ impl Master {
         ///
         /// Node: the `error` events.
         ///
-        /// Errors are ignored while there is no callback.
+        /// Errors are ignored while there is no callback. After a worker's channel has closed, the
+        /// callback receives at most 16 more of the worker's errors.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -184,8 +186,8 @@ impl Master {
         ///
         /// Node: `cluster.on('setup')`.
         ///
-        /// Each [`fork`](Self::fork) and [`fork_with`](Self::fork_with) implies a call of
-        /// `setup_master`.
+        /// Each call of [`fork`](Self::fork) or [`fork_with`](Self::fork_with) also calls
+        /// `setup_master` once.
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
@@ -222,7 +224,7 @@ impl Master {
     ///
     /// The callback is also called if the process was started with the signal blocked or ignored.
     /// For example, nohup(1) starts programs with SIGHUP ignored. To respect that choice, check
-    /// [`is_signal_ignored`](Self::is_signal_ignored) first. This method unblocks the signal on the
+    /// [`is_signal_ignored`](Self::is_signal_ignored) first. `on_signal` unblocks the signal on the
     /// calling thread until the master is dropped. It does not change the signal masks of other
     /// threads (pthread_sigmask(3)).
     ///
@@ -278,7 +280,8 @@ impl Master {
     /// ignores SIGHUP, and a shell without job control ignores SIGINT and SIGQUIT for its
     /// background jobs. The result is always `false` for SIGPIPE and SIGCHLD. The runtime of every
     /// Rust program ignores SIGPIPE, so its disposition does not show what the process has
-    /// inherited.
+    /// inherited. Workers do not ignore SIGCHLD, because they could not wait for their own
+    /// children.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -391,7 +394,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.on('error')`.
     ///
-    /// See [`Master::on_error`] for an example.
+    /// See [`Master::on_error`] for an example, and for errors after the channel has closed.
     pub fn on_error(&self, callback: impl FnMut(&Master, &Self, &Error) + 'static) -> CallbackId {
         let mut callback = callback;
         let with_worker = move |master: &Master, worker: Option<&Self>, error: &Error| {

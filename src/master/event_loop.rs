@@ -27,16 +27,16 @@ use crate::wire::receipts::Receipt;
 /// longer.
 const LOG_BACK_OFF: Duration = Duration::from_millis(100);
 
-/// Maximum number of events per call of `settle`. The remaining events wait for a
-/// later call.
+/// Maximum number of events per call of `settle`. The remaining events wait for a later call.
 ///
 /// Without a limit, an `error` callback that causes another error each time would block the loop
 /// forever. A lower limit costs more polls in a burst of events.
 const EVENTS_PER_ITERATION: u32 = 1024;
 /// Maximum number of reads from an exited worker's channel before the worker is reaped.
 ///
-/// A full socket buffer needs fewer reads. Therefore, the limit is reached only if the worker has
-/// left child processes that continue to write.
+/// A full socket buffer usually needs fewer reads. The limit ends the reads if a process continues
+/// to write: a child that the worker has left, or a worker without a process descriptor that has
+/// not exited. Frames beyond the limit are not lost, because `close_channel` processes them.
 const FINAL_READS_MAX: u32 = 64;
 /// Interval between two checks for exits that the system does not report.
 ///
@@ -78,7 +78,7 @@ impl Master {
     ///
     /// Node: `setInterval`.
     ///
-    /// If the loop is too late for a call, that call is skipped.
+    /// If the loop is so late that several calls are due, `callback` is called only once for them.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -386,8 +386,9 @@ impl Master {
     }
 }
 
-/// Gives access to a descriptor that is readable when [`dispatch`](Master::dispatch) has something
-/// to do.
+/// Gives access to a descriptor that becomes readable when a process, a socket or a signal needs a
+/// call of [`dispatch`](Master::dispatch). Timers and pending events do not make the descriptor
+/// readable. See [`time_left`](Master::time_left) for them.
 impl AsFd for Master {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event_loop.as_fd()

@@ -21,11 +21,12 @@ impl Master {
     /// The worker inherits the master's environment, except the variables that
     /// [`systemd`](crate::systemd) sets for the master only. No signal is blocked in the worker.
     /// The worker ignores the signals that were ignored when [`init`](crate::init()) created the
-    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect.
+    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect. A worker
+    /// that runs `main` also ignores SIGPIPE if the master does.
     ///
     /// The calling thread waits until the program has started, or until `main` is about to be
-    /// called. When the call returns, [`workers`](Self::workers) contains the worker. The events
-    /// `setup` and `fork` are emitted in the next iteration of the loop.
+    /// called. When the call returns, [`workers`](Self::workers) contains the worker. The loop
+    /// delivers the events `setup` and `fork` after the call.
     ///
     /// # Errors
     ///
@@ -154,8 +155,8 @@ impl Master {
     }
 }
 
-/// Returns the workers' program for an error message. If its path is unknown, returns the name by
-/// which the master's own program was called.
+/// Returns the path of the worker's program for an error message. If the path is unknown, returns
+/// the name by which the master's own program was called.
 fn program_name(settings: &Settings) -> PathBuf {
     let own_name = || std::env::args_os().next().map(PathBuf::from);
     let program = settings.get_exec().map(Path::to_owned);

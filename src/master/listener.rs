@@ -19,9 +19,9 @@ use crate::types::endpoint::BACKLOG;
 /// The methods [`Master::listen`](crate::Master::listen), [`Master::adopt`](crate::Master::adopt)
 /// and [`Master::retain_all`](crate::Master::retain_all) return this type. While the value exists
 /// and no worker has the listener, connections wait in the kernel's backlog, and the next worker
-/// that listens serves them. No client is refused or reset when all workers exit or are replaced. A
-/// worker that disconnects closes its copy. Even the last worker serves only the connections that
-/// the master has already accepted; the others stay in the backlog.
+/// that listens serves them. When all workers exit or are replaced, no new client is refused and no
+/// waiting client is reset. A worker that disconnects closes its copy. Even the last worker serves
+/// only the connections that the master has already accepted; the others stay in the backlog.
 /// [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
 /// workers do not wait for a retained listener.
 ///
@@ -50,8 +50,8 @@ use crate::types::endpoint::BACKLOG;
 /// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
 /// A listener that was passed to this process is shared, not sharded.
 ///
-/// Like the [`Master`], this type is not `Send`. To use the socket on another thread
-/// or in another process, copy the descriptor that [`AsFd`] returns.
+/// Like the [`Master`], this type is not `Send`. To use the socket on another thread or in another
+/// process, copy the descriptor that [`AsFd`] returns.
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -281,7 +281,8 @@ impl MasterListener {
     }
 
     /// Returns whether a worker or the application has requested the listener's address. The result
-    /// is `false` only for a socket that was passed to this process and that has not been used yet.
+    /// is `false` for a socket that was passed to this process and that has not been used yet, and
+    /// after the master has been dropped.
     ///
     /// Node has no counterpart.
     ///
@@ -339,6 +340,7 @@ impl MasterListener {
     }
 
     /// Returns whether this process removes the file of a Unix socket when the listener closes.
+    /// After the master has been dropped, the result is `false`.
     ///
     /// Node has no counterpart.
     ///
@@ -360,7 +362,8 @@ impl MasterListener {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Io`] if `removes` is true and the file does not exist.
+    /// Returns [`Error::Io`] if `removes` is true and the file cannot be found, for instance
+    /// because it does not exist.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -383,7 +386,8 @@ impl MasterListener {
 
 /// Gives access to the listening socket, which can be passed to another process.
 ///
-/// After the first call, the master assumes that another process has a copy.
+/// After a call, the master assumes that another process may have a copy, until
+/// [`set_foreign_copies`](MasterListener::set_foreign_copies) says otherwise.
 ///
 /// With the sharded policy, this socket is only the first of several shards. When the value is
 /// dropped and the last workers disconnect, all new connections go to this shard. No process can

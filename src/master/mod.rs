@@ -3,7 +3,7 @@
 //! Decisions belong to `core::master`, and system calls to `sys`. The master's public methods are
 //! spread over several files: `fork` starts workers, `listener` retains sockets, `callbacks` adds
 //! and removes callbacks, `event_loop` runs the loop and delivers events, `orphans` reaps orphans,
-//! and this file has the others.
+//! `passing` passes idle connections to the next master, and this file has the others.
 //!
 //! `master` and `worker_process` refer to each other, because callbacks receive both handles and
 //! the master makes the workers' handles.
@@ -86,7 +86,8 @@ use crate::worker::Worker;
 ///                 if worker.exited_after_disconnect() == Some(true) {
 ///                     return;
 ///                 }
-///                 // If it could not even listen, its replacement could not either.
+///                 // A worker that could not even listen is probably broken, and so would be its
+///                 // replacement.
 ///                 if !served || master.fork().is_err() {
 ///                     // When all workers have exited, `run` returns this error.
 ///                     master.give_up(format!("a worker exited ({status})"));
@@ -143,7 +144,8 @@ pub struct Master {
 pub(crate) struct Launch {
     /// The path of this process's program, or `None` if it is unknown.
     pub(crate) own_program: Option<PathBuf>,
-    /// The path of the script that has executed this process's program under its own name.
+    /// The path of the script that has executed this process's program and has passed its own path
+    /// as `argv[0]`. `None` if there is no such script.
     pub(crate) wrapper_script: Option<PathBuf>,
     /// Turns the calling process, a forked copy of the master, into a worker. The arguments are the
     /// worker's id, its inspect port, and its channel's descriptor.
@@ -217,7 +219,7 @@ impl Master {
     ///
     /// A setting that the argument does not mention keeps its value, or receives its default at the
     /// first call. A setting that was [`unset`](Settings::unset) receives its default. Each call
-    /// emits one `setup` event in the next iteration of the loop.
+    /// emits one `setup` event, which the loop delivers after the call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -265,8 +267,8 @@ impl Master {
     /// [`Pool::upgrade`](crate::pool::Pool::upgrade) executes this script instead of the program.
     /// The result is `None` if `argv[0]` contained no slash at the call of [`init`](crate::init()),
     /// or if its file was not an executable script that begins with `#!`. It is also `None` if the
-    /// program has a set-user-ID or set-group-ID bit or file capabilities, because any user can then
-    /// choose `argv[0]`.
+    /// program has a set-user-ID or set-group-ID bit or file capabilities, because any user can
+    /// choose `argv[0]` of such a program.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -378,11 +380,12 @@ impl Master {
     /// Node: `cluster.disconnect()`.
     ///
     /// The workers still serve connections that have been accepted. They also serve the kernel's
-    /// backlog of every listener that is not retained. Serving them may take any time;
-    /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
-    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
-    /// Therefore, an application that replaces exited workers stops doing so first, like the
-    /// example of [`Master`]. Callbacks are never called inside this call.
+    /// backlog of every listener, except the retained ones and those that the application has
+    /// opened itself ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving them may take any
+    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in
+    /// the meantime, the disconnect also waits for that worker, but does not request it to
+    /// disconnect. Therefore, an application that replaces exited workers stops doing so first,
+    /// like the example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
@@ -422,7 +425,7 @@ impl Master {
         self.shell.act();
     }
 
-    /// Returns the numbers of accepted connections, by outcome.
+    /// Returns the numbers of accepted and parked connections, by outcome.
     ///
     /// Node has no counterpart.
     ///

@@ -22,8 +22,8 @@ impl<'a> Process<'a> {
 }
 
 impl Process<'_> {
-    /// Returns the process id. The system does not give the id to another process until the master
-    /// has noticed the worker's exit.
+    /// Returns the process id. The system does not give the id to another process until the master,
+    /// or other code in the master's process, has waited for the exited worker.
     ///
     /// Node: `worker.process.pid`.
     ///
@@ -38,8 +38,9 @@ impl Process<'_> {
     ///
     /// Node: `worker.process.kill(signal)`.
     ///
-    /// The worker's exit is not treated as voluntary. Nothing happens if the process has already
-    /// exited.
+    /// The signal does not count as a disconnect request
+    /// ([`exited_after_disconnect`](WorkerProcess::exited_after_disconnect)). Nothing happens if
+    /// the process has already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -50,13 +51,14 @@ impl Process<'_> {
         self.0.update(|core| core.signal(self.0.id(), signal));
     }
 
-    /// Closes the channel without a disconnect request. In the worker, `run` and `accept` then
-    /// return at once, even if connections are open.
+    /// Closes the channel without a disconnect request. In a worker that has not received such a
+    /// request before, `run` and `accept` then return at once, even if connections are open.
     ///
     /// Node: `worker.process.disconnect()`.
     ///
-    /// The worker's exit is not treated as voluntary. Connections in flight to the worker go to
-    /// other workers.
+    /// The call does not count as a disconnect request
+    /// ([`exited_after_disconnect`](WorkerProcess::exited_after_disconnect)). Connections in flight
+    /// to the worker go to other workers.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {

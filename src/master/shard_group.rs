@@ -9,8 +9,8 @@
 //! Despite the lock, a worker can detach the program; the kernel then chooses among all members by
 //! a hash. A worker can also shut its shard down; the members' indexes then change, but the program
 //! still returns the old ones. In both cases, the kernel may choose the selector, which normally
-//! receives no connection. When the selector receives a connection, the master resets it and
-//! attaches the program again.
+//! receives no connection. When the selector receives a connection, the master closes it. If the
+//! listener is open, the master also attaches the program again.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -105,8 +105,9 @@ impl ShardGroup {
         sys::filter::detach_syn_filter(&self.selector)
     }
 
-    /// Resets at most `at_most` connections that have reached the selector. Returns the number of
-    /// connections that were reset or that failed while they were accepted.
+    /// Accepts and closes at most `at_most` connections that have reached the selector. The kernel
+    /// resets those whose clients have already sent something. Returns the number of connections
+    /// that were closed or that failed while they were accepted.
     pub(crate) fn reset(&self, at_most: u64) -> u64 {
         for count in 0..at_most {
             match sys::listen::accept(&*self.selector) {

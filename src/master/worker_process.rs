@@ -228,9 +228,11 @@ impl WorkerProcess {
     ///
     /// The worker receives no new connections, and other workers receive those in flight to it. The
     /// worker first serves the connections that no other worker can serve. These wait in the
-    /// kernel's backlog of a listener that no other worker serves. The disconnect may take any
-    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the
-    /// worker is already disconnecting or disconnected.
+    /// kernel's backlog of the worker's shard, or of a listener that no other worker serves. As an
+    /// exception, the connections in the backlog of a [retained](Master::listen) listener wait for
+    /// the next worker. The disconnect may take any time;
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the worker
+    /// is already disconnecting or disconnected.
     pub fn disconnect(&self) -> &Self {
         self.update(|core| core.disconnect(self.id()));
         self
@@ -242,10 +244,12 @@ impl WorkerProcess {
     /// Node has no counterpart: in Node, applications set a timer.
     ///
     /// Until the deadline, this method works like [`disconnect`](Self::disconnect). The signal is
-    /// SIGKILL, which also ends a worker that loops or is stopped. The exit is treated as voluntary
-    /// even if the worker was killed. With a deadline of zero, the master kills the worker in the
-    /// next iteration of the loop. If several deadlines are set, the earliest one applies. A
-    /// deadline cannot be revoked. Nothing happens if the process has already exited.
+    /// SIGKILL, which also ends a worker that loops or is stopped. Even then,
+    /// [`exited_after_disconnect`](Self::exited_after_disconnect) returns `Some(true)`, unless the
+    /// channel had closed before a disconnect was requested. With a deadline of zero, the master
+    /// kills the worker in the next iteration of the loop. If several deadlines are set, the
+    /// earliest one applies. A deadline cannot be revoked. Nothing happens if the process has
+    /// already exited.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
@@ -279,7 +283,7 @@ impl WorkerProcess {
         self.update(|core| core.kill(self.id(), signal));
     }
 
-    /// Kills the worker, like [`kill`](Self::kill).
+    /// Does the same as [`kill`](Self::kill).
     ///
     /// Node: `worker.destroy(signal)`.
     ///

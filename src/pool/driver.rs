@@ -181,8 +181,8 @@ impl Pool {
             let callback = callbacks.iter().find(|(other, _)| *other == id);
             let callback = callback.map(|(_, callback)| callback.clone());
             drop(callbacks);
-            // Call the callback only if no other callback has removed it and it is not running
-            // already. A running callback may have re-entered the loop.
+            // Call the callback only if no other callback has removed it. The callback is not
+            // running already, because a callback cannot run the loop (`Error::AlreadyRunning`).
             let callback = callback.as_ref().map(|callback| callback.try_borrow_mut());
             if let Some(Ok(mut callback)) = callback {
                 callback(self, master, event);

@@ -30,7 +30,9 @@ pub enum PoolEvent {
     /// predecessor's place in the slot, `ReloadFailed` or `RecyclingFailed` is emitted instead.
     WorkerFailed(WorkerFailure),
     /// The pool has requested that a worker disconnect. In the worker,
-    /// [`Worker::is_disconnecting`](cluster::Worker::is_disconnecting) is true from now on.
+    /// [`Worker::is_disconnecting`](cluster::Worker::is_disconnecting) is true from now on, unless
+    /// the pool has sent the
+    /// [`PoolOptions::disconnect_signal`](super::PoolOptions::disconnect_signal) instead.
     #[non_exhaustive]
     WorkerDisconnecting {
         /// The worker's slot.
@@ -38,7 +40,7 @@ pub enum PoolEvent {
         /// The worker's id.
         worker: WorkerId,
     },
-    /// A worker that the pool had disconnected has exited.
+    /// A worker has exited that the pool had disconnected, or had killed during a stop.
     #[non_exhaustive]
     WorkerShutDown {
         /// The worker's slot.
@@ -71,7 +73,7 @@ pub enum PoolEvent {
         worker: WorkerId,
         /// The limit that the worker has reached.
         limit: Limit,
-        /// The time until the pool replaces the worker, if its memory is then still at the limit.
+        /// The time after which the pool replaces the worker if its memory is still at the limit.
         by: Duration,
     },
     /// A worker has reached a limit, but its replacement has failed. The old worker stays.

@@ -9,7 +9,7 @@ use std::fs;
 ///
 /// If the resident memory is below `limit`, returns the resident memory instead. The kernel counts
 /// private pages by walking the process's page tables. The walk takes about 30 ms per GiB (Linux
-/// 6.18, pages of 4 KiB), and the master does nothing else in this time. Reading `VmRSS` takes 20 µs.
+/// 6.18, 4 KiB pages), and the master does nothing else in this time. Reading `VmRSS` takes 20 µs.
 ///
 /// If `smaps_rollup` cannot be read, returns the anonymous memory (`RssAnon`, Linux 4.5). If this
 /// is also unknown, returns the resident memory. Both include pages that are shared with the

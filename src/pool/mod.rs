@@ -125,7 +125,8 @@ pub const HEARTBEAT: &[u8] = b"\0cluster:beat";
 /// also receive the master, so they may call these methods.
 ///
 /// The application may send messages to a pool's workers. If the application kills a worker, the
-/// pool replaces it. The application must not disconnect a pool's workers. Workers that the
+/// pool replaces it. The application must not disconnect a pool's workers, because the pool treats
+/// the exit of a worker that it has not disconnected itself as a failure. Workers that the
 /// application itself forks do not belong to the pool.
 ///
 /// See the [module](self) for an example.
@@ -224,7 +225,7 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// Workers share the listener by listening on the same address. Call `listen` before the loop
-    /// runs, so that no worker listens on the address first.
+    /// runs. Otherwise, a worker may listen on the address first, with its own options.
     ///
     /// # Errors
     ///
@@ -412,7 +413,7 @@ impl Pool {
     /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
     /// the last slots and disconnects their workers. If the pool has given up all remaining slots,
     /// the pool forks workers for them. The number stays the same after an
-    /// [`upgrade`](Self::upgrade).
+    /// [`upgrade`](Self::upgrade), unless it is 0.
     ///
     /// Node has no counterpart.
     ///

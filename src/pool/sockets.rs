@@ -61,7 +61,8 @@ impl Pool {
                 worker_sockets.push(PoolListener { listener, is_own });
             }
         }
-        // Until this process has taken over, its old master may still serve from the same sockets.
+        // Until this process has taken over, its old master may still serve from the same sockets,
+        // so no socket is this service's own yet.
         let has_taken_over = self.0.old_master.borrow().is_none();
         let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
             let PoolListener { listener, is_own } = socket;
@@ -90,15 +91,17 @@ impl Pool {
         }
     }
 
-    /// Returns whether neither an old nor a new master of this process is running.
+    /// Returns whether no old master of this process and no new master that it has started is
+    /// running.
     fn is_only_master(&self) -> bool {
         self.0.old_master.borrow().is_none()
             && !self.0.is_old_master_running.get()
             && self.0.new_masters.borrow().is_empty()
     }
 
-    /// Handles the exit of an old or a new master. If no other master of the service is left, no
-    /// other process has the service's own sockets, so the master drains them when they close.
+    /// Handles the exit of an old or a new master, or the failed start of a new one. If no other
+    /// master of the service is left, no other process has the service's own sockets, so the master
+    /// drains them when they close.
     pub(super) fn other_master_exited(&self, master: &Master) {
         if !self.is_only_master() {
             return;
@@ -142,7 +145,7 @@ impl Pool {
     fn have_workers_listened(&self, master: &Master) -> bool {
         let core = self.0.core.borrow();
         let has_listened = |id: &WorkerId| match core.options().readiness {
-            // A ready worker has opened its sockets.
+            // Assume that a ready worker has opened all of its sockets.
             Readiness::Listening | Readiness::Message => true,
             Readiness::Online | Readiness::Alive(_) => {
                 let worker = master.worker(*id);

@@ -30,7 +30,8 @@ use super::{Pool, PoolListener};
 ///
 /// The old master writes one byte for each socket to the channel (see [`PassedSocket`]), and then
 /// the fields of a [`Handover`]. Once the new master has taken over, the old master passes its
-/// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits.
+/// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits,
+/// or until its pool is stopped at once.
 const CHANNEL: &str = "cluster-predecessor";
 
 /// The byte with which a new master reports that it has taken over.
@@ -52,7 +53,8 @@ pub(super) struct OldMaster {
 pub(super) struct NewMaster {
     pub(super) process: WorkerProcess,
     channel: Rc<UnixStream>,
-    /// A copy of the channel for the parked connections. `None` after the new master has taken over.
+    /// A copy of the channel for the parked connections. `None` after the new master has taken
+    /// over.
     passing: Option<UnixStream>,
 }
 
@@ -60,7 +62,7 @@ pub(super) struct NewMaster {
 impl Pool {
     /// Adopts the sockets that systemd, or the old master of an [upgrade](Self::upgrade), has
     /// passed to this process. Like the listeners of [`listen`](Self::listen), adopted sockets stay
-    /// open until the pool stops.
+    /// open until the pool stops, except unused sockets after an upgrade.
     ///
     /// Node has no counterpart.
     ///
@@ -71,11 +73,11 @@ impl Pool {
     /// After an upgrade, the new release may not use all sockets of the old release. The pool waits
     /// until the old master has exited and all workers are ready. With
     /// [`Readiness::Online`](super::Readiness::Online) or
-    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker listens.
-    /// It then closes each socket whose address neither a worker nor [`listen`](Self::listen) has
-    /// requested. The kernel resets the clients in the socket's backlog, and the file of a Unix
-    /// socket is removed. If a worker requests the address later, the master opens a new socket.
-    /// Sockets that systemd has passed stay open.
+    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker
+    /// listens. It then closes each socket whose address neither a worker nor
+    /// [`listen`](Self::listen) has requested. The kernel resets the clients in the socket's
+    /// backlog, and the file of a Unix socket is removed. If a worker requests the address later,
+    /// the master opens a new socket. Sockets that systemd has passed stay open.
     ///
     /// If the old pool was [scaled](Self::scale) to a number of slots other than its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
@@ -132,8 +134,8 @@ impl Pool {
         result
     }
 
-    /// Reads what the old master has written to the channel, and keeps the channel for the takeover.
-    /// Returns the encoded properties of the sockets, one byte for each socket.
+    /// Reads what the old master has written to the channel, and keeps the channel for the
+    /// takeover. Returns the encoded properties of the sockets, one byte for each socket.
     fn connect_to_old_master(&self, channel: ListenFd, sockets: usize) -> Result<Vec<u8>> {
         let mut channel = UnixStream::from(OwnedFd::from(channel));
         let mut facts = vec![0; sockets];
@@ -202,9 +204,9 @@ impl Pool {
         self.emit(master, PoolEvent::TookOver);
     }
 
-    /// Receives the old master's parked connections, and watches for its exit. The old master keeps
-    /// its end of the channel open until it exits, so end-of-file on the channel means that it has
-    /// exited.
+    /// Receives the old master's parked connections, and watches for its exit. The end-of-file on
+    /// the channel means that the old master has exited, or that it has killed its workers and is
+    /// about to exit ([`stop_at_once`](Self::stop_at_once)).
     fn watch_exit_of_old_master(&self, master: &Master, channel: UnixStream) {
         let pool = self.clone();
         let on_end = move |master: &Master| {
@@ -241,9 +243,9 @@ impl Pool {
     /// master does not receive private sockets of workers, descriptors that workers request by
     /// their numbers, and sockets that workers open after this call.
     ///
-    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master when
-    /// it has taken over, and so do connections that this master's workers park while they drain. No
-    /// idle connection is closed, unless the new master cannot hold it
+    /// Connections that workers have [parked](cluster::Connection::park) pass to the new master
+    /// when it has taken over, and so do connections that this master's workers park while they
+    /// drain. No idle connection is closed, unless the new master cannot hold it
     /// ([`Master::receive_parked`]).
     ///
     /// The new master runs this process's program with the same arguments. The path of the program
@@ -357,8 +359,8 @@ impl Pool {
                 return None;
             }
             pool.input(master, |core, now| core.new_master_took_over(id, now));
-            // Keep the channel open, even if the upgrade has failed, because the end-of-file tells
-            // the new master that this process has exited.
+            // Keep the channel open, even if the upgrade has failed, because the new master treats
+            // end-of-file as the exit of this process.
             Some(Interest::Readable)
         };
         let channel = Rc::clone(&new_master.channel);
@@ -384,7 +386,7 @@ impl Pool {
         Some(new_masters.get(&new_master)?.process.process().id())
     }
 
-    /// Passes the parked connections to the new master, until the pool has stopped.
+    /// Passes the parked connections to the new master, for at most `drain_timeout`.
     pub(super) fn pass_parked(&self, master: &Master, new_master: WorkerId) {
         let mut new_masters = self.0.new_masters.borrow_mut();
         let new_master = new_masters.get_mut(&new_master);

@@ -13,8 +13,8 @@ use crate::types::time::Time;
 /// benchmark chose the value.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
-/// The time of the next attempt, if one is scheduled. Failures before this time do not change it.
-/// The default value has no scheduled attempt.
+/// The time of the next attempt, if one is scheduled. Further failures do not change this time. The
+/// default value has no scheduled attempt.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Backoff {
     deadline: Option<Time>,

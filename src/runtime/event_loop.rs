@@ -57,8 +57,8 @@ impl From<WatchId> for LoopId {
 }
 
 /// Identifies the owner of a ready descriptor. The poller carries a token as an integer key. If the
-/// owner has been removed since the poller reported the descriptor, the token matches no owner and
-/// has no effect.
+/// owner has been removed since the poller reported the descriptor, the token has no effect, unless
+/// a new owner has the same number. The new owner must then tolerate the wrong report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
     Channel(u32),
@@ -69,7 +69,7 @@ pub(crate) enum Token {
     Watch(u32),
     /// The target of a log that waits until the target is writable.
     Log(u32),
-    /// A parked connection.
+    /// A connection that this process holds while its client sends nothing.
     Parked(u32),
     Signals,
     /// The stream to the master that takes over.
@@ -441,7 +441,7 @@ impl<R> EventLoop<R> {
     }
 
     /// Calls the callback of a watched descriptor that is ready. Stops watching the descriptor if
-    /// the callback returns `None`.
+    /// the callback returns `None`, or if the poller rejects the interest that it returns.
     pub(crate) fn watch_ready(&self, role: &R, number: u32) {
         let id = WatchId(number);
         let watches = self.watches.borrow();

@@ -25,7 +25,7 @@ use crate::types::errno;
 /// stay allocated if the reader never continues. No benchmark chose the value.
 const CAPACITY: usize = 64 << 10;
 
-/// Writes log lines to standard error, a file, a pipe or a socket without blocking the process.
+/// Writes log lines to a standard stream, a file, a pipe or a socket without blocking the process.
 ///
 /// Node has no counterpart.
 ///
@@ -373,7 +373,7 @@ impl AttachedLogs {
     }
 
     /// Detaches all logs from the master. Their waiting lines are then written only when the
-    /// application writes more lines.
+    /// application writes more lines, or flushes or drops the writer.
     pub(crate) fn detach(&self) {
         let logs = self.0.take();
         for log in logs.into_values().filter_map(|log| log.upgrade()) {
@@ -388,7 +388,8 @@ impl AttachedLogs {
 ///
 /// After a line has been dropped, all later lines are dropped until half of the capacity is free. A
 /// notice with the number of dropped lines is then added. Because no line was kept in between, the
-/// notice stands exactly where the lines are missing.
+/// notice stands exactly where the lines are missing. If a line is dropped because it is too long
+/// for a datagram, the notice follows the lines that wait at that time.
 #[derive(Debug, Default)]
 struct Lines {
     bytes: Vec<u8>,

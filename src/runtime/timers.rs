@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn interval_keeps_its_rhythm_and_skips_missed_calls() {
+    fn interval_keeps_its_rhythm_until_it_misses_a_call() {
         let mut timers = Timers::new();
         timers.set(ms(0), ms(10), Some(ms(10)), "tick");
         assert_eq!(fire(&mut timers, ms(12)), ["tick"]);

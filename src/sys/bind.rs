@@ -1,5 +1,5 @@
-//! Opens the socket of an endpoint. A worker opens the socket itself if the endpoint is exclusive.
-//! Otherwise, the master does.
+//! Opens the socket of an endpoint. A worker opens the socket itself if the application has
+//! requested it with the option `exclusive` or `reuse_port`. Otherwise, the master does.
 //!
 //! This module only combines functions of other modules, mainly of `listen` and `socket_file`. It
 //! makes no `libc` calls itself.

@@ -39,12 +39,13 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 }
 
 /// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. Also returns the descriptor that came with the preamble. The caller has already
-/// found the preamble with [`peek`], so this read does not wait.
+/// preamble from it. Also returns the descriptor that came with the preamble. The caller has
+/// already found the preamble with [`peek`], so this read does not wait.
 ///
 /// # Errors
 ///
-/// Returns EMFILE if no descriptor is free for the preamble's descriptor.
+/// Returns EMFILE if no descriptor is free for the preamble's descriptor. Also returns the system's
+/// other errors.
 pub(crate) fn adopt_channel(
     number: RawFd,
     preamble: &mut [u8],

@@ -48,8 +48,8 @@ pub(crate) enum Target {
 ///
 /// The variants are in the order in which they are tried. On Linux, `Reopen` is tried first for a
 /// pipe, and for a terminal if opening its device again leads to the same terminal. For any other
-/// file, only `Poll` is used. A way that turns out to be unsupported is replaced by the next one for
-/// all later writes.
+/// file, only `Poll` is used. A way that turns out to be unsupported is replaced by the next one
+/// for all later writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// Open the file again through `/proc/self/fd`, with a non-blocking open file description. If

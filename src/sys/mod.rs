@@ -62,7 +62,8 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Returns the time of `CLOCK_MONOTONIC`. All processes of the system share this clock.
+/// Returns the time of `CLOCK_MONOTONIC`. All processes of the system share this clock, unless they
+/// are in different time namespaces (time_namespaces(7)).
 pub(crate) fn monotonic_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,

@@ -29,12 +29,13 @@ pub(crate) fn own_program() -> Option<PathBuf> {
 
 /// Returns the absolute path of the script that has executed this process's program and has passed
 /// its own path as `argv[0]`, as `exec -a "$0" program` does in bash. Returns `None` if `argv[0]`
-/// contains no slash, or if its file is not an executable script.
+/// contains no slash, or if its file is not an executable script. Also returns `None` if executing
+/// the program has raised the rights of this process.
 ///
 /// The caller must determine the path before it changes its working directory.
 pub(crate) fn wrapper_script() -> Option<PathBuf> {
-    // Ignore `argv[0]` if executing the program has raised the rights of this process. The user who
-    // has lower rights chooses `argv[0]`, and its file would be executed with the higher rights.
+    // The user with the lower rights chooses `argv[0]`, and its file would be executed with the
+    // higher rights.
     if is_secure_mode() {
         return None;
     }

@@ -1,5 +1,5 @@
-//! Waits for descriptors. A [`Poller`] waits for many descriptors. A [`Registered`] owns each of
-//! these descriptors.
+//! Waits for descriptors. A [`Poller`] waits for many descriptors. Each of them is owned by a
+//! [`Registered`], or is passed to [`Poller::await_once`].
 //!
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
@@ -68,8 +68,9 @@ impl Drop for Owned {
 /// A descriptor that is registered with the poller while an event is awaited. The registration is
 /// deleted before the descriptor can be closed.
 ///
-/// A descriptor is not registered while no event is awaited, because each registration costs time
-/// in the processes that make the descriptor ready. If 1,000 workers registered one listener, each
+/// While no event is awaited, the descriptor is not registered, except after
+/// [`await_once`](Self::await_once). The reason is that each registration costs time in the
+/// processes that make the descriptor ready. If 1,000 workers registered one listener, each
 /// connection would notify 1,000 pollers, even those without interest.
 #[derive(Debug)]
 pub(crate) struct Registered<S: AsFd> {
@@ -323,8 +324,7 @@ impl Poller {
     pub(crate) fn delete(&self, fd: BorrowedFd<'_>) {
         if self.is_own() {
             self.0.dormant.borrow_mut().remove(&fd.as_raw_fd());
-            // Ignore an error, because deleting fails only if the descriptor has already been
-            // deleted.
+            // Ignore an error, because deleting fails only if the registration no longer exists.
             let _ = self.0.poller.delete(fd);
         }
     }
@@ -393,8 +393,7 @@ impl<S: AsFd> Registered<S> {
 
     fn deregister(&self) {
         if self.is_watched() && self.is_own() {
-            // Ignore an error, because deleting fails only if the descriptor has already been
-            // deleted.
+            // Ignore an error, because deleting fails only if the registration no longer exists.
             let _ = self.poller.0.poller.delete(self.source.as_fd());
         }
     }
@@ -447,8 +446,8 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
-/// Returns whether a listener has been shut down. For a TCP listener, the shutdown of one direction
-/// suffices. For a Unix listener, both directions must be shut down.
+/// Returns whether a listener has been shut down. For a TCP listener, the shutdown of the receiving
+/// direction suffices. For a Unix listener, both directions must be shut down.
 pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [hung_up] = poll_fds([(fd, 0)], Some(Duration::ZERO))?;
     Ok(hung_up)

@@ -138,8 +138,8 @@ fn lock_filter(reader: &OwnedFd) -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) enum Dequeued {
     Connection(Label, NoLingerFd),
-    /// The message of a connection that the kernel has dropped, because another thread has taken the
-    /// last free descriptor.
+    /// The message of a connection that the kernel has dropped, because another thread has taken
+    /// the last free descriptor.
     Lost(Label),
     /// The queue is empty.
     Empty,

@@ -286,9 +286,9 @@ pub(super) fn is_ignored(signal: libc::c_int) -> bool {
 
 /// Returns the signals that this process ignores, except SIGPIPE and SIGCHLD.
 ///
-/// SIGPIPE is omitted because the runtime of every Rust program ignores it, so its action does not
-/// show what this process inherited. SIGCHLD is omitted because a child that ignores it cannot wait
-/// for its own children.
+/// SIGPIPE is omitted because the runtime of a Rust program ignores it by default, so its action
+/// does not show what this process inherited. SIGCHLD is omitted because a child that ignores it
+/// cannot wait for its own children.
 pub(crate) fn ignored() -> SignalSet {
     let mut ignored = SignalSet::empty();
     let all = 1..=libc::c_int::from(MAX_SIGNAL);

@@ -1,8 +1,9 @@
 //! The ids of connections that a process holds while their clients send nothing.
 
 /// Identifies a connection of which the master holds a copy: one that is parked, that was parked
-/// before and is now with a worker, or that waits for its first bytes. In a worker, identifies a connection that the worker holds while
-/// it is parked. Numbers are reused, but no two connections have the same number at the same time.
+/// before and is now with a worker, or that waits for its first bytes. In a worker, identifies a
+/// connection that the worker holds while it is parked. Numbers are reused, but no two connections
+/// of a process have the same number at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u32);
 

@@ -46,8 +46,8 @@ pub(crate) struct Endpoint {
 /// (`keepalive_timeout`).
 const IDLE_SECONDS: u32 = 60;
 
-/// How the master treats the connections of a listener while their clients send nothing. A value is
-/// `None` if the application has not set it.
+/// How connections of a listener are treated while their clients send nothing. A value is `None` if
+/// the application has not set it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Parking {
     /// The maximum number of seconds for which the client of a parked connection may be silent.
@@ -83,7 +83,8 @@ impl Parking {
 }
 
 /// The options for binding a socket. If several workers listen on one endpoint, the first worker's
-/// options apply. Of the options in `parking`, the values that were set last apply.
+/// options apply. Each later shard of a sharded listener has the options of the worker for which it
+/// was bound. Of the options in `parking`, the values that were set last apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     /// The length of the backlog, in connections.

@@ -50,7 +50,8 @@ pub enum ForkStep {
     Signals,
     /// Entering the directory of [`Settings::cwd`](crate::Settings::cwd).
     Directory,
-    /// Changing the groups to those of [`Settings::gid`](crate::Settings::gid).
+    /// Dropping the supplementary groups, or changing the group to
+    /// [`Settings::gid`](crate::Settings::gid).
     Groups,
     /// Changing the user to [`Settings::uid`](crate::Settings::uid).
     User,

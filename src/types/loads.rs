@@ -12,7 +12,7 @@ use crate::types::worker_id::WorkerId;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loads {
-    /// The workers that have been forked and have not exited, sorted by id.
+    /// The workers whose `exit` event has not been delivered, sorted by id.
     pub workers: Vec<WorkerLoad>,
     /// The open listeners, in the order in which they were opened.
     pub listeners: Vec<ListenerLoad>,

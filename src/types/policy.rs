@@ -37,7 +37,8 @@ pub enum SchedulingPolicy {
     /// worker exits, its replacement therefore receives the connections that were waiting in the
     /// worker's listener.
     ///
-    /// Only TCP listeners on Linux are sharded. All other listeners are shared.
+    /// Only TCP listeners that the master itself opens on Linux are sharded. All other listeners
+    /// are shared.
     ///
     /// Node has no counterpart in a cluster, but its servers have the option `reusePort`.
     #[doc(alias = "reusePort")]

@@ -6,8 +6,8 @@ pub(crate) const VERSION: u8 = 2;
 /// The maximum length of a body, and therefore of a message, in bytes.
 ///
 /// The value bounds the memory that the master allocates for a worker's message. If a header
-/// announces a longer body, the reader fails before it stores a byte of the body. The public API
-/// documents the value.
+/// announces a longer body, the reader fails before it allocates memory for the body. The public
+/// API documents the value.
 pub(crate) const MAX_BODY: usize = 1 << 20;
 /// The maximum number of descriptors in one frame. The public API documents the value.
 pub(crate) const MAX_FDS: usize = 16;
@@ -48,7 +48,7 @@ impl std::fmt::Display for FrameError {
             }
             Self::Kind(kind) => write!(f, "unknown kind of frame {kind}"),
             Self::Body(kind) => write!(f, "malformed frame of kind {kind}"),
-            Self::Descriptors => write!(f, "descriptors that no frame announced"),
+            Self::Descriptors => write!(f, "invalid number of descriptors"),
             Self::Violation(violation) => violation.fmt(f),
         }
     }
@@ -92,7 +92,7 @@ pub enum Violation {
     UnknownPause,
     /// A worker paused a listener that only other workers have.
     UnknownQueue,
-    /// A worker parked a connection of a listener that it never had.
+    /// A worker parked a connection of a listener that it never had, or of a UDP socket.
     UnknownPark,
     /// A worker parked a descriptor that is not a connection.
     NotAConnection,
@@ -116,10 +116,10 @@ impl std::fmt::Display for Violation {
                 "report of listening on a listener that the worker does not have"
             }
             Self::RepeatedListening => "second report that the worker is listening",
-            Self::UnknownIdle => "idle for a listener that the worker does not have",
+            Self::UnknownIdle => "idle for a listener without a queue for the worker",
             Self::UndispatchedConnection => "more connections received than were dispatched",
             Self::UnknownRelease => "release of a listener that the worker does not have",
-            Self::UnknownPause => "pause of a listener that the worker does not have",
+            Self::UnknownPause => "pause of a listener without queues",
             Self::UnknownQueue => "pause of a queue that the worker does not have",
             Self::UnknownPark => "parked connection of a listener that the worker never had",
             Self::NotAConnection => "parked descriptor that is no connection",

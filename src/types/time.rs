@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// The time since the event loop started.
+/// The time since the event loop was created.
 pub(crate) type Time = Duration;
 
 /// Returns the earlier of two deadlines, or the shorter of two timeouts. `None` means no limit.

@@ -58,8 +58,9 @@
 //!  68   Adopt                handle 4, parked 4       1
 //! 127   Message              application's bytes      0 to 16
 //!
-//! address:     family 1 (4, 6, or 0 for none), port 2, IP 4 or 16;
-//!              after an IPv6 address also flow 4, scope 4
+//! address:     family 1 (4 or 6), port 2, IP 4 or 16;
+//!              after an IPv6 address also flow 4, scope 4;
+//!              or only the byte 0 if there is no address
 //! place:       an address, or the byte 1 and port 2,
 //!              or the byte 2 and descriptor number 4,
 //!              or the byte 3, length 2 and path
@@ -172,8 +173,8 @@ pub(crate) enum ToMaster {
         /// The number of the listener's connections that are open in the worker.
         open: u32,
     },
-    /// Reports that the worker receives nothing more from the listener. No later frame names the
-    /// listener.
+    /// Reports that the worker receives nothing more from the listener. Of all later frames, only
+    /// `Park` may name the listener.
     Release {
         handle: HandleId,
     },
@@ -186,7 +187,8 @@ pub(crate) enum ToMaster {
     },
     /// Gives an idle connection to the master. With round robin, the master holds the connection
     /// until its client sends something. With the other policies, the master gives the connection
-    /// to another worker. The frame carries the connection's descriptor.
+    /// to another worker, or holds it until another worker serves the listener. The frame carries
+    /// the connection's descriptor.
     Park {
         handle: HandleId,
         /// How often the connection has been parked.
@@ -251,7 +253,7 @@ pub(crate) fn preamble_version(bytes: [u8; PREAMBLE_LENGTH]) -> Option<u8> {
 /// A frame type for one direction of a channel.
 pub(crate) trait Frame: Sized {
     /// The number of unwritten protocol frames with a descriptor above which the peer is
-    /// disconnected.
+    /// disconnected. A protocol frame is any frame that is not a message of the application.
     const UNREAD_FDS_MAX: usize;
     /// Appends the frame to `out`, with a header that announces `fds` descriptors.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
@@ -545,7 +547,8 @@ impl Body<'_> {
 }
 
 impl Frame for ToMaster {
-    /// No limit, because a worker keeps no more connections open when it parks them.
+    /// No limit. Each of these frames carries a connection that the worker had open before, so the
+    /// frames do not increase the number of open descriptors.
     const UNREAD_FDS_MAX: usize = usize::MAX;
 
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
@@ -653,8 +656,8 @@ impl ToMaster {
 }
 
 impl Frame for ToWorker {
-    /// Each of these frames keeps a descriptor open in the master. A well-behaved worker causes a few
-    /// of them for each of the 64 listeners that it may have.
+    /// Each of these frames keeps a descriptor open in the master. A well-behaved worker causes at
+    /// most a few of them for each of the 64 listeners that it may have.
     const UNREAD_FDS_MAX: usize = 256;
 
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
@@ -711,8 +714,8 @@ impl Frame for ToWorker {
 }
 
 impl ToWorker {
-    /// Returns whether the frame must carry the descriptor of a listener, a UDP socket, a queue or a
-    /// connection.
+    /// Returns whether the frame must carry the descriptor of a listener, a UDP socket, a queue or
+    /// a connection.
     fn carries_fd(&self) -> bool {
         matches!(self, Self::Reply { result: Ok(_), .. } | Self::Adopt { .. })
     }

@@ -27,34 +27,36 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// pause doubles with each attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Limit of the pauses. When the pause has doubled to this value, `accept` fails instead of
-/// pausing, because the master cannot repair the listener.
+/// pausing, because the master has not made the listener listen again in all that time.
 ///
 /// The shorter pauses add up to about one second.
 const LAST_PAUSE: Duration = Duration::from_millis(1024);
 
 /// Maximum time that a worker waits in accept(2) for a connection that it has found in the backlog,
-/// while a client of a parked connection waits for it.
+/// while the client of a parked connection waits for the worker.
 ///
-/// Another worker may take the connection first. The worker then waits in vain. A longer time would
-/// delay the parked connection. A shorter time could end before the call.
+/// Another worker may accept the connection first, so this worker may wait in vain. A longer time
+/// would delay the parked connection. A shorter time could end before accept(2) begins.
 const TURN_WAIT: Duration = Duration::from_millis(1);
 /// Maximum number of calls of accept(2) for a new connection while parked connections are ready.
 ///
 /// Each arrival on a parked connection interrupts the call. With one attempt, busy parked
-/// connections would make new ones wait forever. Two attempts almost always suffice, because an
-/// arrival would have to fall between two system calls.
+/// connections could make new ones wait forever. Two attempts almost always suffice. Each attempt
+/// first discards a pending interrupt, and fails only if the next arrival comes before accept(2)
+/// begins.
 const TURN_ATTEMPTS: u32 = 3;
 
 /// The sources, besides the listener itself, that may have unhandled input.
 ///
 /// The sources are the channel and the poller, which reports signals and parked connections. Input
-/// on the channel, input on parked connections and signals interrupt a worker that waits in accept(2). Input that arrived before the interrupts
-/// were set up does not interrupt it, and one interrupt may stand for several inputs. In both
-/// cases, the worker checks both sources before it waits in accept(2).
+/// on the channel, input on parked connections and signals interrupt a worker that waits in
+/// accept(2). Input that arrived before the interrupts were set up does not interrupt the worker,
+/// and one interrupt may stand for several inputs. In both cases, the worker checks both sources
+/// before it waits in accept(2).
 ///
 /// | state | event | next state |
 /// |---|---|---|
-/// | any | interrupts were set up, or accept(2) returned without a connection | `Both` |
+/// | any | interrupts were set up or discarded, or accept(2) returned without a connection | `Both` |
 /// | `Both` | the poller was checked | `Channel` |
 /// | `Poller` | the poller was checked | `Nothing` |
 /// | `Channel` | the channel was read and found empty | `Nothing` |
@@ -63,8 +65,8 @@ const TURN_ATTEMPTS: u32 = 3;
 /// | `Poller`, `Nothing` | poll(2) reported that the poller is ready | `Poller` |
 /// | `Poller`, `Nothing` | poll(2) reported that the poller is not ready | `Nothing` |
 ///
-/// The poller is always checked before the channel. A worker calls accept(2) only in the state
-/// `Nothing`.
+/// The poller is always checked before the channel. A worker waits in accept(2) only in the state
+/// `Nothing`, except in `accept_new_first`, where it waits for at most `TURN_WAIT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unchecked {
     Nothing,
@@ -103,10 +105,12 @@ impl Unchecked {
 #[derive(Debug)]
 pub(super) struct WaitState {
     unchecked: Cell<Unchecked>,
-    /// The time of the last wait with poll(2), or of the last interrupt of accept(2).
+    /// The time of the last wait with poll(2), of the last interrupt of accept(2), or of the last
+    /// check of the channel in `accept_in_turn`, whichever is latest.
     last_wait: Cell<Instant>,
     /// Whether the poller has reported a parked connection whose interrupt is probably still
-    /// pending. It would interrupt the next accept(2) in vain, which costs more than discarding it.
+    /// pending. This interrupt would end the next accept(2) in vain. Discarding the interrupt first
+    /// costs less.
     has_stale_interrupt: Cell<bool>,
 }
 
@@ -303,7 +307,7 @@ impl Worker {
     }
 
     /// Handles pending input on the channel. If there was none, waits for a connection in
-    /// accept(2), at most until `deadline`.
+    /// accept(2), at most until the next deadline of the loop or the shell.
     fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
@@ -364,8 +368,9 @@ impl Worker {
         }
         let mut backoff = Backoff::default();
         loop {
-            // Deliver pending notifications first, because the attempt may wait.
-            // While there are resumed connections, their requests come first.
+            // Check the poller and deliver pending notifications first, because the attempt may
+            // wait. Skip the check for newly parked connections while earlier ones are resumed,
+            // because the earlier ones come first.
             let is_unchecked = !shell.has_resumed(listener)
                 && shell.take_unchecked()
                 && shell.is_blocking(listener);

@@ -67,16 +67,17 @@ impl Worker {
         on_message, on_message_once(worker: &Self, message: &Message)
             of |this| this.inner.callbacks.message;
 
-        /// Calls `callback` once, when the worker begins to disconnect: the master has requested it,
-        /// the worker has called [`disconnect`](Self::disconnect) or [`kill`](Self::kill), or the
-        /// channel has closed unexpectedly. The worker still has its connections.
+        /// Calls `callback` once, when the worker begins to disconnect. This is when the master has
+        /// requested a disconnect, the worker has called [`disconnect`](Self::disconnect) or
+        /// [`kill`](Self::kill), or the channel closes for another reason. The worker still has its
+        /// connections.
         ///
-        /// Node has no counterpart. The example of its `worker.disconnect()` sends a message
-        /// `shutdown` for this purpose.
+        /// Node has no counterpart. The example in Node's documentation of `worker.disconnect()`
+        /// sends a message `shutdown` for this purpose.
         ///
-        /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`, before those
-        /// of [`on_disconnect`](Self::on_disconnect). While the application does something else,
-        /// [`is_disconnecting`](Self::is_disconnecting) already returns `true`.
+        /// The callback runs in [`run`](Self::run), `dispatch`, `accept` or `recv_from`, before the
+        /// callbacks of [`on_disconnect`](Self::on_disconnect). While the application does
+        /// something else, [`is_disconnecting`](Self::is_disconnecting) already returns `true`.
         ///
         /// ```no_run
         /// # fn f(worker: &cluster::Worker) {

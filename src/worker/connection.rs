@@ -42,8 +42,8 @@ use crate::worker::{Inner, finish};
 /// ```
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
-    // Keep this field order, because the client must receive end-of-file before the worker, and
-    // through it the master, is notified.
+    // Keep this field order. Fields are dropped in order, and the stream must be closed before the
+    // worker, and through it the master, is notified.
     stream: S,
     counted: Counted,
 }
@@ -61,7 +61,8 @@ impl Counted {
         (std::mem::take(&mut self.worker), self.origin)
     }
 
-    /// Removes what the worker has set up for a connection that was parked.
+    /// Ends the poller's registration of a connection that was parked, and its interrupts of
+    /// accept(2).
     fn unregister(&self) {
         let Some(registration) = self.origin.registration else {
             return;
@@ -95,7 +96,7 @@ impl<S> Connection<S> {
     /// Node has no counterpart.
     ///
     /// An application can use the number to limit the requests of one connection. It decides before
-    /// the answer, so that the answer can tell the client:
+    /// it answers, so that the answer can tell the client whether the connection stays open:
     ///
     /// ```no_run
     /// # fn f(connection: &cluster::Connection) -> &'static str {
@@ -137,8 +138,8 @@ impl<S> Connection<S> {
     ///
     /// A worker that disconnects in [`Worker::run`](crate::Worker::run) or
     /// [`Worker::dispatch`](crate::Worker::dispatch) waits for the guard. An application that calls
-    /// `accept` calls `run` afterwards: the process would exit at the end of `main`, and all
-    /// threads with it. See [`ConnectionGuard`] for the other effects.
+    /// `accept` should call `run` afterwards. Otherwise, the process exits at the end of `main`,
+    /// and all threads with it. See [`ConnectionGuard`] for the other effects.
     ///
     /// A thread for each connection:
     ///
@@ -173,13 +174,13 @@ impl<S> Connection<S> {
 }
 
 impl<S> Connection<S> {
-    /// Returns whether the connection can be [parked](Self::park): it comes from a listener, and the
-    /// channel is open.
+    /// Returns whether the connection can be [parked](Self::park): it comes from a listener, and
+    /// the channel is open.
     ///
     /// Node has no counterpart.
     ///
-    /// An application asks before it answers a request, so that it can tell the client that it closes
-    /// the connection. See [`requests`](Self::requests) for an example.
+    /// Call this method before the answer to a request, so that the answer can tell the client
+    /// whether the connection stays open. See [`requests`](Self::requests) for an example.
     #[must_use]
     pub fn can_park(&self) -> bool {
         let worker = self.counted.worker.upgrade();
@@ -199,9 +200,9 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// next request itself. A worker then has a connection only while it works on it, and idle
     /// clients occupy no worker.
     ///
-    /// With round robin, the master holds parked connections. Each request goes to a worker that is
-    /// idle, and idle connections stay open when their worker disconnects, reloads or crashes, and
-    /// when an [upgrade](crate::pool::Pool::upgrade) replaces the master.
+    /// With round robin, the master holds parked connections. It dispatches each request like a new
+    /// connection, to an idle worker if there is one. Idle connections stay open when workers
+    /// disconnect or crash, and when an [upgrade](crate::pool::Pool::upgrade) replaces the master.
     ///
     /// With the other policies, the worker holds them itself, so each request goes to the same
     /// worker. When the worker disconnects or closes the listener, its idle connections go to the
@@ -215,18 +216,18 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// client has been silent for
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds
     /// too many connections, and when the listener closes. The master's maximum is
-    /// [`Master::set_max_parked`](crate::Master::set_max_parked). A worker holds at most half of its
-    /// descriptor limit. Beyond the maximum, the connection that expires first is closed. A
+    /// [`Master::set_max_parked`](crate::Master::set_max_parked). The maximum of a worker is half
+    /// of its descriptor limit. Beyond the maximum, the connection that expires first is closed. A
     /// connection may be closed at the moment at which its client sends something. The client then
     /// has to send its request again, as with any server that closes idle connections.
     ///
-    /// Bytes that the application has read but not processed are lost. Before parking, answer all
-    /// requests that were read completely, and read the rest of an incomplete one. When the
-    /// application receives the connection again, the connection counts for
-    /// [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream blocks
-    /// and has no timeouts, like a new one. Other socket options stay as they were. State that the
-    /// application keeps for the connection, such as a TLS session, does not move with it. Do not
-    /// park a connection that has such state.
+    /// Bytes that the application has read but not processed are lost. Before you park a
+    /// connection, answer all requests that were read completely, and read the rest of an
+    /// incomplete one. When the application receives the connection again, the connection counts
+    /// for [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream
+    /// blocks and has no timeouts, like a new one. Other socket options stay as they were. State
+    /// that the application keeps for the connection, such as a TLS session, does not move with it.
+    /// Do not park a connection that has such state.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {

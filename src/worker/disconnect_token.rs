@@ -21,7 +21,7 @@ use crate::worker::Worker;
 ///
 /// [`Worker::disconnect_token`] returns the token. All clones show the same state. The descriptor
 /// of [`AsFd`] becomes readable when the worker begins to disconnect, and stays readable. A thread
-/// polls it beside its connection. Do not read from it.
+/// can poll this descriptor together with its connection, but must not read from it.
 ///
 /// A token reports a disconnect under the same conditions as [`Worker::is_disconnecting`]. It may
 /// outlive the worker. In a child that the application forked, it shows whether the parent is

@@ -44,8 +44,8 @@ impl Worker {
     ///
     /// Node: `setInterval`.
     ///
-    /// If the loop is too late for a call, that call is skipped. See
-    /// [`Master::set_interval`](crate::Master::set_interval) for an example.
+    /// If the loop is so late that several calls are due, `callback` is called only once for them.
+    /// See [`Master::set_interval`](crate::Master::set_interval) for an example.
     #[doc(alias = "setInterval")]
     pub fn set_interval(&self, every: Duration, callback: impl FnMut(&Self) + 'static) -> TimerId {
         self.inner.event_loop.set_interval(every, callback)
@@ -69,8 +69,8 @@ impl Worker {
     /// Node has no counterpart: in Node, every socket is in the loop.
     ///
     /// The callback returns the next interest, or `None` to end the watch and drop the source. If
-    /// the source is still ready when the callback returns, the loop calls the callback again at
-    /// once.
+    /// the source is still ready when the callback returns, the loop calls the callback again in
+    /// its next iteration.
     ///
     /// # Errors
     ///
@@ -140,7 +140,7 @@ impl Worker {
     /// exited, `run` returns at once. When `run` returns, the channel is closed, so no message can
     /// be sent any more, unless [`OwnProcess::unreference`](crate::OwnProcess::unreference) has let
     /// `run` return earlier. Send the last message in a callback, for example in reply to another
-    /// message, or use the blocking way.
+    /// message, or use the worker in the blocking way (see [`Worker`]).
     ///
     /// # Errors
     ///
@@ -212,8 +212,9 @@ impl Worker {
     }
 }
 
-/// Gives access to a descriptor that is readable when [`dispatch`](Worker::dispatch) has something
-/// to do.
+/// Gives access to a descriptor that becomes readable when a socket or a signal needs a call of
+/// [`dispatch`](Worker::dispatch). Timers and pending events do not make the descriptor readable.
+/// See [`time_left`](Worker::time_left) for them.
 impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // Ignore the error, because `watch_channel` fails only if the poller is unusable. The next
@@ -385,7 +386,7 @@ impl Worker {
                 Err(error) => return self.back_off(listener, error),
             }
         }
-        // The batch may have emptied the listener or queue, which then does not become readable
+        // The batch may have emptied the listener or queue, which the poller then does not report
         // again. Schedule another attempt. If that attempt finds no connection, it closes a
         // draining listener, or reports to the master that the queue is empty.
         let mut core = shell.core.borrow_mut();

@@ -2,8 +2,8 @@
 //!
 //! If a socket is closed while received bytes are unread, or if bytes arrive after it was closed,
 //! TCP resets the connection. The reset can discard bytes that the client has not read yet, and
-//! makes the client's writes fail. The functions here therefore read until the client closes, within
-//! limits.
+//! makes the client's writes fail. The functions here therefore read until the client closes the
+//! connection, within limits.
 
 use std::cell::Cell;
 use std::io;

@@ -25,7 +25,7 @@ use crate::worker::{Inner, Worker};
 /// - [`run`](Worker::run) and [`dispatch`](Worker::dispatch) keep a disconnecting worker's channel
 ///   open,
 /// - [`set_max_connections`](crate::Listener::set_max_connections) includes it, and
-/// - the master sees it in its [`loads`](crate::Master::loads) and dispatches accordingly.
+/// - the master's [`loads`](crate::Master::loads), which a scheduler receives, include it.
 ///
 /// Drop the guard after the stream, so that the client receives end-of-file first. The worker
 /// notices the drop while it waits in `accept`, `recv_from`, `run` or `dispatch`; the drop ends

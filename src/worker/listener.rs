@@ -78,8 +78,9 @@ impl<S> Listener<S> {
     ///
     /// At the limit, new connections go to the callback of
     /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
-    /// workers. If no other worker can serve them, they wait in the kernel's backlog. The worker no
-    /// longer counts a connection once the application has dropped it or its
+    /// workers. If no other worker can serve them, they wait in the kernel's backlog. With the
+    /// sharded policy, connections in this worker's shard always wait. The worker no longer counts
+    /// a connection once the application has dropped it or its
     /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`].
     ///
     /// ```no_run
@@ -98,7 +99,8 @@ impl<S> Listener<S> {
     ///
     /// Node: `server.removeListener('connection')`.
     ///
-    /// Until the next call of `accept`, new connections go to other workers. Nothing happens if
+    /// Until the next call of `accept`, new connections go to other workers. With the sharded
+    /// policy, however, connections in this worker's shard wait for that call. Nothing happens if
     /// there is no callback.
     ///
     /// ```no_run
@@ -187,9 +189,10 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// Node has no counterpart: in Node, connections are events.
     ///
     /// While the call waits, the worker handles messages, timers, signals and watches. While the
-    /// application is not in this call, connections go to other workers. With the sharded policy,
-    /// however, connections in this worker's shard wait for the next call. If several listeners
-    /// have no callback, only the listener whose `accept` is being called receives connections.
+    /// application is not in this call, connections go to the other workers that wait for one. With
+    /// the sharded policy, however, connections in this worker's shard wait for the next call. If
+    /// several listeners have no callback, only the listener whose `accept` is being called
+    /// receives connections.
     ///
     /// After the listener has ended, the application can still finish its work and, unless the
     /// master has exited, send messages. Then call [`Worker::run`] if timers or watches still own
@@ -203,10 +206,10 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// - [`Error::Io`](crate::Error::Io) if waiting fails, or if the descriptor is no longer a
     ///   listener (EBADF, EINVAL, ENOTSOCK).
     ///
-    /// An error that concerns only one connection, such as ECONNABORTED, is ignored. Other errors of
-    /// accept(2) are temporary, for example a lack of descriptors or memory. The call does not
-    /// return temporary errors. The callbacks of [`Worker::on_error`] receive them as
-    /// [`Error::Io`](crate::Error::Io), and the next attempt follows after 100 ms.
+    /// An error that concerns only one connection, such as ECONNABORTED, is ignored. The remaining
+    /// errors of accept(2) are temporary, for example a lack of descriptors or memory. The call
+    /// does not return temporary errors. The callbacks of [`Worker::on_error`] receive them, and
+    /// the next attempt follows after 100 ms.
     ///
     /// See [`Listener`] for an example.
     pub fn accept(&self) -> Result<Option<Connection<S>>> {

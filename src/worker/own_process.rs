@@ -32,9 +32,10 @@ impl OwnProcess<'_> {
     ///
     /// Node: `process.disconnect()`.
     ///
-    /// [`run`](Worker::run) and [`Listener::accept`](crate::Listener::accept) then return, even if
-    /// connections are open. The exit is not treated as voluntary. For an orderly exit, use
-    /// [`Worker::disconnect`].
+    /// Unless the worker is already disconnecting, [`run`](Worker::run) and
+    /// [`Listener::accept`](crate::Listener::accept) then return even if connections are open. The
+    /// call does not count as a disconnect request
+    /// ([`Worker::exited_after_disconnect`]). For an orderly exit, use [`Worker::disconnect`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

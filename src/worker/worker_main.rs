@@ -4,8 +4,7 @@ use std::rc::Rc;
 
 use crate::worker::Worker;
 
-/// The closure of [`Settings::main`](crate::Settings::main). A worker with such a closure runs it
-/// and executes no program.
+/// The closure of [`Settings::main`](crate::Settings::main).
 #[derive(Clone)]
 pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
 

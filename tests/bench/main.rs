@@ -2,7 +2,7 @@
 //! one run on one machine.
 //!
 //! ```sh
-//! cargo bench                     # all benchmarks, at most half an hour
+//! cargo bench                     # all benchmarks, tens of minutes
 //! cargo bench -- NAME…            # only the named benchmarks
 //! cargo bench -- keep_alive       # all benchmarks of a group
 //! cargo bench -- keep_alive/cost

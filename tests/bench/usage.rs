@@ -41,7 +41,7 @@ pub fn cpu_time(processes: &[Pid]) -> Duration {
 }
 
 /// Returns the voluntary context switches of these processes. Counts only the main thread of each
-/// process, because the processes of this crate have no other thread.
+/// process. A process of this crate has no other thread, unlike a process of Node.
 pub fn sleeps(processes: &[Pid]) -> u64 {
     processes
         .iter()

@@ -29,9 +29,9 @@ crate::scenarios! {
     errors_of_earlier_datagrams_do_not_end_recv_from
 }
 
-/// Serves one client before the shortage. With the policy `none`, the first call of `accept` opens
-/// the descriptors that the worker needs in order to block. Without them, later calls would not
-/// block.
+/// Serves one client before the shortage. With the policies `none` and `sharded`, the first call of
+/// `accept` opens the descriptors that the worker needs in order to block. Without them, later
+/// calls would not block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
@@ -70,8 +70,8 @@ fn accept_after_a_shortage(policy: SchedulingPolicy) {
             worker.on_error(move |worker, error| {
                 assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
                 errors.set(errors.get() + 1);
-                // With round robin, the worker reports a shortage once. With other policies, wait for
-                // a second error, which shows that the worker has repeated the call.
+                // With round robin, the worker reports a shortage once. With other policies, wait
+                // for a second error, which shows that the worker has repeated the call.
                 if errors.get() == 1 + u32::from(policy != SchedulingPolicy::RoundRobin) {
                     let _ = worker.send(b"out of descriptors").unwrap();
                 }
@@ -221,8 +221,9 @@ fn refused_receives_are_reported_and_repeated() {
     );
 }
 
-/// Sends a datagram to a port on which no process receives. The next call on the socket then fails
-/// with ECONNREFUSED, the ICMP error of that datagram. `recv_from` must not return this error.
+/// Sends a datagram to a port on which no process receives. Because of IP_RECVERR, the next call on
+/// the socket then fails with ECONNREFUSED, the ICMP error of that datagram. `recv_from` must not
+/// return this error.
 fn errors_of_earlier_datagrams_do_not_end_recv_from() {
     let log = Log::default();
     let entries = log.clone();

@@ -117,8 +117,8 @@ fn exited_child() -> std::process::Child {
     child
 }
 
-/// Lets the host wait for its child 300 ms after the child's exit, as a busy thread might. The master
-/// must not reap the child before that.
+/// Lets the host wait for its child 300 ms after the child's exit, as a busy thread might. The
+/// master must not reap the child before that.
 fn host_that_is_process_1_gets_the_status_of_its_children() {
     as_process_1(|| {
         mount_proc();

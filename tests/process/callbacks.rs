@@ -1,5 +1,5 @@
 //! Tests that any callback may call any method. For each kind of callback, one process runs a
-//! callback that calls all methods, one after the other.
+//! callback that calls the methods in a list, one after the other.
 //!
 //! A callback is any of the application's code that the crate runs. Examples are closures,
 //! iterators, descriptors that are passed to the crate, and their destructors.
@@ -34,7 +34,7 @@ const MS: Duration = Duration::from_millis(1);
 /// Environment variable that names the callback that this process tests.
 const CALLBACK: &str = "CALLBACK";
 
-/// A closure that calls all methods when it is first called.
+/// A closure that calls the methods in a list when it is first called.
 type Calls = Rc<dyn Fn()>;
 
 /// A value that runs its closure when it is dropped.
@@ -94,7 +94,7 @@ struct Cluster {
 /// Name of a method or a group of methods, and a function that calls them.
 type Call<C> = (&'static str, fn(&C));
 
-/// All methods that the master's process can call. Methods that end workers come last.
+/// Methods that a callback in the master's process calls. Methods that end workers come last.
 const MASTER_CALLS: &[Call<Cluster>] = &[
     ("fork", |c| drop(c.master.fork())),
     ("fork_with", |c| {
@@ -512,8 +512,8 @@ fn in_the_loop(cluster: &Rc<Cluster>, call: impl FnOnce(&Cluster) + 'static) {
     cluster.master.reference(timer);
 }
 
-/// Returns the closure that a callback calls. The closure calls all methods, but only the first
-/// time.
+/// Returns the closure that a callback calls. The closure calls the methods in `calls`, but only
+/// the first time.
 fn all_of<C: 'static>(
     target: &Rc<C>,
     calls: &'static [Call<C>],

@@ -89,7 +89,7 @@ const SERVERS: &[Server] = &[
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 /// The start of a request with a body of 1 MiB.
 const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n";
-/// A body of 1 MiB. These are more bytes than the buffers of a new connection hold.
+/// A body of 1 MiB.
 pub const BODY: &[u8] = &[b'x'; 1 << 20];
 /// Number of clients that connect one after the other.
 pub const CLIENTS: usize = 40;
@@ -147,8 +147,8 @@ impl Server {
         stop(&server)
     }
 
-    /// Connects one client for each worker, and one more. Every worker is then occupied, and one
-    /// client waits.
+    /// Connects one client for each worker, and one more. In a server that does not wait for data,
+    /// every worker is then occupied, and one client waits.
     fn occupy(&self, address: SocketAddr) -> io::Result<Vec<TcpStream>> {
         (0..=(self.workers)())
             .map(|_| TcpStream::connect(address))

@@ -100,8 +100,8 @@ impl Load {
 }
 
 /// Sends a request and returns the answer. Resets the connection afterwards. After an orderly
-/// close, the client's port would stay in TIME_WAIT for a minute, and the clients would run out of
-/// ports.
+/// close, the end that closed first would stay in TIME_WAIT for a minute, and thousands of such
+/// connections would accumulate.
 fn ask(address: SocketAddr) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;

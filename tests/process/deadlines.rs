@@ -69,8 +69,7 @@ fn spin_forever() -> ! {
     }
 }
 
-/// Runs the worker in its role. Sends `ready` shortly before the worker enters the state in which
-/// the deadline should find it.
+/// Runs the worker in its role. Sends `ready` shortly before the worker enters its role's state.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         let _ = worker.send(b"ready").unwrap();
@@ -136,7 +135,7 @@ fn work(worker: Worker) {
     }
 }
 
-/// Waits until a worker that has sent `ready` is in its role's final state. Stops the worker if its
+/// Waits until a worker that has sent `ready` has entered its role's state. Stops the worker if its
 /// role is `stopped`.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
@@ -146,7 +145,7 @@ fn settle(worker: &WorkerProcess, part: &str) {
     }
 }
 
-/// Forks a worker for each role, and calls `then` once each worker is in its role's final state.
+/// Forks a worker for each role, and calls `then` once each worker has entered its role's state.
 fn when_all_are_settled(
     master: &Master,
     parts: &'static [&'static str],

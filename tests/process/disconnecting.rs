@@ -37,7 +37,8 @@ fn is_readable(token: &DisconnectToken) -> bool {
 }
 
 /// Forks a worker, and connects a client once the worker listens. When the worker has answered the
-/// client's first byte, the master calls `disconnect`. Asserts that the client then reads `goodbye`.
+/// client's first byte, the master calls `disconnect`. Asserts that the client then reads
+/// `goodbye`.
 fn assert_says_goodbye(disconnect: fn(&WorkerProcess), worker: fn(Worker)) {
     cluster(
         |master| {
@@ -138,7 +139,8 @@ fn worker_that_executes_no_program_knows_that_it_is_disconnecting() {
         |master| {
             master.setup_master(Settings::default().main(main));
             expect_success(master);
-            // The second worker has been forked with copies of the first worker's descriptors.
+            // The second worker begins with copies of the descriptors that the master has for the
+            // first worker.
             let workers = [(); 2].map(|()| master.fork().unwrap());
             let [first, second] = workers;
             first.on_message(|_, worker, _| disconnect(worker));

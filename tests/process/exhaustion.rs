@@ -26,7 +26,7 @@ use crate::harness::{
 
 crate::scenarios! {
     accepting_without_descriptors_waits_and_goes_on
-    accepting_fails_for_one_listener_and_goes_on_for_others
+    accepting_fails_for_some_listeners_and_goes_on_for_another
     fork_without_descriptors_leaks_nothing_and_names_the_failed_step
     refused_fork_names_the_failed_step
     fork_beyond_the_process_limit_is_an_error_until_there_is_capacity: ROOT
@@ -174,7 +174,7 @@ const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
 ///
 /// The master must report each error with the listener's address, and must still accept ten clients
 /// of the fourth listener.
-fn accepting_fails_for_one_listener_and_goes_on_for_others() {
+fn accepting_fails_for_some_listeners_and_goes_on_for_another() {
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -312,8 +312,8 @@ fn adding_to_a_poller() -> SeccompRule {
     SeccompRule::new(vec![condition]).unwrap()
 }
 
-/// Makes each step of a fork fail, from the last step to the first, and checks the step that the
-/// error names.
+/// Makes several steps of a fork fail, from the last step to the first, and checks the step that
+/// the error names.
 ///
 /// Seccomp filters accumulate. In the opposite order, the filter for the first step would make all
 /// later forks fail at that step.

@@ -148,8 +148,8 @@ fn finish_in_a_callback_delays_no_other_client() {
     assert!(times.iter().max() < Some(&SILENCE_MAX), "{times:?}");
 }
 
-/// Lets the client send its body after the worker was disconnected. The worker must keep reading, or
-/// the client's write would fail.
+/// Lets the client send its body after the worker was disconnected. The worker must keep reading,
+/// or the client's write would fail.
 fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
     let disconnect_first = |address| {
         let mut client = connect_and_read(address);

@@ -128,7 +128,7 @@ fn child_per_connection_leaves_its_worker_alone_sharded() {
     child_per_connection(SchedulingPolicy::Sharded);
 }
 
-/// A worker's handles, at least one of each kind.
+/// A worker's handles of several kinds.
 struct WorkerHandles {
     connection: Connection,
     listener: Listener,
@@ -392,7 +392,7 @@ fn handles_of_a_worker_are_inert_in_a_forked_child_none() {
     handles_of_a_worker_are_inert(SchedulingPolicy::Shared);
 }
 
-/// The handles that a master can have, at least one of each kind.
+/// A master's handles of several kinds.
 struct MasterHandles {
     worker: WorkerProcess,
     tcp: MasterListener,

@@ -1,5 +1,5 @@
-//! Tests workers that do not use this crate and consist of several processes: a shell and the server
-//! that it has started.
+//! Tests workers that do not use this crate and consist of several processes: a shell and the
+//! server that it has started.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};

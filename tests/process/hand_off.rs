@@ -25,8 +25,8 @@ use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, wit
 /// place.
 const FAULT: &str = "CLUSTER_FAULT";
 const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
-/// Number of writes that a worker makes until it has served a connection. For each of these writes,
-/// the test starts a worker that fails there.
+/// Number of passes that are tested at the fault points that concern writes. For each of these
+/// passes, the test starts a worker that fails there.
 const WRITE_PASSES: u32 = 8;
 /// Number of passes that are tested at the fault points that do not concern writes. For each of
 /// these passes, the test starts a worker that fails there.
@@ -81,8 +81,8 @@ fn hand_off_survives_a_kill_after_dispatch() {
     );
 }
 
-/// Kills each worker after the master has first written to its channel, that is, after the reply to
-/// its bind request.
+/// Kills each worker after the master's first write to its channel since the preamble. This write
+/// contains the reply to the bind request.
 ///
 /// The master has not dispatched a connection to the worker by then, so no client may be lost.
 fn hand_off_survives_a_kill_after_writing() {

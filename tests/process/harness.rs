@@ -194,7 +194,8 @@ pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Returns the path of this process's dynamic loader, or `None` if the program is statically linked.
+/// Returns the path of this process's dynamic loader, or `None` if the program is statically
+/// linked.
 pub fn loader() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let files = maps
@@ -589,8 +590,8 @@ pub fn serve_id(worker: &Worker, address: &str) {
     }
 }
 
-/// Serves connections and reads one byte before each answer, which is the worker's id. A client that
-/// sends nothing therefore keeps its worker busy.
+/// Serves connections and reads one byte before each answer, which is the worker's id. A client
+/// that sends nothing therefore keeps its worker busy.
 pub fn serve_after_one_byte(worker: &Worker) {
     answer_pings(worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
@@ -844,8 +845,8 @@ pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
 
 /// Reserves a free port until the returned socket is dropped.
 ///
-/// The socket is bound but does not listen. Other sockets can therefore listen on the port, and the
-/// kernel does not choose the port for another socket.
+/// The socket is bound but does not listen. Other sockets with SO_REUSEADDR can therefore listen on
+/// the port, and the kernel does not choose the port for another socket.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
     reserve("127.0.0.1:0".parse().unwrap()).unwrap()
 }
@@ -911,7 +912,8 @@ pub fn is_alive(pid: u32) -> bool {
     !matches!(state, None | Some('Z' | 'X'))
 }
 
-/// A program that no process can open until this process releases its lease on the file.
+/// A program that no process can open until this process releases its lease on the file, or until
+/// the kernel removes the lease, usually after 45 s.
 ///
 /// A child that executes the program blocks in `execve` until then (see `F_SETLEASE` in fcntl(2)).
 pub struct LeasedProgram {

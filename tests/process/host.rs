@@ -803,8 +803,9 @@ pub fn end_child(pid: Pid) {
     waitpid(pid, None).unwrap();
 }
 
-/// Repeats the test without process descriptors. The master then waits without a time limit for
-/// each worker's report, and the host's children may hold the report's pipe open.
+/// Repeats the test without process descriptors. The master then waits without a time limit for the
+/// end of a stream, which shows that a worker's program has started. The host's children may hold
+/// this stream open.
 fn forked_child_of_the_host_delays_no_fork_on_old_kernels() {
     if cluster::is_master() {
         without_process_descriptors();

@@ -915,7 +915,7 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
         },
         |_| unreachable!("the worker is the attacker"),
     );
-    let error = "invalid frame from worker 1: idle for a listener that the worker does not have";
+    let error = "invalid frame from worker 1: idle for a listener without a queue for the worker";
     assert_eq!(entries.take(), [error, "Some(9) Some(false)"]);
 }
 
@@ -1059,10 +1059,10 @@ fn unfinished_header_does_not_delay_other_workers() {
     }));
 }
 
-/// Descriptors to send with one message: as many as the master can receive with one call.
+/// Descriptors to send with one message: the most that a well-behaved peer sends with one call.
 const ONE_CALL: [RawFd; 64] = [0; 64];
 
-const UNANNOUNCED: Outcome = Outcome::Disconnected("descriptors that no frame announced");
+const UNANNOUNCED: Outcome = Outcome::Disconnected("invalid number of descriptors");
 
 fn unannounced_descriptors_disconnect_the_worker() {
     let attack = |attacker: &Attacker| {
@@ -1135,8 +1135,9 @@ fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     (client, server.accept().unwrap().0)
 }
 
-/// Sends more descriptors than the master's buffer holds. The kernel closes the excess descriptors
-/// while the master reads, and this `close` must not block the master.
+/// Sends more descriptors than a well-behaved peer sends with one call. If the master's buffer were
+/// too small for them, the kernel would close the excess descriptors while the master reads, and
+/// this `close` would block the master.
 fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1152,13 +1153,13 @@ fn excess_descriptors_that_block_in_close_do_not_block_the_master() {
         drop(client);
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("descriptors that no frame announced");
+    let why = Outcome::Disconnected("invalid number of descriptors");
     let case = Case::new(attack, why);
     attack_beside_honest_worker(Case { fds: 256, ..case });
 }
 
-/// Sends a descriptor with out-of-band data. The kernel skips the data and closes the descriptor
-/// while the master reads, and this `close` must not block the master.
+/// Sends a descriptor with out-of-band data. Without SO_OOBINLINE, the kernel would skip the data
+/// and close the descriptor while the master reads, and this `close` would block the master.
 fn out_of_band_descriptors_do_not_block_the_master() {
     let attack = |attacker: &Attacker| {
         let (client, _peer) = connection_that_blocks_in_close();
@@ -1576,7 +1577,7 @@ fn violations() -> Vec<Violation> {
 fn violations_without_a_listener() -> Vec<Violation> {
     let violation = |frames, why| Violation { frames, why };
     let (ready_why, listening_why) = (
-        "idle for a listener that the worker does not have",
+        "idle for a listener without a queue for the worker",
         "report of listening on a listener that the worker does not have",
     );
     let release_why = "release of a listener that the worker does not have";
@@ -1609,7 +1610,7 @@ fn violations_without_a_listener() -> Vec<Violation> {
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, NO_HANDLE)),
-            "pause of a listener that the worker does not have",
+            "pause of a listener without queues",
         ),
         violation(
             |_| after_online(handle_frame(PAUSE, SHARED_HANDLE)),
@@ -1640,7 +1641,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
                     [handle_frame(RELEASE, SHARED_HANDLE), idle(SHARED_HANDLE, 0)].concat(),
                 )
             },
-            "idle for a listener that the worker does not have",
+            "idle for a listener without a queue for the worker",
         ),
         violation(
             |attacker| after_joining(attacker, handle_frame(RELEASE, SHARED_HANDLE).repeat(2)),
@@ -1676,7 +1677,7 @@ fn violations_with_a_listener() -> Vec<Violation> {
         ),
         violation(
             |attacker| after_joining(attacker, frame(PARK, 0, &numbers(&[SHARED_HANDLE, 1]))),
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| after_joining(attacker, frame(PARK_AGAIN, 0, &numbers(&[0]))),
@@ -1715,39 +1716,36 @@ fn malformed_frames() -> Vec<Violation> {
         violation(|_| frame(IDLE, 0, &[0; 8]), "malformed frame of kind 4"),
         violation(|_| frame(PAUSE, 0, &[0; 12]), "malformed frame of kind 5"),
         violation(|_| frame(LISTEN, 0, &[0; 12]), "malformed frame of kind 2"),
-        violation(
-            |_| frame(MESSAGE, 17, &[]),
-            "descriptors that no frame announced",
-        ),
+        violation(|_| frame(MESSAGE, 17, &[]), "invalid number of descriptors"),
         violation(
             |_| after_online(frame(MESSAGE, 1, &[])),
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 0, 1],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 2, 1],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |_| vec![0, 0, 0, 0, VERSION, MESSAGE, 1, 65],
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| {
                 attacker.send_with_fds(&after_online(frame(MESSAGE, 2, &[])), &[0]);
                 Vec::new()
             },
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
         violation(
             |attacker| {
                 attacker.send_with_fds(&frame(ONLINE, 1, &[]), &[0]);
                 Vec::new()
             },
-            "descriptors that no frame announced",
+            "invalid number of descriptors",
         ),
     ]
 }

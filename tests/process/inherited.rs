@@ -218,8 +218,8 @@ fn worker_receives_a_signal_that_it_had_blocked() {
     );
 }
 
-/// Starts a pool of `workers` workers with SIGHUP ignored, as nohup(1) does, and sends SIGHUP to all
-/// its processes. Asserts that the pool does not reload and that no worker is killed.
+/// Starts a pool of `workers` workers with SIGHUP ignored, as nohup(1) does, and sends SIGHUP to
+/// all its processes. Asserts that the pool does not reload and that no worker is killed.
 fn survives_a_hang_up(server: &Command, workers: usize) -> Result<(), Failed> {
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]);
@@ -281,8 +281,8 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
             let output = String::from_utf8_lossy(&output);
             assert!(status.success(), "{status}: {output}");
         }
-        // Lead a session. With `TOSTOP`, its terminal sends signals not only to background jobs that
-        // read, but also to those that write.
+        // Lead a session. With `TOSTOP`, its terminal sends signals not only to background jobs
+        // that read, but also to those that write.
         Some("leader") => {
             setsid().unwrap();
             let terminal = File::open(ttyname(std::io::stderr()).unwrap()).unwrap();
@@ -308,7 +308,8 @@ fn terminal_signals_of_the_kernel_do_not_scale_the_pool() {
 }
 
 /// Reads from the terminal, and thereby makes the kernel send SIGTTIN to all processes of the job.
-/// The read fails, because this process ignores the signal.
+/// At the signal, the crate's handler makes this process ignore it. The kernel then repeats the
+/// read, which fails.
 fn read_in_the_background() {
     let mut terminal = File::open("/dev/tty").unwrap();
     let error = terminal.read(&mut [0]).unwrap_err();
@@ -325,8 +326,8 @@ fn be_a_background_job(master: &Master) {
         }
         ready += 1;
         match ready {
-            // The first worker has read from the terminal. Start the second worker only now: it does
-            // not ignore SIGTTIN at first, so the kernel might have stopped it.
+            // The first worker has read from the terminal. Start the second worker only now: it
+            // does not ignore SIGTTIN at first, so the kernel might have stopped it.
             1 => after_pending_signals(pool, master, 1, |pool, master| pool.scale(master, 2)),
             // Write to the terminal. The kernel sends SIGTTOU to all processes of the job.
             2 => {

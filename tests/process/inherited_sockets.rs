@@ -168,8 +168,8 @@ impl Service {
         Self::start_with(policy, config, Vec::new())
     }
 
-    /// Starts the service, passes the sockets to it like systemd, and waits until the first worker is
-    /// ready. The names of the sockets are `a`, `b` and so on.
+    /// Starts the service, passes the sockets to it like systemd, and waits until the first worker
+    /// is ready. The names of the sockets are `a`, `b` and so on.
     pub fn start_with(policy: &str, config: &str, passed: Vec<OwnedFd>) -> Self {
         // Become a subreaper, so that a new master becomes this process's child when the old master
         // exits.
@@ -194,7 +194,8 @@ impl Service {
         output.lines().filter(|line| line.ends_with(end)).count()
     }
 
-    /// Waits until the output contains `count` lines with this end. Panics if a process has panicked.
+    /// Waits until the output contains `count` lines with this end. Panics if a process has
+    /// panicked.
     fn wait_for(&self, end: &str, count: usize) {
         wait_until(end, || {
             let output = self.group.output();
@@ -254,8 +255,8 @@ impl Service {
         self.wait_for_end(master);
     }
 
-    /// Waits until `master` and all other processes have exited. Asserts that `master` and the first
-    /// master have exited with success.
+    /// Waits until `master` and all other processes have exited. Asserts that `master` and the
+    /// first master have exited with success.
     fn wait_for_end(self, master: Pid) {
         wait_until("the exit of the master", || {
             (!is_alive(master.as_raw().unsigned_abs())).then_some(())
@@ -390,7 +391,8 @@ fn port_of_a_slow_worker_stays_open_after_an_upgrade() {
 }
 
 /// Upgrades a service whose workers are ready before they listen. The new master must not close
-/// their port when the old master has exited. The kernel would reset the clients in the backlog.
+/// their port when the old master has exited. Otherwise the kernel would reset the clients in the
+/// backlog.
 fn port_of_an_online_worker_stays_open_until_the_worker_listens() {
     if is_watched() {
         return service();
@@ -502,8 +504,8 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master_sharded() {
     sockets_that_only_workers_opened_pass_to_the_new_master("sharded");
 }
 
-/// Checks that, even after a failed upgrade, a listener that only workers opened closes when the last
-/// of these workers exits.
+/// Checks that, even after a failed upgrade, a listener that only workers opened closes when the
+/// last of these workers exits.
 fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
     if is_watched() {
         return service();

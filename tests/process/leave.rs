@@ -486,8 +486,8 @@ fn shared_backlog_of_full_batches_is_served_to_its_end() {
                 let connect = |_| TcpStream::connect(address).unwrap();
                 let clients: Vec<_> = (0..32).map(connect).collect();
                 master.disconnect();
-                // When the worker continues, it finds the disconnect request, end-of-file and all
-                // connections at once.
+                // When the worker continues, it finds the disconnect request and all connections at
+                // once.
                 master.set_timeout(Duration::from_millis(150), move |_| {
                     worker.process().kill(Signal::CONT);
                 });

@@ -115,7 +115,7 @@ fn statement(code: u16, jf: u8, k: u32) -> libc::sock_filter {
     libc::sock_filter { code, jt: 0, jf, k }
 }
 
-/// Attaches a BPF program to the socket. `option` is the socket option that attaches it.
+/// Sets a socket option whose value is a BPF program.
 fn attach(
     socket: &impl AsFd,
     option: libc::c_int,

@@ -478,7 +478,8 @@ fn background_job_is_not_stopped_by_its_log() {
         Ok(_) => LogWriter::stderr().line("from the background"),
         Err(_) => {
             let terminal = openpty(None, None).unwrap();
-            // Only the leader and the job have the terminal, so reading ends when they exit.
+            // Only the leader and the job have the terminal, so the read fails if they exit without
+            // writing the line.
             let spawn = |slave: OwnedFd| again("leader").stderr(Stdio::from(slave)).spawn();
             let mut leader = spawn(terminal.slave).unwrap();
             read_until(File::from(terminal.master), "from the background");

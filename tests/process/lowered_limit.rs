@@ -113,8 +113,8 @@ fn reset_of_the_last_waiting_client_ends_a_drain() {
     );
 }
 
-/// A client that has only stopped sending still waits for its answer. The drain must therefore go on
-/// until the worker can serve the client.
+/// A client that has only stopped sending still waits for its answer. The drain must therefore go
+/// on until the worker can serve the client.
 fn half_closed_client_is_served_after_a_shortage_in_a_drain() {
     cluster(
         |master| {

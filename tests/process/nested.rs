@@ -15,7 +15,7 @@ crate::scenarios! {
     worker_that_executes_its_program_again_gets_an_error
 }
 
-/// Environment variable of the programs that a scenario starts.
+/// Environment variable with the role of a program that a scenario starts.
 const KIND: &str = "NESTED";
 
 fn kind() -> Option<String> {

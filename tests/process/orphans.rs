@@ -310,7 +310,7 @@ fn orphans_without_exec_exit_within_a_second() {
     }));
 }
 
-/// Environment variable for workers whose program has more privileges than their master. The value
+/// Environment variable of processes whose program has more privileges than their user. The value
 /// is the line in `/proc/self/status` that shows these privileges.
 const PRIVILEGES: &str = "WORKERS_RIGHTS";
 

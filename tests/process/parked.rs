@@ -1,5 +1,5 @@
-//! Tests parked connections: idle clients occupy no worker, and outlive the workers that served
-//! them.
+//! Tests parked connections: idle clients occupy no worker, and their connections outlive the
+//! workers that served them.
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -46,7 +46,7 @@ pub const CLOSE: u8 = b'c';
 /// Takes the stream out of the connection, sends a second line, and closes the stream.
 pub const TAKE: u8 = b't';
 
-/// Answers a request of one byte with the worker's id and the number of requests.
+/// Answers a request of one byte with the worker's id and the connection's number of requests.
 pub fn answer(worker: &Worker, mut connection: Connection) {
     let mut request = [0];
     if !matches!(connection.read(&mut request), Ok(1)) {
@@ -88,7 +88,7 @@ impl Client {
         self.0.get_mut().write_all(&[request]).unwrap();
     }
 
-    /// Returns the next line, or an empty string at the end.
+    /// Returns the next line, or an empty string at end-of-file.
     pub fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
@@ -104,7 +104,8 @@ impl Client {
     }
 }
 
-/// Forks `workers` workers, runs `clients` on a thread once they listen, and then disconnects.
+/// Forks `workers` workers, runs `clients` on a thread once they listen, and then calls `then` with
+/// the result.
 pub fn with_clients<T: Send + 'static>(
     master: &Master,
     workers: usize,
@@ -366,8 +367,8 @@ fn silent_clients_occupy_no_worker_if_the_listener_waits_for_data() {
     );
 }
 
-/// More clients than workers connect and send nothing. Without the option, each of them would occupy
-/// a worker, which reads without a time-out.
+/// More clients than workers connect and send nothing. Without the option, they would occupy all
+/// workers, which read without a timeout.
 fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data() {
     let clients = |address| {
         let mut silent: Vec<_> = (0..10).map(|_| Client::connect(address)).collect();

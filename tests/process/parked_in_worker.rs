@@ -169,7 +169,7 @@ fn parked_and_new_connections_take_turns() {
             |master| with_clients(master, 1, clients, disconnect),
             |worker| {
                 for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
-                    // Keep both sources filled.
+                    // Serve slowly, so that parked and new connections always wait.
                     std::thread::sleep(MS);
                     answer(&worker, connection.unwrap());
                 }
@@ -178,7 +178,7 @@ fn parked_and_new_connections_take_turns() {
     });
 }
 
-/// Keeps the connection for 200 ms, and then sends a line.
+/// Request that makes the worker keep the connection for 200 ms, and then send a line.
 const HOLD: u8 = b'h';
 
 fn answer_or_hold(worker: &Worker, mut connection: Connection) {
@@ -251,7 +251,7 @@ fn ask_all(clients: &mut [Client]) -> Vec<(u32, u64)> {
     clients.iter_mut().map(|client| client.ask(PARK)).collect()
 }
 
-/// Connects clients until both workers have parked several connections.
+/// Connects clients until each of the two workers has parked at least five connections.
 fn clients_of_both(address: SocketAddr) -> Vec<(Client, u32)> {
     let mut clients = Vec::new();
     loop {
@@ -313,7 +313,7 @@ fn master_holds_parked_connections_until_a_worker_listens() {
         master.on_exit_once(move |master, _, _| {
             let mut clients = clients.take().unwrap();
             assert_eq!(master.ledger().in_flight(), 20);
-            // The data waits in the connection too.
+            // Send a request while no worker runs. The next worker must answer it.
             clients[0].send(PARK);
             std::thread::sleep(10 * MS);
             drop(master.fork().unwrap());
@@ -518,7 +518,7 @@ fn worker_closes_the_first_to_expire_beyond_its_maximum() {
         assert!(ask_all(open).iter().all(|(_, requests)| *requests == 2));
     };
     for_policies_without_dispatch(|| {
-        // Half of this limit can be parked.
+        // With this limit, a worker holds at most 50 parked connections, half of the limit.
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, 100, hard).unwrap();
         cluster(|master| with_clients(master, 1, clients, disconnect), serve);

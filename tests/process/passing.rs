@@ -40,7 +40,7 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Keeps the worker busy until the client sends another line.
+/// Request that keeps the worker busy until the client sends another line.
 const HOLD: &str = "hold";
 
 /// Runs a server whose workers answer each line with their master's process id and the number of
@@ -164,7 +164,7 @@ fn upgrade(server: &Server, old: Pid) {
 }
 
 /// Checks that no master has reported an error, and that none but the last one has closed an idle
-/// connection.
+/// connection or dropped a connection.
 fn assert_nothing_closed(server: &Server) {
     let output = server.group.output();
     assert!(!output.contains("error: "), "{output}");
@@ -388,7 +388,8 @@ fn failed_upgrade_keeps_idle_connections() {
     server.stop_and_check(assert_nothing_closed);
 }
 
-/// The old master is killed by a signal that makes it stop at once while its worker is busy.
+/// The old master receives SIGQUIT while one of its workers is busy. It kills its workers and
+/// exits.
 fn idle_connections_stay_if_sigquit_ends_the_old_master() {
     if is_watched() {
         return server(quick());
@@ -414,7 +415,7 @@ fn serve(worker: Worker) {
     }
 }
 
-/// Counts the errors that the master reports for no worker.
+/// Counts the master's errors, and asserts that they concern no worker.
 fn count_errors(master: &Master) -> Rc<Cell<u32>> {
     let errors = Rc::new(Cell::new(0));
     let counted = Rc::clone(&errors);
@@ -522,7 +523,8 @@ fn connections_are_held_again_if_the_successor_is_gone() {
     );
 }
 
-/// Returns the bytes of a message about the socket.
+/// Returns the bytes of a message that passes connections of a listening socket. `parked` contains
+/// the number of requests of each connection.
 fn message(version: u8, count: u8, socket: &impl std::os::fd::AsFd, parked: &[u32]) -> Vec<u8> {
     let socket = fstat(socket).unwrap();
     let mut bytes = vec![version, count];

@@ -580,8 +580,8 @@ fn run_without_master(
     channel: Option<&str>,
     input: std::process::Stdio,
 ) -> String {
-    // Set CLUSTER_WORKER_PID in the shell, because the variables must name the process that calls
-    // `init`.
+    // Set CLUSTER_WORKER_PID in the shell, because its value must be the id of the process that
+    // calls `init`.
     let script = "CLUSTER_WORKER_PID=$$ exec \"$0\"";
     let mut command = Command::new("sh");
     command

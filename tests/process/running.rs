@@ -39,14 +39,19 @@ fn timers_fire_in_order_and_can_be_cleared() {
             let began = Instant::now();
             let at = |millis: u64| Duration::from_millis(millis);
             let (late, soon, ticks) = (log.clone(), log.clone(), log);
+            // Set the timers in the order in which they fire, because the process may be interrupted
+            // for longer than 10 ms between two calls.
+            let cleared = Rc::new(Cell::new(None));
+            let never = Rc::clone(&cleared);
+            master.set_timeout(at(10), move |master| {
+                soon.add("soon");
+                master.clear_timer(never.get().unwrap());
+            });
+            let never = master.set_timeout(at(20), |_| panic!("the cleared timer fired"));
+            cleared.set(Some(never));
             master.set_timeout(at(30), move |_| {
                 assert!(began.elapsed() >= at(30));
                 late.add("late");
-            });
-            let never = master.set_timeout(at(20), |_| panic!("the cleared timer fired"));
-            master.set_timeout(at(10), move |master| {
-                soon.add("soon");
-                master.clear_timer(never);
             });
             let count = Cell::new(0);
             let own = Rc::new(Cell::new(None));

@@ -367,7 +367,7 @@ fn missing_program() -> Result<(), Failed> {
 fn gives_up() -> Result<(), Failed> {
     let serve = Group::start(command(2, "127.0.0.1:0").args(["sh", "-c", "exit 7"]))?;
     assert_eq!(serve.end()?.code(), Some(1));
-    let reason = line_after(&serve, "serve: gave up after repeated failures: ");
+    let reason = line_after(&serve, "serve: gave up: ");
     assert!(reason.ends_with("(exit status: 7)"), "{reason}");
     Ok(())
 }

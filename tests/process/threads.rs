@@ -161,7 +161,8 @@ fn disconnect_waits_for_connections_on_threads() {
                 for connection in listener.incoming() {
                     serve_on_thread(&worker, connection.unwrap());
                 }
-                // The first iteration would close the channel if nothing were counted.
+                // If the worker did not count the connection on the thread, the first iteration
+                // would close the channel.
                 for _ in 0..3 {
                     worker.dispatch(Some(Duration::from_millis(1))).unwrap();
                     assert!(worker.is_connected(), "the worker does not wait");
@@ -177,8 +178,8 @@ fn disconnect_waits_for_connections_on_threads() {
     });
 }
 
-/// Disconnects a worker while a thread of it serves a client. When the worker only waits for the
-/// thread, the client sends its last request. Logs the answer, and the exit.
+/// Disconnects a worker while one of its threads serves a client. When the worker only waits for
+/// the thread, the client sends its last request. Logs the answer, and the exit.
 fn disconnect_while_a_thread_serves(master: &Master, log: Log) {
     let at_exit = log.clone();
     master.on_exit(move |_, _, status| at_exit.add(status.to_string()));

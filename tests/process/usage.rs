@@ -12,7 +12,7 @@ const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
 pub fn trials() -> Vec<Trial> {
     let answer_help = Trial::test("examples_answer_help", || help(&names()));
     let refuse_unknown = Trial::test("examples_refuse_unknown_options", || unknown(&names()));
-    // There may be no sources if the tests run on another machine than the compiler did.
+    // There may be no sources if the tests run on another machine than the compiler.
     let trials = [answer_help, refuse_unknown].into_iter();
     let trials = trials.map(|trial| trial.with_kind("needs the sources"));
     trials
@@ -25,7 +25,8 @@ fn names() -> Vec<String> {
     let paths = read_dir(EXAMPLES)
         .unwrap()
         .map(|entry| entry.unwrap().path());
-    let is_example = |path: &PathBuf| path.is_file() || path.join("main.rs").is_file();
+    let is_source = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "rs");
+    let is_example = |path: &PathBuf| is_source(path) || path.join("main.rs").is_file();
     let stem = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap().to_owned();
     paths.filter(is_example).map(stem).collect()
 }

@@ -107,8 +107,8 @@ pub fn run_orders() {
 }
 
 /// Connects by TCP and waits for the answer, and then resets the connection. After an orderly
-/// close, the client's port would stay in TIME_WAIT for a minute. The test makes more connections
-/// in a minute than there are ports.
+/// close, the end that closed first would stay in TIME_WAIT for a minute. The test makes more
+/// connections in a minute than there are ports.
 fn by_tcp(address: SocketAddr) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address)?;
     let reset = libc::linger {

@@ -1,4 +1,4 @@
-//! Starts workers that exit in every possible way.
+//! Starts workers that exit in many ways.
 
 use std::cell::Cell;
 use std::io::Read as _;

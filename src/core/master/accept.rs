@@ -12,15 +12,16 @@ use crate::wire::frame::HandleId;
 /// The maximum number of connections that are accepted from one listener before the event loop
 /// serves other descriptors.
 ///
-/// If it is larger, a busy listener delays messages, timers and other listeners for longer. If it
-/// is smaller, the poller is called more often for the same number of connections. `cargo bench --
-/// connections` measures the cost.
+/// With a larger number, a busy listener delays messages, timers and other listeners for longer.
+/// With a smaller number, the poller is called more often for the same number of connections.
+/// `cargo bench -- connections` measures the cost.
 pub(crate) const ACCEPT_BATCH: u64 = 64;
 
 /// The delay before the next attempt after accepting or dispatching has failed.
 ///
 /// Without a delay, the event loop would spin while the listener stays readable, for example while
-/// the table of descriptors is full. If it is longer, clients wait longer after the shortage.
+/// no descriptor is free. With a longer delay, clients wait longer although a descriptor is free
+/// again. No benchmark chose this value.
 pub(super) const RETRY_DELAY: Time = Time::from_millis(100);
 
 impl<C, F> MasterCore<C, F> {
@@ -147,8 +148,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Passes resumed connections to the dispatcher, and accepts if the backlog may contain a
-    /// connection, as far as the dispatcher has capacity.
+    /// Passes resumed connections to the dispatcher, as far as it has capacity. These are held
+    /// connections whose clients have sent something. Also accepts new connections if the backlog
+    /// may contain one and the master has capacity for it.
     pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
         let space = self.parked.space();
         let listener = self.listeners.get(&handle);
@@ -161,7 +163,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         // Use the rest of the capacity even if no worker is idle now, because this part is reserved
-        // for new connections. They are dispatched behind the resumed ones.
+        // for new connections. The new connections are dispatched behind the resumed ones.
         let capacity = before.saturating_sub(resumed).max(listener.capacity(space));
         if capacity > 0 && listener.dispatch_from.is_none() {
             listener.accept_state = AcceptState::Accepting;

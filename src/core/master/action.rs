@@ -27,7 +27,8 @@ pub(crate) enum Action<C> {
         has_waited: bool,
     },
     /// Keeps a connection, and waits once until its client sends something or hangs up. The shell
-    /// then calls `data_arrived` or `idle_hung_up`. If this fails, the shell calls `not_held`.
+    /// then calls `data_arrived` or `idle_hung_up`. If the connection cannot be watched, the shell
+    /// calls `not_held`.
     Hold {
         id: ConnectionId,
         connection: C,
@@ -36,8 +37,8 @@ pub(crate) enum Action<C> {
     AwaitData {
         id: ConnectionId,
     },
-    /// Passes a connection to the other master. The shell then calls `passed`, `not_passed` or
-    /// `end_passing`.
+    /// Passes a connection to the master that takes over from this one. The shell then calls
+    /// `passed`, `not_passed` or `end_passing`.
     Pass {
         id: ConnectionId,
         /// The listener that accepted the connection. The listener may have been closed.
@@ -51,9 +52,9 @@ pub(crate) enum Action<C> {
     CloseHeld {
         id: ConnectionId,
     },
-    /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has not
-    /// read the connections that it was given before, the shell calls `not_adopted` instead. If the
-    /// master holds the connection, it no longer does afterwards.
+    /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has
+    /// not read the connections that it was given before, the shell calls `not_adopted` instead. If
+    /// the shell holds the connection, it removes the connection from those that it holds.
     Adopt {
         handle: HandleId,
         worker: WorkerId,
@@ -117,10 +118,10 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Accepts connections. The shell answers with `accepted` for each connection, and finally with
-    /// `accept_done`, `drained` or `accept_failed`.
+    /// `accept_done`, `drained`, `accept_failed` or `was_shut_down`.
     ///
-    /// If the listener was shut down and the core's `is_ending` returns true, the shell treats the
-    /// listener as drained.
+    /// If the listener was shut down and the core's `is_ending` returns true, the shell answers
+    /// with `drained`.
     Accept {
         handle: HandleId,
         at_most: u64,

@@ -13,8 +13,9 @@ use crate::wire::frame::HandleId;
 /// departing workers.
 ///
 /// Handshakes that are in flight over a network complete in that time, and the poller reports the
-/// idle connections whose clients have already sent something. If it is shorter, the
-/// clients of slow handshakes are reset. If it is longer, the disconnects take longer.
+/// idle connections whose clients have already sent something. With a shorter time, the clients of
+/// slow handshakes are reset. With a longer time, disconnects take longer. No benchmark chose this
+/// value.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
 // Starting and continuing a drain.
@@ -41,14 +42,14 @@ impl<C, F> MasterCore<C, F> {
                 self.return_borrowed(handle, idle_grace);
             }
             Kind::Unix if listener.is_sole() => {
-                // Remove the file, so that no client can connect. Handshakes need no grace period,
-                // because none can be in flight.
+                // Remove the file, so that no client can connect. Set a grace period only for idle
+                // connections, because a Unix socket has no handshakes.
                 listener.stage = Stage::Draining(idle_grace);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });
                 if !workers_accept {
-                    // Attach the filter only if the master accepts. Workers that accept connections
-                    // themselves would treat the filter's effect as a failure.
+                    // Attach the filter only if the master accepts. The action shuts a Unix socket
+                    // down, and workers that accept themselves would treat this as a failure.
                     self.actions.push_back(Action::AttachSynFilter { handle });
                 }
                 self.finish_drain(handle);
@@ -88,8 +89,8 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns a borrowed listener to the application, where it stays open with its backlog. The
-    /// workers serve only the connections that have already been accepted. `grace` is the end of the
-    /// grace period for idle connections, if any.
+    /// workers serve only the connections that have already been accepted. `grace` is the end of
+    /// the grace period for idle connections, if any.
     fn return_borrowed(&mut self, handle: HandleId, grace: Option<Time>) {
         self.remove_key(handle);
         self.watch(handle, false);
@@ -163,8 +164,8 @@ impl<C, F> MasterCore<C, F> {
     /// Closes a draining listener whose backlog has just been found empty, or from which the master
     /// no longer accepts.
     ///
-    /// The listener stays open while a connection is in a worker's queue, because the connection
-    /// may be reclaimed for another worker.
+    /// The listener stays open while a connection waits in the master or is in a worker's queue. A
+    /// connection in a queue may still be reclaimed for another worker.
     pub(super) fn unbind_if_drained(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
@@ -265,8 +266,9 @@ impl<C, F> MasterCore<C, F> {
         self.actions.push_back(Action::Unbind { handle });
     }
 
-    /// Closes a listener that no worker serves and that the application does not retain. The worker
-    /// `leaving` is about to close its copy.
+    /// Closes a listener that no worker serves and that the application does not retain. If the
+    /// listener is sharded and other workers still have shards, they empty their shards first. The
+    /// worker `leaving` is about to close its copy.
     pub(super) fn close_unserved(&mut self, handle: HandleId, leaving: Option<WorkerId>) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;

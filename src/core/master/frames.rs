@@ -27,7 +27,8 @@ impl<C, F> MasterCore<C, F> {
 }
 
 impl<C, F: Default> MasterCore<C, F> {
-    /// Processes a frame that has arrived. Messages with descriptors go to `message` instead.
+    /// Processes a frame that has arrived. For a message with descriptors, the shell calls
+    /// `message` instead. For a parked connection, it calls `park`.
     pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster) {
         if self.is_connected(worker) {
             if let Err(error) = self.process(worker, frame) {

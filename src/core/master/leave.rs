@@ -7,9 +7,9 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
-    /// Removes the worker from a listener, because the worker released it or the worker's channel
-    /// closed. With round robin, the connections that the worker has not received are reclaimed
-    /// first.
+    /// Removes the worker from a listener, because the worker released it, the worker's channel
+    /// closed, or the worker's copy or queue could not be created. With round robin, the
+    /// connections that the worker has not received are reclaimed first.
     pub(super) fn leave_listener(&mut self, handle: HandleId, worker: WorkerId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

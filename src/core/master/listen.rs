@@ -75,17 +75,18 @@ impl<C, F> MasterCore<C, F> {
         listener.parking.update(parking);
         if listener.parking.deferred_seconds() != before {
             self.defer_accept(handle);
-            // The master may now accept for other reasons than before.
+            // With `wait_for_data`, the master may accept even if no worker is idle.
             self.accept_if_possible(handle);
         }
     }
 
-    /// Updates how long the kernel holds back new connections until their first bytes arrive. The
-    /// time may be 0. Does nothing if the master accepts the connections, or if a process outside
-    /// the cluster may have a copy of the listener.
+    /// Updates how long the kernel holds back new connections until their first bytes arrive; 0
+    /// seconds ends this. Does nothing if the listener is not shared, or if a process outside the
+    /// cluster may have a copy of it.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
-        // A shard that changes its worker would strand the connections that the kernel holds.
+        // Do not defer the connections of a shard. When its worker disconnects, the connections
+        // that the kernel holds back would later enter the backlog of a shard without a worker.
         let is_deferrable = |listener: &&Listener<C>| {
             listener.policy == SchedulingPolicy::Shared && listener.is_sole()
         };

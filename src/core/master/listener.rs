@@ -17,9 +17,9 @@
 //! ```
 //!
 //! - `Emptying` is for listeners whose backlog is visible only to their workers. A sharded listener
-//!   also enters this stage if its last serving worker exits while others are disconnecting. A UDP
-//!   socket enters this stage immediately, because UDP has no handshakes and so needs no grace
-//!   period.
+//!   also enters this stage if its last serving worker exits or releases it while others are
+//!   disconnecting. A UDP socket enters this stage immediately, because UDP has no handshakes and
+//!   so needs no grace period.
 //! - A draining listener never returns to `Open` if its Unix path has been removed, or if it is
 //!   borrowed and has been returned to the application. The next worker then receives a new
 //!   listener.
@@ -50,8 +50,8 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleKey;
 
 /// The interval between two sweeps of a draining or pausing listener's waiting connections. The
-/// system does not report when their clients hang up. While nothing drains, no sweep is scheduled,
-/// so that an idle master makes no system call.
+/// poller does not watch these connections, so it does not report when their clients hang up. While
+/// no listener drains or pauses, no sweep is scheduled, so that an idle master does not wake up.
 ///
 /// The shell checks 2 connections in each iteration, so 100 connections take about one second. A
 /// longer interval delays the end of a drain. A shorter one wakes the master more often while a
@@ -146,8 +146,8 @@ pub(super) struct Listener<C> {
     /// dispatcher does not have yet.
     pub(super) ready: ReadyQueue,
     pub(super) parking: Parking,
-    /// The worker that received the last idle connection of another worker. Only for listeners
-    /// whose workers accept.
+    /// The worker that last received an idle connection of another worker. Only for listeners whose
+    /// workers accept.
     pub(super) last_adopter: Option<WorkerId>,
     /// Whether the master has ever accepted a connection from the listener.
     pub(super) has_accepted: bool,
@@ -163,7 +163,7 @@ pub(super) struct Listener<C> {
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
     /// Whether a worker or the application has requested the listener's address. `false` only for a
-    /// passed socket that has not been used yet.
+    /// passed socket that has not been requested yet.
     pub(super) is_requested: bool,
     /// The worker of each shard, or `None` for a free shard. When a worker exits, its shard keeps
     /// the backlog for the next worker.
@@ -275,13 +275,13 @@ impl<C> Listener<C> {
         stays_open && self.parking.waits_for_data()
     }
 
-    /// Returns how many more connections the master may accept now. `space` is the number of further
-    /// connections that the master may hold, or `None` if it holds none at all.
+    /// Returns how many more connections the master may accept now. `space` is the number of
+    /// further connections that the master may hold, or `None` if it holds none at all.
     pub(super) fn capacity(&self, space: Option<u64>) -> u64 {
         match (self.stage, space) {
             (Stage::Pausing, _) => 0,
-            // The master holds these connections, so it does not need an idle worker. Without any
-            // worker, leave them in the backlog.
+            // The master holds new connections, so it does not need an idle worker. If no worker
+            // serves the listener, leave them in the backlog.
             (Stage::Open, Some(space)) if self.holds_new() => match self.members.is_served() {
                 true => space,
                 false => 0,

@@ -1,7 +1,7 @@
 //! The table of listeners, with an index for the queries of each event loop iteration.
 //!
 //! The event loop asks for the next deadline, and whether any connection waits. The cost of a query
-//! does not depend on the number of listeners.
+//! depends only on the number of listeners that have changed, not on the number of all listeners.
 //!
 //! Changing a listener makes its index entry stale until `index_changed` is called. In the
 //! meantime, each query also reads the stale listeners themselves, so its answer is always correct.

@@ -13,14 +13,14 @@
 //! | `detached` | the life of a detached process |
 //! | `frames` | how the master responds to a worker's frame |
 //! | `listener`, `member` | the states of one listener, and of a worker that has it |
-//! | `listener_table` | which listeners need attention |
+//! | `listener_table` | the next deadline, and which listeners have waiting connections |
 //! | `listen` | which listener a worker receives |
 //! | `accept` | when to accept |
 //! | `parked` | connections that the master holds while their clients send nothing |
 //! | `queues` | when to dispatch and to reclaim; `dispatch` chooses the worker |
 //! | `leave` | how a worker leaves a listener, and what happens to its queue |
 //! | `drain` | how a listener drains and closes |
-//! | `shards` | which shard a worker receives, and where new connections go |
+//! | `shards` | which shard a worker receives, and which shards receive new connections |
 //! | `retain` | listeners that the application retains |
 //!
 //! # When a worker exits
@@ -98,7 +98,7 @@ pub(crate) struct MasterCore<C, F> {
     referenced: usize,
     listeners: ListenerTable<C>,
     parked: ParkedTable,
-    /// The listener whose waiting connections were swept last.
+    /// The listener whose waiting connections were checked last (see [`sweep`](Self::sweep)).
     last_swept: HandleId,
     /// The listener of each key. A worker that requests a key joins the key's listener.
     keys: SortedMap<HandleKey, HandleId>,
@@ -191,7 +191,8 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Notifies a worker that it receives no new connections from a listener. With `drain`, the
-    /// worker still serves the connections that are already in its backlog or queue.
+    /// worker still serves the connections that are already in the listener's backlog or in the
+    /// worker's queue.
     fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
         let frame = ToWorker::ListenerClosed { handle, drain };
         self.send(worker, frame, Attachment::None);
@@ -385,8 +386,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
-    /// true because their client has hung up. Each call continues after the last connection that
-    /// the previous call checked. While a listener drains, `deadline` schedules its sweeps.
+    /// true because their client has hung up. Successive calls start at each listener in turn, and
+    /// continue there after the connection that was checked last. While a listener drains or
+    /// pauses, `deadline` schedules its sweeps.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
@@ -414,7 +416,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the loads of all workers and of all open listeners.
+    /// Returns the loads of all workers, and of all listeners that have not been closed.
     pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
         let past = self.workers.iter();
         let past = past.map(|(worker, entry)| (*worker, entry.past_load));
@@ -450,7 +452,7 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns whether a connection needs a call of the scheduler.
+    /// Returns whether the scheduler must be called for a connection.
     pub(crate) fn has_unscheduled(&self) -> bool {
         self.has_scheduler && self.unscheduled().is_some()
     }

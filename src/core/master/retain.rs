@@ -11,7 +11,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {
-    /// Retains a listener that is open on this endpoint, and returns it.
+    /// Retains an existing listener on this endpoint, and returns it.
     ///
     /// The first choice is a listener that is not retained. The second choice is a passed listener
     /// that has not been requested. If there is neither, and the endpoint has a fixed port or a
@@ -58,7 +58,7 @@ impl<C, F> MasterCore<C, F> {
         (0..).map_while(move |index| self.keys.get(&key(index)).copied())
     }
 
-    /// Adds a retained listener that the shell has just opened.
+    /// Adds a listener that the shell has just opened, and retains it for the application.
     pub(crate) fn retained(
         &mut self,
         handle: HandleId,
@@ -166,7 +166,8 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Pauses a retained listener when all workers that serve it are disconnecting. New connections
-    /// wait for the next worker.
+    /// wait for the next worker. If the workers accept the connections, the listener only ends for
+    /// these workers.
     pub(super) fn pause(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -143,8 +143,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Frees the worker's shard. The shard stays bound with its backlog for the next worker, so
-    /// that the other shards keep their indices.
+    /// Frees the worker's shard. The shard stays bound, so that the next worker receives its
+    /// backlog and the other shards keep their indices.
     pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_index(handle, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {

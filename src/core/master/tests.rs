@@ -647,7 +647,8 @@ fn error_names_the_masters_own_socket_that_occupies_the_port() {
     assert_eq!(core.occupant_address(&ip("127.0.0.2:82")), None);
 }
 
-/// Returns the workers and connections of the `Adopt` actions. A held connection is `u32::MAX`.
+/// Returns the worker, the connection, and how often the connection has been parked, of each
+/// `Adopt` action. A connection that the master holds is `u32::MAX`.
 fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
     let all = actions(core).into_iter();
     let adopted = all.filter_map(|action| match action {
@@ -686,7 +687,8 @@ fn remaining_workers_take_turns_with_the_idle_connections_of_another() {
     }
     let expected = [(second, 0, 5), (third, 1, 5), (second, 2, 5)];
     assert_eq!(adopted(&mut core), expected);
-    // A worker that closes its listener before it notifies the master does not get its own.
+    // A worker that closes its listener parks its connections before the master knows of the close.
+    // It does not get them back.
     core.park(third, handle, 3, 1);
     assert_eq!(adopted(&mut core), [(second, 3, 1)]);
     let ledger = core.ledger();

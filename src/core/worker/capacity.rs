@@ -50,9 +50,9 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Records that the queue was found empty although the application does not wait for a connection
-    /// yet. Does nothing while the worker takes no connections, because the application then has to
-    /// wait for one first.
+    /// Records that the queue was found empty although the application does not wait for a
+    /// connection yet. Does nothing if the last report is `Paused`, because a pause ends only when
+    /// the application waits for a connection.
     pub(crate) fn found_empty_again(&mut self, listener: ListenerId) {
         let entry = self.listeners.get(&listener);
         if entry.is_some_and(|entry| entry.report != QueueReport::Paused) {

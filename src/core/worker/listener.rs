@@ -146,7 +146,8 @@ impl<F> WorkerCore<F> {
         entry.is_some_and(|entry| entry.has_callback)
     }
 
-    /// Returns the master's handle of a listener, or `None` for a private listener.
+    /// Returns the master's handle of a listener. Returns `None` for a private listener, and for a
+    /// listener that is not open.
     pub(crate) fn handle(&self, listener: ListenerId) -> Option<HandleId> {
         self.listeners.get(&listener)?.handle()
     }
@@ -316,8 +317,8 @@ impl<F> WorkerCore<F> {
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) => {
                 entry.stage = Stage::Closed;
-                // The connections leave before the listener is released, so that the master still
-                // has the listener.
+                // Begin to send the parked connections to the master before the listener is
+                // released, because the master may no longer have the listener afterwards.
                 self.all_leave(listener);
                 if let Some(handle) = handle {
                     self.send(ToMaster::Release { handle });

@@ -37,8 +37,8 @@ pub(crate) enum Action {
     AttachSynFilter(ListenerId),
     /// Closes a connection that the worker holds.
     CloseParked(ConnectionId),
-    /// Sends the connections of `next_leaving` to the master, as far as the channel has space. The
-    /// shell continues when the channel has space again.
+    /// Sends the connections that `next_leaving` returns to the master, as far as the channel has
+    /// space. The shell continues when the channel has space again.
     HandOver,
     /// Closes the channel once all queued frames are written.
     CloseChannel,
@@ -92,7 +92,7 @@ enum ChannelState {
 ///
 /// | state | event | next | what happens |
 /// |---|---|---|---|
-/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the worker sends `DisconnectRequest` |
+/// | `NotRequested` | the application calls `disconnect` or `kill` before the channel is closed | `Requested` | the worker sends `DisconnectRequest`, if the channel is `Open` |
 /// | `NotRequested`, `Requested` | `Disconnect` arrives | `Received` | limits are lifted, private listeners drain, pending listens are abandoned |
 ///
 /// The value stays after the channel has closed. If the channel closes before `Received`, it closed
@@ -328,7 +328,8 @@ impl<F> WorkerCore<F> {
         self.events.push_back(Event::Message { bytes, fds });
     }
 
-    /// Processes a frame from the master. Messages with descriptors go to `message` instead.
+    /// Processes a frame from the master. For a message with descriptors, the shell calls `message`
+    /// instead. For a connection that another worker parked, it calls `adopt`.
     ///
     /// Returns the listener to which the frame's descriptor belongs, or `None` if the frame has no
     /// descriptor.

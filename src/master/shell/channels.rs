@@ -19,8 +19,8 @@ use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
-/// Maximum number of frames that are processed when a channel closes. A worker with more frames is
-/// disconnected for a violation.
+/// Maximum number of frames that are processed when a channel closes. More frames are a violation
+/// of the protocol, for which the master kills the worker.
 ///
 /// A socket buffer of the usual size contains fewer frames. With a larger value, a hostile worker
 /// could delay the master for longer.
@@ -28,8 +28,8 @@ const FINAL_FRAMES_MAX: u32 = 65_536;
 /// Maximum number of descriptors that stay open with a closing channel's final messages until the
 /// messages are delivered.
 ///
-/// Together with the descriptors that arrived earlier than their frames (`MAX_EARLY_FDS`), one
-/// worker has at most 256 descriptors open in the master.
+/// Together with the descriptors that arrived earlier than their frames (`MAX_EARLY_FDS`), the
+/// channel of one exited worker keeps at most 256 descriptors open in the master.
 const FINAL_FDS_MAX: usize = 128;
 
 const NOT_A_CONNECTION: FrameError = FrameError::Violation(Violation::NotAConnection);
@@ -246,7 +246,8 @@ impl MasterShell {
             lost_fds,
             is_last,
         } = arrival;
-        // A parked connection stays open in the master anyway.
+        // Do not apply the limit to a parked connection, because the master has its own limit for
+        // the connections that it holds.
         let is_park = matches!(frame, ToMaster::Park { .. });
         let lost_fds = !is_park && limit.apply(&mut fds) || lost_fds;
         let processed = match (&frame, is_last) {
@@ -353,7 +354,7 @@ impl MasterShell {
         let (mut left, mut limit) = (FINAL_FRAMES_MAX, FdLimit::AtMost(FINAL_FDS_MAX));
         loop {
             // Process the frames in memory before each read. The last frame may be incomplete; the
-            // next read completes it.
+            // next read may complete it.
             while left > 0 && self.process_frame_within(worker, &mut limit) != Processed::Nothing {
                 left -= 1;
             }

@@ -1,8 +1,9 @@
-//! The process groups of workers that do not use this crate.
+//! The process groups of workers with [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
-//! Such a worker may consist of several processes, for example a shell and the server that it has
-//! started. The worker's process leads a group, and the others are its members. When the leader
-//! has exited, the master kills the members, because they would otherwise serve forever.
+//! The program of such a worker may not use this crate, and may consist of several processes, for
+//! example a shell and the server that it has started. The worker's process leads a group, and the
+//! others are its members. When the leader has exited, the master kills the members, because they
+//! would otherwise serve forever.
 //!
 //! If the master has sent the leader a signal that asks it to end, such as SIGTERM, the members
 //! receive the same signal instead of SIGKILL, so that they can finish their requests. Each member
@@ -25,7 +26,8 @@ pub(super) enum GroupState {
     Running,
     /// The leader has been sent this signal, which asks it to end.
     Ending(Signal),
-    /// The leader has exited, and the members have been sent the same signal. They may still run.
+    /// The leader has exited, and the members have been sent the signal that the leader had been
+    /// sent. They may still run.
     Draining,
     /// The group has been killed.
     Killed,

@@ -36,7 +36,7 @@ pub(super) struct MasterSocket {
     /// The group of the shards. `None` if the listener is not sharded, or if the selector could not
     /// be created.
     pub(super) group: Option<ShardGroup>,
-    /// The address with the actual port. `None` for a Unix path.
+    /// The address with the actual port. `None` for a Unix socket.
     address: Option<SocketAddr>,
     backlog: u32,
 }
@@ -56,12 +56,12 @@ struct NewSocket {
     group: Option<ShardGroup>,
 }
 
-/// A listener that the application retains.
+/// A listener or UDP socket that the application retains.
 #[derive(Debug)]
 pub(crate) struct RetainedListener {
     pub(crate) handle: HandleId,
     pub(crate) address: Address,
-    /// The listening socket, or the first shard if the listener is sharded.
+    /// The socket, or the first shard if the listener is sharded.
     pub(crate) socket: Rc<Registered<OwnedFd>>,
 }
 
@@ -120,7 +120,7 @@ impl MasterShell {
         };
         let bound = bind(endpoint, flags, sharing)?;
         // Make the socket block, because workers that block in `accept` take strict turns. A
-        // borrowed descriptor keeps its mode, because other processes also use it.
+        // borrowed descriptor stays non-blocking, because other processes may also use it.
         let blocks = policy != SchedulingPolicy::RoundRobin && endpoint.kind != Kind::Udp;
         if blocks && !endpoint.is_borrowed() {
             sys::fd::set_nonblocking(bound.socket.as_fd(), false)?;
@@ -376,7 +376,7 @@ impl MasterShell {
         }
     }
 
-    /// Resets connections that have reached a sharded listener's selector, and notifies the core.
+    /// Closes connections that have reached a sharded listener's selector, and notifies the core.
     /// Connections reach the selector if another process has detached the BPF program or shut a
     /// shard down, or if their handshakes complete while the listener is draining.
     pub(crate) fn selector_ready(&self, handle: HandleId) {

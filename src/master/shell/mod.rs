@@ -139,7 +139,7 @@ pub(crate) struct MasterShell {
     scratch: RefCell<Vec<u8>>,
 }
 
-/// The steps that failed for lack of resources. All steps are retried at the same time.
+/// The steps that have failed and are retried after the back-off delay, all at the same time.
 #[derive(Debug, Default)]
 struct Retries {
     /// The channels that must be flushed.

@@ -44,8 +44,8 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
             Ok(Dequeued::Connection(label, copy)) => (label, Some(copy)),
             Ok(Dequeued::Lost(label)) => (label, None),
             Ok(Dequeued::Empty | Dequeued::Closed) => break QueueState::Empty,
-            // Without a free descriptor, `reclaim` fails even if the queue is empty. Closing an empty
-            // queue may free descriptors.
+            // Without a free descriptor, `reclaim` fails even if the queue is empty. An empty queue
+            // can be closed nevertheless, which frees descriptors.
             Err(_) if queue.count() == Some(0) => break QueueState::Empty,
             Err(_) => break QueueState::Unknown,
         };

@@ -165,10 +165,10 @@ impl MasterShell {
         worker_io
     }
 
-    /// Creates a channel and a disconnect token. Returns the master's ends of both, and the worker's
-    /// end of the channel. The descriptor number of the worker's end is at least `lowest`.
+    /// Creates a channel and a disconnect token. Returns the master's ends of both, and the
+    /// worker's end of the channel. The descriptor number of the worker's end is at least `lowest`.
     ///
-    /// The channel contains the preamble, and the worker's end of the token with it.
+    /// The channel contains the preamble, to which the worker's end of the token is attached.
     fn open_channel(
         &self,
         id: WorkerId,
@@ -353,7 +353,7 @@ fn apply_cwd_and_ids(program: &mut Program, settings: &Settings) -> io::Result<(
 #[derive(Default)]
 struct StdioEnds {
     /// The worker's descriptors, by number. `None` if the worker inherits the descriptor unchanged,
-    /// whether it is open or not.
+    /// open or closed.
     worker: Vec<Option<OwnedFd>>,
     /// The master's ends of the pipes, by the worker's descriptor number.
     master: SortedMap<usize, UnixStream>,

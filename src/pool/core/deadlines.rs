@@ -92,8 +92,8 @@ impl Core {
     /// Restarts the workers' start-up or heartbeat timeouts if the tick is late by more than a
     /// quarter of the timeout in question.
     ///
-    /// If the master was stopped or the machine was asleep, the master has not yet read the
-    /// messages that its workers sent in the meantime. A missed deadline does not mean then that a
+    /// If the master was stopped or the machine was asleep, the master may not have read the
+    /// messages that its workers sent in the meantime. A missed deadline then does not mean that a
     /// worker hangs.
     fn forgive_absence(&mut self, now: Time) {
         let late = self

@@ -62,7 +62,7 @@ pub(super) enum Action {
     Disconnect(WorkerId),
     /// Disconnects all workers.
     DisconnectAll,
-    /// Kills a worker or a new master.
+    /// Sends SIGKILL to a worker or a new master.
     Kill(WorkerId),
     /// Leaves the listeners' socket files to the new master.
     ReleaseSocketFiles,
@@ -119,8 +119,8 @@ pub(super) struct Core {
     failures: u64,
     /// The time of the next measurement of connections and memory.
     next_check: Option<Time>,
-    /// The most recent result of `next_deadline`. A tick compares it with the current time to
-    /// determine how late the tick is.
+    /// The most recent result of `next_deadline`. A tick compares this deadline with the current
+    /// time to determine how late the tick is.
     next_tick: Option<Time>,
     random: u64,
     actions: VecDeque<Action>,

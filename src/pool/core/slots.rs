@@ -24,8 +24,8 @@ pub(in super::super) struct Slot {
     /// The number of failures since the back-off was last reset. The back-off is reset in three
     /// cases:
     ///
-    /// - A worker that was ready for `PoolOptions::back_off_reset` fails. Its own failure is counted
-    ///   after the reset.
+    /// - A worker that was ready for `PoolOptions::back_off_reset` fails. Its own failure is
+    ///   counted after the reset.
     /// - A rollout promotes a successor.
     /// - The slot reaches its failure limit.
     consecutive_failures: u32,

@@ -84,8 +84,8 @@ impl Core {
         };
     }
 
-    /// Records that the new master has taken over, and then stops this pool. Does nothing if the new
-    /// master's upgrade has failed.
+    /// Records that the new master has taken over, and then stops this pool. Does nothing if the
+    /// new master's upgrade has failed.
     pub(in super::super) fn new_master_took_over(&mut self, new_master: WorkerId, now: Time) {
         if self.pending_master() == Some(new_master) {
             self.upgrade = Upgrade::Succeeded { new_master };

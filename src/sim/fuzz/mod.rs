@@ -18,8 +18,8 @@ pub use decode::frame;
 /// Checks the master with one hostile worker and one well-behaved worker. The hostile worker writes
 /// arbitrary bytes.
 ///
-/// The hostile worker must not stop the master, exhaust its memory or make its ledger wrong. The
-/// well-behaved worker must be able to serve its clients.
+/// The hostile worker must not stop the master, exhaust the master's memory or unbalance the
+/// ledger. The well-behaved worker must be able to serve its clients.
 pub fn master_input(data: &[u8]) {
     script::run(data);
 }
@@ -62,8 +62,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Returns `count` open descriptors. The caller passes them to an inbox as if they had arrived
-/// through a channel.
+/// Returns `count` open descriptors, for an inbox that treats them as if they had arrived through a
+/// channel.
 fn descriptors(count: usize) -> Vec<NoLingerFd> {
     thread_local! {
         static NULL: File = File::open("/dev/null").expect("/dev/null");

@@ -29,7 +29,7 @@ use crate::wire::frame::{
     BATCH_OFFSET, Bound, Frame, HEADER, HandleId, HandleKey, MAX_BATCH, ToMaster, ToWorker,
 };
 
-/// The number of times that each case occurred. A script that reaches no case tests nothing.
+/// The number of times that each case occurred.
 pub(super) type Reached = BTreeMap<&'static str, usize>;
 
 pub(super) const SERVED: &str = "connections received by the honest worker";
@@ -47,7 +47,7 @@ pub(super) const IDLE_CLOSED: &str = "idle connections that were closed early";
 pub(super) const EARLY_REPORTS: &str = "reports of connections in the hostile worker's queue";
 
 /// The maximum number of connections that a worker's callback receives in one iteration of the
-/// worker's loop. The shell uses the same number.
+/// worker's loop. The real loop (`worker::event_loop`) has the same limit.
 const ACCEPT_BATCH: u32 = 16;
 /// The maximum number of listeners of the well-behaved worker's application.
 const MAX_HONEST_LISTENERS: usize = 4;
@@ -330,8 +330,8 @@ impl Script {
         }
     }
 
-    /// Returns the id `number`, or the id of a connection in one of the hostile worker's queues if
-    /// `number` is 200 or more.
+    /// Returns the id `number`. If `number` is 200 or more, returns instead the id of a connection
+    /// in one of the hostile worker's queues, if there is one.
     fn connection(&self, number: u32) -> ConnectionId {
         let queues = self.world.queues.iter();
         let own = queues.filter(|((_, worker), _)| *worker == self.hostile.id);
@@ -636,8 +636,8 @@ impl Script {
         self.poll();
     }
 
-    /// Makes a client send a request, connect silently or hang up, or advances the clock by one
-    /// second.
+    /// Makes a client send a request, connect silently or hang up, or advances the clock by 100
+    /// seconds.
     fn client_event(&mut self, choice: u8) {
         let n = choice / 8;
         match choice % 8 {
@@ -645,7 +645,7 @@ impl Script {
             2..=4 => self.world.send_on_held(n),
             5 => self.world.connect_silently(n),
             6 => self.world.hang_up(n),
-            // Longer than the default idle timeout.
+            // Exceed the default idle timeout, which is 60 seconds.
             _ => return self.pass_time(Time::from_secs(100)),
         }
         self.poll();
@@ -677,8 +677,8 @@ impl Script {
         self.run_honest();
         self.world.flush(self.honest);
         self.world.flush(self.hostile.id);
-        // The events of one iteration may make something due at once, such as the sweep of a listener
-        // that begins to drain. The next iteration must then be enough.
+        // The events of one iteration may make something due at once, such as the sweep of a
+        // listener that begins to drain. The next iteration must then be enough.
         for _ in 0..2 {
             self.world.handle(Fact::Time);
             self.settle();

@@ -29,13 +29,13 @@ fn replay(target: &str, run: fn(&[u8])) {
 
 #[test]
 #[cfg_attr(miri, ignore = "reads files; slow")]
-fn frame_corpus() {
+fn stored_inputs_survive_the_frame_target() {
     replay("frame", frame);
 }
 
 #[test]
 #[cfg_attr(miri, ignore = "reads files; slow")]
-fn master_input_corpus() {
+fn stored_inputs_survive_the_master_input_target() {
     replay("master_input", master_input);
 }
 
@@ -80,8 +80,8 @@ fn handles() -> impl Strategy<Value = u8> {
     prop_oneof![8 => Just(1), 3 => 2..4u8, 1 => 0..32u8]
 }
 
-/// Generates numbers for `Script::connection`: mostly connections in the hostile worker's queues, and
-/// small ids, because the master reuses the lowest ones.
+/// Generates numbers for `Script::connection`: mostly connections in the hostile worker's queues,
+/// and small ids, because the master reuses the lowest ones.
 fn connections() -> impl Strategy<Value = u8> {
     prop_oneof![8 => 0..3u8, 3 => 3..8u8, 12 => 200..216u8, 1 => 0..240u8]
 }

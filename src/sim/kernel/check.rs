@@ -366,10 +366,13 @@ impl World {
                 assert!(is_served, "client {client} is lost");
             }
         }
-        // Allow for three kinds of unserved clients: the connection was closed as idle just after the
-        // client had sent a request (`expired`, `idle_closed`), it was passed to the other master,
-        // which answers the request, or a hostile worker reported it as detached or parked before
-        // taking it from its queue (`early_reports`).
+        // Allow for three kinds of unserved clients:
+        //
+        // - The connection was closed as idle just after the client had sent a request (`expired`,
+        //   `idle_closed`).
+        // - The connection was passed to the other master, which answers the request (`passed`).
+        // - A hostile worker reported the connection as detached or parked before the worker took
+        //   it from its queue (`early_reports`).
         let ledger = self.master.ledger();
         let closes = ledger.expired + ledger.idle_closed + ledger.passed;
         let is_allowed = closed <= closes + self.early_reports;

@@ -773,7 +773,8 @@ impl World {
             }
             (Call::LimitParked, _) => self.limit_parked(usize::from(n % 8) * 3),
             (Call::UseScheduler, _) => self.report(Master::use_scheduler),
-            // The shell first carries out the actions for the previous successor.
+            // Pass only while no action is pending, because the shell first carries out the actions
+            // for the previous successor.
             (Call::PassParked, _) if self.master_is_idle() => {
                 self.has_successor = true;
                 self.report(Master::pass_parked);

@@ -164,7 +164,8 @@ pub(crate) struct World {
     pub(crate) served: u64,
     /// The number of connections that have closed although no worker received them.
     lost: u64,
-    /// The number of connections that workers have received from queues.
+    /// The number of connections that workers have received from queues, or that the master has
+    /// given to workers (`Action::Adopt`).
     received: u64,
     /// Whether a worker has reported more connections than it received, so that the ledger may be
     /// wrong.
@@ -172,7 +173,7 @@ pub(crate) struct World {
     pub(crate) failing: BTreeSet<Failure>,
     /// Whether the application waits until a `disconnect_all` has finished.
     awaited: bool,
-    /// The number of times that a `disconnect_all` has finished.
+    /// The number of times that a `disconnect_all` has finished. `end` resets the number.
     pub(crate) disconnected: u32,
     /// The time by which all workers must have exited, after `disconnect_all_within`.
     stop_by: Option<Time>,
@@ -244,13 +245,15 @@ impl World {
     // Clients' actions.
 
     /// Connects a client to the open listener with the index `n` modulo the number of open
-    /// listeners. Does nothing if no listener is open.
+    /// listeners, and makes the client send a request. If no listener is open, the client that
+    /// connected last sends a request instead.
     pub(crate) fn connect(&mut self, n: u8) {
         self.connect_silently(n);
         self.send_request(0);
     }
 
-    /// Connects a client that sends no request yet.
+    /// Connects a client, as `connect` does, but sends no request yet. Does nothing if no listener
+    /// is open.
     pub(crate) fn connect_silently(&mut self, n: u8) {
         let client = u32::try_from(self.fates.len()).expect("few clients");
         let ports = self.ports.iter_mut().map(|(id, port)| (Some(*id), port));
@@ -296,7 +299,7 @@ impl World {
         }
     }
 
-    /// Makes every client send a request.
+    /// Makes every client whose connection is open send a request.
     pub(crate) fn send_all_requests(&mut self) {
         self.fates.iter_mut().for_each(Fate::send_request);
     }

@@ -460,7 +460,8 @@ impl World {
         }
     }
 
-    /// Opens a listener. `n` selects the endpoint, and a connection limit of 0, 1, 2 or none.
+    /// Opens a listener. `n` selects the endpoint, a connection limit of 0, 1, 2 or none, and how
+    /// the master treats the connections (`requested_parking`).
     fn listen_with_limit(&mut self, worker: WorkerId, n: u8) {
         let parking = requested_parking(n);
         let listener = self.listen_with(worker, requested_endpoint(n), parking);
@@ -535,7 +536,7 @@ impl World {
             }
             _ => {}
         }
-        // As the shell, report that the worker is idle at once if the queue is empty.
+        // Like the shell, report at once that the worker is idle if the queue is empty.
         let handle = process.shared.get(&listener);
         let queue = handle.and_then(|handle| self.queues.get(&(*handle, worker)));
         if queue.is_some_and(|queue| queue.connections.is_empty()) {

@@ -35,7 +35,8 @@ const STEPS_PER_SCHEDULE: u64 = 2000;
 
 struct Schedule {
     world: World,
-    /// The call that the master's application makes in its next callback, and the call's number.
+    /// The call that the master's application makes in its next callback, and the argument `n` of
+    /// that call.
     callback: Option<(Call, u8)>,
     preemption: Preemption,
 }

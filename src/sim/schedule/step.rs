@@ -49,8 +49,8 @@ pub(super) enum StepKind {
     Request,
     /// Makes a client hang up.
     HangUp,
-    /// Makes the master's poller report a held connection whether it is ready or not, because the
-    /// event belongs to an earlier connection with the same number.
+    /// Makes the master's poller report a held connection whether it is ready or not, as if the
+    /// event belonged to an earlier connection with the same number.
     ReportHeld,
     /// Advances the clock by `choice` milliseconds.
     Pass,
@@ -73,7 +73,7 @@ pub(super) enum StepKind {
     Kill,
     /// Suspends a worker, as SIGSTOP does.
     Stop,
-    /// Resumes a suspended worker, as SIGCONT does.
+    /// Continues a suspended worker, as SIGCONT does.
     Continue,
     /// Preempts a process for its next `choice` steps. Unlike in other steps, `process` is not
     /// reduced modulo the number of workers: if no worker has this index, the master is preempted.

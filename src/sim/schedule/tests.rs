@@ -392,9 +392,9 @@ fn idle_worker_gets_queued_connections_after_accepting_fails() {
     replay(SchedulingPolicy::RoundRobin, Ending::Kill, &steps);
 }
 
-/// Provokes a penalty of the only idle worker: the connection is in the queue of the second worker,
-/// and that worker does not run. The first worker is idle again, but treated as stalled. Unless the
-/// end of the penalty wakes the master, the connection stays where it is.
+/// Provokes a penalty of the only idle worker. A connection is in the queue of another worker that
+/// does not run. The idle worker could receive the connection, but is treated as stalled. Unless
+/// the end of the penalty wakes the master, the connection stays in the queue.
 #[test]
 fn end_of_a_penalty_wakes_the_master() {
     let m = step(StepKind::Master, 0, 0);

@@ -16,8 +16,8 @@ const STACK: usize = 64 << 10;
 /// call or its flags.
 ///
 /// The kernel creates the process descriptor together with the child. A later call could open the
-/// descriptor of another process: if the host ignores SIGCHLD, the process id of a child that exits
-/// at once may be reused before the call.
+/// descriptor of another process: if the application ignores SIGCHLD, the process id of a child
+/// that exits at once may be reused before the call.
 ///
 /// If the child keeps its user and group, the kernel suspends the parent until the child has
 /// executed its program or exited. In the meantime, the child uses its parent's memory, so nothing

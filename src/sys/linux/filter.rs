@@ -86,9 +86,9 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
 /// Returns the program that draws one of these indexes. The indexes must ascend.
 ///
 /// The program's length depends on the number of gaps between the indexes, not on the number of
-/// indexes. Before Linux 6.8, the kernel rejects a program whose translation takes more than 20,480
-/// bytes (`net.core.optmem_max`). The translation makes at most 4 instructions of 8 bytes for a run
-/// of consecutive indexes.
+/// indexes. Before Linux 6.8, the kernel by default rejects a program whose translation takes more
+/// than 20,480 bytes (`net.core.optmem_max`). The translation makes at most 4 instructions of 8
+/// bytes for a run of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
     let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
@@ -221,9 +221,9 @@ mod tests {
     fn translated_size(program: &[libc::sock_filter]) -> usize {
         // The bytes of `struct bpf_prog` and of each program's prologue.
         const FIXED: usize = 256;
-        // Each run of consecutive indexes takes three statements in the program: a jump, an addition
-        // and a return. Translated, the first two take one instruction each, and the return takes at
-        // most two. Calculate with five per run, to leave a margin.
+        // Each run of consecutive indexes takes three statements in the program: a jump, an
+        // addition and a return. Translated, the first two take one instruction each, and the
+        // return takes at most two. Calculate with five per run, to leave a margin.
         FIXED + program.len() * 5 / 3 * 8
     }
 

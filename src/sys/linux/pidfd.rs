@@ -30,9 +30,9 @@ struct KernelUsage {
 }
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
-/// may have the same id after the host has waited for this child. Returns `None` if the kernel does
-/// not support this call. The inner result is `None` if `options` contains WNOHANG and the process
-/// is still running.
+/// may have the same id after the application has waited for this child. Returns `None` if the
+/// kernel does not support this call. The inner result is `None` if `options` contains WNOHANG and
+/// the process is still running.
 ///
 /// The system call is made directly, because the C library's `waitid` does not return the usage.
 pub(in crate::sys) fn wait(

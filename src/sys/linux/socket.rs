@@ -25,9 +25,9 @@ pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     accepted.map(fd::adopt)
 }
 
-/// Keeps the connections of a TCP listener out of its accept queue until their clients have sent
-/// something (`TCP_DEFER_ACCEPT` in tcp(7)), for about this many seconds. With 0 seconds, connections
-/// are no longer kept out.
+/// Keeps the connections of a TCP listener out of its backlog until their clients have sent
+/// something (`TCP_DEFER_ACCEPT` in tcp(7)), for about this number of seconds. With 0 seconds,
+/// connections are no longer kept out.
 pub(in crate::sys) fn defer_accept(listener: &OwnedFd, seconds: libc::c_int) -> io::Result<()> {
     let (level, name) = (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT);
     option::set(listener.as_fd(), level, name, &seconds)

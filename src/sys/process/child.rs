@@ -23,8 +23,8 @@ pub(in crate::sys) enum ParentWait {
     /// The kernel suspends the parent (`CLONE_VFORK`). The parent reads the report afterwards.
     #[allow(dead_code, reason = "only Linux does this")]
     Suspended,
-    /// The parent polls for the report. If the child executes a program, the end of the stream
-    /// means that it has done so.
+    /// The parent polls for the report. The end of the stream means that the child has executed its
+    /// program, or has exited.
     Polling,
 }
 
@@ -168,8 +168,8 @@ impl Child<'_> {
     /// Replaces the report stream with a new one. No other process has the child's end of the new
     /// stream, so the new stream ends when the program is executed.
     ///
-    /// The first stream may stay open after the program is executed. If another thread of the host
-    /// forked while the parent had the child's end, that thread's child has a copy. If no
+    /// The first stream may stay open after the program is executed. If another thread of the
+    /// parent forked while the parent had the child's end, that thread's child has a copy. If no
     /// descriptor is free for a new stream, the first stream stays in use.
     ///
     /// Must not be called in a child that shares its parent's memory.
@@ -311,7 +311,8 @@ impl Child<'_> {
     }
 
     /// Closes all descriptors except 0 to 2, those that `stdio` sets, the channel and the report
-    /// stream. The host may have left other descriptors open for programs that it executes itself.
+    /// stream. The application may have left other descriptors open for programs that it executes
+    /// itself.
     fn close_others(&self) {
         let standard = self.stdio.len().max(LISTEN_FDS_START);
         let standard = RawFd::try_from(standard).unwrap_or(RawFd::MAX);

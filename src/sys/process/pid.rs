@@ -1,7 +1,7 @@
 //! The identity of a child, by which the parent waits for the child and signals it.
 //!
 //! Where the kernel has process descriptors, they identify the child. The process id may belong to
-//! another process if the host has waited for the child.
+//! another process if the application has waited for the child.
 
 use std::cell::RefCell;
 use std::io;
@@ -106,8 +106,9 @@ impl Pid {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
         let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
-        // If waiting fails, read the status from the process descriptor. Waiting fails if the host
-        // ignores SIGCHLD or has already waited for this child, but newer kernels keep the status.
+        // If waiting fails, read the status from the process descriptor. Waiting fails if the
+        // application ignores SIGCHLD or has already waited for this child, but the kernel keeps
+        // the status since Linux 6.15.
         waited.or_else(|error| {
             let status = process.and_then(|process| pidfd::exit_status(process.as_fd()));
             let exit = status.map(|status| Exit {
@@ -149,8 +150,8 @@ impl Pid {
     /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100
     /// ms, adds it to `unreaped`.
     pub(crate) fn discard(self, process: Option<OwnedFd>, unreaped: &Unreaped) {
-        // Do not kill a child that is no longer running. If the host ignores SIGCHLD, the process
-        // id of an exited child may already belong to another process.
+        // Do not kill a child that is no longer running. If the application ignores SIGCHLD, the
+        // process id of an exited child may already belong to another process.
         if !matches!(self.try_wait(process.as_ref()), Ok(None)) {
             return;
         }

@@ -199,8 +199,8 @@ impl Program {
                 number => {
                     let started = Started::forked(number);
                     // Let the child continue only now that its process descriptor is open. If the
-                    // host ignores SIGCHLD, the process id of a child that has exited may already
-                    // belong to another process.
+                    // application ignores SIGCHLD, the process id of a child that has exited may
+                    // already belong to another process.
                     let _ = socket::send(parents_end, &[0], &[]);
                     Ok(started)
                 }
@@ -247,7 +247,7 @@ impl Program {
         };
 
         // Deliver no signal until the child has default dispositions. A handler of this crate or of
-        // the host would otherwise act on the master's descriptors in the child.
+        // the application would otherwise act on the master's descriptors in the child.
         let mask = SignalSet::all().set_as_mask();
         let started = fork(&child, &reports);
         mask.set_as_mask();

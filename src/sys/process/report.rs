@@ -2,7 +2,7 @@
 //!
 //! The child writes each report with one call, so each report arrives in one piece. The report
 //! stream is closed on exec. If the child executes a program, the end of the stream means that the
-//! child has started.
+//! child has started, or has exited without a report.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -132,8 +132,8 @@ pub(super) fn wait_for_start(
         let left = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
         let has_exited = match process {
             // Also wait for the process, because the stream may stay open after the child's exit. A
-            // child that another thread of the host forked may have a copy of the stream's other
-            // end.
+            // child that another thread of this process forked may have a copy of the stream's
+            // other end.
             Some(process) => wait_readable([reports.as_fd(), process.as_fd()], left)
                 .map(|[_, has_exited]| has_exited),
             None => wait_readable([reports.as_fd()], left).map(|_| false),

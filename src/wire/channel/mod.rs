@@ -69,9 +69,9 @@ const HIGH_WATER: usize = 64 << 10;
 const HARD_LIMIT: usize = 8 << 20;
 /// The number of unwritten bytes above which the peer is disconnected.
 ///
-/// Only protocol frames can exceed `HARD_LIMIT`, and each frame from the peer causes only a few
-/// protocol frames. A space of 1 MiB holds more than 20,000 protocol frames. A well-behaved peer
-/// never leaves this number of frames unread.
+/// Only protocol frames can exceed `HARD_LIMIT` by more than the length of a header, and each frame
+/// from the peer causes only a few protocol frames. A space of 1 MiB holds thousands of protocol
+/// frames. A well-behaved peer never leaves this number of frames unread.
 const UNREAD_MAX: usize = HARD_LIMIT + (1 << 20);
 /// The number of bytes that must be added to the queue of a full socket before the next attempt to
 /// write.
@@ -141,10 +141,11 @@ enum Capacity {
     Exhausted,
 }
 
-/// An estimate of the data that the last read left in the socket.
+/// Whether the last read filled its buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LastRead {
-    /// The read did not fill its buffer, so no data is left.
+    /// The read did not fill its buffer. Either no data is left in the socket, or the kernel ended
+    /// the read after a batch of descriptors.
     Partial,
     /// The read filled its buffer, so more data may be left.
     Full,

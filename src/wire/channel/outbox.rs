@@ -12,8 +12,8 @@ use crate::types::protocol::MAX_FDS;
 use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH};
 use crate::wire::receipts::ReceiptId;
 
-/// The maximum number of bytes that a single system call writes. With a smaller value, many frames
-/// take more system calls. With a larger value, more memory stays allocated after a burst.
+/// The maximum number of queued bytes that a single system call writes. With a smaller value, many
+/// frames take more system calls. With a larger value, more memory stays allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
 // The descriptors of any one frame must fit into a batch.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
@@ -224,7 +224,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn next_batch_of_descriptors_waits_for_the_frames_of_the_last() {
+    fn next_batch_of_descriptors_waits_for_the_frames_of_the_previous_batch() {
         let null = Rc::new(NoLingerFd::from(OwnedFd::from(
             File::open("/dev/null").unwrap(),
         )));

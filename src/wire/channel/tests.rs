@@ -35,7 +35,7 @@ fn drain(end: &mut WorkerEnd) -> Vec<(ToWorker, Vec<OwnedFd>)> {
     frames
 }
 
-/// Returns a message whose body is `number`.
+/// Returns a message whose body is `number` in 8 bytes.
 fn numbered(number: u64) -> ToWorker {
     ToWorker::Message(number.to_le_bytes().into())
 }

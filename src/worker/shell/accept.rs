@@ -183,7 +183,8 @@ impl WorkerShell {
                 }))
             }
             Ok(Dequeued::Lost(label)) => {
-                // The master still has its copy of a connection that was parked before.
+                // If the connection was parked before, the master still has its own copy, and holds
+                // the connection again.
                 if let Some(connection) = label.held {
                     self.core.borrow_mut().park_again(connection);
                 }
@@ -302,7 +303,8 @@ impl WorkerShell {
     }
 
     /// Returns whether accepting failed because another process shut down one of the master's TCP
-    /// listeners. The master makes such a listener listen again.
+    /// listeners. The master makes such a listener listen again, unless it is a borrowed
+    /// descriptor.
     pub(crate) fn will_listen_again(&self, listener: ListenerId, error: &Error) -> bool {
         let Error::Io { reason, .. } = error else {
             return false;

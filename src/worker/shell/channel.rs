@@ -176,9 +176,9 @@ impl WorkerShell {
                 }
             }
             ToWorker::Reply { ref result, .. } => {
-                // With every policy except round robin, the reply's listener blocks unless another
-                // worker has made it non-blocking. `accept_blocking` detects that case. For a UDP
-                // socket, the mode has no effect.
+                // With every policy except round robin, the reply's listener blocks, unless another
+                // process has made it non-blocking or it is a borrowed descriptor.
+                // `accept_blocking` detects these cases. For a UDP socket, the mode has no effect.
                 let mode = match result {
                     Ok(bound) if bound.policy != SchedulingPolicy::RoundRobin => {
                         AcceptMode::Blocking

@@ -68,7 +68,7 @@ pub(crate) struct WorkerShell {
     parked: RefCell<ConnectionMap<ParkedConnection>>,
     turn: Cell<Turn>,
     /// Whether the poller may report a parked connection whose data interrupts no `accept`, because
-    /// the data arrived earlier than the connection was parked.
+    /// the data arrived before the connection was parked.
     is_unchecked: Cell<bool>,
     /// Errors that no call of the application could return and that have not been delivered.
     errors: RefCell<VecDeque<Error>>,

@@ -49,10 +49,11 @@ pub(crate) struct SharedListener {
 /// | state | event | next state |
 /// |---|---|---|
 /// | `Blocking` | `unblock` | `NonBlocking` |
-/// | `Blocking` | `accept` fails with `WouldBlock`, because another process has called `unblock` | `NonBlocking` |
-/// | `Blocking` | the descriptor limit no longer allows a wait in `accept` | `NonBlocking` |
+/// | `Blocking` | `accept` fails with `WouldBlock` | `NonBlocking` |
 ///
-/// A worker never makes its listener block again.
+/// `accept` fails with `WouldBlock` if another process has made the listener non-blocking, or if
+/// the descriptor limit no longer allows a wait in `accept`. A worker never makes its listener
+/// block again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AcceptMode {
     Blocking,
@@ -109,8 +110,8 @@ impl WorkerShell {
         }
     }
 
-    /// Adds a socket that the master does not know. If the worker is disconnecting or its channel
-    /// has closed, the socket is closed and the returned listener has already ended.
+    /// Adds a socket that this worker has opened without the master. If the worker is disconnecting
+    /// or its channel has closed, the socket is closed and the returned listener has already ended.
     pub(crate) fn add_exclusive(
         &self,
         kind: Kind,

@@ -208,8 +208,8 @@ pub fn pool() -> cluster::Result<()> {
 }
 
 fn supervise(master: &Master, passed: Vec<systemd::ListenFd>) -> cluster::Result<()> {
-    // Make the kernel kill only the first master with the benchmark. The parent of a later master is
-    // the previous master, which exits after the upgrade.
+    // Make the kernel kill only the first master with the benchmark. The parent of a later master
+    // is the previous master, which exits after the upgrade.
     if passed.is_empty() {
         set_pdeathsig(Signal::SIGKILL).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Calls every method of a worker twice in each state. Checks that only `send` to a closed channel
+//! Calls the methods of a worker twice in each state. Checks that only `send` to a closed channel
 //! fails, that no event is emitted twice, and that no `error` event is emitted.
 
 use std::cell::RefCell;
@@ -25,7 +25,7 @@ crate::scenarios! {
     calls_in_the_worker_are_idempotent_after_the_channel_closes
 }
 
-/// All ways in which a master can stop a worker.
+/// Ways in which a master can stop a worker.
 const WAYS: [&str; 6] = [
     "disconnect",
     "kill",
@@ -50,7 +50,7 @@ fn stop_by(worker: &WorkerProcess, way: &str) {
     }
 }
 
-/// Checks the worker's state and calls every method that must not change the state.
+/// Checks the worker's state and calls the methods that must not change the state.
 fn check_state(worker: &WorkerProcess, state: WorkerState, connected: bool, dead: bool) {
     for _ in 0..2 {
         assert_eq!(worker.state(), state);
@@ -349,7 +349,7 @@ fn calls_are_idempotent_after_the_master_is_dropped_with_workers() {
     }
 }
 
-/// All ways in which a worker can stop itself.
+/// Ways in which a worker can stop itself.
 const OWN_WAYS: [&str; 4] = ["disconnect", "kill", "destroy", "process().disconnect"];
 
 fn stop_itself_by(worker: &Worker, way: &str) {

@@ -1,4 +1,4 @@
-//! Tests messages with descriptors of every kind. The sender either keeps a descriptor open or
+//! Tests messages with descriptors of several kinds. The sender either keeps a descriptor open or
 //! moves it.
 
 use std::cell::{Cell, RefCell};
@@ -16,7 +16,7 @@ use crate::harness::{Log, cluster, note_events, note_messages, open_fds};
 
 crate::scenarios! {
     kept_descriptors_stay_open_and_moved_ones_are_closed
-    one_message_carries_descriptors_of_every_kind
+    one_message_carries_descriptors_of_several_kinds
     too_many_descriptors_are_an_error
 }
 
@@ -122,7 +122,7 @@ fn kept_descriptors_stay_open_and_moved_ones_are_closed() {
     assert_eq!(entries.take(), expected);
 }
 
-/// A descriptor of each kind, and the peers that show whether each descriptor works in the
+/// Descriptors of several kinds, and the peers that show whether each descriptor works in the
 /// receiver.
 struct Kinds {
     stream: TcpStream,
@@ -189,7 +189,7 @@ impl Kinds {
     }
 }
 
-fn one_message_carries_descriptors_of_every_kind() {
+fn one_message_carries_descriptors_of_several_kinds() {
     let log = Log::default();
     let entries = log.clone();
     cluster(

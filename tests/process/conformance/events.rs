@@ -657,7 +657,7 @@ fn uncaught_exception() {
 static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
 
 /// Replaces the C library's `accept4`, because a test cannot make the kernel return `ECONNABORTED`.
-/// The linker prefers this function, so the standard library calls it.
+/// The linker prefers this function, so the crate calls it.
 #[allow(unsafe_code)]
 #[unsafe(no_mangle)]
 unsafe extern "C" fn accept4(

@@ -249,7 +249,7 @@ fn slots_are_filled_and_no_deadline_is_left() {
 }
 
 #[test]
-fn startup_timeout_spares_a_worker_that_time_proves_ready() {
+fn startup_timeout_begins_after_the_time_of_alive() {
     let readiness = Readiness::Alive(60 * SECOND);
     let mut world = World::new(options(1).readiness(readiness).startup_timeout(30 * SECOND));
     world.advance(60 * SECOND);

@@ -6,7 +6,8 @@ use std::os::fd::RawFd;
 use crate::sys::check;
 use crate::sys::fd::{set_status_flag, status_flags};
 
-// `libc` lacks these constants of fcntl(2). Their values are the same on all architectures.
+// `libc` lacks these constants of fcntl(2). Their values are the same on all architectures that
+// Rust supports.
 const F_SETSIG: libc::c_int = 10;
 const F_SETOWN_EX: libc::c_int = 15;
 const F_GETOWN_EX: libc::c_int = 16;

@@ -45,9 +45,10 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         if THREAD.load(Ordering::SeqCst) == own_thread() {
             INTERRUPTED.store(true, Ordering::SeqCst);
             let (stub, slot) = (STUB.load(Ordering::SeqCst), SLOT.load(Ordering::SeqCst));
-            // Ignore the result, because `dup3` cannot fail when both descriptors are open. dup(2)
-            // documents EBUSY for a number that another thread is about to open, but the slot's
-            // number is never free.
+            // Ignore the result. If both descriptors are open, `dup3` fails only if the process's
+            // descriptor limit has been lowered to the slot's number or less (EBADF in dup(2)).
+            // dup(2) also documents EBUSY for a number that another thread is about to open, but
+            // the slot's number is never free.
             // SAFETY: this module owns the slot, so dup3 replaces no other code's descriptor.
             unsafe { libc::dup3(stub, slot, libc::O_CLOEXEC) };
         }
@@ -139,8 +140,8 @@ impl InterruptibleAccept {
         async_io::enable(connection.as_raw_fd(), SIGNAL, own_thread())
     }
 
-    /// Undoes [`add_connection`](Self::add_connection), also after the value was dropped. Does
-    /// nothing if this thread did not add the connection.
+    /// Undoes [`add_connection`](Self::add_connection), also after the `InterruptibleAccept` was
+    /// dropped. Does nothing if this thread did not add the connection.
     pub(crate) fn remove_connection(number: RawFd) {
         async_io::disable(number, own_thread());
     }
@@ -261,10 +262,10 @@ impl InterruptibleAccept {
         if previous.is_none_or(|previous| previous > Instant::now()) {
             return Ok(false);
         }
-        // The timer had expired, so its signal may be pending. Since Linux 6.13, the kernel discards
-        // such a signal of a timer that is set again, but only when the signal would be delivered.
-        // Until then, arrivals send no second signal. So deliver the signal now. The caller checks
-        // all sources for earlier arrivals.
+        // The timer had expired, so its signal may be pending. Since Linux 6.13, the kernel
+        // discards such a signal of a timer that is set again, but only when the signal would be
+        // delivered. Until then, arrivals send no second signal. So deliver the signal now. The
+        // caller checks all sources for earlier arrivals.
         self.signal.unblock().set_as_mask();
         Ok(true)
     }

@@ -1,8 +1,9 @@
-//! Sends messages in two formats over one channel: JSON, which people can read, and a compact format
-//! for frequent messages. A message is bytes; the application chooses their format.
+//! Sends messages in two formats over one channel: JSON, which people can read, and a compact
+//! format for frequent messages. A message is bytes; the application chooses their format.
 //!
-//! Usage:     cargo run --example codecs
+//! Usage:     cargo run -p cluster-servers --example codecs
 
+#[path = "../usage/mod.rs"]
 mod usage;
 
 use std::error::Error;
