@@ -1,4 +1,31 @@
+//! [guide]: crate::guide
+//! [quick_start]: crate::guide::quick_start
+//! [how_it_works]: crate::guide::how_it_works
+//! [writing_workers]: crate::guide::writing_workers
+//! [servers]: crate::guide::servers
+//! [pools]: crate::guide::pools
+//! [deploying]: crate::guide::deploying
+//! [operating]: crate::guide::operating
+//! [from_node]: crate::guide::from_node
+//! [guarantees]: crate::guide::guarantees
+//! [costs]: crate::guide::costs
+//! [limits]: crate::guide::limits
+//! [design]: crate::guide::design
+//! [glossary]: crate::guide::glossary
+//! [set_scheduler]: Master::set_scheduler
+//! [set_scheduling_policy]: Master::set_scheduling_policy
+//! [examples]: crate::guide::quick_start#examples
+//! [tests]: https://docs.rs/crate/cluster/latest/source/tests/process/
+//! [changelog]: https://docs.rs/crate/cluster/latest/source/CHANGELOG.md
+//! [conformance]: https://docs.rs/crate/cluster/latest/source/tests/CONFORMANCE.md
+//! [static]: https://docs.rs/crate/cluster/latest/source/tests/checks/static
+//! [mit]: https://docs.rs/crate/cluster/latest/source/LICENSE-MIT
+//! [apache]: https://docs.rs/crate/cluster/latest/source/LICENSE-APACHE
+//!
 #![doc = include_str!("../README.md")]
+
+// The rendered documentation uses the first definition of each link. These definitions therefore
+// replace the relative paths at the end of README.md, which work on the repository's page.
 
 // Where to start: `core` makes the decisions, and each `mod.rs` in `core` describes those of its
 // module. `master` and `worker` are the public API and carry the decisions out. `wire` defines the
@@ -10,6 +37,8 @@ extern crate self as cluster;
 mod config;
 mod core;
 mod error;
+#[cfg(doc)]
+pub mod guide;
 mod init;
 mod master;
 pub mod pool;

@@ -1,0 +1,41 @@
+#![doc = include_str!("index.md")]
+// The modules exist only for the documentation: `lib.rs` compiles them for rustdoc alone.
+
+#[doc = include_str!("quick_start.md")]
+pub mod quick_start {}
+
+#[doc = include_str!("how_it_works.md")]
+pub mod how_it_works {}
+
+#[doc = include_str!("writing_workers.md")]
+pub mod writing_workers {}
+
+#[doc = include_str!("servers.md")]
+pub mod servers {}
+
+#[doc = include_str!("pools.md")]
+pub mod pools {}
+
+#[doc = include_str!("deploying.md")]
+pub mod deploying {}
+
+#[doc = include_str!("operating.md")]
+pub mod operating {}
+
+#[doc = include_str!("from_node.md")]
+pub mod from_node {}
+
+#[doc = include_str!("guarantees.md")]
+pub mod guarantees {}
+
+#[doc = include_str!("costs.md")]
+pub mod costs {}
+
+#[doc = include_str!("limits.md")]
+pub mod limits {}
+
+#[doc = include_str!("design.md")]
+pub mod design {}
+
+#[doc = include_str!("glossary.md")]
+pub mod glossary {}
