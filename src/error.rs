@@ -420,8 +420,9 @@ impl Error {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// match master.fork() {
-    ///     Err(error) if error.is_out_of_resources() => eprintln!("one worker fewer: {error}"),
+    ///     Err(error) if error.is_out_of_resources() => log.line(error), // one worker fewer
     ///     forked => drop(forked?),
     /// }
     /// # Ok(()) }

@@ -47,7 +47,7 @@ impl Master {
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// let worker = master.fork()?;
-    /// worker.on_online(|_, worker| println!("worker {} is online", worker.id()));
+    /// worker.on_exit(|master, _, status| master.give_up(format!("the worker exited ({status})")));
     /// # Ok(()) }
     /// ```
     pub fn fork(&self) -> Result<WorkerProcess> {

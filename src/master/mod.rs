@@ -81,7 +81,7 @@ use crate::worker::Worker;
 ///                 listening.borrow_mut().insert(worker.id());
 ///             });
 ///             let replace = master.on_exit(move |master, worker, status| {
-///                 println!("worker {} exited ({status})", worker.process().id());
+///                 log.line(format_args!("worker {} exited ({status})", worker.process().id()));
 ///                 let served = serving.borrow_mut().remove(&worker.id());
 ///                 if worker.exited_after_disconnect() == Some(true) {
 ///                     return;
@@ -389,7 +389,7 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.on_all_disconnected_once(|_| println!("all workers have exited"));
+    /// master.on_all_disconnected_once(|_| drop(std::fs::remove_file("server.pid")));
     /// master.disconnect();
     /// # }
     /// ```
@@ -431,8 +431,9 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// let ledger = master.ledger();
-    /// println!("{} accepted, {} in flight", ledger.accepted, ledger.in_flight());
+    /// log.line(format_args!("{} accepted, {} in flight", ledger.accepted, ledger.in_flight()));
     /// # }
     /// ```
     #[must_use]
@@ -451,12 +452,13 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// let loads = master.loads();
     /// for load in &loads.workers {
-    ///     println!("worker {}: {} served, {} open", load.worker, load.received, load.open);
+    ///     log.line(format_args!("{}: {} served, {} open", load.worker, load.received, load.open));
     /// }
     /// for load in &loads.listeners {
-    ///     println!("{}: {:?} wait", load.address, load.queued);
+    ///     log.line(format_args!("{}: {:?} wait", load.address, load.queued));
     /// }
     /// # }
     /// ```

@@ -104,7 +104,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.id`.
     ///
-    /// See [`Master::on_online`] for an example.
+    /// See [`Master::on_fork`] for an example.
     #[must_use]
     pub fn id(&self) -> WorkerId {
         self.worker_io.id
@@ -116,9 +116,9 @@ impl WorkerProcess {
     /// Node: `worker.process`.
     ///
     /// ```no_run
-    /// # fn f(worker: &cluster::WorkerProcess) {
-    /// println!("worker {} has pid {}", worker.id(), worker.process().id());
-    /// # }
+    /// # fn f(worker: &cluster::WorkerProcess) -> std::io::Result<()> {
+    /// std::fs::write(format!("worker-{}.pid", worker.id()), worker.process().id().to_string())?;
+    /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn process(&self) -> Process<'_> {
@@ -132,7 +132,7 @@ impl WorkerProcess {
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
     /// if worker.state() == cluster::WorkerState::Listening {
-    ///     println!("worker {} serves", worker.id());
+    ///     let _ = cluster::systemd::notify("READY=1");
     /// }
     /// # }
     /// ```
@@ -203,8 +203,8 @@ impl WorkerProcess {
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
     /// master.on_exit(|master, worker, _| {
-    ///     if worker.exited_after_disconnect() == Some(true) {
-    ///         println!("Oh, it was just voluntary – no need to worry");
+    ///     if worker.exited_after_disconnect() == Some(false) {
+    ///         let _ = master.fork();
     ///     }
     /// });
     /// # }

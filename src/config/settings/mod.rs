@@ -313,8 +313,8 @@ impl Settings {
     /// let settings = Settings::default().exec("./server-2").detached(true);
     /// let before = std::process::id().to_string();
     /// let successor = master.fork_as(SpawnOptions::new(settings).env("BEFORE", before))?;
-    /// successor.on_exit(|_, _, status| eprintln!("the new server has exited: {status}"));
-    /// master.on_all_disconnected_once(|_| println!("only the new server is left"));
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// successor.on_exit(move |_, _, status| log.line(format_args!("new server: {status}")));
     /// master.disconnect();
     /// # Ok(()) }
     /// ```
