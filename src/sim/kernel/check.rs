@@ -73,7 +73,9 @@ impl World {
         let is_passed = !self.has_successor || self.master.count_idle() == 0;
         assert!(is_passed, "an idle connection is not passed");
         for (id, held) in &self.held {
-            // With the other policies, the next worker receives the connection with its data.
+            // Only with round robin, the master dispatches a connection as soon as its data
+            // arrives. With the other policies, the connection stays idle and unwatched, and the
+            // next worker that serves the listener receives it with its data.
             let is_dispatched = self.config.policy == SchedulingPolicy::RoundRobin;
             let is_watched = held.is_awaited || !self.master.is_idle(*id) || !is_dispatched;
             assert!(is_watched, "{id:?} is idle and not watched");
