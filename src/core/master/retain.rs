@@ -26,6 +26,7 @@ impl<C, F> MasterCore<C, F> {
         let listener = self.listeners.get_mut(&handle)?;
         listener.retained_by += 1;
         listener.is_requested = true;
+        // A draining listener pauses from now on, because it must stay open.
         if self.reopen(handle) {
             self.pause(handle);
         }

@@ -24,7 +24,7 @@ pub(super) enum QueueReport {
     /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
     /// a pause until the first report.
     Paused,
-    /// The queue was found empty while the application waited for a connection.
+    /// The worker has reported that the queue is empty and that it wants connections.
     Idle {
         /// The number of connections received from the queue by the time of the report.
         received: u64,
