@@ -223,7 +223,8 @@ pub enum Error {
         reason: io::Error,
     },
     /// The worker's exit status is unknown, because other code in this process has already called
-    /// waitpid(2) for the worker. The worker's `exit` event reports code 255.
+    /// waitpid(2) for the worker, or has made the process ignore SIGCHLD. The worker's `exit` event
+    /// reports code 255.
     #[non_exhaustive]
     ExitStatus {
         /// The worker.
