@@ -152,7 +152,8 @@ fn serve(worker: &Worker, address: &str) {
     });
 }
 
-/// Returns the process id of the worker's master. Workers answer each client with it.
+/// Returns the process id of the worker's master. Workers send this id as the answer to each
+/// client.
 fn master_of_worker() -> String {
     std::os::unix::process::parent_id().to_string()
 }
