@@ -20,10 +20,10 @@ use crate::types::endpoint::BACKLOG;
 /// and [`Master::retain_all`](crate::Master::retain_all) return this type. While the value exists
 /// and no worker has the listener, connections wait in the kernel's backlog, and the next worker
 /// that listens serves them. When all workers exit or are replaced, no new client is refused and no
-/// waiting client is reset. A worker that disconnects closes its copy. Even the last worker serves
-/// only the connections that the master has already accepted; the others stay in the backlog.
-/// [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
-/// workers do not wait for a retained listener.
+/// waiting client is reset. A worker that disconnects closes its copy. Unless the listener is
+/// sharded, even the last worker serves only the connections that have already been accepted; the
+/// others stay in the backlog. [`Master::run`](crate::Master::run) and a
+/// [`disconnect`](crate::Master::disconnect) of all workers do not wait for a retained listener.
 ///
 /// When the value is dropped, the listener closes with its last worker, which first serves the
 /// backlog. If no worker has the listener, the listener closes at once, and the kernel resets the
@@ -46,10 +46,13 @@ use crate::types::endpoint::BACKLOG;
 /// A UDP socket has no backlog and no handshakes. Datagrams wait in its receive buffer, as
 /// connections do in a backlog.
 ///
-/// With the sharded policy, each worker has its own listener. Connections that waited for an exited
-/// worker wait for its replacement, so start as many workers as before. New connections do not go
-/// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
-/// A listener that was passed to this process is shared, not sharded.
+/// With the sharded policy, each worker has its own listener. A worker that disconnects first
+/// serves the backlog of its own listener. Connections that waited for a worker that exited without
+/// this step wait for its replacement, so start as many workers as before. New connections do not
+/// go to an exited worker's listener. If no worker serves, new connections go to one of the
+/// listeners and wait there for the next worker; a disconnecting worker that has this listener
+/// leaves the backlog to the next worker. A listener that was passed to this process is shared, not
+/// sharded.
 ///
 /// Like the [`Master`], this type is not `Send`. To use the socket on another thread or in another
 /// process, copy the descriptor that [`AsFd`] returns.

@@ -17,7 +17,7 @@ use crate::wire::frame::ToMaster;
 /// |---|---|---|
 /// | `Paused` | the queue is found empty while the listener is not paused | `Idle` |
 /// | `Idle` | the queue is found empty after more connections were received | `Idle` |
-/// | `Idle` | half of the reported open connections are closed, and none was received | `Idle` |
+/// | `Idle` | a connection closes, none was received, and at most half of `open` are open | `Idle` |
 /// | `Idle` | the listener is paused, or its callback is removed | `Paused` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
