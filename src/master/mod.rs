@@ -296,8 +296,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) after the first `fork`, `listen`
-    /// or `adopt`.
+    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) once a worker has been forked,
+    /// or `listen` or `adopt` has succeeded.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -380,12 +380,14 @@ impl Master {
     /// Node: `cluster.disconnect()`.
     ///
     /// The workers still serve connections that have been accepted. They also serve the kernel's
-    /// backlog of every listener, except the retained ones and those that the application has
-    /// opened itself ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving them may take any
-    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in
-    /// the meantime, the disconnect also waits for that worker, but does not request it to
-    /// disconnect. Therefore, an application that replaces exited workers stops doing so first,
-    /// like the example of [`Master`]. Callbacks are never called inside this call.
+    /// backlog of every listener, with two exceptions: the backlog of a retained listener waits for
+    /// the next worker ([`MasterListener`](crate::MasterListener) describes the sharded policy),
+    /// and the application keeps the backlog of a listener that it has opened itself
+    /// ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving the backlogs may take any time;
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
+    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
+    /// Therefore, an application that replaces exited workers stops doing so first, like the
+    /// example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

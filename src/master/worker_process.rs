@@ -229,10 +229,11 @@ impl WorkerProcess {
     /// The worker receives no new connections, and other workers receive those in flight to it. The
     /// worker first serves the connections that no other worker can serve. These wait in the
     /// kernel's backlog of the worker's shard, or of a listener that no other worker serves. As an
-    /// exception, the connections in the backlog of a [retained](Master::listen) listener wait for
-    /// the next worker. The disconnect may take any time;
-    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the worker
-    /// is already disconnecting or disconnected.
+    /// exception, if no other worker serves a [retained](Master::listen) listener, the connections
+    /// in its backlog wait for the next worker. With the sharded policy, this exception applies to
+    /// only one shard ([`MasterListener`](crate::MasterListener)). The disconnect may take any
+    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the
+    /// worker is already disconnecting or disconnected.
     pub fn disconnect(&self) -> &Self {
         self.update(|core| core.disconnect(self.id()));
         self

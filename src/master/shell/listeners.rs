@@ -350,8 +350,9 @@ impl MasterShell {
 
     /// Makes a listener, or one of its shards, listen again after another process has shut it down.
     ///
-    /// The poller does not report the listener again until `watch_hang_up` is called. This pause
-    /// limits the cost of a process that shuts the listener down repeatedly.
+    /// The poller does not report the listener again until `watch_hang_up` or, if the master
+    /// accepts, `set_interest` is called. This pause limits the cost of a process that shuts the
+    /// listener down repeatedly.
     fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
         let mut sockets = self.sockets.borrow_mut();
         let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;
