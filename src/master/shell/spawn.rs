@@ -20,7 +20,7 @@ use crate::sys;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::systemd::{self, LISTEN_PID};
-use crate::types::errno::errno_of;
+use crate::types::errno;
 use crate::types::fork_step::ForkStep;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
@@ -236,8 +236,10 @@ impl MasterShell {
             for (name, value) in &new.extra {
                 sys::env::set(name, value);
             }
-            let worker = (new.launch.become_worker)(new.id, new.inspect_port, number)
-                .map_err(|error| io::Error::from_raw_os_error(errno_of(&error)))?;
+            let worker =
+                (new.launch.become_worker)(new.id, new.inspect_port, number).map_err(|error| {
+                    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
+                })?;
             Ok(|| main.run(worker))
         };
         child.fork(number, &self.unreaped, abandon, begin)
