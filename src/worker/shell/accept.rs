@@ -134,6 +134,7 @@ impl WorkerShell {
             self.count_descriptors(&mut core, &fd);
         }
         drop(core);
+        self.publish_held();
         self.act();
         Accepted {
             fd,
@@ -245,6 +246,19 @@ impl WorkerShell {
     pub(crate) fn connection_adopted(&self) {
         self.core.borrow_mut().connection_adopted();
         self.publish_held();
+    }
+
+    /// Shows the master how many connections the application holds. The value is one more than this
+    /// number, because a worker that does not use this crate leaves the value at 0.
+    pub(super) fn publish_held(&self) {
+        if let Some(number) = self
+            .held_connections
+            .as_ref()
+            .filter(|_| self.poller.is_own())
+        {
+            let held = self.core.borrow().open_connections();
+            number.set(u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1));
+        }
     }
 }
 

@@ -119,6 +119,7 @@ impl WorkerShell {
             receipts: RefCell::default(),
             scratch: RefCell::new(vec![0; READ_SIZE]),
         };
+        shell.publish_held();
         shell.act();
         Ok(shell)
     }
@@ -229,20 +230,6 @@ impl WorkerShell {
         }
         if must_flush {
             self.flush_channel();
-        }
-        self.publish_held();
-    }
-
-    /// Shows the master how many connections the application holds. The value is one more than this
-    /// number, because a worker that does not use this crate leaves the value at 0.
-    fn publish_held(&self) {
-        if let Some(number) = self
-            .held_connections
-            .as_ref()
-            .filter(|_| self.poller.is_own())
-        {
-            let held = self.core.borrow().open_connections();
-            number.set(u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1));
         }
     }
 }

@@ -141,6 +141,7 @@ impl WorkerShell {
             core.found_empty_again(listener);
         }
         drop(core);
+        self.publish_held();
         self.act();
         self.flush_channel();
     }
@@ -171,6 +172,7 @@ impl WorkerShell {
             Err(_) => Held::Closed,
         };
         drop(core);
+        self.publish_held();
         self.keep(held, fd, origin.registration);
         self.act();
     }
