@@ -36,7 +36,7 @@ enum Rejection {
     TooLarge,
 }
 
-/// Parses what a client has sent so far. Returns `None` if the headers have not ended.
+/// Parses the bytes that a client has sent until now. Returns `None` if the headers have not ended.
 pub(super) fn parse(received: &[u8]) -> Option<Request> {
     let rejected = |rejection| Request {
         is_head: false,

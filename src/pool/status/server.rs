@@ -27,9 +27,10 @@ use super::socket::StatusSocket;
 /// when it is accepted, so no other client can replace it first.
 const MAX_CLIENTS: usize = 16;
 
-/// Time after which a client is disconnected, whatever it does. It is the longest time that a
-/// status may be under way: with a shorter time, slow clients get no answer, and with a longer one,
-/// silent clients keep their descriptors longer.
+/// Time from a client's connection until the server disconnects it.
+///
+/// With a shorter time, slow clients get no answer. With a longer time, silent clients keep their
+/// descriptors longer. The value is an estimate without a benchmark.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum number of clients that are accepted in one iteration of the loop. The others wait for
@@ -319,7 +320,7 @@ impl StatusServer {
 /// | any | an error, the deadline, or a newer client at the limit | (closed) |
 #[derive(Debug)]
 enum Client {
-    /// What the client has sent of its request.
+    /// The bytes that the client has sent of its request.
     Reading(Vec<u8>),
     Writing {
         answer: Vec<u8>,
