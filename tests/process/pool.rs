@@ -1054,7 +1054,9 @@ fn pool_notifies_systemd() {
 
 fn broken_reloads_change_nothing() {
     if is_watched() {
-        return server(quick().startup_timeout(150 * MS).min_ready_time(50 * MS));
+        // No worker is ready for long enough, so that one that aborts late, too, fails the attempt.
+        let options = quick().min_ready_time(Duration::from_secs(1000));
+        return server(options.startup_timeout(150 * MS));
     }
     let server = Server::start("rr");
     let load = Load::start(server.address, 4, is_served);
@@ -1083,7 +1085,9 @@ fn broken_reloads_change_nothing() {
 
 fn broken_upgrades_change_nothing() {
     if is_watched() {
-        return server(quick().startup_timeout(300 * MS).min_ready_time(50 * MS));
+        // No worker is ready for long enough, so that one that aborts late, too, fails the attempt.
+        let options = quick().min_ready_time(Duration::from_secs(1000));
+        return server(options.startup_timeout(300 * MS));
     }
     let server = Server::start("rr");
     let (master, workers) = (server.master(), server.workers());
