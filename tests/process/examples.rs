@@ -137,7 +137,7 @@ fn sleeps(pid: &str) -> bool {
     stat.contains(") S ")
 }
 
-pub fn open_fds_of(pid: &str) -> usize {
+fn open_fds_of(pid: &str) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
         .count()
