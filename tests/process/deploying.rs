@@ -15,7 +15,8 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::harness::{
-    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, SYSTEMD_ANALYZE, example, reserve_port, talk, wait_until,
+    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, SYSTEMD_ANALYZE, example, reserve_port, talk,
+    wait_until,
 };
 
 /// Lists the files of the guide, with their contents.
@@ -50,14 +51,18 @@ pub fn trials() -> Vec<Trial> {
         SYSTEMD_ANALYZE.of(test("systemd_accepts_the_units", units)),
         HAPROXY.of(test("haproxy_accepts_its_configuration", haproxy)),
         KUBECTL.of(test("kubectl_accepts_the_manifest", manifest)),
-        test("kubernetes_waits_longer_than_the_pool", grace_periods),
+        test("supervisors_wait_longer_than_the_pool", grace_periods),
+        test("container_starts_the_program_without_a_shell", dockerfile),
         test("shell_accepts_the_init_scripts", || syntax(&["sh"])),
         BUSYBOX.of(test("busybox_accepts_the_init_scripts", || {
             syntax(&["busybox", "ash"])
         })),
         test("openrc_script_makes_only_known_calls", openrc),
         test("procd_script_makes_only_known_calls", procd),
-        BUSYBOX.of(test("init_script_starts_reloads_and_stops_a_server", init_script)),
+        BUSYBOX.of(test(
+            "init_script_starts_reloads_and_stops_a_server",
+            init_script,
+        )),
         NGINX.of(test("nginx_keeps_connections_to_a_pool_open", nginx)),
         test("guide_shows_its_files", shown_files),
         test("guide_shows_the_wire_format_of_the_code", wire_format),
@@ -129,10 +134,7 @@ fn manifest() -> Result<(), Failed> {
     let directory = TempDir::new()?;
     let path = |name| directory.path().join(name);
     fs::write(path("kubernetes.yaml"), file("kubernetes.yaml"))?;
-    fs::write(
-        path("kustomization.yaml"),
-        "resources: [kubernetes.yaml]\n",
-    )?;
+    fs::write(path("kustomization.yaml"), "resources: [kubernetes.yaml]\n")?;
     let parsed = output_of(
         Command::new("kubectl")
             .arg("kustomize")
@@ -144,9 +146,10 @@ fn manifest() -> Result<(), Failed> {
 
 /// Checks that each supervisor waits at least as long as the manifest's comment says the pool takes.
 fn grace_periods() -> Result<(), Failed> {
-    let pool = 10 + cluster::pool::PoolOptions::default()
-        .get_drain_timeout()
-        .as_secs();
+    let pool = 10
+        + cluster::pool::PoolOptions::default()
+            .get_drain_timeout()
+            .as_secs();
     assert!(file("kubernetes.yaml").contains("stop_delay (10 s) + drain_timeout (30 s)"));
     for (name, before, after) in [
         ("kubernetes.yaml", "terminationGracePeriodSeconds: ", "\n"),
@@ -156,10 +159,29 @@ fn grace_periods() -> Result<(), Failed> {
         ("app.procd", "term_timeout ", "\n"),
         ("S50app", "STOP_SECONDS=", "\n"),
     ] {
-        let value = file(name).split_once(before).and_then(|(_, rest)| rest.split_once(after));
+        let value = file(name)
+            .split_once(before)
+            .and_then(|(_, rest)| rest.split_once(after));
         let seconds: u64 = value.ok_or(name)?.0.parse()?;
         assert!(seconds > pool, "{name}: {seconds} s");
     }
+    Ok(())
+}
+
+/// Checks that the Dockerfile has the exec form wherever it names the program.
+fn dockerfile() -> Result<(), Failed> {
+    let lines = file("Dockerfile").lines();
+    let started = lines.filter_map(|line| {
+        line.strip_prefix("ENTRYPOINT ")
+            .or(line.split_once(" CMD ").map(|(_, command)| command))
+    });
+    let mut count = 0;
+    for command in started {
+        let words: Vec<String> = serde_json::from_str(command)?;
+        assert_eq!(words[0], "/usr/bin/app");
+        count += 1;
+    }
+    assert_eq!(count, 2);
     Ok(())
 }
 
@@ -179,7 +201,11 @@ fn calls(name: &str, commands: &[&str], functions: &[&str]) -> String {
     let directory = TempDir::new().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("script"), file(name)).unwrap();
-    fs::write(path("record"), "#!/bin/sh\necho \"${0##*/} $*\" >>\"$CALLS\"\n").unwrap();
+    fs::write(
+        path("record"),
+        "#!/bin/sh\necho \"${0##*/} $*\" >>\"$CALLS\"\n",
+    )
+    .unwrap();
     fs::set_permissions(path("record"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::create_dir(path("bin")).unwrap();
     for command in commands {
@@ -204,7 +230,10 @@ fn openrc() -> Result<(), Failed> {
     ];
     let calls = calls("app.openrc", &commands, &["depend", "start_pre", "reload"]);
     assert!(calls.contains("need net\n"), "{calls}");
-    assert!(calls.ends_with("supervise-daemon app --signal HUP\neend 0\n"), "{calls}");
+    assert!(
+        calls.ends_with("supervise-daemon app --signal HUP\neend 0\n"),
+        "{calls}"
+    );
     Ok(())
 }
 
@@ -236,7 +265,10 @@ fn procd() -> Result<(), Failed> {
             assert!(PROCD_PARAMETERS.contains(&parameter), "{call}");
         }
     }
-    assert!(calls.contains("procd_set_param command /usr/bin/app\n"), "{calls}");
+    assert!(
+        calls.contains("procd_set_param command /usr/bin/app\n"),
+        "{calls}"
+    );
     assert!(calls.ends_with("procd_send_signal app * HUP\n"), "{calls}");
     Ok(())
 }
@@ -262,13 +294,20 @@ fn init_script() -> Result<(), Failed> {
         ("=/usr/bin/app\n", format!("=\"{program} {address}\"\n")),
         ("NAME=app\n", "NAME=pool\n".to_owned()),
         ("=/run/app.pid\n", format!("={}\n", path("pid").display())),
-        ("=/var/log/app.log\n", format!("={}\n", path("log").display())),
+        (
+            "=/var/log/app.log\n",
+            format!("={}\n", path("log").display()),
+        ),
     ] {
         script = replace(&script, 1, old, &new);
     }
     fs::write(path("script"), script)?;
     fs::create_dir(path("bin"))?;
-    output_of(Command::new("busybox").args(["--install", "-s"]).arg(path("bin")));
+    output_of(
+        Command::new("busybox")
+            .args(["--install", "-s"])
+            .arg(path("bin")),
+    );
     let run = |action: &str| {
         let mut command = Command::new(path("bin").join("ash"));
         command.arg(path("script")).arg(action);
@@ -293,7 +332,12 @@ fn init_script() -> Result<(), Failed> {
     wait_until_served(address);
     assert!(run("stop").success());
     assert!(!path("pid").exists());
-    assert_eq!(server.join().unwrap(), Ok(WaitStatus::Exited(pid, 0)), "{}", log());
+    assert_eq!(
+        server.join().unwrap(),
+        Ok(WaitStatus::Exited(pid, 0)),
+        "{}",
+        log()
+    );
     assert!(!log().contains("was killed"), "{}", log());
     assert!(run("stop").success());
     assert!(!run("reload").success());
@@ -310,7 +354,12 @@ fn nginx() -> Result<(), Failed> {
     for slot in 0..cluster::available_parallelism() {
         pool.line(&format!("slot {slot}: worker"));
     }
-    let site = replace(file("nginx.conf"), 1, "listen 80;", &format!("listen {front};"));
+    let site = replace(
+        file("nginx.conf"),
+        1,
+        "listen 80;",
+        &format!("listen {front};"),
+    );
     let site = replace(&site, 1, "server 127.0.0.1:8000", &format!("server {back}"));
     fs::write(directory.path().join("site.conf"), site)?;
     let temporary = ["client_body", "proxy", "fastcgi", "scgi", "uwsgi"]
@@ -352,11 +401,12 @@ fn shown_files() -> Result<(), Failed> {
     for (page, text) in PAGES {
         for (index, _) in text.match_indices(PREFIX) {
             let rest = &text[index + PREFIX.len()..];
-            // The page names the directory, too.
-            let Some((name, rest)) = rest.split_once("`:\n\n```") else {
+            let (name, rest) = rest.split_once('`').ok_or(page)?;
+            // A block follows the line that names the file. The page also names the directory.
+            let Some((line, rest)) = rest.split_once("\n\n```") else {
                 continue;
             };
-            if name.contains('\n') {
+            if line.contains('\n') {
                 continue;
             }
             let (_, block) = rest.split_once('\n').ok_or(name)?;
