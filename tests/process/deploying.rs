@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::harness::{
-    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, SYSTEMD_ANALYZE, example, reserve_port, talk,
+    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, STRACE, SYSTEMD_ANALYZE, example, reserve_port, talk,
     wait_until,
 };
 
@@ -49,6 +49,7 @@ pub fn trials() -> Vec<Trial> {
     let test = |name: &str, run: fn() -> Result<(), Failed>| Trial::test(name, run);
     vec![
         SYSTEMD_ANALYZE.of(test("systemd_accepts_the_units", units)),
+        STRACE.of(test("unit_allows_all_system_calls_of_a_pool", system_calls)),
         HAPROXY.of(test("haproxy_accepts_its_configuration", haproxy)),
         KUBECTL.of(test("kubectl_accepts_the_manifest", manifest)),
         test("supervisors_wait_longer_than_the_pool", grace_periods),
@@ -119,6 +120,64 @@ fn units() -> Result<(), Failed> {
     // systemd ignores unknown settings, and only says so.
     assert_eq!(said, "");
     Ok(())
+}
+
+/// Checks that a pool that serves, reloads and stops makes only system calls of the set that the
+/// unit allows.
+fn system_calls() -> Result<(), Failed> {
+    const SET: &str = "@system-service";
+    assert!(file("app.service").contains(&format!("\nSystemCallFilter={SET}\n")));
+    for policy in ["rr", "none", "sharded"] {
+        let directory = TempDir::new()?;
+        let trace = directory.path().join("trace");
+        let (_reserved, address) = reserve_port();
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-o"]).arg(&trace);
+        command.args(["/bin/sh", "-c", "echo \"process $$\"; exec \"$@\"", "sh"]);
+        command.arg(example("pool").get_program());
+        command.env("CLUSTER_SCHED_POLICY", policy);
+        let pool = Group::start(command.arg(address.to_string()))?;
+        let master = Pid::from_raw(pool.line("process ").parse()?);
+        pool.line("ready");
+        wait_until_served(address);
+        kill(master, Signal::SIGHUP)?;
+        pool.line("generation 1 serves");
+        wait_until_served(address);
+        kill(master, Signal::SIGTERM)?;
+        assert!(pool.finish()?.success());
+        let allowed = system_call_set(SET);
+        let trace = fs::read_to_string(trace)?;
+        // A line is a process id and a call, such as `7 close(3) = 0`.
+        let calls = trace.lines().filter_map(|line| {
+            let (call, _) = line.split_once(' ')?.1.trim_start().split_once('(')?;
+            call.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'_')
+                .then_some(call)
+        });
+        let calls: BTreeSet<_> = calls.map(str::to_owned).collect();
+        assert!(
+            calls.contains("execve") && calls.contains("recvmsg"),
+            "{calls:?}"
+        );
+        let others: Vec<_> = calls.difference(&allowed).collect();
+        assert!(others.is_empty(), "{policy}: {others:?}");
+    }
+    Ok(())
+}
+
+/// Returns the system calls of one of systemd's sets, which may contain other sets.
+fn system_call_set(set: &str) -> BTreeSet<String> {
+    let list = output_of(Command::new("systemd-analyze").args(["syscall-filter", set]));
+    let entries = list.lines().map(str::trim);
+    let entries = entries.filter(|entry| !entry.is_empty() && !entry.starts_with('#'));
+    let mut calls = BTreeSet::new();
+    for entry in entries.filter(|entry| *entry != set) {
+        match entry.starts_with('@') {
+            true => calls.extend(system_call_set(entry)),
+            false => drop(calls.insert(entry.to_owned())),
+        }
+    }
+    calls
 }
 
 fn haproxy() -> Result<(), Failed> {

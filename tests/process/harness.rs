@@ -134,6 +134,15 @@ pub const SYSTEMD_ANALYZE: Need = Need {
     name: "systemd-analyze",
     is_met: || runs("systemd-analyze", "--version"),
 };
+pub const STRACE: Need = Need {
+    name: "systemd-analyze and strace",
+    is_met: || {
+        let trace = Command::new("strace")
+            .args(["-qq", "-o", "/dev/null", "true"])
+            .output();
+        runs("systemd-analyze", "--version") && trace.is_ok_and(|run| run.status.success())
+    },
+};
 pub const HAPROXY: Need = Need {
     name: "haproxy",
     is_met: || runs("haproxy", "-v"),
