@@ -9,14 +9,15 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use libtest_mimic::{Failed, Trial};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::harness::{
-    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, STRACE, SYSTEMD_ANALYZE, example, reserve_port, talk,
-    wait_until,
+    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, PID_NAMESPACE, STRACE, SYSTEMD_ANALYZE, example,
+    reserve_port, talk, wait_until,
 };
 
 /// Lists the files of the guide, with their contents.
@@ -58,6 +59,10 @@ pub fn trials() -> Vec<Trial> {
         BUSYBOX.of(test("busybox_accepts_the_init_scripts", || {
             syntax(&["busybox", "ash"])
         })),
+        PID_NAMESPACE.of(test(
+            "pool_as_process_1_reloads_refuses_an_upgrade_and_stops",
+            process_1,
+        )),
         test("openrc_script_makes_only_known_calls", openrc),
         test("procd_script_makes_only_known_calls", procd),
         BUSYBOX.of(test(
@@ -400,6 +405,28 @@ fn init_script() -> Result<(), Failed> {
     assert!(!log().contains("was killed"), "{}", log());
     assert!(run("stop").success());
     assert!(!run("reload").success());
+    Ok(())
+}
+
+/// Runs the example `pool` as process 1 of a PID namespace, as in a container.
+fn process_1() -> Result<(), Failed> {
+    let own = fs::File::open("/proc/self/ns/pid")?;
+    // Only children of this thread are born in the new namespace.
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let pool = Group::start(example("pool").arg("127.0.0.1:0"));
+    setns(own, CloneFlags::CLONE_NEWPID)?;
+    let pool = pool?;
+    let address = pool.line("listening on ").parse()?;
+    pool.line("ready");
+    wait_until_served(address);
+    kill(pool.pid(), Signal::SIGHUP)?;
+    pool.line("generation 1 serves");
+    kill(pool.pid(), Signal::SIGUSR2)?;
+    pool.line("the new master failed: ");
+    wait_until_served(address);
+    kill(pool.pid(), Signal::SIGTERM)?;
+    let status = pool.finish()?;
+    assert!(status.success(), "{status}");
     Ok(())
 }
 
