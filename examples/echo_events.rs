@@ -138,7 +138,7 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
             }
             Ok(length) => {
                 pending.extend_from_slice(&buffer[..length]);
-                // Ignore an error. It makes the master's count too low, but the client is served.
+                // Ignore an error: the master's count is then too low, but the client is served.
                 let _ = worker.send(b"notifyRequest");
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => break,

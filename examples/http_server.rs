@@ -108,8 +108,8 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
 }
 
 fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
-    // Ignore these signals. A terminal sends SIGINT to all processes, but the master disconnects
-    // its workers itself.
+    // Ignore these signals. A terminal sends SIGINT to all processes, and a service manager may do
+    // so with SIGTERM, but the master disconnects its workers itself.
     for signal in [Signal::INT, Signal::TERM] {
         worker.on_signal(signal, |_, _| {})?;
     }

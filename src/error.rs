@@ -66,8 +66,8 @@ pub enum Error {
     },
     /// `init` was called a second time in this process.
     AlreadyInitialized,
-    /// The scheduling policy cannot change after the first `fork`, or after the master's first
-    /// `listen` or `adopt`.
+    /// The scheduling policy cannot change once a worker has been forked, or the master's `listen`
+    /// or `adopt` has succeeded.
     PolicyFrozen,
     /// A callback called `run`, `dispatch`, `accept` or `recv_from`. Calls of these methods cannot
     /// be nested, and the method that called the callback is still running.
@@ -223,7 +223,8 @@ pub enum Error {
         reason: io::Error,
     },
     /// The worker's exit status is unknown, because other code in this process has already called
-    /// waitpid(2) for the worker. The worker's `exit` event reports code 255.
+    /// waitpid(2) for the worker, or has made the process ignore SIGCHLD. The worker's `exit` event
+    /// reports code 255.
     #[non_exhaustive]
     ExitStatus {
         /// The worker.
@@ -420,8 +421,9 @@ impl Error {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// match master.fork() {
-    ///     Err(error) if error.is_out_of_resources() => eprintln!("one worker fewer: {error}"),
+    ///     Err(error) if error.is_out_of_resources() => log.line(error), // one worker fewer
     ///     forked => drop(forked?),
     /// }
     /// # Ok(()) }

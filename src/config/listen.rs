@@ -349,8 +349,8 @@ impl ListenOptions<TcpStream> {
 
     /// Returns options for the TCP socket that has this descriptor number in the *master*. The
     /// socket becomes non-blocking and stays open in the master after all workers have closed their
-    /// copies. With [`exclusive`](Self::exclusive), the number refers to a descriptor of the
-    /// worker.
+    /// copies. With [`exclusive`](Self::exclusive) or [`reuse_port`](Self::reuse_port), the number
+    /// refers to a descriptor of the worker.
     ///
     /// Node: `fd`.
     ///

@@ -59,15 +59,16 @@ pub(crate) type Written<R> = Box<dyn FnOnce(&R, Result<()>)>;
 /// This type is not `Send`. Build the options on the thread of the master or worker that sends.
 ///
 /// ```no_run
-/// # fn f(worker: &cluster::WorkerProcess, log: std::fs::File, client: std::net::TcpStream)
-/// # -> cluster::Result<()> {
-/// use cluster::SendOptions;
+/// # fn f(master: &cluster::Master, worker: &cluster::WorkerProcess, file: std::fs::File,
+/// # client: std::net::TcpStream) -> cluster::Result<()> {
+/// use cluster::{LogWriter, SendOptions};
 ///
+/// let log = LogWriter::stderr().attached_to(master);
 /// let options = SendOptions::new()
 ///     .fd(client)
-///     .keep_open(&log)
-///     .on_written(|_, outcome| println!("{outcome:?}"));
-/// let _ = worker.send_with(b"serve this client, and log its request", options)?;
+///     .keep_open(&file)
+///     .on_written(move |_, outcome| log.line(format_args!("{outcome:?}")));
+/// let _ = worker.send_with(b"serve this client, and append its request to the file", options)?;
 /// # Ok(()) }
 /// ```
 #[doc(alias = "sendHandle")]

@@ -86,7 +86,8 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_fork(|_, worker| println!("worker {} forked", worker.id()));
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_fork(move |_, worker| log.line(format_args!("forked {}", worker.id())));
         /// # }
         /// ```
         on_fork, on_fork_once(master: &Self, worker: &WorkerProcess) of |this| this.callbacks.fork;
@@ -98,7 +99,7 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_online(|_, worker| println!("worker {} is online", worker.id()));
+        /// master.on_online(|_, worker| drop(worker.send(b"the configuration")));
         /// # }
         /// ```
         on_online, on_online_once(master: &Self, worker: &WorkerProcess)
@@ -110,8 +111,9 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_listening(|_, worker, address| {
-        ///     println!("worker {} is now connected to {address}", worker.id());
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_listening(move |_, worker, address| {
+        ///     log.line(format_args!("worker {} is now connected to {address}", worker.id()));
         /// });
         /// # }
         /// ```
@@ -126,7 +128,7 @@ impl Master {
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
         /// master.on_message(|_, worker, message| {
-        ///     println!("{} bytes from worker {}", message.bytes().len(), worker.id());
+        ///     let _ = worker.send(message.bytes()); // an echo
         /// });
         /// # }
         /// ```
@@ -139,7 +141,10 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_disconnect(|_, worker| println!("worker {} has disconnected", worker.id()));
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_disconnect(move |_, worker| {
+        ///     log.line(format_args!("worker {} has disconnected", worker.id()));
+        /// });
         /// # }
         /// ```
         on_disconnect, on_disconnect_once(master: &Self, worker: &WorkerProcess)
@@ -155,8 +160,9 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_exit(|master, worker, status| {
-        ///     println!("worker {} exited ({status}), restarting", worker.process().id());
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_exit(move |master, worker, status| {
+        ///     log.line(format_args!("worker {} exited ({status}), restarting", worker.id()));
         ///     let _ = master.fork();
         /// });
         /// # }
@@ -175,7 +181,8 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_error(|_, _, error| eprintln!("{error}"));
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_error(move |_, _, error| log.line(error));
         /// # }
         /// ```
         on_error, on_error_once(master: &Self, worker: Option<&WorkerProcess>, error: &Error)
@@ -191,7 +198,10 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_setup(|_, settings| println!("workers run {:?}", settings.get_exec()));
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.on_setup(move |_, settings| {
+        ///     log.line(format_args!("workers run {:?}", settings.get_exec()));
+        /// });
         /// # }
         /// ```
         on_setup, on_setup_once(master: &Self, settings: &Settings) of |this| this.callbacks.setup;
@@ -206,7 +216,7 @@ impl Master {
         ///
         /// ```no_run
         /// # fn f(master: &cluster::Master) {
-        /// master.on_all_disconnected(|_| println!("all workers have exited"));
+        /// master.on_all_disconnected(|master| drop(master.fork())); // restarts after a disconnect
         /// # }
         /// ```
         on_all_disconnected, on_all_disconnected_once(master: &Self)
@@ -288,7 +298,7 @@ impl Master {
     /// use cluster::Signal;
     ///
     /// if !master.is_signal_ignored(Signal::HUP) {
-    ///     master.on_signal(Signal::HUP, |_, _| println!("the terminal is gone"))?;
+    ///     master.on_signal(Signal::HUP, |master, _| master.disconnect())?;
     /// }
     /// # Ok(()) }
     /// ```
@@ -305,8 +315,9 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// let id = master.on_fork(|_, _| println!("until the first worker is online"));
-    /// master.on_online(move |master, _| master.remove_callback(id));
+    /// let restart = master.on_exit(|master, _, _| drop(master.fork()));
+    /// master.remove_callback(restart);
+    /// master.disconnect();
     /// # }
     /// ```
     #[doc(alias = "off")]
@@ -378,10 +389,11 @@ impl WorkerProcess {
         /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
         /// use std::os::unix::process::ExitStatusExt;
         ///
-        /// master.fork()?.on_exit(|_, _, status| match (status.code(), status.signal()) {
-        ///     (Some(0), _) => println!("worker success!"),
-        ///     (Some(code), _) => println!("worker exited with error code: {code}"),
-        ///     (None, signal) => println!("worker was killed by signal: {signal:?}"),
+        /// let log = cluster::LogWriter::stderr().attached_to(master);
+        /// master.fork()?.on_exit(move |_, _, status| match (status.code(), status.signal()) {
+        ///     (Some(0), _) => log.line("worker success!"),
+        ///     (Some(code), _) => log.line(format_args!("worker exited with error code: {code}")),
+        ///     (None, signal) => log.line(format_args!("worker was killed by signal: {signal:?}")),
         /// });
         /// # Ok(()) }
         /// ```

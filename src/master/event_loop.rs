@@ -65,7 +65,7 @@ impl Master {
     /// # fn f(master: &cluster::Master) {
     /// use std::time::Duration;
     ///
-    /// master.set_timeout(Duration::from_secs(2), |_| println!("two seconds later"));
+    /// master.set_timeout(Duration::from_secs(2), |master| master.disconnect());
     /// # }
     /// ```
     #[doc(alias = "setTimeout")]
@@ -83,8 +83,9 @@ impl Master {
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
     /// use std::time::Duration;
+    /// use cluster::systemd;
     ///
-    /// master.set_interval(Duration::from_secs(1), |master| println!("{:?}", master.ledger()));
+    /// master.set_interval(Duration::from_secs(5), |_| drop(systemd::notify("WATCHDOG=1")));
     /// # }
     /// ```
     #[doc(alias = "setInterval")]
@@ -102,7 +103,7 @@ impl Master {
     /// # fn f(master: &cluster::Master) {
     /// use std::time::Duration;
     ///
-    /// let timer = master.set_timeout(Duration::from_secs(2), |_| println!("too late"));
+    /// let timer = master.set_timeout(Duration::from_secs(2), |master| master.disconnect());
     /// master.on_listening(move |master, _, _| master.clear_timer(timer));
     /// # }
     /// ```
@@ -153,7 +154,8 @@ impl Master {
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// use std::time::Duration;
     ///
-    /// let report = master.set_interval(Duration::from_secs(1), |_| println!("still here"));
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// let report = master.set_interval(Duration::from_secs(1), move |_| log.line("still here"));
     /// master.unreference(report);
     /// master.fork()?;
     /// master.run() // returns when the worker has exited

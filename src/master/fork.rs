@@ -32,10 +32,14 @@ impl Master {
     ///
     /// Returns [`Error::Fork`] if:
     ///
-    /// - the program cannot be executed;
-    /// - the system has no process or descriptor left;
+    /// - the program's path is unknown, or the program cannot be executed;
+    /// - the system has no process, memory or descriptor left;
     /// - the system denies the worker its directory, user or group;
-    /// - the settings contradict each other ([`Settings::listen_fds`]);
+    /// - a setting contains a zero byte, or names a descriptor that is not open;
+    /// - a name in [`listen_fds`](Settings::listen_fds) is not valid;
+    /// - the settings contradict each other (see [`listen_fds`](Settings::listen_fds) and
+    ///   [`main`](Settings::main));
+    /// - all worker ids have been used;
     /// - the closure that chooses the inspect port makes this call, and the new worker needs an
     ///   inspect port too;
     /// - with [`main`](Settings::main), the master has other threads;
@@ -47,7 +51,7 @@ impl Master {
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// let worker = master.fork()?;
-    /// worker.on_online(|_, worker| println!("worker {} is online", worker.id()));
+    /// worker.on_exit(|master, _, status| master.give_up(format!("the worker exited ({status})")));
     /// # Ok(()) }
     /// ```
     pub fn fork(&self) -> Result<WorkerProcess> {

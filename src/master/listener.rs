@@ -20,16 +20,17 @@ use crate::types::endpoint::BACKLOG;
 /// and [`Master::retain_all`](crate::Master::retain_all) return this type. While the value exists
 /// and no worker has the listener, connections wait in the kernel's backlog, and the next worker
 /// that listens serves them. When all workers exit or are replaced, no new client is refused and no
-/// waiting client is reset. A worker that disconnects closes its copy. Even the last worker serves
-/// only the connections that the master has already accepted; the others stay in the backlog.
-/// [`Master::run`](crate::Master::run) and a [`disconnect`](crate::Master::disconnect) of all
-/// workers do not wait for a retained listener.
+/// waiting client is reset. A worker that disconnects closes its copy. Unless the listener is
+/// sharded, even the last worker serves only the connections that have already been accepted; the
+/// others stay in the backlog. [`Master::run`](crate::Master::run) and a
+/// [`disconnect`](crate::Master::disconnect) of all workers do not wait for a retained listener.
 ///
 /// When the value is dropped, the listener closes with its last worker, which first serves the
-/// backlog. If no worker has the listener, it closes at once, and the kernel resets the waiting
-/// connections. The master then removes the file of a Unix socket, unless the socket was passed to
-/// this process. If the application stops for good, drop the value before the call of `disconnect`,
-/// so that the workers serve the backlog. If another process with the same socket should serve the
+/// backlog. If no worker has the listener, the listener closes at once, and the kernel resets the
+/// waiting connections. When a Unix listener closes, the master removes the socket's file, unless
+/// the socket was passed to this process ([`set_removes_file`](Self::set_removes_file) changes
+/// this). If the application stops for good, drop the value before the call of `disconnect`, so
+/// that the workers serve the backlog. If another process with the same socket should serve the
 /// backlog, keep the value until all workers have exited.
 ///
 /// A process outside the cluster may have a copy of the socket if the socket was passed to this
@@ -45,10 +46,13 @@ use crate::types::endpoint::BACKLOG;
 /// A UDP socket has no backlog and no handshakes. Datagrams wait in its receive buffer, as
 /// connections do in a backlog.
 ///
-/// With the sharded policy, each worker has its own listener. Connections that waited for an exited
-/// worker wait for its replacement, so start as many workers as before. New connections do not go
-/// to an exited worker's listener. If no worker is left, new connections wait for the next worker.
-/// A listener that was passed to this process is shared, not sharded.
+/// With the sharded policy, each worker has its own listener. A worker that disconnects first
+/// serves the backlog of its own listener. Connections that waited for a worker that exited without
+/// this step wait for its replacement, so start as many workers as before. New connections do not
+/// go to an exited worker's listener. If no worker serves, new connections go to one of the
+/// listeners and wait there for the next worker; a disconnecting worker that has this listener
+/// leaves the backlog to the next worker. A listener that was passed to this process is shared, not
+/// sharded.
 ///
 /// Like the [`Master`], this type is not `Send`. To use the socket on another thread or in another
 /// process, copy the descriptor that [`AsFd`] returns.
@@ -95,7 +99,8 @@ impl Master {
     ///
     /// Returns [`Error::Listen`] if:
     ///
-    /// - the address is in use, is not allowed, or cannot be resolved;
+    /// - the address cannot be resolved, or the system refuses it, for instance because the address
+    ///   is in use, is not allowed or no descriptor is free;
     /// - the options contain [`exclusive`](ListenOptions::exclusive),
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;
@@ -319,8 +324,8 @@ impl MasterListener {
     /// Set `may_exist` to `false` when the last other process with a copy has exited. The master
     /// then drains and closes the listener as if only this cluster had ever had it. If another
     /// process still has a copy, that process receives no more connections after the listener has
-    /// closed here. A later call of `as_fd` sets `may_exist` to `true` again. The call has no
-    /// effect after the master has been dropped.
+    /// closed here. After a later call of `as_fd`, the master assumes again that a copy may exist.
+    /// The call has no effect after the master has been dropped.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, inherited: cluster::MasterListener) {
@@ -362,8 +367,8 @@ impl MasterListener {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Io`] if `removes` is true and the file cannot be found, for instance
-    /// because it does not exist.
+    /// Returns [`Error::Io`] if `removes` is true and the system cannot find the file, for instance
+    /// because the file does not exist or no descriptor is free.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {

@@ -81,7 +81,7 @@ use crate::worker::Worker;
 ///                 listening.borrow_mut().insert(worker.id());
 ///             });
 ///             let replace = master.on_exit(move |master, worker, status| {
-///                 println!("worker {} exited ({status})", worker.process().id());
+///                 log.line(format_args!("worker {} exited ({status})", worker.process().id()));
 ///                 let served = serving.borrow_mut().remove(&worker.id());
 ///                 if worker.exited_after_disconnect() == Some(true) {
 ///                     return;
@@ -296,8 +296,8 @@ impl Master {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) after the first `fork`, `listen`
-    /// or `adopt`.
+    /// Returns [`Error::PolicyFrozen`](crate::Error::PolicyFrozen) once a worker has been forked,
+    /// or `listen` or `adopt` has succeeded.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
@@ -380,16 +380,18 @@ impl Master {
     /// Node: `cluster.disconnect()`.
     ///
     /// The workers still serve connections that have been accepted. They also serve the kernel's
-    /// backlog of every listener, except the retained ones and those that the application has
-    /// opened itself ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving them may take any
-    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in
-    /// the meantime, the disconnect also waits for that worker, but does not request it to
-    /// disconnect. Therefore, an application that replaces exited workers stops doing so first,
-    /// like the example of [`Master`]. Callbacks are never called inside this call.
+    /// backlog of every listener, with two exceptions: the backlog of a retained listener waits for
+    /// the next worker ([`MasterListener`](crate::MasterListener) describes the sharded policy),
+    /// and the application keeps the backlog of a listener that it has opened itself
+    /// ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving the backlogs may take any time;
+    /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
+    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
+    /// Therefore, an application that replaces exited workers stops doing so first, like the
+    /// example of [`Master`]. Callbacks are never called inside this call.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.on_all_disconnected_once(|_| println!("all workers have exited"));
+    /// master.on_all_disconnected_once(|_| drop(std::fs::remove_file("server.pid")));
     /// master.disconnect();
     /// # }
     /// ```
@@ -431,8 +433,9 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// let ledger = master.ledger();
-    /// println!("{} accepted, {} in flight", ledger.accepted, ledger.in_flight());
+    /// log.line(format_args!("{} accepted, {} in flight", ledger.accepted, ledger.in_flight()));
     /// # }
     /// ```
     #[must_use]
@@ -451,12 +454,13 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// let loads = master.loads();
     /// for load in &loads.workers {
-    ///     println!("worker {}: {} served, {} open", load.worker, load.received, load.open);
+    ///     log.line(format_args!("{}: {} served, {} open", load.worker, load.received, load.open));
     /// }
     /// for load in &loads.listeners {
-    ///     println!("{}: {:?} wait", load.address, load.queued);
+    ///     log.line(format_args!("{}: {:?} wait", load.address, load.queued));
     /// }
     /// # }
     /// ```

@@ -85,7 +85,8 @@ impl Master {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, predecessor: std::os::unix::net::UnixStream) -> cluster::Result<()> {
-    /// master.receive_parked(predecessor, |_| println!("the old master has exited"))?;
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// master.receive_parked(predecessor, move |_| log.line("the old master has exited"))?;
     /// # Ok(()) }
     /// ```
     pub fn receive_parked(

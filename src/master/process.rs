@@ -160,10 +160,11 @@ impl Process<'_> {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.on_exit(|_, worker, _| {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// master.on_exit(move |_, worker, _| {
     ///     if let Some(usage) = worker.process().usage() {
     ///         let time = usage.user_cpu_time + usage.system_cpu_time;
-    ///         println!("worker {}: {time:?}, {} KiB", worker.id(), usage.max_rss >> 10);
+    ///         log.line(format_args!("{}: {time:?}, {} KiB", worker.id(), usage.max_rss >> 10));
     ///     }
     /// });
     /// # }

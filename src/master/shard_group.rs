@@ -100,7 +100,8 @@ impl ShardGroup {
         sys::filter::select_sockets(&self.selector, index.as_slice())
     }
 
-    /// Ends `ignore`. The caller must call `select` next.
+    /// Detaches the SYN filter that `ignore` has attached. The caller must call `select` next,
+    /// because the BPF program still chooses the selector for all new connections.
     pub(crate) fn admit(&self) -> io::Result<()> {
         sys::filter::detach_syn_filter(&self.selector)
     }

@@ -104,7 +104,7 @@ impl WorkerProcess {
     ///
     /// Node: `worker.id`.
     ///
-    /// See [`Master::on_online`] for an example.
+    /// See [`Master::on_fork`] for an example.
     #[must_use]
     pub fn id(&self) -> WorkerId {
         self.worker_io.id
@@ -116,9 +116,9 @@ impl WorkerProcess {
     /// Node: `worker.process`.
     ///
     /// ```no_run
-    /// # fn f(worker: &cluster::WorkerProcess) {
-    /// println!("worker {} has pid {}", worker.id(), worker.process().id());
-    /// # }
+    /// # fn f(worker: &cluster::WorkerProcess) -> std::io::Result<()> {
+    /// std::fs::write(format!("worker-{}.pid", worker.id()), worker.process().id().to_string())?;
+    /// # Ok(()) }
     /// ```
     #[must_use]
     pub fn process(&self) -> Process<'_> {
@@ -132,7 +132,7 @@ impl WorkerProcess {
     /// ```no_run
     /// # fn f(worker: &cluster::WorkerProcess) {
     /// if worker.state() == cluster::WorkerState::Listening {
-    ///     println!("worker {} serves", worker.id());
+    ///     let _ = cluster::systemd::notify("READY=1");
     /// }
     /// # }
     /// ```
@@ -203,8 +203,8 @@ impl WorkerProcess {
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
     /// master.on_exit(|master, worker, _| {
-    ///     if worker.exited_after_disconnect() == Some(true) {
-    ///         println!("Oh, it was just voluntary – no need to worry");
+    ///     if worker.exited_after_disconnect() == Some(false) {
+    ///         let _ = master.fork();
     ///     }
     /// });
     /// # }
@@ -229,10 +229,11 @@ impl WorkerProcess {
     /// The worker receives no new connections, and other workers receive those in flight to it. The
     /// worker first serves the connections that no other worker can serve. These wait in the
     /// kernel's backlog of the worker's shard, or of a listener that no other worker serves. As an
-    /// exception, the connections in the backlog of a [retained](Master::listen) listener wait for
-    /// the next worker. The disconnect may take any time;
-    /// [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the worker
-    /// is already disconnecting or disconnected.
+    /// exception, if no other worker serves a [retained](Master::listen) listener, the connections
+    /// in its backlog wait for the next worker. With the sharded policy, this exception applies to
+    /// only one shard ([`MasterListener`](crate::MasterListener)). The disconnect may take any
+    /// time; [`disconnect_within`](Self::disconnect_within) sets a limit. Nothing happens if the
+    /// worker is already disconnecting or disconnected.
     pub fn disconnect(&self) -> &Self {
         self.update(|core| core.disconnect(self.id()));
         self

@@ -78,7 +78,8 @@ pub enum PoolEvent {
     },
     /// A worker has reached a limit, but its replacement has failed. The old worker stays.
     RecyclingFailed(WorkerFailure),
-    /// More workers of a slot have failed than
+    /// More workers of a slot have failed within
+    /// [`PoolOptions::failure_window`](super::PoolOptions::failure_window) than
     /// [`PoolOptions::max_failures`](super::PoolOptions::max_failures) allows.
     #[non_exhaustive]
     FailureLimitReached {

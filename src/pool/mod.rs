@@ -21,7 +21,8 @@
 //!             let pool = Pool::new(&master, options);
 //!             pool.adopt(&master, passed)?;
 //!             pool.listen(&master, "127.0.0.1:8000")?;
-//!             pool.on_event(|_, _, event| eprintln!("{event}"));
+//!             let log = LogWriter::stderr().attached_to(&master);
+//!             pool.on_event(move |_, _, event| log.line(event));
 //!             pool.on_default_signals(&master)?;
 //!             master.run()
 //!         }
@@ -339,9 +340,10 @@ impl Pool {
     /// Node: `removeListener`.
     ///
     /// ```no_run
-    /// # fn f(pool: &cluster::pool::Pool) {
-    /// let log = pool.on_event(|_, _, event| eprintln!("{event}"));
-    /// pool.remove_callback(log);
+    /// # fn f(master: &cluster::Master, pool: &cluster::pool::Pool) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// let id = pool.on_event(move |_, _, event| log.line(event));
+    /// pool.remove_callback(id);
     /// # }
     /// ```
     pub fn remove_callback(&self, id: CallbackId) {
@@ -371,8 +373,9 @@ impl Pool {
     /// use std::time::Duration;
     /// use cluster::pool::FailureAction;
     ///
-    /// pool.set_failure_limit_callback(|_, _, failure| {
-    ///     eprintln!("{failure}; next try in five minutes");
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// pool.set_failure_limit_callback(move |_, _, failure| {
+    ///     log.line(format_args!("{failure}; next try in five minutes"));
     ///     FailureAction::RetryAfter(Duration::from_secs(300))
     /// });
     /// # }
@@ -540,10 +543,11 @@ impl Pool {
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
     /// let status = pool.status(master);
-    /// println!("{status}");
-    /// println!("{}", status.to_json());
-    /// println!("{}", status.to_prometheus());
+    /// log.line(&status);
+    /// log.line(status.to_json());
+    /// log.line(status.to_prometheus());
     /// assert!(status.ready_workers() <= status.slots.len() + 1);
     /// # }
     /// ```

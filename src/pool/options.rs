@@ -178,8 +178,8 @@ accessors! {
 
     /// Sets the pause between the second consecutive failure of a slot and its next fork. After the
     /// first failure, the pool forks a replacement immediately. Each failure after the second
-    /// doubles the pause, up to [`back_off_cap`](Self::back_off_cap). The default is 100 ms. See
-    /// [`PoolOptions`] for an example.
+    /// doubles the pause, up to [`back_off_cap`](Self::back_off_cap). A pause below 1 ms is treated
+    /// as 1 ms. The default is 100 ms. See [`PoolOptions`] for an example.
     back_off,
     /// Returns the pause between the second consecutive failure of a slot and its next fork. See
     /// [`PoolOptions`] for an example.

@@ -28,8 +28,8 @@ pub enum SignalAction {
     Shrink,
 }
 
-/// The default effects of signals. The effects match gunicorn's, except that the first SIGINT
-/// drains the pool.
+/// The default effects of signals. In gunicorn, the signals have similar effects, but SIGINT stops
+/// the workers at once.
 const DEFAULTS: [(Signal, SignalAction); 7] = [
     (Signal::TERM, SignalAction::Stop),
     (Signal::INT, SignalAction::Stop),

@@ -61,8 +61,10 @@ impl Pool {
                 worker_sockets.push(PoolListener { listener, is_own });
             }
         }
-        // Until this process has taken over, its old master may still serve from the same sockets,
-        // so no socket is this service's own yet.
+        // Until this process has taken over, do not pass a socket as the service's own. This
+        // process's old master may still serve from the socket. The new master waits only for the
+        // exit of this process. It would then drain or close the socket although the old master
+        // still uses it.
         let has_taken_over = self.0.old_master.borrow().is_none();
         let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
             let PoolListener { listener, is_own } = socket;
@@ -145,7 +147,8 @@ impl Pool {
     fn have_workers_listened(&self, master: &Master) -> bool {
         let core = self.0.core.borrow();
         let has_listened = |id: &WorkerId| match core.options().readiness {
-            // Assume that a ready worker has opened all of its sockets.
+            // Assume that a ready worker has opened all of its sockets, because no event shows that
+            // a worker has opened its last one.
             Readiness::Listening | Readiness::Message => true,
             Readiness::Online | Readiness::Alive(_) => {
                 let worker = master.worker(*id);

@@ -38,10 +38,10 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// Call this method after [`adopt`](Self::adopt) and before the loop runs. If `NOTIFY_SOCKET`
-    /// is not set, nothing happens. The pool never waits for systemd. If systemd cannot be
-    /// notified, the pool emits [`PoolEvent::NotificationFailed`] and continues. If systemd's queue
-    /// is full, the pool drops status lines and watchdog notifications, and sends the service's
-    /// state again later.
+    /// is not set, the method only checks the variables of the watchdog. The pool never waits for
+    /// systemd. If systemd cannot be notified, the pool emits [`PoolEvent::NotificationFailed`] and
+    /// continues. If systemd's queue is full, the pool drops status lines and watchdog
+    /// notifications, and sends the service's state again later.
     ///
     /// # Errors
     ///

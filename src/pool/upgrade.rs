@@ -34,7 +34,8 @@ use super::{Pool, PoolListener};
 /// or until its pool is stopped at once.
 const CHANNEL: &str = "cluster-predecessor";
 
-/// The byte with which a new master reports that it has taken over.
+/// The byte with which a new master reports that it has taken over. The new master writes nothing
+/// else, so the old master accepts any byte.
 const TOOK_OVER: u8 = b'S';
 
 /// The old master's channel and this process's takeover state, in a process that has not yet taken
@@ -288,7 +289,8 @@ impl Pool {
     /// # Errors
     ///
     /// Returns [`Error::InitProcess`] if this process has the process id 1. Returns the same errors
-    /// as [`Master::fork`]. Also returns [`Error::Io`] if this process has no descriptors left.
+    /// as [`Master::fork`]. Also returns [`Error::Io`] if the channel to the new master or a copy
+    /// of a socket cannot be created, for instance because no descriptor is free.
     ///
     /// ```no_run
     /// # fn f(pool: &cluster::pool::Pool, master: &cluster::Master) -> cluster::Result<()> {

@@ -127,8 +127,12 @@ pub fn reloading() -> Result<bool> {
 ///
 /// # Errors
 ///
-/// Returns [`Error::Environment`] if `WATCHDOG_PID` is not a number or `WATCHDOG_USEC` is not a
-/// positive number.
+/// Returns [`Error::Environment`] in the following cases:
+///
+/// - One of the two variables is not valid UTF-8.
+/// - `WATCHDOG_USEC` is set, and `WATCHDOG_PID` is set but is not a process id.
+/// - `WATCHDOG_USEC` is not a positive number, although `WATCHDOG_PID` is missing or contains this
+///   process's id.
 pub fn watchdog() -> Result<Option<Duration>> {
     let (pid, time) = (variable(WATCHDOG_PID), variable(WATCHDOG_USEC));
     parse_watchdog(std::process::id(), pid?, time?)

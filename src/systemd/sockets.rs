@@ -194,8 +194,11 @@ impl TryFrom<ListenFd> for UdpSocket {
 ///
 /// Returns [`Error::Environment`] and takes no descriptor in the following cases:
 ///
-/// - `LISTEN_PID` or `LISTEN_FDS` is not a valid number.
-/// - `LISTEN_FDNAMES` does not contain exactly one name for each descriptor.
+/// - One of the three variables is not valid UTF-8.
+/// - `LISTEN_FDS` is set, but `LISTEN_PID` is not a process id.
+/// - `LISTEN_PID` is this process's id, but `LISTEN_FDS` is not a number up to 65535.
+/// - `LISTEN_FDNAMES` is set, but does not contain exactly one name for each of the descriptors
+///   that systemd has passed to this process.
 /// - One of the descriptors is not open, or is marked as close-on-exec. Passed descriptors never
 ///   have this mark, so this process must have opened the descriptor itself.
 pub fn listen_fds() -> Result<Vec<ListenFd>> {

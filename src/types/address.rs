@@ -16,8 +16,9 @@ use crate::types::endpoint::{Endpoint, Kind, Place, fmt_path};
 ///
 /// ```no_run
 /// # fn f(master: &cluster::Master) {
-/// master.on_listening(|_, worker, address| {
-///     println!("worker {} listens on {address}, port {:?}", worker.id(), address.port());
+/// let log = cluster::LogWriter::stderr().attached_to(master);
+/// master.on_listening(move |_, worker, address| {
+///     log.line(format_args!("worker {}: {address}, port {:?}", worker.id(), address.port()));
 /// });
 /// # }
 /// ```
@@ -107,9 +108,10 @@ impl Address {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.on_listening(|_, _, address| {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// master.on_listening(move |_, _, address| {
     ///     if let Some(address) = address.socket_addr() {
-    ///         println!("bound to {}", address.ip());
+    ///         log.line(format_args!("bound to {}", address.ip()));
     ///     }
     /// });
     /// # }
@@ -130,9 +132,10 @@ impl Address {
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {
-    /// master.on_listening(|_, _, address| {
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// master.on_listening(move |_, _, address| {
     ///     if let Some(path) = address.path() {
-    ///         println!("connect to {}", path.display());
+    ///         log.line(format_args!("connect to {}", path.display()));
     ///     }
     /// });
     /// # }

@@ -11,7 +11,7 @@
 /// use cluster::{Error, ForkStep};
 ///
 /// if let Err(Error::Fork { step: ForkStep::Execute, program, .. }) = master.fork() {
-///     eprintln!("cannot execute {}", program.display());
+///     master.give_up(format!("cannot execute {}", program.display()));
 /// }
 /// # }
 /// ```

@@ -38,8 +38,8 @@ pub struct WorkerLoad {
     /// listeners that the worker has released do not count.
     ///
     /// The number is approximate, because the worker reports its open connections only from time to
-    /// time. A worker that receives no more connections sends its next report when half of the open
-    /// connections have been closed.
+    /// time. A worker that receives no more connections sends its next report when at most half of
+    /// the last reported number are open.
     pub open: u64,
     /// The connections in `dispatched` that returned to the master because the worker had not
     /// received them.

@@ -6,10 +6,10 @@ use std::str::FromStr;
 ///
 /// Node: `cluster.SCHED_RR` and `cluster.SCHED_NONE`.
 ///
-/// The default is round robin. The application selects a policy with
-/// [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy). The user selects one
-/// with the environment variable `CLUSTER_SCHED_POLICY`, whose value is `rr`, `none` or `sharded`.
-/// [`FromStr`] parses these values.
+/// The default is round robin. The user selects another policy with the environment variable
+/// `CLUSTER_SCHED_POLICY`, whose value is `rr`, `none` or `sharded`. The application selects one
+/// with [`Master::set_scheduling_policy`](crate::Master::set_scheduling_policy), which takes
+/// precedence. [`FromStr`] parses the values of the variable.
 ///
 /// ```
 /// use cluster::SchedulingPolicy;

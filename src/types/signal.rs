@@ -75,9 +75,9 @@ impl Signal {
         Self(number)
     }
 
-    /// The highest signal number. On Linux and Android, this is the kernel's SIGRTMAX, except on
-    /// MIPS. Elsewhere, this is the last standard signal, because the numbers of real-time signals
-    /// are not constant.
+    /// The highest signal number that a conversion accepts. On Linux and Android, this is the
+    /// kernel's SIGRTMAX on all architectures except MIPS, which has 128 signals. Elsewhere, this
+    /// is the last standard signal, because the numbers of real-time signals are not constant.
     const MAX: i32 = if cfg!(any(target_os = "linux", target_os = "android")) {
         64
     } else {

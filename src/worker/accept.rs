@@ -42,8 +42,8 @@ const TURN_WAIT: Duration = Duration::from_millis(1);
 ///
 /// Each arrival on a parked connection interrupts the call. With one attempt, busy parked
 /// connections could make new ones wait forever. Two attempts almost always suffice. Each attempt
-/// first discards a pending interrupt, and fails only if the next arrival comes before accept(2)
-/// begins.
+/// first discards a pending interrupt. While the backlog has a connection, the attempt fails only
+/// if the next arrival comes before accept(2) begins.
 const TURN_ATTEMPTS: u32 = 3;
 
 /// The sources, besides the listener itself, that may have unhandled input.
@@ -56,7 +56,8 @@ const TURN_ATTEMPTS: u32 = 3;
 ///
 /// | state | event | next state |
 /// |---|---|---|
-/// | any | interrupts were set up or discarded, or accept(2) returned without a connection | `Both` |
+/// | any | interrupts were set up or discarded | `Both` |
+/// | any | the shell's `accept_blocking` returned neither a connection nor an error | `Both` |
 /// | `Both` | the poller was checked | `Channel` |
 /// | `Poller` | the poller was checked | `Nothing` |
 /// | `Channel` | the channel was read and found empty | `Nothing` |
@@ -281,7 +282,7 @@ impl Worker {
     }
 
     /// Accepts a new connection although parked connections are ready. Returns `None` if another
-    /// worker has taken it, or if the attempts were interrupted.
+    /// worker has accepted the connection from the backlog, or if each attempt was interrupted.
     fn accept_new_first(&self, listener: ListenerId) -> Result<Option<Attempt<Accepted>>> {
         let (shell, wait_state) = (&self.inner.shell, &self.inner.wait_state);
         let deadline = shell.now().saturating_add(TURN_WAIT);

@@ -81,7 +81,8 @@ impl<S> Listener<S> {
     /// workers. If no other worker can serve them, they wait in the kernel's backlog. With the
     /// sharded policy, connections in this worker's shard always wait. The worker no longer counts
     /// a connection once the application has dropped it or its
-    /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`].
+    /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`] or
+    /// [`Connection::park`].
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

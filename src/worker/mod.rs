@@ -203,9 +203,10 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Listen`] if the address is in use, is not allowed, or cannot be resolved,
-    /// or if the worker already has 64 listeners and sockets. Returns [`Error::Io`] if the wait for
-    /// the master's reply fails. A failed call has no effect and can be repeated.
+    /// Returns [`Error::Listen`] if the listener cannot be opened, for instance because the address
+    /// is in use, is not allowed or cannot be resolved, or because the worker already has 64
+    /// listeners and sockets. Returns [`Error::Io`] if the wait for the master's reply fails. A
+    /// failed call has no effect and can be repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -235,9 +236,10 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::Bind`] if the address is in use, is not allowed, or cannot be resolved, or
-    /// if the worker already has 64 listeners and sockets. Returns [`Error::Io`] if the wait for
-    /// the master's reply fails. A failed call has no effect and can be repeated.
+    /// Returns [`Error::Bind`] if the socket cannot be opened, for instance because the address is
+    /// in use, is not allowed or cannot be resolved, or because the worker already has 64 listeners
+    /// and sockets. Returns [`Error::Io`] if the wait for the master's reply fails. A failed call
+    /// has no effect and can be repeated.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -309,8 +311,8 @@ impl Worker {
         false
     }
 
-    /// Returns whether the worker disconnected after a requested disconnect or kill, or `None`
-    /// while the channel is open.
+    /// Returns whether the master had requested a disconnect, or confirmed the worker's own
+    /// request, before the channel closed. Returns `None` while the channel is open.
     ///
     /// Node: `worker.exitedAfterDisconnect`.
     ///
@@ -407,8 +409,9 @@ impl Worker {
         sent.map(Sent::new)
     }
 
-    /// Sends a disconnect request to the master. When the master agrees, the worker closes its
-    /// listeners, waits for its connections, and closes the channel. Returns the worker.
+    /// Sends a disconnect request to the master. When the master has confirmed the request, the
+    /// worker closes its listeners, waits for its connections, and closes the channel. Returns the
+    /// worker.
     ///
     /// Node: `worker.disconnect()`.
     ///
@@ -427,8 +430,8 @@ impl Worker {
         self
     }
 
-    /// Disconnects without waiting for connections. When the master agrees, the channel closes, and
-    /// [`run`](Self::run) or [`Listener::accept`] returns.
+    /// Disconnects without waiting for connections. When the master has confirmed the disconnect
+    /// request, the channel closes, and [`run`](Self::run) or [`Listener::accept`] returns.
     ///
     /// Node: `worker.kill()` in a worker, with its alias `worker.destroy()`.
     ///

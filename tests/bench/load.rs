@@ -160,7 +160,8 @@ pub fn drive(
     while !open.is_empty() {
         for client in open.answered() {
             answered(client.answered());
-            // Start the next connection before the answered connection is closed.
+            // Start the next connection before the answered one is closed at the end of this iteration,
+            // so that at least `clients` connections are open until `next` returns `None`.
             if let Some(request) = next() {
                 open.add(Client::connect(address, request));
             }

@@ -30,8 +30,8 @@ crate::scenarios! {
 }
 
 /// Serves one client before the shortage. With the policies `none` and `sharded`, the first call of
-/// `accept` opens the descriptors that the worker needs in order to block. Without them, later
-/// calls would not block.
+/// `accept` opens the descriptors that the worker needs in order to block. If this call came during
+/// the shortage, it would fail to open them and would not block.
 fn serve_first(listener: &cluster::Listener) {
     let mut first = listener.accept().unwrap().unwrap();
     first.write_all(b"served").unwrap();
@@ -98,8 +98,8 @@ fn worker_without_descriptors_accepts_after_the_shortage_sharded() {
 }
 
 /// Disconnects a worker that has no free descriptor. No client waits, so the worker must end at
-/// once. With round robin, it reports the shortage, because it checks for a free descriptor before
-/// it looks into its queue. With the other policies, it must report no error.
+/// once. With round robin, the worker may report the shortage, because it checks for a free
+/// descriptor before it reads its queue. With the other policies, the worker must report no error.
 fn disconnect_without_descriptors(policy: SchedulingPolicy) {
     cluster(
         |master| {

@@ -379,7 +379,8 @@ fn exit_of_the_master_is_noticed_in_accept() {
         let group = Group::start(&mut watched()).unwrap();
         group.line("listening");
         kill(group.pid(), Number::SIGKILL).unwrap();
-        // The worker is reparented to this process, so `end` fails if a worker is left.
+        // The kernel reparents the killed master's worker to this process, so `end` finds the
+        // worker and fails if the worker does not exit.
         let status = group.end().unwrap();
         assert_eq!(status.signal(), Some(libc::SIGKILL));
     }

@@ -379,8 +379,8 @@ impl Group {
             found.map(str::to_owned)
         };
         wait_until(&format!("a line that starts with {prefix:?}"), || {
-            // Look whether the program runs before reading its output, because it may print the
-            // line and exit in between.
+            // Check whether the program is running before reading its output. In the opposite
+            // order, the program could print the line and exit between the two steps.
             let is_running = matches!(self.child.borrow_mut().try_wait(), Ok(None));
             let found = find();
             assert!(
@@ -455,8 +455,9 @@ impl Drop for Group {
 
 /// Calls `ask` every millisecond until `ask` returns a value, and returns this value.
 ///
-/// Use it for conditions whose change causes no event. Panics if the wait takes longer than half of
-/// [`DEADLINE`].
+/// Use this function for conditions whose change causes no event. Panics if the wait takes longer
+/// than half of [`DEADLINE`], so that the panic names the condition before the test is treated as
+/// hanging.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE / 2;
@@ -552,7 +553,8 @@ pub fn when_listening(
 
 /// Checks the condition every millisecond, and calls `then` when it is true.
 ///
-/// Use it for conditions whose change causes no event, while the master's loop continues.
+/// Use this function for conditions whose change causes no event, while the master's loop
+/// continues.
 pub fn when(
     master: &Master,
     condition: impl Fn(&Master) -> bool + 'static,
@@ -683,8 +685,8 @@ pub fn stop(worker: &WorkerProcess) {
 
 /// Runs the worker's loop, and then waits for a signal that kills the process.
 ///
-/// Use it for workers that the master kills. Such a worker never returns from `main`, so its exit
-/// status is certainly the signal.
+/// Use this function for workers that the master kills. Such a worker never returns from `main`, so
+/// its exit status is certainly the signal.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {

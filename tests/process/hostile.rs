@@ -74,7 +74,8 @@ crate::scenarios! {
 /// Maximum memory for received bytes: one incomplete frame of up to 1 MiB, and the 64 KiB of one
 /// read.
 const BYTES_IN: usize = (1 << 20) + (64 << 10);
-/// Maximum memory for bytes that wait for a worker that does not read.
+/// Maximum memory for bytes that wait for a worker that does not read (`UNREAD_MAX` in
+/// `src/wire/channel`).
 const BYTES_OUT: usize = 9 << 20;
 /// Maximum number of received descriptors, including those whose frames are still incomplete.
 const FDS_IN: usize = 144;
@@ -82,7 +83,8 @@ const FDS_IN: usize = 144;
 const FDS_OUT: usize = 512;
 /// Maximum number of connections that the master dispatches to a worker between two idle reports.
 const WINDOW: usize = 16;
-/// Maximum number of connections in a queue if the worker overstates how many it has received.
+/// Maximum number of connections in a queue if the worker overstates how many it has received. The
+/// queue's send buffer then limits the number (`SEND_BUFFER` in `src/sys/queue.rs`).
 const QUEUED_MAX: usize = 64;
 /// Length of a queue's message in bytes. Each message carries one connection.
 const QUEUE_MESSAGE: usize = 16;

@@ -152,7 +152,8 @@ fn serve(worker: &Worker, address: &str) {
     });
 }
 
-/// Returns the process id of the worker's master. Workers answer each client with it.
+/// Returns the process id of the worker's master. Workers send this id as the answer to each
+/// client.
 fn master_of_worker() -> String {
     std::os::unix::process::parent_id().to_string()
 }
@@ -188,13 +189,13 @@ impl Service {
         service
     }
 
-    /// Returns the number of output lines with this end.
+    /// Returns the number of output lines that end with `end`.
     fn count(&self, end: &str) -> usize {
         let output = self.group.output();
         output.lines().filter(|line| line.ends_with(end)).count()
     }
 
-    /// Waits until the output contains `count` lines with this end. Panics if a process has
+    /// Waits until at least `count` lines of the output end with `end`. Panics if a process has
     /// panicked.
     fn wait_for(&self, end: &str, count: usize) {
         wait_until(end, || {

@@ -165,8 +165,9 @@ fn hold(worker: &Worker) {
     worker.run().unwrap();
 }
 
-/// Checks the number of open connections. It may be too high for a while, because a worker that has
-/// nothing to receive reports closed connections only when it has closed half of its connections.
+/// Checks the number of open connections. The number may be too high for a while, because a worker
+/// that receives nothing reports again only when at most half of the connections in its last report
+/// are still open.
 fn loads_count_open_connections() {
     let log = Log::default();
     let entries = log.clone();

@@ -35,8 +35,8 @@ struct System {
     has_proc: bool,
 }
 
-/// The number of the system call `fchmodat2`. It is the same on x86-64, AArch64 and RISC-V. Some
-/// versions of the C library do not declare it.
+/// The number of the system call fchmodat2(2) on x86-64, AArch64 and RISC-V. The crate `libc` has a
+/// constant for it only on some targets.
 const FCHMODAT2: libc::c_long = 452;
 
 /// System calls that were added after 2016 and that this crate, the standard library or `polling`

@@ -217,8 +217,8 @@ fn failed_fork_is_treated_as_a_death() {
                     failures.set(failures.get() + 1);
                 }
                 PoolEvent::FailureLimitReached { .. } => assert!(failures.get() >= 3),
-                // By default, a pool that gives up and has no workers stops. Any other event must
-                // come from this stop.
+                // By default, the pool stops if no worker is ready when a slot reaches its failure
+                // limit. Any other event must come from this stop.
                 event => assert!(pool.is_stopping(), "{event}"),
             });
             assert!(matches!(master.run(), Err(Error::GaveUp { .. })));

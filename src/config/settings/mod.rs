@@ -293,11 +293,12 @@ impl Settings {
     ///   and a [`disconnect`](crate::Master::disconnect) of all workers may finish, while the
     ///   process runs. Call [`Process::reference`](crate::Process::reference) to make `run` wait.
     ///   In Node, the parent waits unless it calls `unref`.
-    /// - Of this crate's methods, only [`Process::kill`](crate::Process::kill) and
-    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) end the process. Both methods send the
-    ///   signal immediately. The process survives a deadline of `disconnect_within`, a pool's stop
-    ///   and the master's exit. [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect)
-    ///   does nothing.
+    /// - Of this crate's methods, only [`Process::kill`](crate::Process::kill),
+    ///   [`WorkerProcess::kill`](crate::WorkerProcess::kill) and its alias
+    ///   [`destroy`](crate::WorkerProcess::destroy) end the process. All of them send the signal
+    ///   immediately. The process survives a deadline of `disconnect_within`, a pool's stop and the
+    ///   master's exit. [`WorkerProcess::disconnect`](crate::WorkerProcess::disconnect) does
+    ///   nothing.
     /// - The process leads its own session unless [`setsid`](Self::setsid) is `false`. Signals to
     ///   the master's process group and the terminal's SIGHUP therefore do not reach the process.
     ///
@@ -313,8 +314,8 @@ impl Settings {
     /// let settings = Settings::default().exec("./server-2").detached(true);
     /// let before = std::process::id().to_string();
     /// let successor = master.fork_as(SpawnOptions::new(settings).env("BEFORE", before))?;
-    /// successor.on_exit(|_, _, status| eprintln!("the new server has exited: {status}"));
-    /// master.on_all_disconnected_once(|_| println!("only the new server is left"));
+    /// let log = cluster::LogWriter::stderr().attached_to(master);
+    /// successor.on_exit(move |_, _, status| log.line(format_args!("new server: {status}")));
     /// master.disconnect();
     /// # Ok(()) }
     /// ```

@@ -619,7 +619,8 @@ impl<C> Dispatcher<C> {
     }
 
     /// Checks at most `limit` waiting connections, and removes those for which `is_gone` returns
-    /// true. Each call continues after the connection that the previous call checked last.
+    /// true. Each call continues after the connection that the previous call checked last. If no
+    /// later connection waits, the call starts again at the first one.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) -> Swept<C> {
         let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
         if self.waiting.range(after).next().is_none() {
@@ -718,7 +719,8 @@ impl<C> Dispatcher<C> {
     /// Takes out the next waiting connection, and returns it with the worker to which it is
     /// dispatched.
     ///
-    /// Returns `None` if no connection waits, or if no worker has capacity for one.
+    /// Returns `None` if no connection waits, or if no worker can receive any of the waiting
+    /// connections now.
     pub(crate) fn dispatch_next(&mut self, now: Time) -> Option<Dispatched<C>> {
         self.end_penalties(now);
         let assigned = self.next_assigned();

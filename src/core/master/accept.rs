@@ -17,7 +17,8 @@ use crate::wire::frame::HandleId;
 /// `cargo bench -- connections` measures the cost.
 pub(crate) const ACCEPT_BATCH: u64 = 64;
 
-/// The delay before the next attempt after accepting or dispatching has failed.
+/// The delay before the next attempt after accepting, dispatching or giving a connection has
+/// failed, and after another process has shut the listener down.
 ///
 /// Without a delay, the event loop would spin while the listener stays readable, for example while
 /// no descriptor is free. With a longer delay, clients wait longer although a descriptor is free

@@ -55,9 +55,9 @@ impl<C, F> MasterCore<C, F> {
                 self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
-                // Skip the grace period if no client has ever connected, because no handshake is
-                // then expected. If workers accept, the master does not know whether clients have
-                // connected.
+                // Skip the grace period if the master has never accepted a connection, because a
+                // handshake in flight is then unlikely. If workers accept, the master does not know
+                // whether clients have connected.
                 let grace = match listener.has_accepted || workers_accept {
                     true => grace_end,
                     false => self.now,
@@ -88,9 +88,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns a borrowed listener to the application, where it stays open with its backlog. The
-    /// workers serve only the connections that have already been accepted. `grace` is the end of
-    /// the grace period for idle connections, if any.
+    /// Returns a borrowed listener to the application. The application's descriptor keeps the
+    /// listener and its backlog open. The workers serve only the connections that have already been
+    /// accepted. `grace` is the end of the grace period for idle connections, if any.
     fn return_borrowed(&mut self, handle: HandleId, grace: Option<Time>) {
         self.remove_key(handle);
         self.watch(handle, false);

@@ -19,8 +19,8 @@ use crate::wire::frame::{Bound, HandleId, HandleKey};
 /// that a broken worker can cost the master. Well-behaved workers use only a few.
 const LISTENERS_PER_WORKER_MAX: usize = 64;
 
-/// The highest handle number of a listener, because the poller's keys have 29 bits for it on 32-bit
-/// systems.
+/// The highest handle number of a listener. On 32-bit systems, the poller's keys have only 29 bits
+/// for the number.
 pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
 
 /// A request to listen whose `Bind` action the shell has not answered with `bound`.

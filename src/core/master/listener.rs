@@ -64,9 +64,9 @@ pub(super) enum Stage {
     /// The listener receives new connections.
     Open,
     /// New connections are kept out, unless a process outside the cluster may have a copy of the
-    /// socket. The value is the end of the grace period for handshakes. Until then, an empty
-    /// backlog does not close the listener. The value is `None` if the period has ended or none is
-    /// needed.
+    /// socket. The value is the end of the grace period for handshakes and idle connections. Until
+    /// then, an empty backlog does not close the listener. The value is `None` if the period has
+    /// ended or none is needed.
     Draining(Option<Time>),
     /// The workers close the listener when they find its backlog empty.
     Emptying,

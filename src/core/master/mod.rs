@@ -149,8 +149,8 @@ impl<C, F> MasterCore<C, F> {
     ///
     /// # Errors
     ///
-    /// Returns [`Error::PolicyFrozen`] after the first fork, or after the application has retained
-    /// a listener.
+    /// Returns [`Error::PolicyFrozen`] after the first fork of a worker, or after the application
+    /// has retained a listener.
     pub(crate) fn set_policy(&mut self, policy: SchedulingPolicy) -> Result<(), Error> {
         if self.is_policy_frozen {
             return Err(Error::PolicyFrozen);

@@ -294,7 +294,7 @@ impl ReadyQueue {
         self.reserved = capacity;
     }
 
-    /// Records that a new connection uses the reserved capacity.
+    /// Records that a new connection uses one unit of the reserved capacity.
     pub(super) fn use_reserved(&mut self) {
         self.reserved = self.reserved.saturating_sub(1);
     }
@@ -504,7 +504,8 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-/// The maximum number of idle connections that one step gives to workers.
+/// The maximum number of idle connections that one call of `give_held` gives to workers. The next
+/// iteration of the loop gives the next ones.
 ///
 /// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
 /// benchmark chose this value.

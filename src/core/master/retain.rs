@@ -26,6 +26,7 @@ impl<C, F> MasterCore<C, F> {
         let listener = self.listeners.get_mut(&handle)?;
         listener.retained_by += 1;
         listener.is_requested = true;
+        // A draining listener pauses from now on, because it must stay open.
         if self.reopen(handle) {
             self.pause(handle);
         }
@@ -144,9 +145,9 @@ impl<C, F> MasterCore<C, F> {
         Some(listener.public_address())
     }
 
-    /// Releases a listener that the application has retained. If the application has now released
-    /// it as often as it has retained it, the listener closes if no worker serves it, and drains if
-    /// it is paused.
+    /// Undoes one retention of a listener. After the last one, the listener closes if no worker
+    /// serves it, and drains if it is pausing. Otherwise, it stays open for the workers that serve
+    /// it.
     pub(crate) fn release(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

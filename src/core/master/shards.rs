@@ -28,7 +28,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns the index of the worker's shard, or `usize::MAX` if the worker has none.
+    /// Returns the index of the worker's shard. If the worker has none, returns `usize::MAX`, which
+    /// is the index of no shard, so that each lookup with the result finds nothing.
     pub(super) fn shard_index(&self, handle: HandleId, worker: WorkerId) -> usize {
         let listener = self.listeners.get(&handle);
         let shards = listener.map_or(&[][..], |listener| &listener.shards);

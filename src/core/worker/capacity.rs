@@ -17,14 +17,14 @@ use crate::wire::frame::ToMaster;
 /// |---|---|---|
 /// | `Paused` | the queue is found empty while the listener is not paused | `Idle` |
 /// | `Idle` | the queue is found empty after more connections were received | `Idle` |
-/// | `Idle` | half of the reported open connections are closed, and none was received | `Idle` |
+/// | `Idle` | a connection closes, none was received, and at most half of `open` are open | `Idle` |
 /// | `Idle` | the listener is paused, or its callback is removed | `Paused` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
     /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
     /// a pause until the first report.
     Paused,
-    /// The queue was found empty while the application waited for a connection.
+    /// The worker has reported that the queue is empty and that it wants connections.
     Idle {
         /// The number of connections received from the queue by the time of the report.
         received: u64,

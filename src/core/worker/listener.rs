@@ -19,8 +19,8 @@ use crate::wire::frame::{Bound, HandleKey, ToMaster};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
 
-/// The highest number of a listener, because the poller's keys have 29 bits for it on 32-bit
-/// systems.
+/// The highest number of a listener. On 32-bit systems, the poller's keys have only 29 bits for the
+/// number.
 pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 
 /// The stage of a listener.

@@ -9,6 +9,7 @@ use crate::core::master::Attachment;
 use crate::error::{Error, SendError};
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
+use crate::types::errno::errno_of;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::signal::Signal;
@@ -117,7 +118,7 @@ impl MasterShell {
         let fd = match (fd, handle, frame) {
             (Ok(fd), _, _) => fd,
             (Err(error), Some(handle), ToWorker::Reply { request, .. }) => {
-                let errno = error.raw_os_error().unwrap_or(0);
+                let errno = errno_of(&error);
                 let mut core = self.core_now();
                 return core.share_failed(handle, worker, *request, errno);
             }

@@ -64,8 +64,9 @@ impl MasterShell {
         }
         if !worker_io.pid.has_exited(process.as_deref()) {
             // Without a process descriptor, do not let the caller reap a process that exits only
-            // now, because its members could no longer be killed. SIGCHLD will report the exit. The
-            // signal 0 fails if other code has reaped the process; the caller then reports that.
+            // now, because its members could no longer be killed. SIGCHLD will report the exit.
+            // Signal 0 fails if other code has already reaped the process. In that case, let the
+            // caller try, so that it reports the unknown exit status.
             return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
         let is_open = worker_io.channel.with(|_| ()).is_some();

@@ -65,11 +65,6 @@ pub(crate) struct RetainedListener {
     pub(crate) socket: Rc<Registered<OwnedFd>>,
 }
 
-/// Returns the system's error number for the core, or `EINVAL` if the error has none.
-fn errno_of(error: &io::Error) -> i32 {
-    error.raw_os_error().unwrap_or(errno::EINVAL)
-}
-
 // Opening listeners.
 impl MasterShell {
     pub(super) fn bind_for_worker(
@@ -80,7 +75,7 @@ impl MasterShell {
         policy: SchedulingPolicy,
     ) {
         let result = self.bind(handle, endpoint, flags, policy);
-        let result = result.map_err(|error| errno_of(&error));
+        let result = result.map_err(|error| errno::errno_of(&error));
         self.core.borrow_mut().bound(handle, result);
     }
 
@@ -92,7 +87,7 @@ impl MasterShell {
         request: u32,
     ) {
         let result = self.bind_shard(handle, flags);
-        let result = result.map_err(|error| errno_of(&error));
+        let result = result.map_err(|error| errno::errno_of(&error));
         let mut core = self.core_now();
         core.shard_bound(handle, worker, request, result);
     }
@@ -350,8 +345,9 @@ impl MasterShell {
 
     /// Makes a listener, or one of its shards, listen again after another process has shut it down.
     ///
-    /// The poller does not report the listener again until `watch_hang_up` is called. This pause
-    /// limits the cost of a process that shuts the listener down repeatedly.
+    /// The poller does not report the listener again until `watch_hang_up` or, if the master
+    /// accepts, `set_interest` is called. This pause limits the cost of a process that shuts the
+    /// listener down repeatedly.
     fn listen_again(&self, handle: HandleId, shard: usize) -> io::Result<()> {
         let mut sockets = self.sockets.borrow_mut();
         let listener = sockets.get_mut(&handle).ok_or(io::ErrorKind::NotFound)?;

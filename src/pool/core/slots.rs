@@ -185,7 +185,8 @@ impl Slot {
     }
 }
 
-/// Returns the back-off's first pause, doubled `doublings` times, up to the cap.
+/// Returns the back-off's first pause, doubled `doublings` times, up to the cap. The result is at
+/// least `MIN_PAUSE`.
 fn pause(options: &PoolOptions, doublings: u32) -> Duration {
     // Limit the shift, because `1 << 32` would overflow. A back-off of 2^31 times the first pause
     // is beyond any useful cap.

@@ -590,6 +590,7 @@ impl Script {
             11 if flag => world.call(Call::Ref, hostile, 0),
             11 => world.call(Call::Unref, hostile, 0),
             12..=14 => {
+                // 32 is EPIPE: the peer has closed its end of the channel.
                 let (worker, reason) = (hostile, io::Error::from_raw_os_error(32));
                 world.report(|core| core.error(worker, Error::Channel { worker, reason }));
             }

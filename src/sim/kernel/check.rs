@@ -73,7 +73,9 @@ impl World {
         let is_passed = !self.has_successor || self.master.count_idle() == 0;
         assert!(is_passed, "an idle connection is not passed");
         for (id, held) in &self.held {
-            // With the other policies, the next worker receives the connection with its data.
+            // Only with round robin does the master dispatch a connection as soon as its data
+            // arrives. With the other policies, the connection stays idle and unwatched, and the
+            // next worker that serves the listener receives the connection with its data.
             let is_dispatched = self.config.policy == SchedulingPolicy::RoundRobin;
             let is_watched = held.is_awaited || !self.master.is_idle(*id) || !is_dispatched;
             assert!(is_watched, "{id:?} is idle and not watched");
@@ -115,7 +117,9 @@ impl World {
     }
 
     /// Records that a worker has received the client's connection and reads what the client has
-    /// sent. Checks that no worker has received the connection before, unless it has been parked.
+    /// sent. Checks that an earlier worker has received the connection exactly if it has been
+    /// parked. If a worker has forged frames, checks only connections of which the master holds no
+    /// copy.
     pub(crate) fn mark_served(&mut self, client: u32, resumed: Option<Resumed>) {
         let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];

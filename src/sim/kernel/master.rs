@@ -215,6 +215,7 @@ impl World {
         let first = process.down.outbox.front();
         if first.is_some_and(carries) && self.failing.remove(&Failure::Send) {
             process.master_backoff = now + BACKOFF;
+            // 109 is ETOOMANYREFS on most targets: too many descriptors are in flight.
             let reason = io::Error::from_raw_os_error(109);
             let worker = Some(worker);
             return self.report(|core| core.error(worker, Error::Exhausted { worker, reason }));

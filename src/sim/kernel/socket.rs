@@ -134,7 +134,7 @@ pub(crate) struct Held {
     /// The master's copy. `None` if the master could not keep the connection.
     pub(crate) copy: Option<Client>,
     /// Whether the master's poller reports the connection when the client sends something or hangs
-    /// up. Each report ends this.
+    /// up. `false` after each report, because the poller reports a connection only once.
     pub(crate) is_awaited: bool,
     /// Whether the poller could not watch the connection.
     pub(crate) is_unwatched: bool,

@@ -16,6 +16,7 @@ use crate::sys::{check, fd};
 
 /// Returns whether the kernel's events of this poller carry the descriptor's key.
 pub(in crate::sys) fn reports_keys(poller: &Poller) -> io::Result<bool> {
+    /// An arbitrary key, which the kernel must return unchanged.
     const KEY: usize = 0x1234_5678;
     // Start the counter at 1, so that the descriptor is readable immediately.
     // SAFETY: eventfd accesses no memory of this process.

@@ -1,4 +1,5 @@
-//! The flags for naming files without access to their contents, and a safe change of a file's mode.
+//! The flags for referring to a file without access to its contents, and a change of a file's mode
+//! that does not affect a file that has replaced the expected one.
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,8 +25,9 @@ pub(crate) fn change_mode_at(
     status: FileStatus,
     mode: libc::mode_t,
 ) -> io::Result<()> {
-    /// The system call number of fchmodat2(2), for which `libc` has no constant. The number is the
-    /// same on all architectures.
+    /// The system call number of fchmodat2(2), for which `libc` has a constant only on some
+    /// targets. The number is the same on all architectures that Rust supports except MIPS. On
+    /// MIPS, no system call has this number, so the call below fails.
     const FCHMODAT2: libc::c_long = 452;
     let name = c_string(name)?;
     // Open with `O_PATH`, because open(2) fails for a socket file with any other access mode.
@@ -42,8 +44,8 @@ pub(crate) fn change_mode_at(
     if changed == 0 {
         return Ok(());
     }
-    // The call fails before Linux 6.6. In that case, use the descriptor's entry in /proc, because
-    // it refers to the same file.
+    // The call fails before Linux 6.6, for example. After any failure, use the descriptor's entry
+    // in /proc, because this entry refers to the same file.
     let path = c_string(format!("/proc/self/fd/{number}").as_ref())?;
     // SAFETY: the path is zero-terminated and lives through the call.
     check(unsafe { libc::chmod(path.as_ptr(), mode) })?;

@@ -194,6 +194,8 @@ impl Child<'_> {
     fn fail(&self, step: Step, error: &io::Error) -> ! {
         let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
         self.report(Report::Failed(step, errno));
+        // Exit with 127, like a shell that cannot execute a command. The parent ignores the code,
+        // because it has the report.
         // SAFETY: `_exit` runs neither destructors nor exit handlers of the parent.
         unsafe { libc::_exit(127) }
     }

@@ -50,7 +50,8 @@ pub(crate) struct Exit {
 }
 
 impl Exit {
-    /// Returns an exit with the code 255, for a process whose status is lost.
+    /// Returns an exit with the code 255, for a process whose status is lost. The code is not 0, so
+    /// that the application does not mistake the exit for a success.
     pub(crate) fn unknown() -> Self {
         Self {
             status: ExitStatus::from_raw(255 << 8),

@@ -331,7 +331,8 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// # Errors
     ///
     /// Returns an error if the socket is broken, in which case the queued frames are lost. Returns
-    /// `OutOfMemory` if the unwritten frames exceed `UNREAD_MAX` or `UNREAD_FDS_MAX`.
+    /// `OutOfMemory` if more than `UNREAD_MAX` bytes, or more than `UNREAD_FDS_MAX` protocol frames
+    /// with a descriptor, are unwritten.
     ///
     /// If the peer has closed its end, `flush` returns no error. `receive` reports the end-of-file
     /// after everything that the peer wrote earlier.

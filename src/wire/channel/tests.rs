@@ -226,7 +226,9 @@ fn successive_large_messages_are_read_into_their_final_buffers() {
             }
         }
     };
-    // The lengths of a message's reads add up to the length of its header and body.
+    // After a large message, the first read of the next message is at most `EXTRA_READ` bytes,
+    // because another large message is likely. The lengths of a message's reads add up to the
+    // length of its header and body.
     let (long, short) = (READ_SIZE, 100);
     assert_eq!(read(long), [(READ_SIZE, true), (HEADER, false)]);
     let (first, rest) = (EXTRA_READ, HEADER + long - EXTRA_READ);

@@ -54,8 +54,8 @@ pub(crate) struct WorkerShell {
     channel: ChannelDriver<ToWorker, ToMaster>,
     pub(crate) disconnect_token: DisconnectToken,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
-    /// The process's descriptor limit when the application last set a callback. `u64::MAX` before
-    /// the first callback.
+    /// The process's descriptor limit when the application last set a callback. Before the first
+    /// callback, the value is `u64::MAX`, so that descriptors never count as scarce.
     fd_limit: Cell<u64>,
     /// Whether the last attempt to receive a connection failed for lack of descriptors.
     is_out_of_fds: Cell<bool>,

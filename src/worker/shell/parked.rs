@@ -133,7 +133,9 @@ impl WorkerShell {
             }
             (None, None) => {}
         }
-        // Report that the worker is idle in the same write, if it will find its queue empty anyway.
+        // If the queue is already empty, report now that the worker is idle, so that the report and
+        // the frame above leave in one write. The worker would otherwise report this in a second
+        // write.
         let listener = origin.listener.filter(|id| self.is_queue_empty(*id));
         if let Some(listener) = listener {
             core.found_empty_again(listener);

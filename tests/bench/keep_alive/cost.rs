@@ -205,8 +205,9 @@ fn measure_in_turn(variants: &[Variant], busy: usize) -> Vec<Costs> {
     costs
 }
 
-/// Runs busy clients for one second. The clients have one thread per core, so that no core goes
-/// idle. Waking an idle core would dominate the measurement. Returns an error if a request fails.
+/// Runs busy clients for one second. If there are enough clients, they have one thread per core, so
+/// that no core goes idle. Waking an idle core would dominate the measurement. Returns an error if
+/// a request fails.
 fn measure_one(variant: &Variant, busy: usize) -> Result<f64, String> {
     let threads = cluster::available_parallelism().min(busy);
     let plan = Plan {

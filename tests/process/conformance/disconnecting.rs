@@ -70,7 +70,8 @@ fn disconnect_before_exit() {
             worker.on_online(|_, worker| drop(worker.disconnect().clone()));
             worker.on_disconnect(move |master, worker| {
                 log.add("worker disconnect");
-                // The worker must stay in the table until its exit.
+                // `Master::workers` must still contain the worker, because only its exit removes
+                // it.
                 assert_eq!(master.workers(), std::slice::from_ref(worker));
                 let log = log.clone();
                 master.on_all_disconnected_once(move |_| log.add("all exited"));

@@ -32,6 +32,7 @@ const SIGNAL: libc::c_int = libc::SIGURG;
 static THREAD: AtomicI32 = AtomicI32::new(0);
 /// The number of the descriptor that the handler replaces, or -1 if there is none.
 static SLOT: AtomicI32 = AtomicI32::new(-1);
+/// The number of the stub, or -1 if there is none.
 static STUB: AtomicI32 = AtomicI32::new(-1);
 /// Whether the handler has run since the thread last checked.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
