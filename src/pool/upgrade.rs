@@ -145,6 +145,7 @@ impl Pool {
         let read = read.and_then(|()| channel.read_exact(&mut facts));
         let handover = read.and_then(|()| read_handover(&mut channel));
         let handover = handover.map_err(Error::io("read from the old master"))?;
+        self.0.core.borrow_mut().await_takeover();
         if let Some(slots) = handover.slots {
             // Change only the core and do not carry out its actions, because `adopt` must not fork.
             // The loop forks the workers in its next iteration.
@@ -189,6 +190,7 @@ impl Pool {
         let Some(mut old_master) = self.0.old_master.take() else {
             return;
         };
+        self.0.core.borrow_mut().took_over();
         // Ignore an error, because the old master may have exited.
         let _ = old_master.channel.write_all(&[TOOK_OVER]);
         let listeners = self.0.listeners.borrow();
@@ -278,7 +280,7 @@ impl Pool {
     /// process of some containers does. The pool does not detect such a parent. An application that
     /// upgrades must have only one pool. The new master's pool keeps the number of slots
     /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool is stopping, nothing
-    /// happens.
+    /// happens. [`stop_delay`](super::PoolOptions::stop_delay) is part of a stop.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
     /// not contain it. As in nginx and gunicorn, the new master stays in this master's session

@@ -32,8 +32,12 @@ pub struct Status {
     pub is_ready: bool,
     /// Whether a reload has been requested or is in progress.
     pub is_reloading: bool,
-    /// Whether the pool is stopping or has stopped.
+    /// Whether the pool is stopping or has stopped. The
+    /// [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     pub is_stopping: bool,
+    /// The time until the [`stop_delay`](super::PoolOptions::stop_delay) ends, or `None` if no delay
+    /// is in progress.
+    pub stop_in: Option<Duration>,
     /// The time since the pool was created.
     pub age: Duration,
     /// The number of worker failures since the pool was created, including failed forks. Failures
@@ -141,6 +145,7 @@ impl Status {
             is_ready: core.has_quorum(),
             is_reloading: core.is_reloading(),
             is_stopping: core.is_stopping(),
+            stop_in: core.delayed_until().map(|at| at.saturating_sub(now)),
             age: now,
             failures: core.failures(),
             slots: slots.collect(),

@@ -77,6 +77,13 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
     metrics
         .metric(
             Kind::Gauge,
+            "pool_stopping",
+            "Whether the pool is stopping.",
+        )
+        .sample(&[], u8::from(status.is_stopping));
+    metrics
+        .metric(
+            Kind::Gauge,
             "pool_generation",
             "The generation of the workers.",
         )
