@@ -68,7 +68,8 @@ pub use failure::{FailureAction, FailureCause, WorkerFailure};
 use generations::Generations;
 pub use options::{Canary, PoolOptions, Readiness};
 pub use signals::{SignalAction, ignore_pool_signals};
-pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
+pub use status::{SlotStatus, Status, StatusAddress, WorkerPhase, WorkerStatus};
+use status::{StatusServer, StatusSocket};
 use upgrade::{NewMaster, OldMaster};
 
 /// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
@@ -160,6 +161,10 @@ struct Inner {
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, NewMaster>>,
+    status_servers: RefCell<Vec<Rc<StatusServer>>>,
+    /// The status sockets that the old master has passed, until `serve_status` uses them or this
+    /// process takes over.
+    inherited_status_sockets: RefCell<Vec<StatusSocket>>,
 }
 
 /// A listener or UDP socket that stays open while workers come and go.
@@ -213,6 +218,8 @@ impl Pool {
             old_master: RefCell::default(),
             is_old_master_running: Cell::new(false),
             new_masters: RefCell::default(),
+            status_servers: RefCell::default(),
+            inherited_status_sockets: RefCell::default(),
         }));
         pool.register_callbacks(master);
         pool.schedule(master, Duration::ZERO);

@@ -23,6 +23,7 @@ use cluster::{
 use super::event::PoolEvent;
 use super::handover::Handover;
 use super::sockets::PassedSocket;
+use super::status::StatusSocket;
 use super::systemd::NOTIFY_SOCKET;
 use super::{Pool, PoolListener};
 
@@ -112,6 +113,20 @@ impl Pool {
         }
         let mut result = Ok(());
         for (index, passed) in passed.into_iter().enumerate() {
+            let facts = facts.get(index).copied().map(PassedSocket::decode);
+            let PassedSocket {
+                removes_file,
+                is_own,
+                is_status,
+            } = facts.unwrap_or_default();
+            if is_status {
+                let socket = StatusSocket::passed(passed.into());
+                match socket.map_err(Error::io("take over a status socket")) {
+                    Ok(socket) => self.0.inherited_status_sockets.borrow_mut().push(socket),
+                    Err(error) => result = result.and(Err(error)),
+                }
+                continue;
+            }
             let listener = match master.adopt(passed) {
                 Ok(listener) => listener,
                 Err(error) => {
@@ -119,11 +134,6 @@ impl Pool {
                     continue;
                 }
             };
-            let facts = facts.get(index).copied().map(PassedSocket::decode);
-            let PassedSocket {
-                removes_file,
-                is_own,
-            } = facts.unwrap_or_default();
             let mut listeners = self.0.listeners.borrow_mut();
             let mut old_master = self.0.old_master.borrow_mut();
             if let Some(old_master) = old_master.as_mut().filter(|_| removes_file) {
@@ -202,6 +212,7 @@ impl Pool {
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
+        self.take_over_status(master);
         self.watch_exit_of_old_master(master, old_master.channel);
         self.emit(master, PoolEvent::TookOver);
     }

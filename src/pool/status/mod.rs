@@ -1,7 +1,18 @@
-//! The state of a pool at one moment, as data and in several text formats.
+//! The state of a pool at one moment, as data, in several text formats, and over HTTP.
+//!
+//! | file | contains |
+//! |---|---|
+//! | `table`, `json`, `prometheus` | the text formats |
+//! | `server` | the HTTP server in the master's loop, `Pool::serve_status` |
+//! | `http` | the server's requests and answers, as pure functions |
+//! | `address`, `socket` | where the server listens |
 
+mod address;
+mod http;
 mod json;
 mod prometheus;
+mod server;
+mod socket;
 mod table;
 
 #[cfg(test)]
@@ -14,6 +25,9 @@ use cluster::{WorkerId, WorkerLoad};
 
 use super::core::{Core, Slot, Time};
 use super::failure::WorkerFailure;
+pub use address::StatusAddress;
+pub(super) use server::StatusServer;
+pub(super) use socket::StatusSocket;
 
 /// The state of a pool at one moment.
 ///

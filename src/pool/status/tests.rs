@@ -46,7 +46,7 @@ fn slot(slot: usize) -> SlotStatus {
     }
 }
 
-fn status() -> Status {
+pub(super) fn status() -> Status {
     Status {
         generation: 1,
         is_ready: true,
@@ -152,9 +152,15 @@ fn remaining_stop_delay_is_rendered_in_all_formats() {
         ..status()
     };
     let table = stopping.to_string();
-    assert!(table.starts_with("stopping in 9.8 s: generation 1, "), "{table}");
+    assert!(
+        table.starts_with("stopping in 9.8 s: generation 1, "),
+        "{table}"
+    );
     let json = stopping.to_json();
-    assert!(json.contains("\"stopping\":true,\"stop_in\":9.750,"), "{json}");
+    assert!(
+        json.contains("\"stopping\":true,\"stop_in\":9.750,"),
+        "{json}"
+    );
     let metrics = stopping.to_prometheus();
     assert!(metrics.contains("\ncluster_pool_stopping 1\n"), "{metrics}");
 }

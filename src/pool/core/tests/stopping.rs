@@ -141,7 +141,11 @@ fn pool_serves_until_the_stop_delay_has_passed() {
     world.advance(30 * SECOND - MS);
     assert_eq!(world.killed, []);
     world.advance(MS);
-    assert_eq!(world.killed, [1, 2], "the drain timeout begins after the delay");
+    assert_eq!(
+        world.killed,
+        [1, 2],
+        "the drain timeout begins after the delay"
+    );
 }
 
 #[test]
@@ -201,7 +205,11 @@ fn stop_delay_lets_a_reload_continue_and_begins_no_other() {
     world.advance(SECOND);
     world.exit(1);
     assert_eq!(world.slot_workers(), [Some(2)]);
-    assert!(world.events.contains(&PoolEvent::Reloaded { generation: 1 }));
+    assert!(
+        world
+            .events
+            .contains(&PoolEvent::Reloaded { generation: 1 })
+    );
     world.input(Core::reload);
     assert!(!world.core.is_reloading());
 }
