@@ -157,6 +157,7 @@ impl Json for WorkerStatus {
             .member("age", &self.age)
             .member("received", &self.received)
             .member("open", &self.open)
+            .member("busy", &self.is_busy)
             .end();
     }
 }

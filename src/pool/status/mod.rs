@@ -112,8 +112,13 @@ pub struct WorkerStatus {
     /// The number of connections that the worker has received from the master. The value is 0 if
     /// workers accept connections themselves.
     pub received: u64,
-    /// The number of received connections that are still open.
+    /// The number of connections that the worker's application holds. With the policies in which
+    /// workers accept connections themselves, the value is 0 if it is unknown (see
+    /// [`WorkerLoad::held`]). With round robin, the value is then approximate
+    /// ([`WorkerLoad::open`]).
     pub open: u64,
+    /// Whether the worker's application holds a connection, or `None` if this is unknown.
+    pub is_busy: Option<bool>,
 }
 
 /// The phase of a worker between its fork and its exit. A worker passes through the phases in the
@@ -237,7 +242,8 @@ impl WorkerStatus {
             phase: worker.phase(),
             age: now.saturating_sub(worker.forked_at),
             received: load.map_or(0, |load| load.received),
-            open: load.map_or(0, |load| load.open),
+            open: load.map_or(0, |load| load.held.unwrap_or(load.open)),
+            is_busy: load.and_then(|load| load.held).map(|held| held > 0),
         })
     }
 }

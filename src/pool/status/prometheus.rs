@@ -147,7 +147,20 @@ fn worker_metrics(metrics: &mut Metrics, status: &Status) {
     by_worker(
         Kind::Gauge,
         "worker_connections_open",
-        "Connections that are open.",
+        "Connections that the worker holds.",
         |worker| worker.open.to_string(),
     );
+    let mut busy = metrics.metric(
+        Kind::Gauge,
+        "worker_busy",
+        "Whether the worker holds a connection.",
+    );
+    for worker in status.workers() {
+        // A missing sample means that the state is unknown.
+        if let Some(is_busy) = worker.is_busy {
+            let labels: [(&str, &dyn Display); 2] =
+                [("worker", &worker.worker), ("pid", &worker.pid)];
+            busy.sample(&labels, u8::from(is_busy));
+        }
+    }
 }

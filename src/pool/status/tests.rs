@@ -17,6 +17,7 @@ fn worker(id: u32, phase: WorkerPhase) -> WorkerStatus {
         age: Duration::from_millis(61_234),
         received: 1200,
         open: 3,
+        is_busy: (phase != WorkerPhase::Starting).then_some(phase == WorkerPhase::Ready),
     }
 }
 
