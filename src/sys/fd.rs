@@ -39,7 +39,7 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 }
 
 /// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. Also returns the descriptor that came with the preamble. The caller has
+/// preamble from it. Also returns the descriptors that came with the preamble. The caller has
 /// already found the preamble with [`peek`], so this read does not wait.
 ///
 /// # Errors
