@@ -2,19 +2,18 @@
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::os::fd::{AsFd as _, RawFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::config::env::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, UNIQUE_ID, WORKER_PID, WRAPPED};
 use crate::error::{Error, Result};
 use crate::master::{Launch, Master};
 use crate::sys;
+use crate::sys::fd::AdoptedChannel;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{PREAMBLE_LENGTH, preamble, preamble_version};
 use crate::worker::Worker;
-use crate::worker::disconnect_token::DisconnectToken;
 
 const UNKNOWN: u8 = 0;
 const MASTER: u8 = 1;
@@ -126,9 +125,9 @@ pub fn init() -> Result<Role> {
         Identity::WrappedMaster { command } => new_master(Some(command)),
         Identity::Worker { id, number } => {
             let port = inspect_port()?;
-            let (channel, token) = channel(id, number)?;
-            sys::parent_death_signal::renew(channel.as_fd());
-            Ok(Role::Worker(Worker::new(id, port, channel, token)?))
+            let channel = channel(id, number)?;
+            sys::parent_death_signal::renew(channel.stream.as_fd());
+            Ok(Role::Worker(Worker::new(id, port, channel)?))
         }
     }
 }
@@ -147,8 +146,7 @@ fn new_master(wrapped: Option<u64>) -> Result<Role> {
 /// program. `number` is the descriptor number of its channel.
 fn become_worker(id: WorkerId, port: Option<u16>, number: RawFd) -> Result<Worker> {
     ROLE.store(WORKER, Ordering::SeqCst);
-    let (channel, token) = channel(id, number)?;
-    Worker::new(id, port, channel, token)
+    Worker::new(id, port, channel(id, number)?)
 }
 
 /// Returns the first bytes in a socket without removing them. Returns `None` if the socket contains
@@ -161,15 +159,14 @@ fn peek_preamble(number: RawFd) -> Option<[u8; PREAMBLE_LENGTH]> {
 }
 
 /// Takes ownership of the channel if the socket contains the preamble that the master sends to this
-/// worker. Also returns the preamble's descriptor, as the worker's disconnect token. If there is no
-/// such preamble, returns an error and leaves the descriptor unchanged.
-fn channel(id: WorkerId, number: RawFd) -> Result<(UnixStream, DisconnectToken)> {
+/// worker. Also returns the preamble's descriptors. If there is no such preamble, returns an error
+/// and leaves the descriptor unchanged.
+fn channel(id: WorkerId, number: RawFd) -> Result<AdoptedChannel> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
         let attempt = "take over the channel to the master";
         let adopted = sys::fd::adopt_channel(number, &mut found);
-        let (channel, token) = adopted.map_err(Error::io(attempt))?;
-        return Ok((channel, DisconnectToken::new(token.into())));
+        return adopted.map_err(Error::io(attempt));
     }
     let version = found.and_then(preamble_version);
     match version.filter(|version| *version != VERSION) {

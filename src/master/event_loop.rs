@@ -423,7 +423,8 @@ impl Master {
                 return;
             };
             let peer = self.shell.peer_addr(connection);
-            let candidates = core.candidates(handle);
+            let mut candidates = core.candidates(handle);
+            self.shell.add_held(&mut candidates);
             drop(core);
             // If the scheduler is already running, it cannot be called again. The connection then
             // goes to the next worker by round robin.

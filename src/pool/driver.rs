@@ -120,7 +120,10 @@ impl Pool {
                     process.process().kill(Signal::KILL);
                 }
             }
-            Action::ReleaseSocketFiles => self.release_socket_files(),
+            Action::ReleaseSocketFiles => {
+                self.release_socket_files();
+                self.release_status(master);
+            }
             Action::PassParked(new_master) => self.pass_parked(master, new_master),
             Action::EndPassing(new_master) => self.end_passing(new_master),
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),

@@ -69,7 +69,8 @@ pub use failure::{FailureAction, FailureCause, WorkerFailure};
 use generations::Generations;
 pub use options::{Canary, PoolOptions, Readiness};
 pub use signals::{SignalAction, ignore_pool_signals};
-pub use status::{SlotStatus, Status, WorkerPhase, WorkerStatus};
+pub use status::{SlotStatus, Status, StatusAddress, WorkerPhase, WorkerStatus};
+use status::{StatusServer, StatusSocket};
 use upgrade::{NewMaster, OldMaster};
 
 /// The environment variable that contains the number of a worker's slot. The numbers begin at 0.
@@ -161,6 +162,10 @@ struct Inner {
     /// The new masters that this process has started and that have not exited, including those
     /// whose upgrade has failed.
     new_masters: RefCell<BTreeMap<WorkerId, NewMaster>>,
+    status_servers: RefCell<Vec<Rc<StatusServer>>>,
+    /// The status sockets that the old master has passed, until `serve_status` uses them or this
+    /// process takes over.
+    inherited_status_sockets: RefCell<Vec<StatusSocket>>,
 }
 
 /// A listener or UDP socket that stays open while workers come and go.
@@ -214,6 +219,8 @@ impl Pool {
             old_master: RefCell::default(),
             is_old_master_running: Cell::new(false),
             new_masters: RefCell::default(),
+            status_servers: RefCell::default(),
+            inherited_status_sockets: RefCell::default(),
         }));
         pool.register_callbacks(master);
         pool.schedule(master, Duration::ZERO);
@@ -258,6 +265,15 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
+    /// If there is a [`PoolOptions::stop_delay`], the pool first serves on for this time. From the
+    /// call on, [`is_stopping`](Self::is_stopping) is true and [`has_quorum`](Self::has_quorum) is
+    /// false. Workers that fail or reach a limit are still replaced, the number of slots can still
+    /// be changed, and a reload that is in progress continues. New reloads and upgrades are
+    /// ignored, and an upgrade that is in progress fails. If this method is called again at least
+    /// one second after the first call, the delay ends at once. There is no delay if a new master
+    /// has taken over, if this process is a new master that has not taken over, or if the pool gives
+    /// up.
+    ///
     /// A stopped pool cannot be restarted.
     ///
     /// ```no_run
@@ -285,7 +301,8 @@ impl Pool {
         self.input(master, Core::stop_at_once);
     }
 
-    /// Returns whether the pool is stopping or has stopped.
+    /// Returns whether the pool is stopping or has stopped. The
+    /// [`stop_delay`](PoolOptions::stop_delay) is part of the stop.
     ///
     /// Node has no counterpart.
     ///

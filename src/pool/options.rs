@@ -36,6 +36,7 @@ pub struct PoolOptions {
     pub(super) min_ready_time: Duration,
     pub(super) surge: usize,
     pub(super) canary: Option<Canary>,
+    pub(super) stop_delay: Duration,
     pub(super) drain_timeout: Duration,
     pub(super) max_age: Option<Duration>,
     pub(super) max_connections: Option<u64>,
@@ -108,6 +109,7 @@ impl Default for PoolOptions {
             min_ready_time: Duration::from_secs(1),
             surge: 1,
             canary: None,
+            stop_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(30),
             max_age: None,
             max_connections: None,
@@ -275,6 +277,31 @@ accessors! {
     /// Returns the canary step of a reload, or `None` if a reload has none. See [`PoolOptions`] for
     /// an example.
     get_canary: Option<Canary>;
+
+    /// Sets how long a pool that is stopping serves on before it disconnects its workers. Load
+    /// balancers stop sending clients in the meantime. The default is zero. See
+    /// [`Pool::stop`](super::Pool::stop).
+    ///
+    /// Choose a time in which every load balancer notices that the pool is not ready: the interval
+    /// of its health checks, multiplied by the number of failures after which it removes the
+    /// server. In Kubernetes, choose the time in which all nodes learn that the pod is terminating,
+    /// usually a few seconds. A service manager must allow for the delay and the
+    /// [`drain_timeout`](Self::drain_timeout) together (`TimeoutStopSec` in systemd.service(5),
+    /// `terminationGracePeriodSeconds` in Kubernetes).
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cluster::pool::PoolOptions;
+    ///
+    /// let options = PoolOptions::default()
+    ///     .stop_delay(Duration::from_secs(10))
+    ///     .drain_timeout(Duration::from_secs(30));
+    /// # let _ = options;
+    /// ```
+    stop_delay,
+    /// Returns how long a pool that is stopping serves on before it disconnects its workers. See
+    /// [`stop_delay`](Self::stop_delay) for an example.
+    get_stop_delay: Duration;
 
     /// Sets how long a worker may take to exit after the pool has disconnected the worker. A worker
     /// that takes longer is killed. The default is 30 s. See [`PoolOptions`] for an example.

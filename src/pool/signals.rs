@@ -12,8 +12,8 @@ use super::event::{PoolEvent, UpgradeFailure};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SignalAction {
-    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the pool has been stopping for at least
-    /// one second. Has no effect if the pool stops because a new master has taken over.
+    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the workers have been disconnecting for at
+    /// least one second. Has no effect if the pool stops because a new master has taken over.
     Stop,
     /// Calls [`Pool::stop_at_once`].
     StopAtOnce,
@@ -50,10 +50,11 @@ const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
 impl Pool {
     /// Assigns default effects to signals. The defaults resemble gunicorn's.
     ///
-    /// - SIGTERM and SIGINT call [`stop`](Self::stop). If the pool has been stopping for at least
-    ///   one second, these signals call [`stop_at_once`](Self::stop_at_once). If it has been
-    ///   stopping for less than one second, they have no effect, because one Ctrl-C may arrive
-    ///   twice: from the terminal, and from a parent that forwards it. They also have no effect if
+    /// - SIGTERM and SIGINT call [`stop`](Self::stop). A second signal ends the
+    ///   [`stop_delay`](super::PoolOptions::stop_delay), if there is one. The next signal, or the
+    ///   second one without a delay, calls [`stop_at_once`](Self::stop_at_once). A signal has no
+    ///   effect less than one second after the previous step, because one Ctrl-C may arrive twice:
+    ///   from the terminal, and from a parent that forwards it. The signals also have no effect if
     ///   the pool stops because a new master has taken over.
     /// - SIGQUIT calls [`stop_at_once`](Self::stop_at_once).
     /// - SIGHUP calls [`reload`](Self::reload).

@@ -20,21 +20,28 @@ pub(super) struct PassedSocket {
     pub(super) removes_file: bool,
     /// Whether the socket is the service's own.
     pub(super) is_own: bool,
+    /// Whether the pool serves its status on the socket. A release that does not know this property
+    /// treats the socket as a listener that no worker requests, and closes it.
+    pub(super) is_status: bool,
 }
 
 impl PassedSocket {
     const REMOVES_FILE: u8 = 1;
     const OWN: u8 = 2;
+    const STATUS: u8 = 4;
 
     pub(super) fn encode(self) -> u8 {
         let bit = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
-        bit(self.removes_file, Self::REMOVES_FILE) | bit(self.is_own, Self::OWN)
+        bit(self.removes_file, Self::REMOVES_FILE)
+            | bit(self.is_own, Self::OWN)
+            | bit(self.is_status, Self::STATUS)
     }
 
     pub(super) fn decode(byte: u8) -> Self {
         Self {
             removes_file: byte & Self::REMOVES_FILE != 0,
             is_own: byte & Self::OWN != 0,
+            is_status: byte & Self::STATUS != 0,
         }
     }
 }
@@ -71,6 +78,7 @@ impl Pool {
             let facts = PassedSocket {
                 removes_file: listener.removes_file(),
                 is_own: *is_own && has_taken_over,
+                is_status: false,
             };
             let fd = listener.as_fd().try_clone_to_owned();
             Ok(SocketCopy {
@@ -79,7 +87,20 @@ impl Pool {
                 facts,
             })
         });
-        copies.collect()
+        let servers = self.0.status_servers.borrow();
+        let status_copies = servers.iter().map(|server| {
+            let fd = server.copy_socket();
+            Ok(SocketCopy {
+                name: "cluster-status".to_owned(),
+                fd: fd.map_err(Error::io("copy a socket for a new master"))?,
+                facts: PassedSocket {
+                    removes_file: false,
+                    is_own: has_taken_over,
+                    is_status: true,
+                },
+            })
+        });
+        copies.chain(status_copies).collect()
     }
 
     /// Records which sockets are no longer the service's own, because the application has passed
@@ -165,10 +186,11 @@ mod tests {
 
     #[test]
     fn decode_returns_the_encoded_properties_of_a_socket() {
-        for (removes_file, is_own) in [(false, false), (true, false), (false, true), (true, true)] {
+        for bits in 0..8 {
             let facts = PassedSocket {
-                removes_file,
-                is_own,
+                removes_file: bits & 1 != 0,
+                is_own: bits & 2 != 0,
+                is_status: bits & 4 != 0,
             };
             assert_eq!(PassedSocket::decode(facts.encode()), facts);
         }

@@ -23,6 +23,7 @@ use cluster::{
 use super::event::PoolEvent;
 use super::handover::Handover;
 use super::sockets::PassedSocket;
+use super::status::StatusSocket;
 use super::systemd::NOTIFY_SOCKET;
 use super::{Pool, PoolListener};
 
@@ -113,6 +114,20 @@ impl Pool {
         }
         let mut result = Ok(());
         for (index, passed) in passed.into_iter().enumerate() {
+            let facts = facts.get(index).copied().map(PassedSocket::decode);
+            let PassedSocket {
+                removes_file,
+                is_own,
+                is_status,
+            } = facts.unwrap_or_default();
+            if is_status {
+                let socket = StatusSocket::passed(passed.into());
+                match socket.map_err(Error::io("take over a status socket")) {
+                    Ok(socket) => self.0.inherited_status_sockets.borrow_mut().push(socket),
+                    Err(error) => result = result.and(Err(error)),
+                }
+                continue;
+            }
             let listener = match master.adopt(passed) {
                 Ok(listener) => listener,
                 Err(error) => {
@@ -120,11 +135,6 @@ impl Pool {
                     continue;
                 }
             };
-            let facts = facts.get(index).copied().map(PassedSocket::decode);
-            let PassedSocket {
-                removes_file,
-                is_own,
-            } = facts.unwrap_or_default();
             let mut listeners = self.0.listeners.borrow_mut();
             let mut old_master = self.0.old_master.borrow_mut();
             if let Some(old_master) = old_master.as_mut().filter(|_| removes_file) {
@@ -146,6 +156,7 @@ impl Pool {
         let read = read.and_then(|()| channel.read_exact(&mut facts));
         let handover = read.and_then(|()| read_handover(&mut channel));
         let handover = handover.map_err(Error::io("read from the old master"))?;
+        self.0.core.borrow_mut().await_takeover();
         if let Some(slots) = handover.slots {
             // Change only the core and do not carry out its actions, because `adopt` must not fork.
             // The loop forks the workers in its next iteration.
@@ -190,6 +201,7 @@ impl Pool {
         let Some(mut old_master) = self.0.old_master.take() else {
             return;
         };
+        self.0.core.borrow_mut().took_over();
         // Ignore an error, because the old master may have exited.
         let _ = old_master.channel.write_all(&[TOOK_OVER]);
         let listeners = self.0.listeners.borrow();
@@ -201,6 +213,7 @@ impl Pool {
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
+        self.take_over_status(master);
         self.watch_exit_of_old_master(master, old_master.channel);
         self.emit(master, PoolEvent::TookOver);
     }
@@ -279,7 +292,7 @@ impl Pool {
     /// process of some containers does. The pool does not detect such a parent. An application that
     /// upgrades must have only one pool. The new master's pool keeps the number of slots
     /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool is stopping, nothing
-    /// happens.
+    /// happens. [`stop_delay`](super::PoolOptions::stop_delay) is part of a stop.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
     /// not contain it. As in nginx and gunicorn, the new master stays in this master's session

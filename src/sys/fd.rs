@@ -39,26 +39,38 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 }
 
 /// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. Also returns the descriptor that came with the preamble. The caller has
+/// preamble from it. Also returns the descriptors that came with the preamble. The caller has
 /// already found the preamble with [`peek`], so this read does not wait.
 ///
 /// # Errors
 ///
-/// Returns EMFILE if no descriptor is free for the preamble's descriptor. Also returns the system's
-/// other errors.
-pub(crate) fn adopt_channel(
-    number: RawFd,
-    preamble: &mut [u8],
-) -> io::Result<(UnixStream, OwnedFd)> {
+/// Returns EMFILE if no descriptor is free for the preamble's first descriptor. Also returns the
+/// system's other errors.
+pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<AdoptedChannel> {
     // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
     // process. `init` runs once, so nothing else in this process owns it.
     let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
     stream.set_nonblocking(true)?;
     let received = socket::receive(stream.as_fd(), preamble)?;
-    let fd = received.fds.into_iter().next();
-    let fd = fd.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?;
-    Ok((stream, fd.into_owned_fd()))
+    let mut fds = received.fds.into_iter().map(NoLingerFd::into_owned_fd);
+    let token = fds.next();
+    Ok(AdoptedChannel {
+        stream,
+        token: token.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?,
+        shared_number: fds.next(),
+    })
+}
+
+/// A worker's channel, and the descriptors that came with its preamble.
+#[derive(Debug)]
+pub(crate) struct AdoptedChannel {
+    pub(crate) stream: UnixStream,
+    /// The worker's end of its disconnect token.
+    pub(crate) token: OwnedFd,
+    /// The file for [`shared_number::Writer`](super::shared_number::Writer), if the master has sent
+    /// one.
+    pub(crate) shared_number: Option<OwnedFd>,
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed

@@ -10,6 +10,7 @@
 //! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
+//! - memory: `shared_number` (which two processes share)
 //! - logs: `log` (writes to descriptors that other processes share)
 //! - systems: `linux` and `bsd`, which have the same items
 //!
@@ -38,7 +39,7 @@ pub(crate) mod threads;
 #[cfg_attr(target_os = "linux", path = "linux/mod.rs")]
 #[cfg_attr(not(target_os = "linux"), path = "bsd/mod.rs")]
 mod platform;
-pub(crate) use platform::{filter, interruptible_accept, parent_death_signal};
+pub(crate) use platform::{filter, interruptible_accept, parent_death_signal, shared_number};
 
 use std::io;
 use std::time::Duration;

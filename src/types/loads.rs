@@ -21,7 +21,7 @@ pub struct Loads {
 /// The load of one worker, in connections that the master dispatched to the worker.
 ///
 /// With a policy other than round robin, the workers accept connections themselves, and all
-/// counters stay at 0.
+/// counters except `held` stay at 0.
 ///
 /// Node has no counterpart. See [`Master::set_scheduler`](crate::Master::set_scheduler) for an
 /// example.
@@ -44,6 +44,13 @@ pub struct WorkerLoad {
     /// The connections in `dispatched` that returned to the master because the worker had not
     /// received them.
     pub returned: u64,
+    /// The connections that the worker's application holds at the moment, with any policy. Parked
+    /// connections do not count. A worker that holds none is idle.
+    ///
+    /// The value is `None` before the worker has called [`init`](crate::init()), if its program does
+    /// not use this crate, and outside Linux. The worker writes the number into memory that it
+    /// shares with the master, so a faulty worker can write any number.
+    pub held: Option<u64>,
 }
 
 impl WorkerLoad {
@@ -54,6 +61,7 @@ impl WorkerLoad {
             received: 0,
             open: 0,
             returned: 0,
+            held: None,
         }
     }
 

@@ -20,8 +20,10 @@
 //!
 //! The master first writes a preamble, whose body is the worker's id. The preamble is in the socket
 //! before the worker's program starts, so that a process can check whether an inherited descriptor
-//! is a channel. The preamble's descriptor is a socket that becomes readable when the worker must
-//! disconnect (`worker/disconnect_token`).
+//! is a channel. The preamble's first descriptor is a socket that becomes readable when the worker
+//! must disconnect (`worker/disconnect_token`). The second one is a file in memory, through which
+//! the worker shows how many connections its application holds (`sys/linux/shared_number`). The
+//! second one may be missing.
 //!
 //! A successful `Reply` carries one descriptor. Depending on the request and the policy, the
 //! descriptor is a listener, a UDP socket or the worker's end of a queue (`sys/queue`).

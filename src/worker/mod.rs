@@ -22,7 +22,6 @@ pub(crate) mod worker_main;
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use crate::config::listen::{BindOptions, ListenOptions};
@@ -30,13 +29,13 @@ use crate::config::send::{SendOptions, Sent, Written};
 use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
 use crate::runtime::event_loop::EventLoop;
+use crate::sys::fd::AdoptedChannel;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 use crate::wire::receipts::ReceiptCallbacks;
 use crate::worker::accept::WaitState;
 use crate::worker::callbacks::{ListenerCallbacks, WorkerCallbacks};
 use crate::worker::connection::Connection;
-use crate::worker::disconnect_token::DisconnectToken;
 use crate::worker::guard::DroppedGuards;
 use crate::worker::listener::Listener;
 use crate::worker::own_process::OwnProcess;
@@ -109,13 +108,11 @@ impl Worker {
     pub(crate) fn new(
         id: WorkerId,
         inspect_port: Option<u16>,
-        channel: UnixStream,
-        disconnect_token: DisconnectToken,
+        channel: AdoptedChannel,
     ) -> Result<Self> {
         let event_loop = EventLoop::new()?;
         let shell = WorkerShell::new(
             channel,
-            disconnect_token,
             event_loop.poller().clone(),
             event_loop.start_time(),
         );
@@ -277,7 +274,7 @@ impl Worker {
     /// # }
     /// ```
     pub fn adopt<S>(&self, stream: S) -> Connection<S> {
-        self.inner.shell.core.borrow_mut().connection_adopted();
+        self.inner.shell.connection_adopted();
         Connection::new(stream, &self.inner, Origin::default())
     }
 

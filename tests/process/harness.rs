@@ -125,6 +125,15 @@ pub const PYTHON: Need = Need {
     is_met: || Command::new("python3").arg("--version").output().is_ok(),
 };
 
+pub const CURL: Need = Need {
+    name: "curl",
+    is_met: || Command::new("curl").arg("--version").output().is_ok(),
+};
+pub const PROMTOOL: Need = Need {
+    name: "promtool",
+    is_met: || Command::new("promtool").arg("--version").output().is_ok(),
+};
+
 pub const NETWORKS: Need = Need {
     name: "root, ip and haproxy",
     is_met: || is_root() && has_networks() && Command::new("haproxy").arg("-v").output().is_ok(),

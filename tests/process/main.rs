@@ -70,6 +70,7 @@ mod scheduler;
 mod serve;
 mod sharded;
 mod stalled;
+mod status;
 mod systemd;
 mod threads;
 mod usage;
@@ -147,6 +148,7 @@ fn main() -> ExitCode {
         threads::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
+        status::SCENARIOS,
         operator::SCENARIOS,
         notify::SCENARIOS,
         giving_up::SCENARIOS,

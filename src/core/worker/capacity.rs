@@ -148,6 +148,11 @@ impl<F> WorkerCore<F> {
         is_excess
     }
 
+    /// Returns the number of connections that the application holds.
+    pub(crate) fn open_connections(&self) -> u64 {
+        self.open_connections
+    }
+
     /// Records that the application has a connection that comes from no listener.
     pub(crate) fn connection_adopted(&mut self) {
         self.open_connections += 1;

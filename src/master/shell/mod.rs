@@ -37,6 +37,7 @@ use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::sys::process::{Pid, Unreaped, Usage};
 use crate::sys::queue::Queue;
+use crate::sys::shared_number::SharedNumber;
 use crate::sys::signal_mask::SignalSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
@@ -74,6 +75,9 @@ pub(crate) struct WorkerIo {
     /// The master's end of the worker's disconnect token. `None` after the worker was notified of
     /// its disconnect, and for a detached process.
     disconnect_notifier: RefCell<Option<UnixStream>>,
+    /// One more than the number of connections that the worker's application holds. 0 until the
+    /// worker has called `init`. `None` if the system does not support shared numbers.
+    held_connections: Option<SharedNumber>,
     /// The process descriptor. It is readable once the process has exited. `None` if the kernel has
     /// no process descriptors, or after the process has been reaped. While the process has exited
     /// but cannot be reaped, the descriptor is not watched.
@@ -89,6 +93,12 @@ pub(crate) struct WorkerIo {
 }
 
 impl WorkerIo {
+    /// Returns the number of connections that the worker's application holds, if it is known.
+    pub(crate) fn held_connections(&self) -> Option<u64> {
+        let value = self.held_connections.as_ref()?.get();
+        value.checked_sub(1).map(u64::from)
+    }
+
     /// Returns whether the last read filled its buffer. In that case the channel may hold more
     /// data.
     pub(crate) fn has_more(&self) -> bool {

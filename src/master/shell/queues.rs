@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::queue::{Dequeued, Label, Queue};
-use crate::types::loads::Loads;
+use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
@@ -185,7 +185,8 @@ impl MasterShell {
     /// Returns the loads of all workers and listeners.
     pub(crate) fn loads(&self) -> Loads {
         self.count_all();
-        let (workers, listeners) = self.core.borrow().loads();
+        let (mut workers, listeners) = self.core.borrow().loads();
+        self.add_held(&mut workers);
         let own = self.sockets.borrow();
         let counted = listeners.into_iter().map(|(handle, mut load)| {
             let sockets = own.get(&handle).map_or(&[][..], |own| &own.sockets);
@@ -198,6 +199,15 @@ impl MasterShell {
         Loads {
             workers,
             listeners: counted.collect(),
+        }
+    }
+
+    /// Adds the numbers of connections that the workers' applications hold.
+    pub(crate) fn add_held(&self, loads: &mut [WorkerLoad]) {
+        let workers = self.workers.borrow();
+        for load in loads {
+            let worker_io = workers.get(&load.worker);
+            load.held = worker_io.and_then(|worker_io| worker_io.held_connections());
         }
     }
 }

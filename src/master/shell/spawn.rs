@@ -19,6 +19,7 @@ use crate::runtime::event_loop::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
+use crate::sys::shared_number::SharedNumber;
 use crate::systemd::{self, LISTEN_PID};
 use crate::types::errno;
 use crate::types::fork_step::ForkStep;
@@ -56,8 +57,18 @@ struct NewProcess<'a> {
     channel: Channel<ToMaster, ToWorker>,
     /// The master's end of the worker's disconnect token.
     disconnect_notifier: UnixStream,
+    held_connections: Option<SharedNumber>,
     /// The worker's end of the channel. Its descriptor number is higher than those that `stdio`
     /// will have in the worker.
+    worker_end: OwnedFd,
+}
+
+/// The master's ends of a worker's channel, disconnect token and shared number, and the worker's end
+/// of the channel.
+struct OpenedChannel {
+    channel: Channel<ToMaster, ToWorker>,
+    disconnect_notifier: UnixStream,
+    held_connections: Option<SharedNumber>,
     worker_end: OwnedFd,
 }
 
@@ -96,8 +107,7 @@ impl MasterShell {
         let id = id.ok_or_else(|| (ForkStep::Number, used_up()))?;
         let stdio = StdioEnds::new(settings).map_err(failed(ForkStep::Descriptors))?;
         let opened = self.open_channel(id, stdio.first_free);
-        let (channel, disconnect_notifier, worker_end) =
-            opened.map_err(failed(ForkStep::Channel))?;
+        let opened = opened.map_err(failed(ForkStep::Channel))?;
         let mut new = NewProcess {
             id,
             settings,
@@ -105,9 +115,10 @@ impl MasterShell {
             extra,
             inspect_port,
             stdio,
-            channel,
-            disconnect_notifier,
-            worker_end,
+            channel: opened.channel,
+            disconnect_notifier: opened.disconnect_notifier,
+            held_connections: opened.held_connections,
+            worker_end: opened.worker_end,
         };
         let (pid, process) = match settings.get_main() {
             Some(main) => self.start_closure(&mut new, main, abandon_watches)?,
@@ -152,6 +163,7 @@ impl MasterShell {
             pid,
             channel: ChannelDriver::new(Some(id), channel),
             disconnect_notifier: RefCell::new(disconnect_notifier),
+            held_connections: new.held_connections,
             process: RefCell::new(process),
             stdio: RefCell::new(new.stdio.master),
             usage: Cell::new(None),
@@ -165,15 +177,12 @@ impl MasterShell {
         worker_io
     }
 
-    /// Creates a channel and a disconnect token. Returns the master's ends of both, and the
-    /// worker's end of the channel. The descriptor number of the worker's end is at least `lowest`.
+    /// Creates a channel, a disconnect token and a shared number. The descriptor number of the
+    /// worker's end is at least `lowest`.
     ///
-    /// The channel contains the preamble, to which the worker's end of the token is attached.
-    fn open_channel(
-        &self,
-        id: WorkerId,
-        lowest: RawFd,
-    ) -> io::Result<(Channel<ToMaster, ToWorker>, UnixStream, OwnedFd)> {
+    /// The channel contains the preamble, and with it the worker's end of the token and the file of
+    /// the shared number.
+    fn open_channel(&self, id: WorkerId, lowest: RawFd) -> io::Result<OpenedChannel> {
         let (master_end, worker_end) = UnixStream::pair()?;
         master_end.set_nonblocking(true)?;
         // Ignore the error, because a system without this option has no out-of-band data either.
@@ -181,12 +190,20 @@ impl MasterShell {
         // Send the preamble in one call, because an empty socket has space for all of it.
         let (notifier, token) = UnixStream::pair()?;
         token.set_nonblocking(true)?;
-        sys::socket::send(&master_end, &preamble(id), &[token.as_fd()])?;
+        let (held_connections, file) = SharedNumber::create().unzip();
+        let file = file.as_ref().map(OwnedFd::as_fd);
+        let fds: Vec<_> = [token.as_fd()].into_iter().chain(file).collect();
+        sys::socket::send(&master_end, &preamble(id), &fds)?;
         drop(token);
         let key = Token::Channel(id.get()).key();
         let channel = Channel::new(master_end, &self.poller, key)?;
         let worker_end = sys::fd::duplicate(worker_end.as_raw_fd(), lowest)?;
-        Ok((channel, notifier, worker_end))
+        Ok(OpenedChannel {
+            channel,
+            disconnect_notifier: notifier,
+            held_connections,
+            worker_end,
+        })
     }
 
     /// Forks a worker that runs a closure in a copy of the master's memory.

@@ -22,6 +22,7 @@ impl Core {
             rollout.and_then(|rollout| self.rollout_deadline(rollout)),
             self.next_check,
             self.upgrade_deadline(),
+            self.delayed_until(),
         ];
         let others = others.into_iter().flatten();
         self.next_tick = workers.chain(restarts).chain(others).min();
@@ -83,7 +84,10 @@ impl Core {
             self.actions.push_back(Action::MeasureWorkers);
         }
         self.tick_upgrade(now);
-        if !self.is_stopping() {
+        if self.delayed_until().is_some_and(|until| until <= now) {
+            self.drain(now);
+        }
+        if self.keeps_workers() {
             self.restart(now);
         }
         self.settle(now);

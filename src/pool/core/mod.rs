@@ -33,7 +33,7 @@ use self::rollout::{LimitReached, Rollout};
 use self::slots::QuorumShare;
 pub(super) use self::slots::Slot;
 use self::stop::StopState;
-use self::upgrade::{RejectedMaster, Upgrade};
+use self::upgrade::{RejectedMaster, Takeover, Upgrade};
 pub(super) use self::worker::Worker;
 use super::event::PoolEvent;
 use super::failure::WorkerFailure;
@@ -112,6 +112,7 @@ pub(super) struct Core {
     limits_reached: BTreeMap<usize, LimitReached>,
     rollout: Option<Rollout>,
     stop: StopState,
+    takeover: Takeover,
     upgrade: Upgrade,
     /// The new masters whose upgrade has failed and that have not exited.
     rejected_masters: BTreeMap<WorkerId, RejectedMaster>,
@@ -149,6 +150,7 @@ impl Core {
             limits_reached: BTreeMap::new(),
             rollout: None,
             stop: StopState::Running,
+            takeover: Takeover::Done,
             upgrade: Upgrade::Idle,
             rejected_masters: BTreeMap::new(),
             quorum: Quorum::NotYetReached,

@@ -161,7 +161,7 @@ impl Core {
         }
         // Do not report the postponement twice. Also do not report it if the slot must wait at
         // least as long because of a failed recycling, because that failure was reported.
-        if is_postponed || slot.recycle_from >= due || self.is_stopping() {
+        if is_postponed || slot.recycle_from >= due || !self.keeps_workers() {
             return;
         }
         if let Some(worker) = self.workers.get_mut(&id) {
@@ -203,7 +203,7 @@ impl Core {
         };
         let slot = self.slots.get(number).filter(|s| s.worker() == Some(id));
         let is_due = slot.is_some_and(|slot| slot.recycle_from <= now);
-        if is_due && !self.is_stopping() {
+        if is_due && self.keeps_workers() {
             let entry = self.limits_reached.entry(number);
             entry.or_insert(LimitReached { worker: id, limit });
         }
@@ -227,7 +227,7 @@ impl Core {
     /// Makes all transitions of the rollout that are due. If no rollout is in progress, begins the
     /// next one.
     pub(super) fn advance_rollout(&mut self, now: Time) {
-        while !self.is_stopping() {
+        while self.keeps_workers() {
             let Some(rollout) = &mut self.rollout else {
                 if !self.begin_rollout(now) {
                     return;

@@ -197,7 +197,7 @@ fn pause(options: &PoolOptions, doublings: u32) -> Duration {
 // Application calls.
 impl Core {
     pub(in super::super) fn scale(&mut self, workers: usize, now: Time) {
-        if self.is_stopping() {
+        if !self.keeps_workers() {
             return;
         }
         while self.slots.len() < workers {
@@ -234,7 +234,7 @@ impl Core {
     }
 
     pub(in super::super) fn retry(&mut self, now: Time) {
-        if self.is_stopping() {
+        if !self.keeps_workers() {
             return;
         }
         for slot in self.slots.iter_mut().filter(|slot| slot.is_given_up()) {
@@ -249,7 +249,7 @@ impl Core {
         action: FailureAction,
         now: Time,
     ) {
-        if self.is_stopping() {
+        if !self.keeps_workers() {
             return;
         }
         // Ignore the decision if the slot has been removed or filled since the failure, for example
@@ -261,7 +261,7 @@ impl Core {
         match action {
             FailureAction::StopPool => {
                 self.actions.push_back(Action::GiveUp(failure));
-                self.stop(now);
+                self.drain(now);
             }
             FailureAction::GiveUp => {}
             FailureAction::RetryAfter(pause) => {
@@ -298,7 +298,7 @@ impl Core {
             state: WorkerState::Starting { ready_by },
         };
         self.workers.insert(id, worker);
-        if self.is_stopping() {
+        if !self.keeps_workers() {
             return self.forked_while_stopping(id);
         }
         let is_successor = self.is_awaited(slot, generation);
@@ -397,7 +397,7 @@ impl Core {
     fn worker_failed(&mut self, failure: WorkerFailure, ready_since: Option<Time>, now: Time) {
         self.failures += 1;
         self.emit(PoolEvent::WorkerFailed(failure.clone()));
-        if self.is_stopping() {
+        if !self.keeps_workers() {
             return;
         }
         let number = failure.slot;

@@ -6,11 +6,12 @@ use cluster::WorkerId;
 
 use super::super::event::UpgradeFailure;
 use super::slots::Occupancy;
-use super::upgrade::RejectedMaster;
+use super::upgrade::{RejectedMaster, Takeover};
 use super::worker::WorkerState;
 use super::{Action, Core, Time};
 
-/// The minimum time between the start of a stop and a signal that stops the pool at once.
+/// The minimum time between the start of a stop delay and a second request, which ends the delay.
+/// Also the minimum time between the start of a drain and a signal that stops the pool at once.
 ///
 /// One Ctrl-C may reach the master twice, from the terminal and from a parent that forwards it. The
 /// two signals usually arrive within milliseconds. If the time is too short, the second signal
@@ -22,15 +23,25 @@ const REPEAT_TIME: Duration = Duration::from_secs(1);
 ///
 /// | from | input | to |
 /// |---|---|---|
-/// | `Running` | `stop`, a stop signal, or a new master has taken over | `Draining` |
+/// | `Running` | `stop` or a stop signal, with a stop delay | `Delayed` |
+/// | `Running` | `stop` or a stop signal, without a stop delay | `Draining` |
+/// | `Delayed` | the delay has passed, or `stop` or a stop signal after `REPEAT_TIME` | `Draining` |
+/// | `Running`, `Delayed` | the application chooses `StopPool` at a failure limit | `Draining` |
+/// | `Running` | a new master has taken over | `Draining` |
 /// | `Draining` | a stop signal after `REPEAT_TIME`, if no new master has taken over | `Killing` |
-/// | `Running`, `Draining` | `stop_at_once` | `Killing` |
+/// | any | `stop_at_once` | `Killing` |
 ///
-/// The pool has ended when its state is not `Running` and all workers and rejected new masters have
-/// exited.
+/// The pool has ended when its state is `Draining` or `Killing` and all workers and rejected new
+/// masters have exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StopState {
     Running,
+    /// The pool is not ready, so that load balancers send no more clients. It serves as before.
+    Delayed {
+        began_at: Time,
+        /// The time at which the pool begins to drain.
+        until: Time,
+    },
     Draining {
         began_at: Time,
         /// The time at which the pool kills workers that have not exited.
@@ -39,19 +50,74 @@ pub(super) enum StopState {
     Killing,
 }
 
+/// Returns whether a request to stop is a deliberate second one, if the first one came at
+/// `began_at`.
+fn is_second(began_at: Time, now: Time) -> bool {
+    now.saturating_sub(began_at) >= REPEAT_TIME
+}
+
 impl Core {
+    /// Returns whether the pool is stopping or has stopped. The stop delay is part of the stop.
     pub(in super::super) fn is_stopping(&self) -> bool {
         self.stop != StopState::Running
+    }
+
+    /// Returns whether the pool keeps workers running. It still does during the stop delay.
+    pub(super) fn keeps_workers(&self) -> bool {
+        match self.stop {
+            StopState::Running | StopState::Delayed { .. } => true,
+            StopState::Draining { .. } | StopState::Killing => false,
+        }
+    }
+
+    /// Returns the time at which the stop delay ends, or `None` if no delay is in progress.
+    pub(in super::super) fn delayed_until(&self) -> Option<Time> {
+        match self.stop {
+            StopState::Delayed { until, .. } => Some(until),
+            StopState::Running | StopState::Draining { .. } | StopState::Killing => None,
+        }
     }
 
     /// Returns whether the pool has stopped and all its processes have exited. A new master that
     /// has taken over does not count.
     pub(in super::super) fn is_over(&self) -> bool {
-        self.is_stopping() && self.workers.is_empty() && self.rejected_masters.is_empty()
+        !self.keeps_workers() && self.workers.is_empty() && self.rejected_masters.is_empty()
     }
 
+    /// Begins the stop delay, or stops the pool if there is none. A second call ends the delay after
+    /// `REPEAT_TIME`.
+    ///
+    /// A master that has not taken over from its old master stops without a delay, because the old
+    /// master still serves all clients.
     pub(in super::super) fn stop(&mut self, now: Time) {
-        if self.is_stopping() {
+        match self.stop {
+            StopState::Running => {
+                let delay = self.options.stop_delay;
+                if delay.is_zero() || self.takeover == Takeover::Pending {
+                    self.drain(now);
+                } else {
+                    self.delay_stop(now, delay);
+                }
+            }
+            StopState::Delayed { began_at, .. } if is_second(began_at, now) => self.drain(now),
+            StopState::Delayed { .. } | StopState::Draining { .. } | StopState::Killing => {}
+        }
+    }
+
+    fn delay_stop(&mut self, now: Time, delay: Duration) {
+        self.stop = StopState::Delayed {
+            began_at: now,
+            until: now.saturating_add(delay),
+        };
+        // A reload that is in progress continues, because its workers serve during the delay.
+        self.reload_requested = false;
+        self.fail_upgrade(UpgradeFailure::PoolStopped, now);
+        self.settle(now);
+    }
+
+    /// Disconnects all workers, unless they have already been disconnected.
+    pub(super) fn drain(&mut self, now: Time) {
+        if !self.keeps_workers() {
             return;
         }
         let exit_by = now.saturating_add(self.options.drain_timeout);
@@ -83,25 +149,24 @@ impl Core {
         self.settle(now);
     }
 
-    /// Stops the pool, or stops it at once if it has been stopping for at least `REPEAT_TIME`.
+    /// Stops the pool, or stops it at once if it has been draining for at least `REPEAT_TIME`.
     ///
     /// After an upgrade, the signal has no effect. Operators often send a stop signal to the old
     /// master although it is already stopping, and its workers may still serve clients.
     pub(in super::super) fn stop_signal_received(&mut self, now: Time) {
         match self.stop {
-            StopState::Running => self.stop(now),
-            StopState::Draining { began_at, .. } => {
-                let is_second = now.saturating_sub(began_at) >= REPEAT_TIME;
-                if is_second && !self.is_upgraded() {
-                    self.stop_at_once(now);
-                }
+            StopState::Running | StopState::Delayed { .. } => self.stop(now),
+            StopState::Draining { began_at, .. }
+                if is_second(began_at, now) && !self.is_upgraded() =>
+            {
+                self.stop_at_once(now);
             }
-            StopState::Killing => {}
+            StopState::Draining { .. } | StopState::Killing => {}
         }
     }
 
     pub(in super::super) fn stop_at_once(&mut self, now: Time) {
-        self.stop(now);
+        self.drain(now);
         self.stop = StopState::Killing;
         for (id, worker) in &mut self.workers {
             worker.state = WorkerState::Killed;
@@ -120,7 +185,7 @@ impl Core {
     /// has the same deadline as the other workers.
     pub(super) fn forked_while_stopping(&mut self, id: WorkerId) {
         let (state, action) = match self.stop {
-            StopState::Running => return,
+            StopState::Running | StopState::Delayed { .. } => return,
             StopState::Draining { exit_by, .. } => (
                 WorkerState::Disconnecting { exit_by },
                 Action::Disconnect(id),

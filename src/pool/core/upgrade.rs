@@ -29,6 +29,19 @@ pub(super) enum Upgrade {
     },
 }
 
+/// Whether this pool has taken over from an old master.
+///
+/// | from | input | to |
+/// |---|---|---|
+/// | | no old master has started this process | `Done` |
+/// | `Done` | `await_takeover`, before the pool has workers | `Pending` |
+/// | `Pending` | `took_over` | `Done` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takeover {
+    Pending,
+    Done,
+}
+
 /// The state of a new master whose upgrade has failed. The core removes the new master when its
 /// process exits.
 ///
@@ -44,6 +57,15 @@ pub(super) enum RejectedMaster {
 }
 
 impl Core {
+    /// Records that an old master serves until this pool takes over.
+    pub(in super::super) fn await_takeover(&mut self) {
+        self.takeover = Takeover::Pending;
+    }
+
+    pub(in super::super) fn took_over(&mut self) {
+        self.takeover = Takeover::Done;
+    }
+
     /// Returns whether an upgrade can begin.
     pub(in super::super) fn can_upgrade(&self) -> bool {
         !self.is_stopping() && self.upgrade == Upgrade::Idle
@@ -91,7 +113,7 @@ impl Core {
             self.upgrade = Upgrade::Succeeded { new_master };
             self.actions.push_back(Action::ReleaseSocketFiles);
             self.actions.push_back(Action::PassParked(new_master));
-            self.stop(now);
+            self.drain(now);
             self.emit(PoolEvent::Upgraded);
         }
     }

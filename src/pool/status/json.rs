@@ -124,6 +124,7 @@ impl Json for Status {
             .member("ready", &self.is_ready)
             .member("reloading", &self.is_reloading)
             .member("stopping", &self.is_stopping)
+            .member("stop_in", &self.stop_in)
             .member("age", &self.age)
             .member("failures", &self.failures)
             .member("slots", &self.slots)
@@ -156,6 +157,7 @@ impl Json for WorkerStatus {
             .member("age", &self.age)
             .member("received", &self.received)
             .member("open", &self.open)
+            .member("busy", &self.is_busy)
             .end();
     }
 }

@@ -1,7 +1,18 @@
-//! The state of a pool at one moment, as data and in several text formats.
+//! The state of a pool at one moment, as data, in several text formats, and over HTTP.
+//!
+//! | file | contains |
+//! |---|---|
+//! | `table`, `json`, `prometheus` | the text formats |
+//! | `server` | the HTTP server in the master's loop, `Pool::serve_status` |
+//! | `http` | the server's requests and answers, as pure functions |
+//! | `address`, `socket` | where the server listens |
 
+mod address;
+mod http;
 mod json;
 mod prometheus;
+mod server;
+mod socket;
 mod table;
 
 #[cfg(test)]
@@ -14,6 +25,9 @@ use cluster::{WorkerId, WorkerLoad};
 
 use super::core::{Core, Slot, Time};
 use super::failure::WorkerFailure;
+pub use address::StatusAddress;
+pub(super) use server::StatusServer;
+pub(super) use socket::StatusSocket;
 
 /// The state of a pool at one moment.
 ///
@@ -32,8 +46,12 @@ pub struct Status {
     pub is_ready: bool,
     /// Whether a reload has been requested or is in progress.
     pub is_reloading: bool,
-    /// Whether the pool is stopping or has stopped.
+    /// Whether the pool is stopping or has stopped. The
+    /// [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     pub is_stopping: bool,
+    /// The time until the [`stop_delay`](super::PoolOptions::stop_delay) ends, or `None` if no delay
+    /// is in progress.
+    pub stop_in: Option<Duration>,
     /// The time since the pool was created.
     pub age: Duration,
     /// The number of worker failures since the pool was created, including failed forks. Failures
@@ -94,8 +112,13 @@ pub struct WorkerStatus {
     /// The number of connections that the worker has received from the master. The value is 0 if
     /// workers accept connections themselves.
     pub received: u64,
-    /// The number of received connections that are still open.
+    /// The number of connections that the worker's application holds. With the policies in which
+    /// workers accept connections themselves, the value is 0 if it is unknown (see
+    /// [`WorkerLoad::held`]). With round robin, the value is then approximate
+    /// ([`WorkerLoad::open`]).
     pub open: u64,
+    /// Whether the worker's application holds a connection, or `None` if this is unknown.
+    pub is_busy: Option<bool>,
 }
 
 /// The phase of a worker between its fork and its exit. A worker passes through the phases in the
@@ -141,6 +164,7 @@ impl Status {
             is_ready: core.has_quorum(),
             is_reloading: core.is_reloading(),
             is_stopping: core.is_stopping(),
+            stop_in: core.delayed_until().map(|at| at.saturating_sub(now)),
             age: now,
             failures: core.failures(),
             slots: slots.collect(),
@@ -218,7 +242,8 @@ impl WorkerStatus {
             phase: worker.phase(),
             age: now.saturating_sub(worker.forked_at),
             received: load.map_or(0, |load| load.received),
-            open: load.map_or(0, |load| load.open),
+            open: load.map_or(0, |load| load.held.unwrap_or(load.open)),
+            is_busy: load.and_then(|load| load.held).map(|held| held > 0),
         })
     }
 }

@@ -77,6 +77,13 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
     metrics
         .metric(
             Kind::Gauge,
+            "pool_stopping",
+            "Whether the pool is stopping.",
+        )
+        .sample(&[], u8::from(status.is_stopping));
+    metrics
+        .metric(
+            Kind::Gauge,
             "pool_generation",
             "The generation of the workers.",
         )
@@ -140,7 +147,20 @@ fn worker_metrics(metrics: &mut Metrics, status: &Status) {
     by_worker(
         Kind::Gauge,
         "worker_connections_open",
-        "Connections that are open.",
+        "Connections that the worker holds.",
         |worker| worker.open.to_string(),
     );
+    let mut busy = metrics.metric(
+        Kind::Gauge,
+        "worker_busy",
+        "Whether the worker holds a connection.",
+    );
+    for worker in status.workers() {
+        // A missing sample means that the state is unknown.
+        if let Some(is_busy) = worker.is_busy {
+            let labels: [(&str, &dyn Display); 2] =
+                [("worker", &worker.worker), ("pid", &worker.pid)];
+            busy.sample(&labels, u8::from(is_busy));
+        }
+    }
 }

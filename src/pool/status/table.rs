@@ -77,6 +77,10 @@ impl fmt::Display for Status {
             (_, _, true) => "ready",
             (_, _, false) => "not ready",
         };
+        let state = match self.stop_in {
+            Some(time) => format!("{state} in {:.1} s", time.as_secs_f64()),
+            None => state.to_owned(),
+        };
         let (ready, slots) = (self.ready_workers(), self.slots.len());
         writeln!(
             f,

@@ -17,6 +17,7 @@ fn worker(id: u32, phase: WorkerPhase) -> WorkerStatus {
         age: Duration::from_millis(61_234),
         received: 1200,
         open: 3,
+        is_busy: (phase != WorkerPhase::Starting).then_some(phase == WorkerPhase::Ready),
     }
 }
 
@@ -46,12 +47,13 @@ fn slot(slot: usize) -> SlotStatus {
     }
 }
 
-fn status() -> Status {
+pub(super) fn status() -> Status {
     Status {
         generation: 1,
         is_ready: true,
         is_reloading: true,
         is_stopping: false,
+        stop_in: None,
         age: Duration::from_micros(3_600_000_400),
         failures: 7,
         slots: vec![
@@ -103,7 +105,7 @@ fn status_is_rendered_as_json() {
     assert_eq!(
         empty.to_json(),
         "{\"generation\":1,\"ready\":true,\"reloading\":true,\"stopping\":false,\
-         \"age\":3600.000,\"failures\":7,\"slots\":[],\"disconnecting\":[]}"
+         \"stop_in\":null,\"age\":3600.000,\"failures\":7,\"slots\":[],\"disconnecting\":[]}"
     );
 }
 
@@ -140,4 +142,26 @@ fn status_is_rendered_for_prometheus() {
 fn status_is_printed_as_a_table() {
     let expected = include_str!("golden/status.txt");
     assert_eq!(status().to_string(), expected);
+}
+
+#[test]
+fn remaining_stop_delay_is_rendered_in_all_formats() {
+    let stopping = Status {
+        is_ready: false,
+        is_stopping: true,
+        stop_in: Some(Duration::from_millis(9_750)),
+        ..status()
+    };
+    let table = stopping.to_string();
+    assert!(
+        table.starts_with("stopping in 9.8 s: generation 1, "),
+        "{table}"
+    );
+    let json = stopping.to_json();
+    assert!(
+        json.contains("\"stopping\":true,\"stop_in\":9.750,"),
+        "{json}"
+    );
+    let metrics = stopping.to_prometheus();
+    assert!(metrics.contains("\ncluster_pool_stopping 1\n"), "{metrics}");
 }

@@ -118,6 +118,37 @@ pub(crate) mod parent_death_signal {
     pub(crate) fn renew(_channel: BorrowedFd<'_>) {}
 }
 
+pub(crate) mod shared_number {
+    use std::os::fd::OwnedFd;
+
+    /// A number that cannot exist, because macOS cannot fix the size of a file in memory.
+    #[derive(Debug)]
+    pub(crate) enum SharedNumber {}
+
+    impl SharedNumber {
+        pub(crate) fn create() -> Option<(Self, OwnedFd)> {
+            None
+        }
+
+        pub(crate) fn get(&self) -> u32 {
+            match *self {}
+        }
+    }
+
+    #[derive(Debug)]
+    pub(crate) enum Writer {}
+
+    impl Writer {
+        pub(crate) fn new(_file: OwnedFd) -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn set(&self, _value: u32) {
+            match *self {}
+        }
+    }
+}
+
 pub(super) mod threads {
     /// Returns `None`, because the system does not report the number of threads.
     pub(in crate::sys) fn has_others_now() -> Option<bool> {

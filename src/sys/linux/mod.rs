@@ -13,6 +13,7 @@ pub(crate) mod interruptible_accept;
 pub(super) mod own_program;
 pub(crate) mod parent_death_signal;
 pub(super) mod pidfd;
+pub(crate) mod shared_number;
 pub(super) mod socket;
 pub(super) mod threads;
 pub(super) mod zeroed_on_fork;

@@ -238,6 +238,13 @@ impl WorkerShell {
     /// Records that the application no longer has a connection.
     pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
         self.core.borrow_mut().connection_closed(listener);
+        self.publish_held();
+    }
+
+    /// Records that the application has a connection that comes from no listener.
+    pub(crate) fn connection_adopted(&self) {
+        self.core.borrow_mut().connection_adopted();
+        self.publish_held();
     }
 }
 

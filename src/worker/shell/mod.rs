@@ -16,7 +16,6 @@ pub(crate) use sockets::{Socket, SocketOwner};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use crate::core::worker::{Action, ListenerId, WorkerCore};
@@ -24,9 +23,10 @@ use crate::error::Error;
 use crate::runtime::backoff::Backoff;
 use crate::runtime::event_loop::Token;
 use crate::sys;
-use crate::sys::fd::NoLingerFd;
+use crate::sys::fd::{AdoptedChannel, NoLingerFd};
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::poll::Poller;
+use crate::sys::shared_number::Writer;
 use crate::types::connection_id::ConnectionMap;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -53,6 +53,9 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
     pub(crate) disconnect_token: DisconnectToken,
+    /// The number that shows the master how many connections the application holds (see
+    /// `publish_held`). `None` if the system does not support such a number.
+    held_connections: Option<Writer>,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
     /// The process's descriptor limit when the application last set a callback. Before the first
     /// callback, the value is `u64::MAX`, so that descriptors never count as scarce.
@@ -86,13 +89,13 @@ impl std::fmt::Debug for WorkerShell {
 
 impl WorkerShell {
     /// Returns the shell of a new worker. `start` is the origin of [`Time`].
-    pub(crate) fn new(
-        channel: UnixStream,
-        disconnect_token: DisconnectToken,
-        poller: Poller,
-        start: Instant,
-    ) -> io::Result<Self> {
-        let channel = Channel::new(channel, &poller, Token::Channel(CHANNEL).key())?;
+    pub(crate) fn new(channel: AdoptedChannel, poller: Poller, start: Instant) -> io::Result<Self> {
+        let AdoptedChannel {
+            stream,
+            token,
+            shared_number,
+        } = channel;
+        let channel = Channel::new(stream, &poller, Token::Channel(CHANNEL).key())?;
         let mut core = WorkerCore::new();
         // Leave the other half of the descriptors to the application.
         let limit = usize::try_from(sys::fd::limit()).unwrap_or(usize::MAX);
@@ -101,7 +104,8 @@ impl WorkerShell {
             core: RefCell::new(core),
             poller,
             channel: ChannelDriver::new(None, Some(channel)),
-            disconnect_token,
+            disconnect_token: DisconnectToken::new(token.into()),
+            held_connections: shared_number.and_then(Writer::new),
             sockets: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             is_out_of_fds: Cell::new(false),
@@ -225,6 +229,20 @@ impl WorkerShell {
         }
         if must_flush {
             self.flush_channel();
+        }
+        self.publish_held();
+    }
+
+    /// Shows the master how many connections the application holds. The value is one more than this
+    /// number, because a worker that does not use this crate leaves the value at 0.
+    fn publish_held(&self) {
+        if let Some(number) = self
+            .held_connections
+            .as_ref()
+            .filter(|_| self.poller.is_own())
+        {
+            let held = self.core.borrow().open_connections();
+            number.set(u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1));
         }
     }
 }

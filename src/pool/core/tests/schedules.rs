@@ -166,9 +166,10 @@ impl World {
                 assert!(core.workers.contains_key(worker));
             }
             let is_vacant = slot.occupancy == Occupancy::Vacant && slot.successor.is_none();
-            assert!(!is_vacant || core.is_stopping());
+            assert!(!is_vacant || !core.keeps_workers());
             assert!(self.generations.settings(slot.generation) == self.settings[&slot.generation]);
         }
+        assert!(!core.has_quorum() || !core.is_stopping());
         // Check the settings of the current generation, because new slots will get them.
         let next = core.generation;
         assert_eq!(self.generations.settings(next), self.settings[&next]);
@@ -187,8 +188,10 @@ proptest! {
         surge in 1usize..4,
         canary in prop::option::of(1usize..3),
         age in prop::option::of(20u64..200),
+        delay in 0u64..60,
     ) {
-        let mut options = options(3).surge(surge).max_connections(Some(5)).max_failures(5).failure_window(60 * SECOND);
+        let delay = Duration::from_secs(delay);
+        let mut options = options(3).surge(surge).max_connections(Some(5)).max_failures(5).failure_window(60 * SECOND).stop_delay(delay);
         options.canary = canary.map(|workers| Canary::new(workers, 20 * SECOND));
         options.max_age = age.map(Duration::from_secs);
         let mut world = World::new(options);
@@ -215,7 +218,7 @@ proptest! {
         }
         prop_assert!(world.core.rollout.is_none());
         world.input(Core::stop);
-        world.advance(30 * SECOND);
+        world.advance(delay + 30 * SECOND);
         world.exit_killed();
         prop_assert!(world.core.is_over());
         prop_assert_eq!(world.core.next_deadline(), None);
@@ -239,7 +242,8 @@ proptest! {
     }
 
     /// Checks that, in any state of the pool, `stop` kills the remaining processes at the deadline,
-    /// and `stop_at_once` kills them immediately. Also checks that the pool ends when the killed
+    /// which is the stop delay and the drain timeout later, and `stop_at_once` kills them
+    /// immediately. Also checks that the pool ends when the killed
     /// processes have exited.
     #[test]
     fn stop_ends_by_its_deadline(
@@ -253,9 +257,10 @@ proptest! {
         surge in 1usize..4,
         canary in prop::option::of(1usize..3),
         drain in 1u64..60,
+        delay in 0u64..20,
     ) {
-        let drain = Duration::from_secs(drain);
-        let mut options = options(3).surge(surge).max_connections(Some(5)).drain_timeout(drain);
+        let [drain, delay] = [drain, delay].map(Duration::from_secs);
+        let mut options = options(3).surge(surge).max_connections(Some(5)).drain_timeout(drain).stop_delay(delay);
         options.canary = canary.map(|workers| Canary::new(workers, 20 * SECOND));
         options.heartbeat_timeout = canary.map(|_| 30 * SECOND);
         let mut world = World::new(options);
@@ -271,10 +276,10 @@ proptest! {
             world.input(|core, now| core.scale(slots + 1, now));
         }
         prop_assert!(world.core.is_stopping());
-        let begin = world.now;
+        let deadline = world.now + delay + drain;
         let mut at_once = world.core.stop == StopState::Killing;
         for step in &after {
-            let remaining = (begin + drain).saturating_sub(world.now);
+            let remaining = deadline.saturating_sub(world.now);
             if let Step::Advance(time) = step {
                 world.advance(remaining.min(u32::from(*time) * MS));
             } else {
@@ -298,7 +303,7 @@ proptest! {
             world.core.workers.contains_key(&id(*process))
                 || world.new_masters.contains(process)
         });
-        let end = (begin + drain).saturating_sub(world.now);
+        let end = deadline.saturating_sub(world.now);
         world.advance(end);
         prop_assert_eq!(alive(&world), 0, "alive: {:?}", world.core);
         world.exit_killed();

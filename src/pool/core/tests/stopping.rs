@@ -121,3 +121,141 @@ fn number_of_slots_is_handed_over_if_it_differs_from_the_options() {
         assert_eq!(handed_over(&world), expected, "{size}");
     }
 }
+
+fn delayed(workers: usize) -> PoolOptions {
+    options(workers).stop_delay(10 * SECOND)
+}
+
+#[test]
+fn pool_serves_until_the_stop_delay_has_passed() {
+    let mut world = World::serving(delayed(2));
+    world.input(Core::stop);
+    assert!(world.core.is_stopping() && !world.core.has_quorum());
+    assert_eq!(world.events, [PoolEvent::QuorumLost]);
+    assert_eq!(world.core.delayed_until(), Some(10 * SECOND));
+    world.advance(10 * SECOND - MS);
+    assert_eq!(world.disconnected, []);
+    world.advance(MS);
+    assert_eq!(world.disconnected, [1, 2]);
+    assert_eq!(world.core.delayed_until(), None);
+    world.advance(30 * SECOND - MS);
+    assert_eq!(world.killed, []);
+    world.advance(MS);
+    assert_eq!(
+        world.killed,
+        [1, 2],
+        "the drain timeout begins after the delay"
+    );
+}
+
+#[test]
+fn second_stop_ends_the_delay_after_one_second() {
+    let stops: [fn(&mut Core, Time); 2] = [Core::stop, Core::stop_signal_received];
+    for stop in stops {
+        let mut world = World::serving(delayed(2));
+        world.input(stop);
+        world.input(stop);
+        world.advance(999 * MS);
+        world.input(stop);
+        assert_eq!(world.disconnected, []);
+        world.advance(MS);
+        world.input(stop);
+        world.input(Core::stop_signal_received);
+        assert_eq!(world.disconnected, [1, 2]);
+        assert_eq!(world.killed, []);
+        world.advance(SECOND);
+        world.input(Core::stop_signal_received);
+        assert_eq!(world.killed, [1, 2], "one second after the delay's end");
+    }
+}
+
+#[test]
+fn stop_at_once_does_not_wait_for_the_delay() {
+    let mut world = World::serving(delayed(2));
+    world.input(Core::stop);
+    world.input(Core::stop_at_once);
+    assert_eq!(world.killed, [1, 2]);
+    world.exit_killed();
+    assert!(world.core.is_over());
+}
+
+#[test]
+fn worker_that_fails_during_the_stop_delay_is_replaced() {
+    let mut world = World::serving(delayed(2));
+    world.input(Core::stop);
+    world.exit(1);
+    world.exit(2);
+    assert!(!world.core.is_over());
+    assert_eq!(world.slot_workers(), [Some(3), Some(4)]);
+    world.all_ready();
+    assert!(!world.core.has_quorum());
+    world.input(|core, now| core.scale(3, now));
+    assert_eq!(world.slot_workers(), [Some(3), Some(4), Some(5)]);
+    world.advance(10 * SECOND);
+    assert_eq!(world.disconnected, [3, 4, 5]);
+}
+
+#[test]
+fn stop_delay_lets_a_reload_continue_and_begins_no_other() {
+    let mut world = World::serving(delayed(1));
+    world.input(Core::reload);
+    world.input(Core::reload);
+    world.input(Core::stop);
+    world.all_ready();
+    world.advance(SECOND);
+    world.exit(1);
+    assert_eq!(world.slot_workers(), [Some(2)]);
+    assert!(
+        world
+            .events
+            .contains(&PoolEvent::Reloaded { generation: 1 })
+    );
+    world.input(Core::reload);
+    assert!(!world.core.is_reloading());
+}
+
+#[test]
+fn stop_delay_ends_an_upgrade_and_begins_no_other() {
+    let mut world = World::serving(delayed(1));
+    let new_master = world.upgrade();
+    world.input(Core::stop);
+    assert_eq!(world.terminated, [new_master]);
+    assert!(!world.core.can_upgrade());
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
+    assert!(!world.core.is_upgraded());
+    assert_eq!(world.disconnected, []);
+}
+
+#[test]
+fn stop_of_a_master_that_serves_no_client_alone_is_not_delayed() {
+    let mut world = World::serving(delayed(1));
+    let new_master = world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
+    assert_eq!(world.disconnected, [1], "the new master serves");
+
+    let mut world = World::serving(delayed(1));
+    world.core.await_takeover();
+    world.input(Core::stop);
+    assert_eq!(world.disconnected, [1], "the old master serves");
+
+    let mut world = World::serving(delayed(1));
+    world.core.await_takeover();
+    world.core.took_over();
+    world.input(Core::stop);
+    assert_eq!(world.disconnected, []);
+}
+
+#[test]
+fn pool_that_gives_up_does_not_wait_for_the_stop_delay() {
+    let mut world = World::new(limited(1).stop_delay(10 * SECOND));
+    world.exit(1);
+    world.choose(FailureAction::StopPool);
+    assert!(world.core.is_over());
+
+    let mut world = World::new(limited(1).stop_delay(10 * SECOND));
+    world.input(Core::stop);
+    world.exit(1);
+    world.choose(FailureAction::StopPool);
+    assert_eq!(world.gave_up.len(), 1);
+    assert!(world.core.is_over());
+}

@@ -1,0 +1,190 @@
+//! The listening socket of a status server, and its file.
+//!
+//! The status has a socket of its own, which no worker can request. A worker could otherwise make
+//! the socket block, and with it the master.
+
+use std::cell::RefCell;
+use std::fs::{self, Permissions};
+use std::io::{self, ErrorKind};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use cluster::Address;
+
+use super::address::StatusAddress;
+
+/// A listening socket. Dropping the value also removes the socket's file.
+#[derive(Debug)]
+pub(in super::super) struct StatusSocket {
+    listener: Rc<Listener>,
+    /// The file that this process removes. `None` for a port, and while another master removes the
+    /// file.
+    file: RefCell<Option<SocketFile>>,
+}
+
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl StatusSocket {
+    pub(super) fn bind(address: &StatusAddress) -> io::Result<Self> {
+        let invalid = |reason| Err(io::Error::new(ErrorKind::InvalidInput, reason));
+        match address {
+            StatusAddress::Tcp(address) if address.ip().is_loopback() => {
+                Self::new(Listener::Tcp(TcpListener::bind(address)?), None)
+            }
+            StatusAddress::Tcp(_) => invalid("not a loopback address"),
+            StatusAddress::Unix(path) if path.as_os_str().as_bytes().starts_with(b"\0") => {
+                invalid("an abstract socket has no mode")
+            }
+            StatusAddress::Unix(path) => {
+                let listener = Listener::Unix(UnixListener::bind(path)?);
+                let socket = Self::new(listener, Some(SocketFile::find(path)?))?;
+                // Until this call, the umask decides who can connect. No client is accepted before.
+                fs::set_permissions(path, Permissions::from_mode(0o600))?;
+                Ok(socket)
+            }
+        }
+    }
+
+    /// Returns the socket that an old master has passed.
+    pub(in super::super) fn passed(socket: OwnedFd) -> io::Result<Self> {
+        let tcp = TcpListener::from(socket.try_clone()?);
+        let listener = match tcp.local_addr() {
+            Ok(_) => Listener::Tcp(tcp),
+            Err(_) => Listener::Unix(UnixListener::from(socket)),
+        };
+        Self::new(listener, None)
+    }
+
+    fn new(listener: Listener, file: Option<SocketFile>) -> io::Result<Self> {
+        match &listener {
+            Listener::Tcp(listener) => listener.set_nonblocking(true)?,
+            Listener::Unix(listener) => listener.set_nonblocking(true)?,
+        }
+        Ok(Self {
+            listener: Rc::new(listener),
+            file: RefCell::new(file),
+        })
+    }
+
+    pub(super) fn listener(&self) -> Rc<Listener> {
+        Rc::clone(&self.listener)
+    }
+
+    /// Returns a copy of the socket for a new master.
+    pub(super) fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned()
+    }
+
+    pub(super) fn address(&self) -> io::Result<Address> {
+        match &*self.listener {
+            Listener::Tcp(listener) => listener.local_addr().map(Address::Tcp),
+            Listener::Unix(_) => path_of(&self.listener).map(Address::Unix),
+        }
+    }
+
+    /// Returns whether a request for this address means this socket.
+    pub(super) fn serves(&self, requested: &StatusAddress) -> bool {
+        match (self.address(), requested) {
+            (Ok(Address::Tcp(own)), StatusAddress::Tcp(address)) => {
+                own.ip() == address.ip() && [0, own.port()].contains(&address.port())
+            }
+            (Ok(Address::Unix(own)), StatusAddress::Unix(path)) => own == *path,
+            _ => false,
+        }
+    }
+
+    /// Accepts a client. The result is a `UnixStream` also for a TCP client, because this type
+    /// receives and sends by file descriptor only.
+    pub(super) fn accept(&self) -> io::Result<UnixStream> {
+        let stream = match &*self.listener {
+            Listener::Tcp(listener) => UnixStream::from(OwnedFd::from(listener.accept()?.0)),
+            Listener::Unix(listener) => listener.accept()?.0,
+        };
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+
+    /// Makes this process remove the socket's file.
+    pub(super) fn inherit_file(&self) {
+        if self.file.borrow().is_none() {
+            // Ignore an error, which means that the file has been removed.
+            let file = path_of(&self.listener).and_then(|path| SocketFile::find(&path));
+            self.file.replace(file.ok());
+        }
+    }
+
+    /// Leaves the socket's file to a new master.
+    pub(super) fn release_file(&self) {
+        self.file.take();
+    }
+}
+
+impl Drop for StatusSocket {
+    fn drop(&mut self) {
+        if let Some(file) = self.file.take() {
+            // Ignore an error, because the caller cannot handle it.
+            let _ = file.remove();
+        }
+    }
+}
+
+fn path_of(listener: &Listener) -> io::Result<PathBuf> {
+    let Listener::Unix(listener) = listener else {
+        return Err(ErrorKind::Unsupported.into());
+    };
+    let address = listener.local_addr()?;
+    let path = address.as_pathname().ok_or(ErrorKind::Unsupported)?;
+    Ok(path.to_owned())
+}
+
+/// The file of a Unix socket.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    /// The process that removes the file. A forked child does not.
+    owner: u32,
+}
+
+impl SocketFile {
+    fn find(path: &Path) -> io::Result<Self> {
+        // Make the path absolute, because the application may change its working directory.
+        let path = std::path::absolute(path)?;
+        let data = fs::symlink_metadata(&path)?;
+        Ok(Self {
+            path,
+            device: data.dev(),
+            inode: data.ino(),
+            owner: std::process::id(),
+        })
+    }
+
+    /// Removes the file, unless another file has replaced it.
+    fn remove(self) -> io::Result<()> {
+        let data = fs::symlink_metadata(&self.path)?;
+        let is_same = (data.dev(), data.ino()) == (self.device, self.inode);
+        if is_same && self.owner == std::process::id() {
+            fs::remove_file(&self.path)?;
+        }
+        Ok(())
+    }
+}
