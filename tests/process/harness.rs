@@ -139,6 +139,36 @@ pub const NETWORKS: Need = Need {
     is_met: || is_root() && has_networks() && Command::new("haproxy").arg("-v").output().is_ok(),
 };
 
+pub const SYSTEMD_ANALYZE: Need = Need {
+    name: "systemd-analyze",
+    is_met: || runs("systemd-analyze", "--version"),
+};
+pub const STRACE: Need = Need {
+    name: "systemd-analyze and strace",
+    is_met: || {
+        let trace = Command::new("strace")
+            .args(["-qq", "-o", "/dev/null", "true"])
+            .output();
+        runs("systemd-analyze", "--version") && trace.is_ok_and(|run| run.status.success())
+    },
+};
+pub const HAPROXY: Need = Need {
+    name: "haproxy",
+    is_met: || runs("haproxy", "-v"),
+};
+pub const NGINX: Need = Need {
+    name: "nginx",
+    is_met: || runs("nginx", "-v"),
+};
+pub const BUSYBOX: Need = Need {
+    name: "busybox",
+    is_met: || runs("busybox", "--help"),
+};
+pub const KUBECTL: Need = Need {
+    name: "kubectl",
+    is_met: || runs("kubectl", "--help"),
+};
+
 pub const ROOT_AND_FAULT_POINTS: Need = Need {
     name: "root and debug assertions",
     is_met: || is_root() && cfg!(debug_assertions),
@@ -197,6 +227,10 @@ impl Need {
         test.with_kind(format!("needs {}", self.name))
             .with_ignored_flag(!(self.is_met)())
     }
+}
+
+fn runs(program: &str, argument: &str) -> bool {
+    Command::new(program).arg(argument).output().is_ok()
 }
 
 pub fn is_root() -> bool {

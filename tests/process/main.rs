@@ -19,6 +19,7 @@ mod clients;
 mod conformance;
 mod counting;
 mod deadlines;
+mod deploying;
 mod detached;
 mod disconnecting;
 mod edges;
@@ -188,6 +189,7 @@ fn main() -> ExitCode {
     trials.extend(fleet::trials());
     trials.extend(logs::trials());
     trials.extend(giving_up::trials());
+    trials.extend(deploying::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
@@ -199,5 +201,7 @@ fn main() -> ExitCode {
     for name in trials.iter().map(Trial::name).chain(programs) {
         assert!(names.insert(name), "the name {name} is not unique");
     }
+    let names = names.into_iter().map(str::to_owned).collect();
+    trials.push(deploying::names_trial(names));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

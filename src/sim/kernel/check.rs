@@ -12,7 +12,7 @@ use crate::types::time::earlier;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-/// The maximum number of listeners of one worker, as documented in README.md.
+/// The maximum number of listeners of one worker, as documented in the guide (`guide/limits.md`).
 pub(crate) const MAX_LISTENERS: usize = 64;
 
 // Checks after each step.
