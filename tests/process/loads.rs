@@ -245,9 +245,11 @@ fn loads_count_returned_connections() {
                             "every dispatched connection was returned"
                         );
                         assert!(returned >= 1);
+                        // If the second worker was late, the master has reclaimed a connection from
+                        // it, too, and dispatched the connection to it again.
                         let [dispatched, received, _, returned] =
                             figures(&load_of(master, &second));
-                        assert_eq!((dispatched, received, returned), (4, 4, 0));
+                        assert_eq!((dispatched - returned, received), (4, 4));
                         assert_eq!(listener_load(master).accepted, 4);
                         first.process().kill(Signal::CONT);
                         log.add("done");
