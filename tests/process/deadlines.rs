@@ -43,7 +43,7 @@ const LATE: Duration = Duration::from_secs(600);
 const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
 
-/// Role of each worker during the stop, and the expected exit.
+/// Part of each worker during the stop, and the expected exit.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", EXITED),
     ("running", EXITED),
@@ -69,7 +69,8 @@ fn spin_forever() -> ! {
     }
 }
 
-/// Runs the worker in its role. Sends `ready` shortly before the worker enters its role's state.
+/// Plays the worker's part (`PART`, see [`KINDS`]). Sends `ready` shortly before the worker reaches
+/// the state in which the stop finds it.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         let _ = worker.send(b"ready").unwrap();
