@@ -136,8 +136,8 @@ fn work(worker: Worker) {
     }
 }
 
-/// Waits until a worker that has sent `ready` has entered its role's state. Stops the worker if its
-/// role is `stopped`.
+/// Waits until a worker that has sent `ready` has reached its part's state. Stops the worker if its
+/// part is `stopped`.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
         "stopped" => stop(worker),
@@ -146,7 +146,7 @@ fn settle(worker: &WorkerProcess, part: &str) {
     }
 }
 
-/// Forks a worker for each role, and calls `then` once each worker has entered its role's state.
+/// Forks a worker for each part, and calls `then` once each worker has reached its part's state.
 fn when_all_are_settled(
     master: &Master,
     parts: &'static [&'static str],
@@ -291,7 +291,7 @@ fn workers_are_killed_at_their_own_deadlines() {
     });
 }
 
-/// Forks workers with these roles and stops them with `begin`. Returns the events, the exit times
+/// Forks workers with these parts and stops them with `begin`. Returns the events, the exit times
 /// and the start time of the stop.
 fn stopped_by(
     parts: &'static [&'static str],
