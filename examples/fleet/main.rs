@@ -5,7 +5,8 @@
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
 //! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
-//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM, at once: again after a second
+//! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM
+//! at once:   a second kill -TERM, at least one second after the first
 //!
 //! Options:   --workers 4   --release FILE   --drain-notice SECONDS
 

@@ -222,10 +222,10 @@ impl<S> ListenOptions<S> {
         }
     }
 
-    /// Sets how many connections may wait in the kernel's queue. The default is 511. The system may
-    /// impose a lower limit, such as `net.core.somaxconn` on Linux. If several workers listen on an
-    /// address, the first worker's options apply to all of them. If the listener is sharded, each
-    /// worker's own value applies to the socket that is opened for that worker.
+    /// Sets how many connections may wait in the kernel's backlog. The default is 511. The system
+    /// may impose a lower limit, such as `net.core.somaxconn` on Linux. If several workers listen
+    /// on an address, the first worker's options apply to all of them. If the listener is sharded,
+    /// each worker's own value applies to the socket that is opened for that worker.
     ///
     /// Node: `backlog`.
     ///

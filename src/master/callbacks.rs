@@ -228,7 +228,7 @@ impl Master {
     ///
     /// Node: `process.on(signal)`.
     ///
-    /// The signal loses its default effect until the master is dropped. A handler that the
+    /// The signal loses its default action until the master is dropped. A handler that the
     /// application installed earlier still runs. If the same signal arrives several times in a
     /// short period, the callback may be called only once.
     ///
@@ -264,7 +264,7 @@ impl Master {
     }
 
     /// Calls `callback` once, when the process next receives `signal`. As with
-    /// [`on_signal`](Self::on_signal), the signal loses its default effect until the master is
+    /// [`on_signal`](Self::on_signal), the signal loses its default action until the master is
     /// dropped.
     ///
     /// Node: `once`.

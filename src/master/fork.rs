@@ -21,7 +21,7 @@ impl Master {
     /// The worker inherits the master's environment, except the variables that
     /// [`systemd`](crate::systemd) sets for the master only. No signal is blocked in the worker.
     /// The worker ignores the signals that were ignored when [`init`](crate::init()) created the
-    /// master, except SIGPIPE and SIGCHLD. All other signals have their default effect. A worker
+    /// master, except SIGPIPE and SIGCHLD. All other signals have their default action. A worker
     /// that runs `main` also ignores SIGPIPE if the master does.
     ///
     /// The calling thread waits until the program has started, or until `main` is about to be

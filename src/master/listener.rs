@@ -39,9 +39,9 @@ use crate::types::endpoint::BACKLOG;
 /// while the last workers disconnect may be reset. If the other process has exited, call
 /// [`set_foreign_copies`](Self::set_foreign_copies).
 ///
-/// If no process outside the cluster can have a copy, the master drops new TCP handshakes while the
-/// last workers disconnect. Afterwards, the master shuts the socket down, so that copies in forked
-/// children stop listening too.
+/// If no process outside the cluster can have a copy, the master drops requests for new TCP
+/// connections while the last workers disconnect. Afterwards, the master shuts the socket down, so
+/// that copies in forked children stop listening too.
 ///
 /// A UDP socket has no backlog and no handshakes. Datagrams wait in its receive buffer, as
 /// connections do in a backlog.

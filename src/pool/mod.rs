@@ -265,14 +265,14 @@ impl Pool {
     ///
     /// Node has no counterpart.
     ///
-    /// If there is a [`PoolOptions::stop_delay`], the pool first serves on for this time. From the
-    /// call on, [`is_stopping`](Self::is_stopping) is true and [`has_quorum`](Self::has_quorum) is
-    /// false. Workers that fail or reach a limit are still replaced, the number of slots can still
-    /// be changed, and a reload that is in progress continues. New reloads and upgrades are
-    /// ignored, and an upgrade that is in progress fails. If this method is called again at least
-    /// one second after the first call, the delay ends at once. There is no delay if a new master
-    /// has taken over, if this process is a new master that has not taken over, or if the pool gives
-    /// up.
+    /// If there is a [`PoolOptions::stop_delay`], the pool first continues to serve for this time.
+    /// From the call on, [`is_stopping`](Self::is_stopping) is true and
+    /// [`has_quorum`](Self::has_quorum) is false. Workers that fail or reach a limit are still
+    /// replaced, the number of slots can still be changed, and a reload that is in progress
+    /// continues. New reloads and upgrades are ignored, and an upgrade that is in progress fails.
+    /// If this method is called again at least one second after the first call, the delay ends at
+    /// once. There is no delay if a new master has taken over, if this process is a new master that
+    /// has not taken over, or if the pool gives up.
     ///
     /// A stopped pool cannot be restarted.
     ///

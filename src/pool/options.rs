@@ -278,8 +278,8 @@ accessors! {
     /// an example.
     get_canary: Option<Canary>;
 
-    /// Sets how long a pool that is stopping serves on before it disconnects its workers. Load
-    /// balancers stop sending clients in the meantime. The default is zero. See
+    /// Sets how long a pool that is stopping continues to serve before it disconnects its workers.
+    /// Load balancers stop sending clients in the meantime. The default is zero. See
     /// [`Pool::stop`](super::Pool::stop).
     ///
     /// Choose a time in which every load balancer notices that the pool is not ready: the interval
@@ -299,8 +299,8 @@ accessors! {
     /// # let _ = options;
     /// ```
     stop_delay,
-    /// Returns how long a pool that is stopping serves on before it disconnects its workers. See
-    /// [`stop_delay`](Self::stop_delay) for an example.
+    /// Returns how long a pool that is stopping continues to serve before it disconnects its
+    /// workers. See [`stop_delay`](Self::stop_delay) for an example.
     get_stop_delay: Duration;
 
     /// Sets how long a worker may take to exit after the pool has disconnected the worker. A worker

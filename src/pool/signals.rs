@@ -12,8 +12,8 @@ use super::event::{PoolEvent, UpgradeFailure};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SignalAction {
-    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the workers have been disconnecting for at
-    /// least one second. Has no effect if the pool stops because a new master has taken over.
+    /// Calls [`Pool::stop`], or [`Pool::stop_at_once`] if the workers have been disconnecting for
+    /// at least one second. Has no effect if the pool stops because a new master has taken over.
     Stop,
     /// Calls [`Pool::stop_at_once`].
     StopAtOnce,
@@ -28,8 +28,8 @@ pub enum SignalAction {
     Shrink,
 }
 
-/// The default effects of signals. In gunicorn, the signals have similar effects, but SIGINT stops
-/// the workers at once.
+/// The actions that [`Pool::on_default_signals`] assigns. In gunicorn, the signals have similar
+/// effects, but SIGINT stops the workers at once.
 const DEFAULTS: [(Signal, SignalAction); 7] = [
     (Signal::TERM, SignalAction::Stop),
     (Signal::INT, SignalAction::Stop),
@@ -48,7 +48,7 @@ const DEFAULTS: [(Signal, SignalAction); 7] = [
 const LEFT_IGNORED: [Signal; 3] = [Signal::HUP, Signal::TTIN, Signal::TTOU];
 
 impl Pool {
-    /// Assigns default effects to signals. The defaults resemble gunicorn's.
+    /// Assigns [actions](SignalAction) to seven signals. The actions resemble gunicorn's.
     ///
     /// - SIGTERM and SIGINT call [`stop`](Self::stop). A second signal ends the
     ///   [`stop_delay`](super::PoolOptions::stop_delay), if there is one. The next signal, or the

@@ -292,7 +292,7 @@ impl Pool {
     /// process of some containers does. The pool does not detect such a parent. An application that
     /// upgrades must have only one pool. The new master's pool keeps the number of slots
     /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool is stopping, nothing
-    /// happens. [`stop_delay`](super::PoolOptions::stop_delay) is part of a stop.
+    /// happens. The [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
     /// not contain it. As in nginx and gunicorn, the new master stays in this master's session

@@ -364,8 +364,8 @@ impl<R> EventLoop<R> {
         drop(cleared);
     }
 
-    /// Calls the callbacks of the timers that are due now, but of none that become due during these
-    /// calls. Calls `settle` after each callback.
+    /// Calls the callbacks of the timers that are due now. Timers that become due during these
+    /// calls wait for the next call of this function. Calls `settle` after each callback.
     pub(crate) fn fire_timers(&self, role: &R, mut settle: impl FnMut()) {
         if self.deadline(None).is_none() {
             return;

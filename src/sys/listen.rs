@@ -307,8 +307,8 @@ pub(crate) fn is_permanent_error(errno: i32) -> bool {
     matches!(errno, libc::EBADF | libc::EINVAL | libc::ENOTSOCK)
 }
 
-/// Returns whether an error of receiving from a UDP socket concerns only an earlier datagram, so
-/// that the next call may succeed.
+/// Returns whether a receive error on a UDP socket concerns only an earlier datagram, so that the
+/// next call may succeed.
 ///
 /// If the option `IP_RECVERR` (ip(7)) is set, an ICMP error for a datagram that the socket has sent
 /// makes the next call fail.

@@ -105,7 +105,7 @@ pub(crate) struct Ready {
 /// an allocation.
 #[derive(Debug)]
 pub(crate) struct ReadyList {
-    /// The ready descriptors. The first `count` elements are initialised.
+    /// The ready descriptors. The first `count` elements are initialized.
     list: [MaybeUninit<Ready>; MAX_EVENTS.get()],
     count: usize,
 }
@@ -127,7 +127,7 @@ impl ReadyList {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Ready> {
         let written = self.list.iter().take(self.count);
-        // SAFETY: the first `count` elements are initialised.
+        // SAFETY: the first `count` elements are initialized.
         written.map(|ready| unsafe { ready.assume_init_ref() })
     }
 }
@@ -166,8 +166,10 @@ impl Poller {
         // Replace the descriptor before dropping the poller. Dropping the poller would otherwise
         // delete the poller's own descriptors from the epoll instance that the parent also uses.
         fd::replace(number, inert)?;
-        // SAFETY: the pointer is valid for reads. The poller is not used again, because `owner` is
-        // another process.
+        // SAFETY: the pointer is valid for reads. `Owned::drop` does not drop the poller again,
+        // because its owner is another process. For the same reason, `check_own` and `is_own` keep
+        // every later call away from the poller, except `as_fd`. `as_fd` only returns the number,
+        // which then belongs to a copy of `inert`.
         drop(unsafe { std::ptr::read(&raw const *self.0.poller) });
         // Dropping the poller has closed the descriptor with this number, so put a copy of `inert`
         // there again.

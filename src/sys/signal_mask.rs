@@ -31,13 +31,13 @@ impl SignalSet {
 
     /// Adds a signal, which must exist.
     pub(super) fn add(&mut self, signal: libc::c_int) {
-        // SAFETY: the set is initialised. The call fails only for a signal that does not exist.
+        // SAFETY: the set is initialized. The call fails only for a signal that does not exist.
         unsafe { libc::sigaddset(&raw mut self.0, signal) };
     }
 
     /// Returns whether the set contains the signal. Async-signal-safe.
     pub(crate) fn contains(&self, signal: libc::c_int) -> bool {
-        // SAFETY: the set is initialised.
+        // SAFETY: the set is initialized.
         let result = unsafe { libc::sigismember(&raw const self.0, signal) };
         result == 1
     }
@@ -90,7 +90,7 @@ impl SignalSet {
 
     fn change_mask(&self, how: libc::c_int) -> Self {
         let mut previous = *self;
-        // SAFETY: both sets are initialised. The call fails only if `how` is invalid.
+        // SAFETY: both sets are initialized. The call fails only if `how` is invalid.
         unsafe { libc::pthread_sigmask(how, self.as_ptr(), &raw mut previous.0) };
         previous
     }

@@ -332,7 +332,7 @@ pub(crate) fn receive_into(
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     })?;
     // SAFETY: the kernel fills the first vector before the second, so the new bytes of `body` are
-    // initialised.
+    // initialized.
     unsafe { body.set_len(body.len() + bytes.min(missing)) };
     let fds = adopt_all(&message);
     if MSG_CMSG_CLOEXEC == 0 {

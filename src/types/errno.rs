@@ -7,8 +7,8 @@ pub(crate) use libc::{
     ENOSPC,
 };
 
-/// Returns the system's error number, or `EINVAL` if the error has none. In a reply to a worker, 0
-/// means success.
+/// Returns the system's error number. Returns `EINVAL` instead of 0 if the error has none, because
+/// 0 means success in a reply to a worker.
 pub(crate) fn errno_of(error: &std::io::Error) -> i32 {
     error.raw_os_error().unwrap_or(EINVAL)
 }

@@ -45,10 +45,10 @@ pub struct WorkerLoad {
     /// received them.
     pub returned: u64,
     /// The connections that the worker's application holds at the moment, with any policy. Parked
-    /// connections do not count. A worker that holds none is idle.
+    /// connections do not count, so the value is 0 while the application serves no client.
     ///
-    /// The value is `None` before the worker has called [`init`](crate::init()), if its program does
-    /// not use this crate, and outside Linux. The worker writes the number into memory that it
+    /// The value is `None` before the worker has called [`init`](crate::init()), if its program
+    /// does not use this crate, and outside Linux. The worker writes the number into memory that it
     /// shares with the master, so a faulty worker can write any number.
     pub held: Option<u64>,
 }

@@ -23,7 +23,7 @@
 //! is a channel. The preamble's first descriptor is a socket that becomes readable when the worker
 //! must disconnect (`worker/disconnect_token`). The second one is a file in memory, through which
 //! the worker shows how many connections its application holds (`sys/linux/shared_number`). The
-//! second one may be missing.
+//! second one may be missing, so the preamble's header counts only the first.
 //!
 //! A successful `Reply` carries one descriptor. Depending on the request and the policy, the
 //! descriptor is a listener, a UDP socket or the worker's end of a queue (`sys/queue`).
@@ -235,8 +235,8 @@ pub(crate) enum ToWorker {
     Message(Vec<u8>),
 }
 
-/// Returns the preamble that the master writes to the channel of `worker`, with one descriptor,
-/// before any other frame.
+/// Returns the preamble that the master writes to the channel of `worker`, with one or two
+/// descriptors, before any other frame.
 pub(crate) fn preamble(worker: WorkerId) -> [u8; PREAMBLE_LENGTH] {
     let mut bytes = [0; PREAMBLE_LENGTH];
     bytes[..HEADER].copy_from_slice(&[4, 0, 0, 0, VERSION, kind::PREAMBLE, 1, 1]);

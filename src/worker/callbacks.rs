@@ -121,7 +121,7 @@ impl Worker {
     ///
     /// Node: `process.on(signal)`.
     ///
-    /// The signal loses its default effect until the worker is dropped. A terminal sends `INT` to
+    /// The signal loses its default action until the worker is dropped. A terminal sends `INT` to
     /// both the master and its workers, and some supervisors send `TERM` to all of them. A worker
     /// that should finish its work handles these signals with an empty callback, and lets the
     /// master react. See [`Master::on_signal`](crate::Master::on_signal) for other handlers,
@@ -145,7 +145,7 @@ impl Worker {
     }
 
     /// Calls `callback` once, when the process next receives `signal`. As with
-    /// [`on_signal`](Self::on_signal), the signal loses its default effect until the worker is
+    /// [`on_signal`](Self::on_signal), the signal loses its default action until the worker is
     /// dropped.
     ///
     /// Node: `once`.

@@ -382,8 +382,8 @@ mod tests {
     where
         for<'a> &'a R: Read + Write,
     {
-        // Guards against one implementation of `Read` for all `&Connection<S>`: the compiler could
-        // then not infer the type of this argument (E0275).
+        // This call must compile. If one implementation of `Read` covered all `&Connection<S>`,
+        // type inference would overflow here (E0275). See `read_and_write_by_reference`.
         let byte = read_byte(source)?;
         (&mut { source }).write_all(&[byte])
     }

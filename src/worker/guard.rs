@@ -46,8 +46,9 @@ impl ConnectionGuard {
     pub(super) fn new(worker: Option<Rc<Inner>>, listener: Option<ListenerId>) -> Self {
         match worker.filter(|worker| worker.event_loop.check_own().is_ok()) {
             Some(worker) => {
-                // Ignore an error, which means that no descriptor is free. The loop then notices
-                // the drop when it wakes for another reason, and the next guard tries again.
+                // Ignore an error, which usually means that no descriptor is free. The loop then
+                // notices the drop when it wakes for another reason, and the next guard tries
+                // again.
                 let _ = worker.event_loop.open_signal_pipe();
                 worker.dropped_guards.guard(listener)
             }

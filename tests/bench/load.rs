@@ -160,8 +160,9 @@ pub fn drive(
     while !open.is_empty() {
         for client in open.answered() {
             answered(client.answered());
-            // Start the next connection before the answered one is closed at the end of this iteration,
-            // so that at least `clients` connections are open until `next` returns `None`.
+            // Start the next connection before the answered one is closed at the end of this
+            // iteration, so that at least `clients` connections are open until `next` returns
+            // `None`.
             if let Some(request) = next() {
                 open.add(Client::connect(address, request));
             }

@@ -43,7 +43,7 @@ const LATE: Duration = Duration::from_secs(600);
 const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
 
-/// Role of each worker during the stop, and the expected exit.
+/// Part of each worker during the stop, and the expected exit.
 const KINDS: &[(&str, &str)] = &[
     ("accepting", EXITED),
     ("running", EXITED),
@@ -69,7 +69,8 @@ fn spin_forever() -> ! {
     }
 }
 
-/// Runs the worker in its role. Sends `ready` shortly before the worker enters its role's state.
+/// Plays the worker's part (`PART`, see [`KINDS`]). Sends `ready` shortly before the worker reaches
+/// the state in which the stop finds it.
 fn work(worker: Worker) {
     let ready = |worker: &Worker| {
         let _ = worker.send(b"ready").unwrap();
@@ -135,8 +136,8 @@ fn work(worker: Worker) {
     }
 }
 
-/// Waits until a worker that has sent `ready` has entered its role's state. Stops the worker if its
-/// role is `stopped`.
+/// Waits until a worker that has sent `ready` has reached its part's state. Stops the worker if its
+/// part is `stopped`.
 fn settle(worker: &WorkerProcess, part: &str) {
     match part {
         "stopped" => stop(worker),
@@ -145,7 +146,7 @@ fn settle(worker: &WorkerProcess, part: &str) {
     }
 }
 
-/// Forks a worker for each role, and calls `then` once each worker has entered its role's state.
+/// Forks a worker for each part, and calls `then` once each worker has reached its part's state.
 fn when_all_are_settled(
     master: &Master,
     parts: &'static [&'static str],
@@ -290,7 +291,7 @@ fn workers_are_killed_at_their_own_deadlines() {
     });
 }
 
-/// Forks workers with these roles and stops them with `begin`. Returns the events, the exit times
+/// Forks workers with these parts and stops them with `begin`. Returns the events, the exit times
 /// and the start time of the stop.
 fn stopped_by(
     parts: &'static [&'static str],

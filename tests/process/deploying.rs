@@ -1,5 +1,5 @@
-//! Tests the guide: the programs that read its files accept them, its init scripts run a server, and
-//! its pages agree with the code.
+//! Tests the guide. The programs that read its files must accept them, its init scripts must run a
+//! server, and its pages must agree with the code.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,7 +20,7 @@ use crate::harness::{
     reserve_port, talk, wait_until,
 };
 
-/// Lists the files of the guide, with their contents.
+/// Returns the names and contents of files of the guide.
 macro_rules! files {
     ($($name:literal)*) => {
         [$(($name, include_str!(concat!("../../src/guide/files/", $name)))),*]
@@ -32,7 +32,7 @@ const FILES: [(&str, &str); 10] = files! {
     "app.openrc" "app.procd" "S50app" "haproxy.cfg" "nginx.conf"
 };
 
-/// Lists the pages of the guide, with their contents.
+/// Returns the names and contents of pages of the guide.
 macro_rules! pages {
     ($($name:literal)*) => {
         [$(($name, include_str!(concat!("../../src/guide/", $name, ".md")))),*]
@@ -110,7 +110,7 @@ fn output_of(command: &mut Command) -> String {
 
 fn units() -> Result<(), Failed> {
     let directory = TempDir::new()?;
-    // The units are checked with a program that exists.
+    // Name a program that exists, because `systemd-analyze verify` looks for it.
     let service = replace(file("app.service"), 1, "=/usr/bin/app", "=/bin/true");
     for (name, text) in [
         ("app.service", service.as_str()),
@@ -122,7 +122,7 @@ fn units() -> Result<(), Failed> {
     verify.args(["verify", "--man=no", "--recursive-errors=no"]);
     let paths = ["app.service", "app.socket"].map(|name| directory.path().join(name));
     let said = output_of(verify.args(paths));
-    // systemd ignores unknown settings, and only says so.
+    // Accept no output. For an unknown setting, the command prints a warning, but succeeds.
     assert_eq!(said, "");
     Ok(())
 }
@@ -208,7 +208,8 @@ fn manifest() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that each supervisor waits at least as long as the manifest's comment says the pool takes.
+/// Checks that each supervisor waits longer for the pool's exit than the sum in the manifest's
+/// comment.
 fn grace_periods() -> Result<(), Failed> {
     let pool = 10
         + cluster::pool::PoolOptions::default()
@@ -232,7 +233,7 @@ fn grace_periods() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that the Dockerfile has the exec form wherever it names the program.
+/// Checks that the Dockerfile starts the program only in the exec form, a JSON array.
 fn dockerfile() -> Result<(), Failed> {
     let lines = file("Dockerfile").lines();
     let started = lines.filter_map(|line| {
@@ -259,8 +260,8 @@ fn syntax(shell: &[&str]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Sources a script in a shell that knows only `commands`, and calls its `functions`. Returns the
-/// calls of the commands, one a line.
+/// Sources a script in a shell whose only programs are `commands`, and calls the script's
+/// `functions`. Returns the calls of the commands, one per line.
 fn calls(name: &str, commands: &[&str], functions: &[&str]) -> String {
     let directory = TempDir::new().unwrap();
     let path = |name: &str| directory.path().join(name);
@@ -346,7 +347,7 @@ fn wait_until_served(address: SocketAddr) {
     });
 }
 
-/// Runs the example `pool` with the script for BusyBox, in BusyBox alone.
+/// Runs the example `pool` with the script `S50app`, which finds no programs except BusyBox's.
 fn init_script() -> Result<(), Failed> {
     let directory = TempDir::new()?;
     let path = |name: &str| directory.path().join(name);
@@ -383,8 +384,8 @@ fn init_script() -> Result<(), Failed> {
     wait_until_served(address);
     let written = fs::read_to_string(path("pid"))?;
     let pid = Pid::from_raw(written.trim().parse()?);
-    // The server is now a child of this process. Wait for it as init does, because the script takes
-    // a zombie for a running server.
+    // The kernel has reparented the server to this process. Reap it as init does, because the
+    // script treats a zombie as a running server.
     let server = std::thread::spawn(move || waitpid(pid, None));
     assert!(run("start").success());
     assert_eq!(fs::read_to_string(path("pid"))?, written, "a second server");
@@ -411,7 +412,7 @@ fn init_script() -> Result<(), Failed> {
 /// Runs the example `pool` as process 1 of a PID namespace, as in a container.
 fn process_1() -> Result<(), Failed> {
     let own = fs::File::open("/proc/self/ns/pid")?;
-    // Only children of this thread are born in the new namespace.
+    // This thread stays in its namespace. Only children that it starts now are in the new one.
     unshare(CloneFlags::CLONE_NEWPID)?;
     let pool = Group::start(example("pool").arg("127.0.0.1:0"));
     setns(own, CloneFlags::CLONE_NEWPID)?;
@@ -480,7 +481,7 @@ fn nginx() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that each file is shown in a page of the guide, and that a page shows no other file.
+/// Checks that the guide shows each file exactly as it is, and no other file.
 fn shown_files() -> Result<(), Failed> {
     const PREFIX: &str = "`src/guide/files/";
     let mut shown = BTreeSet::new();
@@ -488,7 +489,8 @@ fn shown_files() -> Result<(), Failed> {
         for (index, _) in text.match_indices(PREFIX) {
             let rest = &text[index + PREFIX.len()..];
             let (name, rest) = rest.split_once('`').ok_or(page)?;
-            // A block follows the line that names the file. The page also names the directory.
+            // Skip names that no block follows. Only a line with a name and then a block shows a
+            // file.
             let Some((line, rest)) = rest.split_once("\n\n```") else {
                 continue;
             };
@@ -506,7 +508,7 @@ fn shown_files() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that the chapter about the design has the tables of `wire/frame`.
+/// Checks that the page `design` has the tables in the header of `src/wire/frame.rs`.
 fn wire_format() -> Result<(), Failed> {
     let lines = FRAME.lines().map_while(|line| line.strip_prefix("//!"));
     let lines = lines.map(|line| line.strip_prefix(' ').unwrap_or(line));
@@ -520,11 +522,12 @@ fn wire_format() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Beginnings of names in the guide that look like names of tests, and are not.
+/// Prefixes of names in the guide that look like names of tests but are not.
 const OTHER_NAMES: [&str; 2] = ["cluster_", "exp_backoff_"];
 
-/// Checks that each name of a test in the guide is the name of a trial or of a unit test. A name is
-/// text in backquotes of at least four words. A name that ends with `_…` is the beginning of names.
+/// Checks that each name of a test in the guide is the name of a trial or of a unit test. Text in
+/// backquotes is such a name if it consists of at least four words. A name that ends with `_…` is a
+/// prefix of other names.
 fn named_tests(trials: &BTreeSet<String>) -> Result<(), Failed> {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut roots = package.ancestors();

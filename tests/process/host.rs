@@ -273,7 +273,7 @@ fn disposition(number: Number) -> (usize, i32, Vec<i32>) {
     let read = unsafe { libc::sigaction(number as i32, std::ptr::null(), &raw mut action) };
     assert_eq!(read, 0);
     #[allow(unsafe_code)]
-    // SAFETY: the kernel has initialised the set, which is valid for reads.
+    // SAFETY: the kernel has initialized the set, which is valid for reads.
     let is_in =
         |number: &i32| unsafe { libc::sigismember(&raw const action.sa_mask, *number) } == 1;
     let mask = (1..=64).filter(is_in).collect();

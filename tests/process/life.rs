@@ -510,8 +510,8 @@ fn callbacks_may_change_callbacks_and_fork() {
     );
 }
 
-/// Checks that the master notices exits without `pidfd_open`. Kernels before Linux 5.3 do not have
-/// this system call.
+/// Checks that the master notices exits without process descriptors. Kernels before Linux 5.3 have
+/// neither `clone3` nor `pidfd_open`.
 fn exits_are_noticed_without_process_descriptors() {
     let calls = [nix::libc::SYS_clone3, nix::libc::SYS_pidfd_open];
     refuse_calls(&calls, nix::libc::ENOSYS);

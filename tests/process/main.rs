@@ -76,10 +76,9 @@ mod threads;
 mod usage;
 mod without_exec;
 
-/// Stands in for the function with which the pool's unit tests make worker ids.
-///
-/// The pool's unit tests compile here, but do not run, because an application cannot make a worker
-/// id.
+/// Stands in for `cluster::worker_id`, which is private, in the pool's unit tests. Their modules
+/// are part of `pool_elsewhere` and therefore compile here, but this target has no harness that
+/// would run them.
 #[allow(dead_code)]
 fn worker_id(_: u32) -> cluster::WorkerId {
     unreachable!("the unit tests of the pool run in the crate")
@@ -91,8 +90,8 @@ use std::process::ExitCode;
 use libtest_mimic::{Arguments, Trial};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
-/// Gives all signals except SIGPIPE their default effects. This process may have been started with
-/// ignored signals, for example by nohup(1) or in the background of a script, and the tests'
+/// Resets all signals except SIGPIPE to their default actions. This process may have been started
+/// with ignored signals, for example by nohup(1) or in the background of a script, and the tests'
 /// processes would inherit them.
 #[allow(unsafe_code)]
 fn reset_ignored_signals() {
@@ -101,7 +100,7 @@ fn reset_ignored_signals() {
         matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
     };
     for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
-        // SAFETY: the default effect runs no code in this process, which has no handlers yet.
+        // SAFETY: the default action runs no code in this process, which has no handlers yet.
         unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
     }
 }

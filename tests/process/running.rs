@@ -39,8 +39,8 @@ fn timers_fire_in_order_and_can_be_cleared() {
             let began = Instant::now();
             let at = |millis: u64| Duration::from_millis(millis);
             let (late, soon, ticks) = (log.clone(), log.clone(), log);
-            // Set the timers in the order in which they fire, because the process may be interrupted
-            // for longer than 10 ms between two calls.
+            // Set the timers in the order in which they fire, because the process may be
+            // interrupted for longer than 10 ms between two calls.
             let cleared = Rc::new(Cell::new(None));
             let never = Rc::clone(&cleared);
             master.set_timeout(at(10), move |master| {

@@ -44,7 +44,7 @@ crate::scenarios! {
 
 const MS: Duration = Duration::from_millis(1);
 
-/// The largest number of clients that the server serves at the same time.
+/// The value of `MAX_CLIENTS` in `src/pool/status/server.rs`.
 const MAX_CLIENTS: usize = 16;
 
 /// Runs a pool that serves its status on a port and on a Unix socket.
@@ -311,7 +311,7 @@ fn silent_clients_delay_no_answer_and_cost_no_wake_up() {
         assert_eq!(health(status), 200);
     }
     assert_eq!(clients.len(), 1000);
-    // The last answer's client may still be counted.
+    // Wait, because the server answers a new client before it closes the oldest connection.
     wait_until("the eviction of the oldest clients", || {
         (descriptors() <= before + MAX_CLIENTS).then_some(())
     });
@@ -335,7 +335,7 @@ fn silent_clients_delay_no_answer_and_cost_no_wake_up() {
     server.stop();
 }
 
-/// Returns how often the process has waited for something.
+/// Returns the number of times that the process's main thread has blocked.
 fn wake_ups(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let count = status
@@ -382,15 +382,15 @@ fn hostile_requests_get_an_error() {
 
     let mut endless = TcpStream::connect(status).unwrap();
     let chunk = [b'x'; 1 << 16];
-    wait_until("the end of a client that sends for ever", || {
+    wait_until("the end of a client that sends forever", || {
         endless.write_all(&chunk).err()
     });
     assert_eq!(health(status), 200);
     server.stop();
 }
 
-/// Runs a pool with a status that is larger than a Unix socket's buffer, and calls `clients` on a
-/// thread with the path of the status server.
+/// Runs a pool with a status that is larger than a Unix socket's buffer. Calls `clients` on a
+/// thread with the path of the status socket.
 fn with_a_big_status(clients: fn(&Path)) {
     const SLOTS: usize = 1200;
     let path = std::env::temp_dir().join("status.sock");
@@ -453,7 +453,7 @@ fn reader_that_stops_is_disconnected_at_the_deadline() {
         poll(&mut fds, PollTimeout::from(20_000_u16)).unwrap();
         assert!(fds[0].revents().unwrap().contains(PollFlags::POLLHUP));
         assert!(begin.elapsed() >= Duration::from_secs(5));
-        // The rest of the answer is lost.
+        // Ignore an error of this read. It returns only what the kernel had buffered.
         let _ = client.read_to_end(&mut answer);
         assert!(answer.len() < 250_000, "{}", answer.len());
     });
@@ -467,8 +467,8 @@ fn health_check_fails_before_a_client_is_refused_none() {
     health_check_fails_before_a_client_is_refused("none");
 }
 
-/// Checks that a load balancer, which sends no more clients once the health check has failed, sees
-/// no failure.
+/// Acts as a load balancer that stops sending clients once the health check has failed. Checks that
+/// none of its clients is lost.
 fn health_check_fails_before_a_client_is_refused(policy: &str) {
     const DELAY: Duration = Duration::from_secs(2);
     if is_watched() {
@@ -511,7 +511,7 @@ fn worker_is_replaced_during_the_stop_delay_and_a_second_signal_ends_it() {
     kill(server.workers()[0], Signal::SIGKILL).unwrap();
     server.wait_for("is ready", 3);
     assert_eq!(talk(server.address, b"x").unwrap(), "served");
-    // Ignored, because a stop has begun.
+    // The pool must ignore these signals, because a stop has begun.
     server.signal(Signal::SIGHUP);
     server.signal(Signal::SIGUSR2);
     wait_until("the end of the delay", || {

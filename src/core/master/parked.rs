@@ -328,8 +328,8 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
-    /// the listener can no longer hold. Closes the connection if its listener has closed. Kills a
-    /// worker that has not sent `Online`, or that has never had the listener.
+    /// the listener can no longer hold. Closes the connection if its listener has closed.
+    /// Otherwise, kills a worker that has not sent `Online`, or that has never had the listener.
     pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
         if !self.is_connected(worker) {
             return;
@@ -339,8 +339,8 @@ impl<C, F> MasterCore<C, F> {
         let listener = self.listeners.get(&handle);
         let is_datagram = |own: &Listener<C>| own.key.endpoint.kind == Kind::Udp;
         let workers_hold = listener.is_some_and(|own| !own.master_accepts());
-        // Do not accuse a worker of a listener that no longer exists, because the worker's entry
-        // forgets some of these.
+        // Report no violation if the listener no longer exists. The worker may have had it, because
+        // `WorkerEntry::joined` forgets listeners that no longer exist.
         if listener.is_some_and(|own| !has_had || is_datagram(own)) {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
@@ -364,7 +364,7 @@ impl<C, F> MasterCore<C, F> {
         };
         if self.parked.len() >= self.parked.limit {
             let Some((_, first)) = self.parked.expiries.first() else {
-                // No connection that the master holds is idle.
+                // No held connection is idle, so close the new one instead.
                 self.ledger.idle_closed += 1;
                 return;
             };

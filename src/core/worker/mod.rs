@@ -103,7 +103,8 @@ enum ChannelState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Disconnect {
     NotRequested,
-    /// The worker has sent a request to the master.
+    /// The application has requested the disconnect. If the channel was open, the worker has sent
+    /// the request to the master.
     Requested,
     /// The master has requested or confirmed the disconnect.
     Received,

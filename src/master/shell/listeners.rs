@@ -498,8 +498,8 @@ impl MasterShell {
         }
     }
 
-    /// Keeps new connections out of the backlog: drops the handshakes of TCP connections, and shuts
-    /// a Unix socket down. If the system does not support SYN filters, connections still arrive
+    /// Keeps new connections out of the backlog: drops requests for new TCP connections, and shuts
+    /// a Unix socket down. If the system does not support SYN filters, TCP connections still arrive
     /// while the backlog is being emptied.
     pub(super) fn attach_syn_filter(&self, handle: HandleId) {
         if let Some(listener) = self.sockets.borrow().get(&handle) {

@@ -202,7 +202,7 @@ impl MasterShell {
         }
     }
 
-    /// Adds the numbers of connections that the workers' applications hold.
+    /// Sets `held` in each load: the number of connections that the worker's application holds.
     pub(crate) fn add_held(&self, loads: &mut [WorkerLoad]) {
         let workers = self.workers.borrow();
         for load in loads {

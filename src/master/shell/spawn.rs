@@ -63,8 +63,8 @@ struct NewProcess<'a> {
     worker_end: OwnedFd,
 }
 
-/// The master's ends of a worker's channel, disconnect token and shared number, and the worker's end
-/// of the channel.
+/// The master's ends of a worker's channel, disconnect token and shared number, and the worker's
+/// end of the channel.
 struct OpenedChannel {
     channel: Channel<ToMaster, ToWorker>,
     disconnect_notifier: UnixStream,
@@ -187,12 +187,12 @@ impl MasterShell {
         master_end.set_nonblocking(true)?;
         // Ignore the error, because a system without this option has no out-of-band data either.
         let _ = sys::socket::enable_oob_inline(&master_end);
-        // Send the preamble in one call, because an empty socket has space for all of it.
         let (notifier, token) = UnixStream::pair()?;
         token.set_nonblocking(true)?;
         let (held_connections, file) = SharedNumber::create().unzip();
         let file = file.as_ref().map(OwnedFd::as_fd);
         let fds: Vec<_> = [token.as_fd()].into_iter().chain(file).collect();
+        // Send the preamble in one call, because an empty socket has space for all of it.
         sys::socket::send(&master_end, &preamble(id), &fds)?;
         drop(token);
         let key = Token::Channel(id.get()).key();

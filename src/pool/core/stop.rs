@@ -23,8 +23,8 @@ const REPEAT_TIME: Duration = Duration::from_secs(1);
 ///
 /// | from | input | to |
 /// |---|---|---|
-/// | `Running` | `stop` or a stop signal, with a stop delay | `Delayed` |
-/// | `Running` | `stop` or a stop signal, without a stop delay | `Draining` |
+/// | `Running` | `stop` or a stop signal, with a stop delay, not before a takeover | `Delayed` |
+/// | `Running` | `stop` or a stop signal, without a stop delay or before a takeover | `Draining` |
 /// | `Delayed` | the delay has passed, or `stop` or a stop signal after `REPEAT_TIME` | `Draining` |
 /// | `Running`, `Delayed` | the application chooses `StopPool` at a failure limit | `Draining` |
 /// | `Running` | a new master has taken over | `Draining` |
@@ -36,7 +36,8 @@ const REPEAT_TIME: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StopState {
     Running,
-    /// The pool is not ready, so that load balancers send no more clients. It serves as before.
+    /// The pool reports that it has no quorum, so that load balancers send no more clients. The
+    /// workers serve as before.
     Delayed {
         began_at: Time,
         /// The time at which the pool begins to drain.
@@ -84,8 +85,8 @@ impl Core {
         !self.keeps_workers() && self.workers.is_empty() && self.rejected_masters.is_empty()
     }
 
-    /// Begins the stop delay, or stops the pool if there is none. A second call ends the delay after
-    /// `REPEAT_TIME`.
+    /// Begins the stop delay, or disconnects all workers if there is no delay. A second call ends
+    /// the delay if at least `REPEAT_TIME` has passed.
     ///
     /// A master that has not taken over from its old master stops without a delay, because the old
     /// master still serves all clients.
@@ -115,7 +116,7 @@ impl Core {
         self.settle(now);
     }
 
-    /// Disconnects all workers, unless they have already been disconnected.
+    /// Disconnects all workers. Does nothing if the pool is already draining or killing them.
     pub(super) fn drain(&mut self, now: Time) {
         if !self.keeps_workers() {
             return;
@@ -149,7 +150,8 @@ impl Core {
         self.settle(now);
     }
 
-    /// Stops the pool, or stops it at once if it has been draining for at least `REPEAT_TIME`.
+    /// Calls [`stop`](Self::stop), or stops the pool at once if it has been draining for at least
+    /// `REPEAT_TIME`.
     ///
     /// After an upgrade, the signal has no effect. Operators often send a stop signal to the old
     /// master although it is already stopping, and its workers may still serve clients.

@@ -29,11 +29,11 @@ pub(super) enum Upgrade {
     },
 }
 
-/// Whether this pool has taken over from an old master.
+/// Whether an old master still serves, because this pool has not taken over from it.
 ///
 /// | from | input | to |
 /// |---|---|---|
-/// | | no old master has started this process | `Done` |
+/// | | the pool is created | `Done` |
 /// | `Done` | `await_takeover`, before the pool has workers | `Pending` |
 /// | `Pending` | `took_over` | `Done` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

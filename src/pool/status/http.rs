@@ -1,17 +1,17 @@
 //! The HTTP requests and answers of the status server.
 //!
 //! The server needs only the request line. It skips the headers, answers once, and closes the
-//! connection (HTTP/1.0, RFC 1945). Anything else that a client may send is an error.
+//! connection (HTTP/1.0, RFC 1945). The answer to anything but a valid request is an error.
 
 use super::Status;
 
 /// Maximum size of a request's line and headers, in bytes.
 ///
-/// A higher limit lets hostile clients use more memory: the server has at most `MAX_CLIENTS`
-/// requests in memory. Browsers send up to a few KiB of cookies, so a lower limit may reject them.
+/// With a higher limit, hostile clients use more memory: up to `MAX_CLIENTS` requests of this size.
+/// Browsers send up to a few KiB of cookies, so a lower limit may reject them.
 pub(super) const MAX_REQUEST: usize = 8 * 1024;
 
-/// A request, as far as the server must know it.
+/// The parts of a request on which the answer depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     /// Whether the answer must have no body.
@@ -27,7 +27,7 @@ enum Resource {
     Json,
 }
 
-/// The reason why a request gets no resource.
+/// The reason why the answer to a request is an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rejection {
     BadRequest,
@@ -98,7 +98,7 @@ impl Request {
                 (line, TEXT, format!("{line}\n"))
             }
         };
-        // RFC 9110, section 15.5.6, demands this header.
+        // Add the header that RFC 9110, section 15.5.6, requires.
         let allow = match self.resource {
             Err(Rejection::MethodNotAllowed) => "Allow: GET, HEAD\r\n",
             _ => "",

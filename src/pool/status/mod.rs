@@ -5,7 +5,7 @@
 //! | `table`, `json`, `prometheus` | the text formats |
 //! | `server` | the HTTP server in the master's loop, `Pool::serve_status` |
 //! | `http` | the server's requests and answers, as pure functions |
-//! | `address`, `socket` | where the server listens |
+//! | `address`, `socket` | the server's address and its listening socket |
 
 mod address;
 mod http;
@@ -49,8 +49,8 @@ pub struct Status {
     /// Whether the pool is stopping or has stopped. The
     /// [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     pub is_stopping: bool,
-    /// The time until the [`stop_delay`](super::PoolOptions::stop_delay) ends, or `None` if no delay
-    /// is in progress.
+    /// The time until the [`stop_delay`](super::PoolOptions::stop_delay) ends, or `None` if no
+    /// delay is in progress.
     pub stop_in: Option<Duration>,
     /// The time since the pool was created.
     pub age: Duration,
@@ -114,8 +114,8 @@ pub struct WorkerStatus {
     pub received: u64,
     /// The number of connections that the worker's application holds. With the policies in which
     /// workers accept connections themselves, the value is 0 if it is unknown (see
-    /// [`WorkerLoad::held`]). With round robin, the value is then approximate
-    /// ([`WorkerLoad::open`]).
+    /// [`WorkerLoad::held`]). With round robin, an unknown value is replaced by the approximate
+    /// [`WorkerLoad::open`].
     pub open: u64,
     /// Whether the worker's application holds a connection, or `None` if this is unknown.
     pub is_busy: Option<bool>,

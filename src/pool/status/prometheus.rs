@@ -64,7 +64,7 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
         .metric(
             Kind::Gauge,
             "pool_ready",
-            "Whether enough workers are ready.",
+            "Whether the pool has a quorum and is not stopping.",
         )
         .sample(&[], u8::from(status.is_ready));
     metrics
@@ -85,7 +85,7 @@ fn pool_metrics(metrics: &mut Metrics, status: &Status) {
         .metric(
             Kind::Gauge,
             "pool_generation",
-            "The generation of the workers.",
+            "The generation of the last complete reload.",
         )
         .sample(&[], status.generation);
     metrics

@@ -1,8 +1,8 @@
 //! The status server: its clients, their deadlines, and its part in an upgrade.
 //!
-//! The master's loop serves the clients, so nothing here waits. A client that sends its whole
-//! request is answered at once. Every other client is watched until it has sent the rest and has
-//! read the answer. One timer ends the clients that take too long.
+//! The master's loop serves the clients, so nothing here waits. If a client's whole request has
+//! arrived, the server answers when it accepts the client. The loop then watches the client until
+//! the client closes the connection. One timer disconnects the clients that take too long.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,27 +22,31 @@ use super::socket::StatusSocket;
 
 /// Maximum number of clients that are served at the same time. Another client replaces the oldest.
 ///
-/// Each client costs the master a descriptor and up to `MAX_REQUEST` bytes. With a lower number,
-/// silent clients replace a slow client sooner. A client that sends its request at once is answered
-/// when it is accepted, so no other client can replace it first.
+/// Each client costs the master a descriptor and about `MAX_REQUEST` bytes, or the unwritten rest
+/// of an answer. With a lower number, silent clients replace a slow client sooner. If a client's
+/// request has already arrived, the server answers when it accepts the client, so no other client
+/// can replace it first. The value is an estimate without a benchmark.
 const MAX_CLIENTS: usize = 16;
 
-/// Time from a client's connection until the server disconnects it.
+/// Maximum time between accepting a client and closing the connection.
 ///
 /// With a shorter time, slow clients get no answer. With a longer time, silent clients keep their
 /// descriptors longer. The value is an estimate without a benchmark.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Maximum number of clients that are accepted in one iteration of the loop. The others wait for
-/// the next iteration, in which the loop also serves the workers.
+/// the next iteration. A higher number delays the workers longer, because the loop also serves
+/// them. The value is an estimate without a benchmark.
 const ACCEPTS_PER_ITERATION: usize = 8;
 
-/// Maximum number of bytes that a client may send after its request. The master discards them,
-/// because it would otherwise reset the connection, and the client might lose the answer.
+/// Maximum number of bytes that a client may send after its request. The server reads and discards
+/// them. If it closed the connection with unread bytes, the kernel would reset the connection, and
+/// the client might lose the answer.
 const MAX_DISCARDED: usize = 64 * 1024;
 
-/// Pause after an accept that failed, for example because no descriptor is free. During a shorter
-/// pause, the loop would nearly spin.
+/// Pause after an accept that failed, for example because no descriptor is free. With a shorter
+/// pause, the loop would nearly spin during a shortage. With a longer pause, clients wait longer
+/// after it.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 impl Pool {
@@ -51,7 +55,7 @@ impl Pool {
     /// | path | answer |
     /// |---|---|
     /// | `/metrics` | the [status](Self::status) in the text format of Prometheus |
-    /// | `/health` | the code 200 if the pool [has a quorum](Self::has_quorum); the code 503 if not, and from the call of [`stop`](Self::stop) on |
+    /// | `/health` | the code 200 if the pool [has a quorum](Self::has_quorum); otherwise the code 503, also during the [`stop_delay`](super::super::PoolOptions::stop_delay) |
     /// | `/status` | the status as a table |
     /// | `/status.json` | the status as a JSON object |
     ///
@@ -62,21 +66,22 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// The master's loop serves the clients until [`Master::run`] returns, also while workers are
-    /// disconnecting. `run` does not wait for clients. The answers are those of HTTP/1.0: one for
-    /// each connection. The server never waits for a client. It serves at most 16 clients at the
+    /// disconnecting. `run` does not wait for clients. The protocol is HTTP/1.0, so each connection
+    /// gets one answer. The server never waits for a client. It serves at most 16 clients at the
     /// same time, and closes the oldest connection if there are more. A client has 5 s for its
-    /// request and the answer together. A request may have 8 KiB.
+    /// request and the answer together. The line and the headers of a request may have 8 KiB.
     ///
     /// Reloads do not affect the server. An [upgrade](Self::upgrade) passes the socket to the new
     /// master, which answers as soon as it has taken over. Call this method after
-    /// [`adopt`](Self::adopt). It may be called several times, with different addresses.
+    /// [`adopt`](Self::adopt), which receives the old master's sockets. This method may be called
+    /// several times, with different addresses.
     ///
     /// # Errors
     ///
     /// Returns [`Error::Io`] if the address is in use or is not allowed. The kind of the reason is
-    /// [`ErrorKind::InvalidInput`] if a port is not on a loopback address, or if the path is that of
-    /// an abstract Unix socket, which has no file mode. As for all Unix sockets of this crate, a
-    /// file that another process has left at the path is not removed, and the reason is then
+    /// [`ErrorKind::InvalidInput`] if a port is not on a loopback address, or if the path is that
+    /// of an abstract Unix socket, which has no file mode. As for all Unix sockets of this crate,
+    /// a file that another process has left at the path is not removed. The kind is then
     /// [`ErrorKind::AddrInUse`].
     ///
     /// ```no_run
@@ -109,7 +114,8 @@ impl Pool {
         drop(inherited);
         let address = socket.address().map_err(failed)?;
         let server = Rc::new(StatusServer::new(socket));
-        // Until this process takes over, its old master answers.
+        // If an old master serves, start only at the takeover, because the old master answers until
+        // then.
         if self.0.old_master.borrow().is_none() {
             server.start(master, self)?;
         }
@@ -129,7 +135,8 @@ impl Pool {
         unused.iter().for_each(StatusSocket::inherit_file);
     }
 
-    /// Leaves the status to a new master.
+    /// Stops accepting clients, and leaves the sockets' files to the new master that serves the
+    /// status now.
     pub(in super::super) fn release_status(&self, master: &Master) {
         for server in &*self.0.status_servers.borrow() {
             server.stop_accepting(master);
@@ -138,7 +145,7 @@ impl Pool {
     }
 }
 
-/// A socket on which the status is served, and the clients that are waiting.
+/// A socket on which the status is served, and its clients.
 #[derive(Debug)]
 pub(in super::super) struct StatusServer {
     socket: StatusSocket,
@@ -215,7 +222,7 @@ impl StatusServer {
             match self.socket.accept() {
                 Ok(stream) => self.add(master, pool, stream),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // The client has hung up, or a signal has arrived.
+                // Continue with the next client: this one has hung up, or a signal has arrived.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => {
@@ -227,7 +234,8 @@ impl StatusServer {
         Some(Interest::Readable)
     }
 
-    /// Serves a client, and watches it if it cannot be served completely at once.
+    /// Serves a client as far as possible without waiting, and watches it until its connection
+    /// closes.
     fn add(self: &Rc<Self>, master: &Master, pool: &Pool, stream: UnixStream) {
         let mut client = Client::Reading(Vec::new());
         let Some(interest) = client.advance(master, pool, &stream) else {
@@ -246,7 +254,7 @@ impl StatusServer {
             }
             interest
         };
-        // Drop the client if it cannot be watched.
+        // If the client cannot be watched, close the connection.
         let Ok(watch) = master.watch(stream, interest, on_ready) else {
             return;
         };
@@ -260,7 +268,7 @@ impl StatusServer {
     }
 }
 
-// Ending clients.
+// Removing clients.
 impl StatusServer {
     fn remove_oldest(&self, master: &Master) {
         let oldest = self.clients.borrow_mut().pop_front();
@@ -269,7 +277,7 @@ impl StatusServer {
         }
     }
 
-    /// Removes a client whose watch ends by itself.
+    /// Removes a client whose watch ends because its callback returns `None`.
     fn remove(&self, master: &Master, number: u64) {
         let mut clients = self.clients.borrow_mut();
         clients.retain(|client| client.number != number);
@@ -280,8 +288,8 @@ impl StatusServer {
         }
     }
 
-    /// Sets the timer for the oldest client's deadline, unless a timer is set. A timer for a client
-    /// that has been removed is too early for the oldest one, and is then set again.
+    /// Sets the timer for the oldest client's deadline, unless a timer is set. If the timer was set
+    /// for a client that has been removed since, it fires too early, and is then set again.
     fn schedule(self: &Rc<Self>, master: &Master) {
         let deadline = self.clients.borrow().front().map(|client| client.deadline);
         let (Some(deadline), None) = (deadline, self.timer.get()) else {
@@ -333,7 +341,8 @@ enum Client {
 }
 
 impl Client {
-    /// Continues until the client must be waited for. Returns `None` if the connection must close.
+    /// Serves the client until the server would have to wait for it. Returns the readiness to wait
+    /// for, or `None` if the connection must close.
     fn advance(
         &mut self,
         master: &Master,

@@ -1,7 +1,7 @@
 //! The listening socket of a status server, and its file.
 //!
-//! The status has a socket of its own, which no worker can request. A worker could otherwise make
-//! the socket block, and with it the master.
+//! No worker can request this socket. A worker with a copy could make the socket block, and with it
+//! the master.
 
 use std::cell::RefCell;
 use std::fs::{self, Permissions};
@@ -18,7 +18,7 @@ use cluster::Address;
 
 use super::address::StatusAddress;
 
-/// A listening socket. Dropping the value also removes the socket's file.
+/// A listening socket. Dropping the value also removes the file in `file`.
 #[derive(Debug)]
 pub(in super::super) struct StatusSocket {
     listener: Rc<Listener>,
@@ -56,7 +56,9 @@ impl StatusSocket {
             StatusAddress::Unix(path) => {
                 let listener = Listener::Unix(UnixListener::bind(path)?);
                 let socket = Self::new(listener, Some(SocketFile::find(path)?))?;
-                // Until this call, the umask decides who can connect. No client is accepted before.
+                // Allow only this user and root to connect from now on. Until this call, the umask
+                // decides which users can connect, and a client that connects in this short time is
+                // served too.
                 fs::set_permissions(path, Permissions::from_mode(0o600))?;
                 Ok(socket)
             }
@@ -111,8 +113,8 @@ impl StatusSocket {
         }
     }
 
-    /// Accepts a client. The result is a `UnixStream` also for a TCP client, because this type
-    /// receives and sends by file descriptor only.
+    /// Accepts a client. Returns a `UnixStream` even for a TCP client, because reading, writing and
+    /// shutting down work by the descriptor alone.
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
         let stream = match &*self.listener {
             Listener::Tcp(listener) => UnixStream::from(OwnedFd::from(listener.accept()?.0)),
@@ -125,7 +127,8 @@ impl StatusSocket {
     /// Makes this process remove the socket's file.
     pub(super) fn inherit_file(&self) {
         if self.file.borrow().is_none() {
-            // Ignore an error, which means that the file has been removed.
+            // Ignore an error, which usually means that the file has been removed. This process
+            // then removes no file.
             let file = path_of(&self.listener).and_then(|path| SocketFile::find(&path));
             self.file.replace(file.ok());
         }
@@ -161,7 +164,8 @@ struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
-    /// The process that removes the file. A forked child does not.
+    /// The id of the process that removes the file. A forked child has a copy of this value, but
+    /// must not remove the file.
     owner: u32,
 }
 

@@ -341,7 +341,7 @@ impl World {
         }
     }
 
-    /// Returns whether a client of an open listener waits for the answer to a request.
+    /// Returns whether a client of a bound listener waits for the answer to a request.
     pub(crate) fn has_unanswered(&self) -> bool {
         let mut fates = self.fates.iter();
         fates.any(|fate| {
@@ -351,7 +351,7 @@ impl World {
         })
     }
 
-    /// Checks that each client of an open listener has been served or has hung up.
+    /// Checks that each client of a bound listener has been served or has hung up.
     pub(crate) fn check_served(&self) {
         let is_bound = |handle| {
             self.ports

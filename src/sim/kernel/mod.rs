@@ -139,13 +139,13 @@ pub(crate) struct World {
     has_successor: bool,
     /// The connections that the other master will read.
     passing: VecDeque<ConnectionId>,
-    /// The number of reports that a connection was detached or parked while it was still in the
-    /// reporting worker's queue.
+    /// The number of `Detach` and `ParkAgain` frames whose connection was still in the sending
+    /// worker's queue.
     pub(crate) early_reports: u64,
     /// The number of times that the master could not hold a connection.
     failed_holds: u64,
-    /// The number of held connections whose closing only an expiry, or a reused number after a
-    /// failed hold, can explain. See `check_closing`.
+    /// The number of held connections that the master closed for no reason that this kernel can
+    /// see. An expiry in the ledger or a failed hold must account for each (see `check_closing`).
     expired: u64,
     /// The pairs of a listener and a worker for which sharing the listener failed.
     unshared: BTreeSet<(HandleId, WorkerId)>,

@@ -121,7 +121,7 @@ pub(crate) mod parent_death_signal {
 pub(crate) mod shared_number {
     use std::os::fd::OwnedFd;
 
-    /// A number that cannot exist, because macOS cannot fix the size of a file in memory.
+    /// A type without values, because macOS cannot fix the size of a file in memory.
     #[derive(Debug)]
     pub(crate) enum SharedNumber {}
 

@@ -62,7 +62,7 @@ pub(in crate::sys) fn wait(
     let readable = libc::EPOLLIN | libc::EPOLLRDHUP | hung_up;
     let writable = libc::EPOLLOUT | hung_up;
     for event in &events[..count] {
-        // SAFETY: the kernel has initialised the first `count` events.
+        // SAFETY: the kernel has initialized the first `count` events.
         let libc::epoll_event { events, u64: key } = unsafe { event.assume_init() };
         ready.push(Ready {
             key: usize::try_from(key).unwrap_or(usize::MAX),

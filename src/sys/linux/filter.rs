@@ -125,8 +125,8 @@ fn statement(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
 /// The number of 16-bit words between the fields of `sock_fprog`.
 const PADDING: usize = size_of::<usize>() / 2 - 1;
 
-/// A `sock_fprog` whose padding is initialised. The kernel copies the padding too, and memory
-/// checkers object to uninitialised bytes.
+/// A `sock_fprog` whose padding is initialized. The kernel copies the padding too, and memory
+/// checkers object to uninitialized bytes.
 #[repr(C)]
 struct FilterProgram {
     length: u16,

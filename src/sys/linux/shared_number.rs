@@ -1,7 +1,7 @@
 //! A number in memory that two processes share: one process writes it, and the other reads it.
 //!
-//! A system call for each change would cost a worker a few percent of each connection. Reading
-//! needs no system call either, and no descriptor.
+//! Neither writing nor reading needs a system call. A system call for each change would increase a
+//! worker's CPU time for each connection by a few percent.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -21,8 +21,8 @@ impl SharedNumber {
     /// Creates a number with the value 0. Also returns the descriptor from which the other process
     /// makes the [`Writer`]. Returns `None` if the system does not support this, and under Miri.
     ///
-    /// No process can shrink the file, because an access beyond the file's end would kill this
-    /// process with SIGBUS (`F_SEAL_SHRINK` in fcntl(2), since Linux 3.17).
+    /// The file is sealed, so that no process can shrink it (`F_SEAL_SHRINK` in fcntl(2), since
+    /// Linux 3.17). An access beyond the file's end would kill this process with SIGBUS.
     pub(crate) fn create() -> Option<(Self, OwnedFd)> {
         if cfg!(miri) {
             return None;

@@ -386,7 +386,7 @@ fn reset_signals(
     let do_nothing = do_nothing as extern "C" fn(_) as libc::sighandler_t;
     set_stop_handlers(do_nothing, ignored);
     let mask = SignalSet::empty();
-    // SAFETY: the set is initialised, and the old mask is not requested.
+    // SAFETY: the set is initialized, and the old mask is not requested.
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask.as_ptr(), std::ptr::null_mut()) })?;
     Ok(())
 }

@@ -230,10 +230,12 @@ impl WorkerShell {
         }
     }
 
-    /// Keeps new connections out of the backlog of a listener that this worker opened: drops the
-    /// handshakes of TCP connections, and shuts a Unix socket down. Other listeners also belong to
-    /// other processes and stay unchanged. If the system does not support SYN filters, connections
-    /// still arrive while the backlog is being emptied.
+    /// Keeps new connections out of the backlog of a listener that this worker opened.
+    ///
+    /// Attaches the SYN filter to a TCP listener. Removes the file of a Unix socket, and shuts the
+    /// socket down. Other listeners also belong to other processes and stay unchanged. If the
+    /// system does not support SYN filters, or if the Unix address is abstract, connections still
+    /// arrive while the backlog is being emptied.
     pub(super) fn attach_syn_filter(&self, listener: ListenerId) {
         let mut sockets = self.sockets.borrow_mut();
         let entry = sockets.get_mut(&listener);

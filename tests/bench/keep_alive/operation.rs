@@ -65,8 +65,9 @@ pub fn kills(table: &mut Table) {
         let mut killed = 0;
         let (_, outcome) = operate_parked(policy, |service| {
             while killed < kills {
-                // Choose the workers in turn. A slot is empty for a moment after its worker was
-                // killed, and a listed worker may already have been killed.
+                // Choose the workers in turn. After a kill, the list is short until the pool has
+                // forked a replacement, so fall back to the first worker. Count only signals that
+                // reach a process, because a listed worker may have exited since.
                 let workers = service.workers();
                 let worker = workers.get(killed % WORKERS).or(workers.first());
                 if worker.is_some_and(|worker| kill(*worker, Signal::SIGKILL).is_ok()) {

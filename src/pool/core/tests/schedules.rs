@@ -242,9 +242,9 @@ proptest! {
     }
 
     /// Checks that, in any state of the pool, `stop` kills the remaining processes at the deadline,
-    /// which is the stop delay and the drain timeout later, and `stop_at_once` kills them
-    /// immediately. Also checks that the pool ends when the killed
-    /// processes have exited.
+    /// and `stop_at_once` kills them immediately. The deadline is the sum of the stop delay and the
+    /// drain timeout after the call. Also checks that the pool ends when the killed processes have
+    /// exited.
     #[test]
     fn stop_ends_by_its_deadline(
         before in prop::collection::vec(step_before_a_stop(), 0..40),
