@@ -137,8 +137,8 @@ impl<S: AsFd + From<OwnedFd>> Iterator for Streams<'_, S> {
 }
 
 fn into_io_error(error: Error) -> io::Error {
-    match error {
-        Error::Io { reason, .. } => reason,
-        other => io::Error::other(other),
+    match error.raw_os_error() {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => io::Error::other(error),
     }
 }
