@@ -87,6 +87,7 @@ pub use worker::disconnect_token::DisconnectToken;
 pub use worker::guard::ConnectionGuard;
 pub use worker::listener::{Incoming, Listener};
 pub use worker::own_process::OwnProcess;
+pub use worker::std_listener::Streams;
 pub use worker::udp_socket::UdpSocket;
 
 /// Returns the worker id `number`, for the unit tests of the pool. The pool uses only the public

@@ -3,7 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -73,10 +73,15 @@ pub(crate) fn status_at(directory: &OwnedFd, name: &OsStr) -> io::Result<FileSta
 
 /// Returns the identity of a socket.
 pub(crate) fn socket_id(socket: BorrowedFd<'_>) -> io::Result<SocketId> {
+    socket_id_of(socket.as_raw_fd())
+}
+
+/// Returns the identity of the socket with this number, or an error if the number is not open.
+pub(super) fn socket_id_of(number: RawFd) -> io::Result<SocketId> {
     // SAFETY: all zeroes is a valid `stat`.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is valid for writes of a `stat`.
-    check(unsafe { libc::fstat(socket.as_raw_fd(), &raw mut stat) })?;
+    check(unsafe { libc::fstat(number, &raw mut stat) })?;
     let FileStatus {
         id: (device, inode),
         ..

@@ -10,7 +10,7 @@ use super::{check, filter, option, retry};
 use crate::types::endpoint::BindFlags;
 
 /// Creates a socket that is non-blocking and closed on exec.
-fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
+pub(super) fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedFd> {
     let family = match address {
         SocketAddr::V4(_) => libc::AF_INET,
         SocketAddr::V6(_) => libc::AF_INET6,

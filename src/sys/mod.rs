@@ -6,7 +6,7 @@
 //!
 //! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a
 //!   handle after a fork)
-//! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`
+//! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`, `std_accept`
 //! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`
 //! - waiting: `poll`
@@ -34,6 +34,7 @@ pub(crate) mod signal;
 pub(crate) mod signal_mask;
 pub(crate) mod socket;
 pub(crate) mod socket_file;
+pub(crate) mod std_accept;
 pub(crate) mod threads;
 
 #[cfg_attr(target_os = "linux", path = "linux/mod.rs")]

@@ -299,7 +299,7 @@ pub(crate) fn ignored() -> SignalSet {
     ignored
 }
 
-fn is_function(action: &libc::sigaction) -> bool {
+pub(super) fn is_function(action: &libc::sigaction) -> bool {
     action.sa_sigaction != libc::SIG_DFL && action.sa_sigaction != libc::SIG_IGN
 }
 

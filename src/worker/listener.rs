@@ -22,7 +22,8 @@ use crate::worker::{Inner, Worker};
 /// [`Worker::listen`] returns this value. The listener closes when the value is dropped, unless it
 /// has a connection callback ([`set_connection_callback`](Self::set_connection_callback)). With
 /// such a callback, the listener stays open until [`close`](Self::close). In both cases, the
-/// listener closes when the worker disconnects.
+/// listener closes when the worker disconnects. A server of another crate receives the connections
+/// from [`into_std`](Self::into_std) or [`streams`](Self::streams).
 ///
 /// Like the [`Worker`], a listener is not `Send`. To serve a connection on another thread, use
 /// [`Connection::into_parts`].
@@ -38,8 +39,8 @@ use crate::worker::{Inner, Worker};
 /// ```
 #[derive(Debug)]
 pub struct Listener<S = TcpStream> {
-    worker: Rc<Inner>,
-    id: ListenerId,
+    pub(super) worker: Rc<Inner>,
+    pub(super) id: ListenerId,
     address: Option<SocketAddr>,
     streams: PhantomData<fn() -> S>,
 }
@@ -290,7 +291,7 @@ fn with_stream<S: From<OwnedFd>>(
 
 impl<S> Drop for Listener<S> {
     fn drop(&mut self) {
-        if !self.worker.has_callback(self.id) {
+        if !self.worker.outlives_handle(self.id) {
             self.close();
         }
     }

@@ -17,6 +17,7 @@ pub(crate) mod guard;
 pub(crate) mod listener;
 pub(crate) mod own_process;
 pub(crate) mod shell;
+pub(crate) mod std_listener;
 pub(crate) mod udp_socket;
 pub(crate) mod worker_main;
 
@@ -482,6 +483,11 @@ impl Inner {
     /// Returns whether a callback receives the listener's connections or datagrams.
     fn has_callback(&self, listener: ListenerId) -> bool {
         self.shell.core.borrow().has_callback(listener)
+    }
+
+    /// Returns whether a listener stays open when its handle is dropped.
+    fn outlives_handle(&self, listener: ListenerId) -> bool {
+        self.shell.core.borrow().outlives_handle(listener)
     }
 
     fn close(&self, listener: ListenerId) {

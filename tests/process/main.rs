@@ -71,6 +71,7 @@ mod serve;
 mod sharded;
 mod stalled;
 mod status;
+mod std_listener;
 mod systemd;
 mod threads;
 mod usage;
@@ -145,6 +146,7 @@ fn main() -> ExitCode {
         scheduler::SCENARIOS,
         systemd::SCENARIOS,
         threads::SCENARIOS,
+        std_listener::SCENARIOS,
         pool::SCENARIOS,
         pool_limits::SCENARIOS,
         status::SCENARIOS,

@@ -6,7 +6,7 @@
 //! `Idle` once the listener's queue is found empty. The worker also sends `Pause` when the
 //! application removes the listener's callback.
 
-use super::listener::{Entry, Stage};
+use super::listener::{Entry, Receiver, Stage};
 use super::{Disconnect, Event, ListenerId, WorkerCore};
 use crate::wire::frame::ToMaster;
 
@@ -101,7 +101,7 @@ impl<F> WorkerCore<F> {
     /// Lets the callback accept, if there is one and the listener is not paused.
     pub(crate) fn notify_ready(&mut self, listener: ListenerId) {
         let entry = self.listeners.get(&listener);
-        let is_served = entry.is_some_and(|entry| entry.has_callback && entry.is_open());
+        let is_served = entry.is_some_and(|entry| entry.has_callback() && entry.is_open());
         if is_served && !self.is_paused(listener) && !self.is_datagram(listener) {
             self.events.push_back(Event::ListenerReady(listener));
         }
@@ -120,7 +120,7 @@ impl<F> WorkerCore<F> {
     /// Passes the listener's connections to a callback from now on.
     pub(crate) fn use_callback(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.has_callback = true;
+            entry.receiver = Receiver::Callback;
             self.notify_ready(listener);
         }
     }
@@ -129,7 +129,7 @@ impl<F> WorkerCore<F> {
     /// none until such a call.
     pub(crate) fn remove_callback(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
-            entry.has_callback = false;
+            entry.receiver = Receiver::Accept;
             self.pause(listener);
         }
     }
@@ -190,7 +190,7 @@ impl<F> WorkerCore<F> {
         let is_full = entry.is_at_limit() && !entry.drops_excess;
         let is_scarce = self
             .connection_limit
-            .is_some_and(|limit| entry.has_callback && self.open_connections >= limit);
+            .is_some_and(|limit| entry.has_callback() && self.open_connections >= limit);
         let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
         match entry.stage {
             Stage::Open(_) => is_full || lacks_fds,

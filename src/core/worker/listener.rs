@@ -53,6 +53,22 @@ pub(super) enum Stage {
     Closed,
 }
 
+/// The part of the application that receives a listener's connections.
+///
+/// | receiver | event | next |
+/// |---|---|---|
+/// | `Accept` | `use_callback` | `Callback` |
+/// | `Callback` | `remove_callback` | `Accept` |
+/// | `Accept` | `use_std` | `Std` |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Receiver {
+    /// Blocking calls of `accept`.
+    Accept,
+    Callback,
+    /// Code that accepts from a copy of the listening socket, without this crate.
+    Std,
+}
+
 #[derive(Debug)]
 pub(super) struct Entry {
     kind: Kind,
@@ -61,8 +77,7 @@ pub(super) struct Entry {
     address: Option<SocketAddr>,
     policy: SchedulingPolicy,
     pub(super) stage: Stage,
-    /// Whether connections go to a callback, and not to a blocking `accept`.
-    pub(super) has_callback: bool,
+    pub(super) receiver: Receiver,
     /// The number of connections received from the queue.
     pub(super) received: u64,
     /// The last report about the queue that the worker sent to the master.
@@ -95,6 +110,10 @@ impl Entry {
 
     pub(super) fn is_open(&self) -> bool {
         matches!(self.stage, Stage::Open(_) | Stage::Draining(_))
+    }
+
+    pub(super) fn has_callback(&self) -> bool {
+        self.receiver == Receiver::Callback
     }
 
     pub(super) fn has_queue(&self) -> bool {
@@ -138,12 +157,12 @@ impl<F> WorkerCore<F> {
 
     /// Returns whether any callback waits for connections or datagrams.
     pub(crate) fn has_any_callback(&self) -> bool {
-        self.listeners.values().any(|entry| entry.has_callback)
+        self.listeners.values().any(Entry::has_callback)
     }
 
     pub(crate) fn has_callback(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
-        entry.is_some_and(|entry| entry.has_callback)
+        entry.is_some_and(Entry::has_callback)
     }
 
     /// Returns the master's handle of a listener. Returns `None` for a private listener, and for a
@@ -223,7 +242,7 @@ impl<F> WorkerCore<F> {
             address: None,
             policy,
             stage: if is_late { Stage::Closed } else { stage },
-            has_callback: false,
+            receiver: Receiver::Accept,
             received: 0,
             report: QueueReport::Paused,
             open_connections: 0,

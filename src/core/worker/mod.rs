@@ -6,11 +6,13 @@
 //!
 //! The top level contains the life of the worker and of its channel. `listener` contains the life
 //! of one listener. `capacity` decides whether the worker takes more connections. `parked` contains
-//! the connections that the worker holds while their clients send nothing.
+//! the connections that the worker holds while their clients send nothing. `std_listener` contains
+//! the listeners and connections that the application uses without this crate.
 
 mod capacity;
 mod listener;
 mod parked;
+mod std_listener;
 #[cfg(test)]
 mod tests;
 
@@ -23,7 +25,7 @@ use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
-use listener::{Entry, Stage};
+use listener::{Entry, Receiver, Stage};
 use parked::ParkedTable;
 pub(crate) use parked::{Held, Leaving};
 
@@ -133,6 +135,9 @@ pub(crate) struct WorkerCore<F> {
     indices: SortedMap<Endpoint, BTreeSet<u32>>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,
+    /// Whether the application may have connections as plain streams, which it closes without this
+    /// crate.
+    may_have_streams: bool,
     parked: ParkedTable,
     actions: VecDeque<Action>,
     events: VecDeque<Event<F>>,
@@ -154,6 +159,7 @@ impl<F> WorkerCore<F> {
             listeners: SortedMap::new(),
             indices: SortedMap::new(),
             open_connections: 0,
+            may_have_streams: false,
             parked: ParkedTable::new(),
             actions: VecDeque::from([Action::Send(ToMaster::Online)]),
             events: VecDeque::new(),
@@ -219,12 +225,19 @@ impl<F> WorkerCore<F> {
     }
 
     /// Returns whether a disconnecting worker can close its channel, because it has no listener, no
-    /// connection and no parked connection left.
+    /// connection, no parked connection and no plain stream left.
     pub(crate) fn is_drained(&self) -> bool {
+        let is_empty =
+            self.open_connections == 0 && self.parked.is_empty() && !self.may_have_streams;
+        is_empty && self.has_ended_listening()
+    }
+
+    /// Returns whether the worker is disconnecting, its listeners have ended, and its channel is
+    /// open.
+    fn has_ended_listening(&self) -> bool {
         let disconnects =
             self.disconnect == Disconnect::Received && self.channel == ChannelState::Open;
-        let listens = || self.listeners.values().any(Entry::is_open);
-        disconnects && self.open_connections == 0 && self.parked.is_empty() && !listens()
+        disconnects && !self.listeners.values().any(Entry::is_open)
     }
 }
 
@@ -255,10 +268,11 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the listeners that have no callback, if the worker is disconnecting.
+    /// Closes the listeners on which only `accept` receives connections, if the worker is
+    /// disconnecting.
     pub(crate) fn close_unused_listeners(&mut self) {
         if self.disconnect == Disconnect::Received {
-            let is_unused = |entry: &Entry| !entry.has_callback && entry.is_open();
+            let is_unused = |entry: &Entry| entry.receiver == Receiver::Accept && entry.is_open();
             for listener in self.listeners_where(is_unused) {
                 self.close(listener);
             }

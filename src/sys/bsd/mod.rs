@@ -28,6 +28,16 @@ pub(super) fn errno_location() -> *mut libc::c_int {
     unsafe { libc::__error() }
 }
 
+pub(super) mod blocked_threads {
+    use std::os::fd::RawFd;
+
+    /// Returns `false`, because the system does not tell what threads wait for. A thread that waits
+    /// in `accept` then leaves the call when the next connection arrives.
+    pub(in crate::sys) fn interrupt(_number: RawFd) -> bool {
+        false
+    }
+}
+
 pub(super) mod children {
     /// Returns `None`, because there is no portable call that lists children.
     pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {

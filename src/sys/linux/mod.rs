@@ -3,6 +3,7 @@
 //! A function that uses a Linux system call, flag or file belongs here. Differences between Linux's
 //! architectures and C libraries also belong here. `bsd` has a counterpart of each item.
 
+pub(super) mod blocked_threads;
 pub(super) mod child;
 pub(super) mod children;
 pub(super) mod clone;

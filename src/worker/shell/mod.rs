@@ -8,6 +8,7 @@ mod accept;
 mod channel;
 mod parked;
 mod sockets;
+mod std_listener;
 
 pub(crate) use accept::Accepted;
 pub(crate) use parked::{Origin, Registration};
@@ -38,6 +39,7 @@ use crate::wire::receipts::Receipt;
 use crate::worker::disconnect_token::DisconnectToken;
 use parked::{ParkedConnection, Turn};
 use sockets::SocketEntry;
+use std_listener::StdSockets;
 
 /// Maximum time that an exiting worker waits for the channel to accept its final frames.
 ///
@@ -70,6 +72,7 @@ pub(crate) struct WorkerShell {
     /// The connections that this worker holds while their clients send nothing.
     parked: RefCell<ConnectionMap<ParkedConnection>>,
     turn: Cell<Turn>,
+    std_sockets: RefCell<StdSockets>,
     /// Whether the poller may report a parked connection whose data interrupts no `accept`, because
     /// the data arrived before the connection was parked.
     is_unchecked: Cell<bool>,
@@ -114,6 +117,7 @@ impl WorkerShell {
             backoff: Cell::default(),
             parked: RefCell::default(),
             turn: Cell::new(Turn::Parked),
+            std_sockets: RefCell::default(),
             is_unchecked: Cell::new(false),
             errors: RefCell::default(),
             receipts: RefCell::default(),
@@ -168,11 +172,14 @@ impl WorkerShell {
     /// Returns the time by which `tick` must be called.
     pub(crate) fn deadline(&self) -> Option<Time> {
         let parked = self.core.borrow().parked_deadline();
-        earlier(self.backoff.get().deadline(), parked)
+        let deadline = earlier(self.backoff.get().deadline(), parked);
+        earlier(deadline, self.std_deadline())
     }
 
-    /// Carries out the retries that are due, and closes the parked connections that have expired.
+    /// Carries out the retries and checks that are due, and closes the parked connections that have
+    /// expired.
     pub(crate) fn tick(&self) {
+        self.check_std_sockets();
         if self.core.borrow().parked_deadline().is_some() {
             self.core.borrow_mut().expire_parked(self.now());
             self.act();

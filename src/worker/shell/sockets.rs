@@ -15,6 +15,7 @@ use crate::sys;
 use crate::sys::bind::BoundSocket;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::socket_file::SocketFile;
+use crate::sys::std_accept::StdAccept;
 use crate::types::endpoint::{Kind, Parking};
 
 /// A socket from which a worker receives connections or datagrams.
@@ -80,6 +81,8 @@ pub(super) struct SocketEntry {
     file: Option<SocketFile>,
     pub(super) socket: Rc<Registered<Socket>>,
     pub(super) owner: SocketOwner,
+    /// The `accept` calls of other code, if it has a copy of the listener.
+    pub(super) std: Option<StdAccept>,
 }
 
 /// A socket to be added to the worker's table.
@@ -155,6 +158,7 @@ impl WorkerShell {
             file,
             socket: Rc::new(self.poller.add(socket, key, None)?),
             owner,
+            std: None,
         };
         self.sockets.borrow_mut().insert(listener, entry);
         Ok(())
@@ -215,7 +219,11 @@ impl WorkerShell {
     }
 
     pub(super) fn close_socket(&self, listener: ListenerId) {
-        let entry = self.sockets.borrow_mut().remove(&listener);
+        let mut entry = self.sockets.borrow_mut().remove(&listener);
+        let std = entry.as_mut().and_then(|entry| entry.std.take());
+        if let Some(accept) = std.filter(|_| self.poller.is_own()) {
+            self.end_std_listener(accept);
+        }
         if let (Some(interrupt), Some(entry)) = (self.interrupt.get(), &entry) {
             // The call cannot fail, because both descriptors are open.
             let _ = interrupt.release(entry.socket.as_fd());
