@@ -57,9 +57,9 @@ impl StatusSocket {
                 let listener = Listener::Unix(UnixListener::bind(path)?);
                 let socket = Self::new(listener, Some(SocketFile::find(path)?))?;
                 // Allow only this user and root to connect from now on. Until this call, the umask
-                // decides which users can connect, and a client that connects in this short time is
-                // served too.
+                // decided which users could connect, so disconnect the clients that are waiting.
                 fs::set_permissions(path, Permissions::from_mode(0o600))?;
+                while socket.accept().is_ok() {}
                 Ok(socket)
             }
         }
