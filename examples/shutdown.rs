@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use cluster::{Interest, LogWriter, Master, Role, Signal, Worker};
 
-const TIMEOUT: Duration = Duration::from_millis(500);
+const TIMEOUT: Duration = Duration::from_secs(2);
 
 fn master(master: &Master) -> cluster::Result<()> {
     let log = LogWriter::stdout().attached_to(master);
