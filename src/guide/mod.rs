@@ -1,9 +1,15 @@
 #![doc = include_str!("index.md")]
 // The modules exist only for the documentation: `lib.rs` compiles them for rustdoc alone.
 
+// Pictures: a chapter shows `![…][name.svg]`, and defines `name.svg` at its end as a relative path,
+// which works on the repository's page. rustdoc copies no files, so `pictures/inline.md` comes before
+// such a chapter. It defines each picture as a `data:` address, and the first definition is used.
+// `tests/pictures/render` writes the pictures and `inline.md`.
+
 #[doc = include_str!("quick_start.md")]
 pub mod quick_start {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("how_it_works.md")]
 pub mod how_it_works {}
 
@@ -13,6 +19,7 @@ pub mod writing_workers {}
 #[doc = include_str!("servers.md")]
 pub mod servers {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("pools.md")]
 pub mod pools {}
 
@@ -28,6 +35,7 @@ pub mod from_node {}
 #[doc = include_str!("guarantees.md")]
 pub mod guarantees {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("costs.md")]
 pub mod costs {}
 
