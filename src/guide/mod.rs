@@ -1,10 +1,10 @@
 #![doc = include_str!("index.md")]
 // The modules exist only for the documentation: `lib.rs` compiles them for rustdoc alone.
 
-// Pictures: a chapter shows `![…][name.svg]`, and defines `name.svg` at its end as a relative path,
-// which works on the repository's page. rustdoc copies no files, so `pictures/inline.md` comes before
-// such a chapter. It defines each picture as a `data:` address, and the first definition is used.
-// `tests/pictures/render` writes the pictures and `inline.md`.
+// Pictures: a chapter shows `![…][name.svg]`, and its end defines `name.svg` as a relative path, which
+// works on the repository's page. rustdoc copies no image files. In the rendered documentation,
+// `pictures/inline.md` therefore precedes the chapter and defines each picture as a `data:` URL.
+// Markdown uses the first definition of a label. `tests/pictures/render` writes all these files.
 
 #[doc = include_str!("quick_start.md")]
 pub mod quick_start {}
