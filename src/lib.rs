@@ -22,6 +22,7 @@
 //! [mit]: https://docs.rs/crate/cluster/latest/source/LICENSE-MIT
 //! [apache]: https://docs.rs/crate/cluster/latest/source/LICENSE-APACHE
 //!
+#![cfg_attr(doc, doc = include_str!("guide/pictures/inline.md"))]
 #![doc = include_str!("../README.md")]
 
 // The rendered documentation uses the first definition of each link. These definitions therefore

@@ -1,9 +1,15 @@
 #![doc = include_str!("index.md")]
 // The modules exist only for the documentation: `lib.rs` compiles them for rustdoc alone.
 
+// Pictures: a chapter shows `![…][name.svg]`, and its end defines `name.svg` as a relative path, which
+// works on the repository's page. rustdoc copies no image files. In the rendered documentation,
+// `pictures/inline.md` therefore precedes the chapter and defines each picture as a `data:` URL.
+// Markdown uses the first definition of a label. `tests/pictures/render` writes all these files.
+
 #[doc = include_str!("quick_start.md")]
 pub mod quick_start {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("how_it_works.md")]
 pub mod how_it_works {}
 
@@ -13,6 +19,7 @@ pub mod writing_workers {}
 #[doc = include_str!("servers.md")]
 pub mod servers {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("pools.md")]
 pub mod pools {}
 
@@ -28,6 +35,7 @@ pub mod from_node {}
 #[doc = include_str!("guarantees.md")]
 pub mod guarantees {}
 
+#[doc = include_str!("pictures/inline.md")]
 #[doc = include_str!("costs.md")]
 pub mod costs {}
 

@@ -19,13 +19,24 @@ const SLOW: usize = 100;
 /// kernel's scheduler may cause shorter waits. The limit is half the time of a slow request.
 const SCHEDULING: f64 = 25.0;
 
+/// Percentiles of the latency. The JSON contains all of them, the table those that have a name.
+const PERCENTILES: [(f64, &str); 7] = [
+    (50.0, "p50"),
+    (75.0, ""),
+    (90.0, ""),
+    (95.0, ""),
+    (99.0, "p99"),
+    (99.5, ""),
+    (99.9, "p99.9"),
+];
+
 type Play = fn(&Server, usize) -> Outcome;
 
 /// The result of one round. Times are in milliseconds.
 struct Outcome {
     connections: usize,
-    /// The 50th, 99th and 99.9th percentile of the latency.
-    latencies: [f64; 3],
+    /// The latency at each of the `PERCENTILES`.
+    latencies: [f64; PERCENTILES.len()],
     /// The longest time that a connection waited while a worker was idle.
     longest: f64,
     /// Number of connections that were queued behind a slow request for longer than `SCHEDULING`
@@ -78,9 +89,13 @@ fn show(
             table.skip(&title, why);
             continue;
         }
-        for (at, name) in ["p50", "p99", "p99.9"].iter().enumerate() {
+        for (at, (percentile, name)) in PERCENTILES.iter().enumerate() {
             let latency = |outcomes: &Vec<Outcome>| each(outcomes, |outcome| outcome.latencies[at]);
             let own = latency(&outcomes[number]);
+            table.point(&title, *percentile, own.clone());
+            if name.is_empty() {
+                continue;
+            }
             let ratios = ratios(&own, &latency(&outcomes[0]));
             let row = table.row(&format!("{title}, {name}"), ratios, "× bare");
             row.note(&Figure::from(own).in_unit("ms"));
@@ -172,8 +187,10 @@ impl Outcome {
             .map(|times| millis(times.ended - times.started))
             .collect();
         latencies.sort_by(f64::total_cmp);
-        let at =
-            |share: usize| latencies[(latencies.len() * share / 1000).min(latencies.len() - 1)];
+        let at = |(percentile, _)| {
+            let index = (latencies.len() as f64 * percentile / 100.0) as usize;
+            latencies[index.min(latencies.len() - 1)]
+        };
         let idle = Idle::new(all);
         let waits = all
             .iter()
@@ -189,7 +206,7 @@ impl Outcome {
         };
         Outcome {
             connections: all.len(),
-            latencies: [at(500), at(990), at(999)],
+            latencies: PERCENTILES.map(at),
             longest: waits.fold(0.0, f64::max),
             queued_behind: all.iter().filter(behind).count() as f64,
         }

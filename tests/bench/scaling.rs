@@ -54,6 +54,9 @@ pub fn measure(table: &mut Table) {
                 costs.extend((round > 0).then_some(cost));
             }
         }
+        for (count, costs) in COUNTS.iter().zip(&costs) {
+            table.point(kind, *count as f64, costs.clone());
+        }
         let [few, hundred, many] = &costs;
         let name = format!("{kind}: CPU of an iteration with 1,000");
         let note = [few, hundred, many].map(|costs| Figure::from(costs.clone()).in_unit("µs"));

@@ -89,11 +89,21 @@ pub struct Row {
     note: String,
 }
 
+/// A point of a curve. Points are only in the JSON, for plots.
+#[derive(Debug, Serialize)]
+struct Point {
+    part: String,
+    curve: String,
+    x: f64,
+    figure: Figure,
+}
+
 #[derive(Debug, Default, Serialize)]
 pub struct Table {
     #[serde(skip)]
     part: String,
     rows: Vec<Row>,
+    points: Vec<Point>,
     notes: Vec<String>,
 }
 
@@ -111,6 +121,16 @@ impl Table {
 
     pub fn skip(&mut self, name: &str, why: &str) {
         self.add(name, None).note(&format!("skipped: {why}"));
+    }
+
+    /// Adds a point to a curve of this part.
+    pub fn point(&mut self, curve: &str, x: f64, figure: impl Into<Figure>) {
+        self.points.push(Point {
+            part: self.part.clone(),
+            curve: curve.to_owned(),
+            x,
+            figure: figure.into(),
+        });
     }
 
     /// Adds a line below the table.

@@ -159,6 +159,11 @@ fn idle_beside(table: &mut Table, name: &str, variants: &[Variant]) {
         Err(why) => table.skip(&title, &why),
     }
     let costs = measure_in_turn(variants, 32);
+    for (idle, own) in IDLE.iter().zip(&costs) {
+        if let Ok(own) = own {
+            table.point(name, *idle as f64, own.clone());
+        }
+    }
     for (variant, own) in variants.iter().zip(&costs).skip(1) {
         show(
             table,
