@@ -339,7 +339,11 @@ fn connection_parked_while_draining_goes_to_the_new_master(policy: &str) {
     assert!(is_alive(pid(old)), "its workers are busy");
     for (client, requests) in &mut clients {
         assert_eq!(client.ask(), (old, *requests));
-        assert_eq!(client.ask(), (server.master(), *requests + 1));
+        let (master, count) = client.ask();
+        assert_eq!(count, *requests + 1);
+        // With a shared listener, the old worker may receive the next request before it learns that
+        // it is disconnecting.
+        assert!(master == server.master() || policy == "none" && master == old);
     }
     wait_for_exit(old);
     for (client, requests) in &mut clients {

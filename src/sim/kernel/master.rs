@@ -117,14 +117,12 @@ impl World {
             Action::Hold { id, connection } => self.hold_connection(id, connection),
             Action::AwaitData { id } => self.await_data(id),
             Action::CloseHeld { id } => self.close_held(id),
-            // Close the connection, because simulated workers hold no parked connections. Only
-            // liars park connections of shared listeners.
-            Action::Adopt { connection, .. } => {
-                self.received += 1;
-                if let Handoff::Held(resumed) = connection {
-                    self.held.remove(&resumed.connection);
-                }
-            }
+            Action::Adopt {
+                handle,
+                worker,
+                connection,
+                parked,
+            } => self.give(handle, worker, connection, parked),
             Action::Reclaim {
                 handle,
                 worker,
@@ -526,6 +524,39 @@ impl World {
         }
     }
 
+    /// Gives an idle connection to a worker. If `failing` contains `Send`, the worker's channel has
+    /// no space for the connection.
+    fn give(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connection: Handoff<Client>,
+        parked: u32,
+    ) {
+        let client = match connection {
+            Handoff::New(client) => Some(client),
+            Handoff::Held(resumed) => {
+                let held = self.held.remove(&resumed.connection);
+                held.and_then(|held| held.copy)
+            }
+        };
+        let is_full = self.failing.remove(&Failure::Send);
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        match client {
+            Some(client) if is_full || !process.master_end => {
+                self.report(|core| core.not_adopted(handle, client, parked));
+            }
+            Some(client) => {
+                let frame = ToWorker::Adopt { handle, parked };
+                process.down.queue_connection(frame, client);
+                self.given_in_vain += usize::from(!process.worker_end);
+                self.unflushed.insert(worker);
+                self.received += 1;
+            }
+            None => self.received += 1,
+        }
+    }
+
     /// Puts a connection into the stream to the other master.
     fn pass_connection(&mut self, id: ConnectionId, connection: Option<Client>) {
         if connection.is_some() {
@@ -555,8 +586,24 @@ impl World {
         if let Some(id) = self.passing.pop_front() {
             let held = self.held.get_mut(&id).expect("a held connection");
             held.location = Location::Detached;
+            self.passed.extend(held.client());
             self.report(|core| core.passed(id));
         }
+    }
+
+    /// Receives a connection that another master has passed for the listener. `fate` describes the
+    /// client.
+    pub(crate) fn receive_passed(&mut self, handle: HandleId, fate: Fate) {
+        let client = u32::try_from(self.fates.len()).expect("few clients");
+        self.fates.push(Fate {
+            port: Some(handle),
+            is_closed: false,
+            ..fate
+        });
+        let connection = Connection::new(client, &self.closed);
+        let parked = u32::from(fate.served);
+        self.served += u64::from(fate.served);
+        self.report(|core| core.receive_parked(Some(handle), connection, parked));
     }
 
     fn close_held(&mut self, id: ConnectionId) {
@@ -717,7 +764,8 @@ impl World {
         worker: WorkerId,
     ) -> Option<Queued> {
         let queued = self.receive(handle, worker)?;
-        self.mark_served(queued.connection.client, queued.resumed);
+        let parked = queued.resumed.map_or(0, |resumed| resumed.parked);
+        self.mark_served(queued.connection.client, parked, queued.resumed.is_some());
         self.process(worker).counters.received += 1;
         Some(queued)
     }
