@@ -64,8 +64,8 @@ fn is_any_pending(schedule: &Schedule) -> bool {
     fates.any(|fate| fate.is_pending && !fate.is_closed)
 }
 
-/// Checks that parked connections outlive the workers that have served them, and that all requests
-/// are answered. Clients send many requests on each connection, and workers are forked and
+/// Checks that parked connections outlive the workers that have served or held them, and that all
+/// requests are answered. Clients send many requests on each connection, and workers are forked and
 /// disconnected at random. With half of the seeds, workers are also killed. This closes only the
 /// connections that these workers have.
 #[test]
