@@ -524,39 +524,6 @@ impl World {
         }
     }
 
-    /// Gives an idle connection to a worker. If `failing` contains `Send`, the worker's channel has
-    /// no space for the connection.
-    fn give(
-        &mut self,
-        handle: HandleId,
-        worker: WorkerId,
-        connection: Handoff<Client>,
-        parked: u32,
-    ) {
-        let client = match connection {
-            Handoff::New(client) => Some(client),
-            Handoff::Held(resumed) => {
-                let held = self.held.remove(&resumed.connection);
-                held.and_then(|held| held.copy)
-            }
-        };
-        let is_full = self.failing.remove(&Failure::Send);
-        let process = self.processes.get_mut(&worker).expect(KNOWN);
-        match client {
-            Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, client, parked));
-            }
-            Some(client) => {
-                let frame = ToWorker::Adopt { handle, parked };
-                process.down.queue_connection(frame, client);
-                self.given_in_vain += usize::from(!process.worker_end);
-                self.unflushed.insert(worker);
-                self.received += 1;
-            }
-            None => self.received += 1,
-        }
-    }
-
     /// Puts a connection into the stream to the other master.
     fn pass_connection(&mut self, id: ConnectionId, connection: Option<Client>) {
         if connection.is_some() {
@@ -589,21 +556,6 @@ impl World {
             self.passed.extend(held.client());
             self.report(|core| core.passed(id));
         }
-    }
-
-    /// Receives a connection that another master has passed for the listener. `fate` describes the
-    /// client.
-    pub(crate) fn receive_passed(&mut self, handle: HandleId, fate: Fate) {
-        let client = u32::try_from(self.fates.len()).expect("few clients");
-        self.fates.push(Fate {
-            port: Some(handle),
-            is_closed: false,
-            ..fate
-        });
-        let connection = Connection::new(client, &self.closed);
-        let parked = u32::from(fate.served);
-        self.served += u64::from(fate.served);
-        self.report(|core| core.receive_parked(Some(handle), connection, parked));
     }
 
     fn close_held(&mut self, id: ConnectionId) {

@@ -12,6 +12,7 @@
 pub(crate) mod check;
 mod ending;
 mod master;
+mod parked;
 pub(crate) mod process;
 pub(crate) mod socket;
 pub(crate) mod worker;

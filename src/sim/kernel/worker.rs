@@ -5,10 +5,10 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::process::{Parcel, ProcessState, Received};
-use super::socket::{Client, Connection, Port, PortState, endpoint};
+use super::socket::{Connection, Port, PortState, endpoint};
 use super::{BACKOFF, Failure, KNOWN, World, nth};
 use crate::core::master::Attachment;
-use crate::core::worker::{Action, Event, Held, ListenStatus, ListenerId};
+use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
@@ -256,71 +256,6 @@ impl World {
     }
 }
 
-// The connections that a worker holds while their clients send nothing.
-impl World {
-    /// Keeps a connection that the application has parked, or that the master has given to the
-    /// worker.
-    fn keep(&mut self, worker: WorkerId, held: Held, client: Client) {
-        let process = self.process(worker);
-        if let Held::Idle(id) | Held::Leaving(id) = held {
-            let previous = process.parked.insert(id, client);
-            assert!(previous.is_none(), "a second connection with one number");
-        }
-        self.gather_from_worker(worker);
-    }
-
-    /// Makes the worker's poller report the connections whose clients have sent something or have
-    /// hung up.
-    fn poll_parked(&mut self, worker: WorkerId) {
-        let process = self.processes.get_mut(&worker).expect(KNOWN);
-        for (id, connection) in &process.parked {
-            let fate = self.fates[connection.client as usize];
-            if fate.is_pending {
-                process.core.data_arrived(*id);
-            } else if fate.left {
-                process.core.idle_hung_up(*id);
-            }
-        }
-        process.core.expire_parked(self.now);
-        self.gather_from_worker(worker);
-    }
-
-    /// Resumes the listener's next connection whose client has sent something. Returns whether
-    /// there was one.
-    fn resume_parked(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
-        let process = self.process(worker);
-        let Some((id, parked)) = process.core.next_resumed(listener) else {
-            return false;
-        };
-        let client = process.parked.remove(&id).expect("a parked connection");
-        process.core.connection_opened(listener);
-        let received = Received {
-            client,
-            listener,
-            handle: process.shared.get(&listener).copied(),
-            resumed: None,
-            parked,
-        };
-        self.hold(worker, received);
-        true
-    }
-
-    /// Sends the connections that leave the worker to the master.
-    fn hand_over(&mut self, worker: WorkerId) {
-        let process = self.process(worker);
-        while let Some(leaving) = process.core.next_leaving() {
-            let client = process.parked.remove(&leaving.id);
-            let frame = ToMaster::Park {
-                handle: leaving.handle,
-                parked: leaving.parked,
-            };
-            let client = client.expect("a parked connection");
-            process.up.queue_connection(frame, client);
-            process.is_unflushed = true;
-        }
-    }
-}
-
 // Delivering connections to a worker's application.
 impl World {
     /// Lets a callback receive the listener's connections, up to one batch.
@@ -445,7 +380,7 @@ impl World {
 
     /// Adds a connection to those that the application holds. Checks that the application does not
     /// hold more than its limit, unless the worker is disconnecting.
-    fn hold(&mut self, worker: WorkerId, received: Received) {
+    pub(super) fn hold(&mut self, worker: WorkerId, received: Received) {
         let (client, listener) = (received.client.client, received.listener);
         let (parked, is_held) = (received.parked, received.resumed.is_some());
         if !self.process(worker).is_liar {
