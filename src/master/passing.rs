@@ -10,8 +10,8 @@ use crate::sys;
 use crate::sys::poll::Interest;
 
 impl Master {
-    /// Passes the connections that this master holds for its workers to another master, so that they
-    /// stay open when this master exits.
+    /// Passes idle connections to another master, so that they stay open when this master and its
+    /// workers exit.
     ///
     /// Node has no counterpart.
     ///
@@ -24,7 +24,9 @@ impl Master {
     /// - the [parked](crate::Connection::park) connections, and those that wait for data
     ///   ([`ListenOptions::wait_for_data`](crate::ListenOptions::wait_for_data));
     /// - parked connections whose clients have sent a request that no worker has received;
-    /// - connections that a worker parks later.
+    /// - connections that a worker parks later;
+    /// - with the policies other than [`SchedulingPolicy::RoundRobin`], the idle connections that a
+    ///   worker holds itself, when the worker disconnects or closes the listener.
     ///
     /// Workers keep the connections that they have, and still receive new ones. The call does not
     /// wait. While the other master does not read, this master keeps the connections.
@@ -42,6 +44,8 @@ impl Master {
     /// Returns [`Error::Io`] if the stream cannot be watched, and [`Error::ForeignProcess`] in a
     /// process that did not create the master. This master then holds its connections as before.
     ///
+    /// [`SchedulingPolicy::RoundRobin`]: crate::SchedulingPolicy::RoundRobin
+    ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, successor: std::os::unix::net::UnixStream) -> cluster::Result<()> {
     /// use std::time::Duration;
@@ -57,19 +61,25 @@ impl Master {
         self.shell.pass_parked(successor, deadline)
     }
 
-    /// Receives the connections that another master [passes](Self::pass_parked) to this one, and
-    /// holds them for this master's workers. When the other master closes its end of the stream, for
-    /// instance because it exits, `on_end` is called.
+    /// Receives the idle connections that another master [passes](Self::pass_parked) to this one.
+    /// When the other master closes its end of the stream, for instance because it exits, `on_end`
+    /// is called.
     ///
     /// Node has no counterpart.
     ///
     /// Each connection belongs to the listener with the same socket, which this master must have
-    /// [adopted](Self::adopt) before. The number of its requests
-    /// ([`Connection::requests`](crate::Connection::requests)) continues. [`Ledger::parked`] counts
-    /// the connection. If this master does not have the listener, does not use
-    /// [`SchedulingPolicy::RoundRobin`], or has no free descriptor, the connection is closed, and
-    /// [`Ledger::idle_closed`] counts it too. If the other master belongs to a later release with
-    /// other messages, all its connections are closed.
+    /// [adopted](Self::adopt) before. The
+    /// connections of all shards of a [sharded](crate::SchedulingPolicy::Sharded) listener belong to
+    /// its first shard, because an upgrade passes only that socket. The number of a connection's
+    /// requests ([`Connection::requests`](crate::Connection::requests)) continues.
+    ///
+    /// With [`SchedulingPolicy::RoundRobin`], this master holds the connection. With the other
+    /// policies, it sends the connection to the listener's workers in turn, and holds it while no
+    /// worker serves the listener. The other master may use another policy.
+    ///
+    /// [`Ledger::parked`] counts the connection. If this master does not have the listener or has no
+    /// free descriptor, the connection is closed, and [`Ledger::idle_closed`] counts it too. If the
+    /// other master belongs to a later release with other messages, all its connections are closed.
     ///
     /// The loop receives the connections. [`run`](Self::run) does not wait for them, unless this
     /// master passes its own connections to a third one.

@@ -193,6 +193,8 @@ impl Worker {
             }
             let attempt = if worker.may_block(listener)? {
                 worker.accept_in_turn(listener)
+            } else if shell.take_empty_at_park(listener) {
+                Ok(Attempt::Nothing)
             } else {
                 shell.try_next(listener).map(Attempt::from)
             };

@@ -206,8 +206,9 @@ impl<S: Into<OwnedFd>> Connection<S> {
     ///
     /// With the other policies, the worker holds them itself, so each request goes to the same
     /// worker. When the worker disconnects or closes the listener, its idle connections go to the
-    /// other workers of the listener. While there are none, the master holds the connections. If
-    /// the worker crashes, its idle connections close. On a
+    /// other workers of the listener. While there are none, the master holds the connections. In an
+    /// upgrade, they go to the workers of the new master. If the worker crashes, its idle
+    /// connections close. On a
     /// [private listener](crate::ListenOptions::exclusive), they also close when the worker
     /// disconnects. A connection from [`Worker::adopt`](crate::Worker::adopt) cannot be parked, and
     /// closes.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
-use cluster::{Connection, Error, ListenOptions, Master, Role, Worker};
+use cluster::{Connection, Error, Ledger, ListenOptions, Master, Role, SchedulingPolicy, Worker};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -21,19 +21,27 @@ use nix::sys::stat::fstat;
 use nix::unistd::Pid;
 
 use crate::harness::{cluster, in_background, is_alive, is_watched, wait_until, when_listening};
+use crate::parked::when_ledger;
 use crate::pool::{ADDRESS, RELEASE, Server, pid, quick, wait_for_exit};
 
 crate::scenarios! {
-    idle_connections_outlive_upgrades
+    idle_connections_outlive_upgrades_rr
+    idle_connections_outlive_upgrades_none
+    idle_connections_outlive_upgrades_sharded
+    idle_connections_outlive_changes_of_the_policy
     silent_connections_outlive_upgrades
-    connection_parked_while_draining_goes_to_the_new_master
+    connection_parked_while_draining_goes_to_the_new_master_rr
+    connection_parked_while_draining_goes_to_the_new_master_none
     connection_parked_in_the_first_of_three_masters_goes_to_the_third
-    requests_at_the_takeover_are_answered
+    requests_at_the_takeover_are_answered_rr
+    requests_at_the_takeover_are_answered_none
+    requests_at_the_takeover_are_answered_sharded
     failed_upgrade_keeps_idle_connections
     idle_connections_stay_if_sigquit_ends_the_old_master
     stop_ends_at_the_deadline_if_the_successor_never_reads
     connections_are_held_again_if_the_successor_is_gone
-    passed_connection_keeps_its_number_of_requests
+    passed_connection_keeps_its_number_of_requests_rr
+    passed_connection_keeps_its_number_of_requests_none
     invalid_messages_of_a_predecessor_are_discarded
     connections_beyond_the_descriptor_limit_are_closed_and_counted
 }
@@ -51,6 +59,12 @@ fn server(options: PoolOptions) {
     let passed = cluster::systemd::listen_fds().unwrap();
     match cluster::init().unwrap() {
         Role::Master(master) => {
+            let policy = match release.as_str() {
+                "rr" => SchedulingPolicy::RoundRobin,
+                "none" => SchedulingPolicy::Shared,
+                _ => master.scheduling_policy(),
+            };
+            master.set_scheduling_policy(policy).unwrap();
             let pool = Pool::new(&master, options);
             pool.adopt(&master, passed).unwrap();
             pool.listen(&master, address.as_str()).unwrap();
@@ -222,11 +236,23 @@ impl Busy {
     }
 }
 
-fn idle_connections_outlive_upgrades() {
+fn idle_connections_outlive_upgrades_rr() {
+    idle_connections_outlive_upgrades("rr");
+}
+
+fn idle_connections_outlive_upgrades_none() {
+    idle_connections_outlive_upgrades("none");
+}
+
+fn idle_connections_outlive_upgrades_sharded() {
+    idle_connections_outlive_upgrades("sharded");
+}
+
+fn idle_connections_outlive_upgrades(policy: &str) {
     if is_watched() {
         return server(quick());
     }
-    let server = Server::start("rr");
+    let server = Server::start(policy);
     let mut idle = clients(&server, 100);
     let busy = Busy::start(server.address, 4);
     for upgrade in 1..=3 {
@@ -244,6 +270,24 @@ fn idle_connections_outlive_upgrades() {
         assert_eq!(client.ask(), (server.master(), 2));
     }
     drop(idle);
+    server.stop_and_check(assert_nothing_closed);
+}
+
+/// Each release uses another policy than the one before.
+fn idle_connections_outlive_changes_of_the_policy() {
+    if is_watched() {
+        return server(quick());
+    }
+    let server = Server::start("sharded");
+    let mut clients = clients(&server, 20);
+    for (upgrade, policy) in ["rr", "none", "rr"].iter().enumerate() {
+        server.release(policy);
+        wait_for_exit(take_over(&server));
+        for client in &mut clients {
+            assert_eq!(client.ask(), (server.master(), upgrade as u64 + 2));
+        }
+    }
+    drop(clients);
     server.stop_and_check(assert_nothing_closed);
 }
 
@@ -268,12 +312,20 @@ fn silent_connections_outlive_upgrades() {
     server.stop_and_check(assert_nothing_closed);
 }
 
+fn connection_parked_while_draining_goes_to_the_new_master_rr() {
+    connection_parked_while_draining_goes_to_the_new_master("rr");
+}
+
+fn connection_parked_while_draining_goes_to_the_new_master_none() {
+    connection_parked_while_draining_goes_to_the_new_master("none");
+}
+
 /// One client's connection has been parked before the upgrade, and the other one's has not.
-fn connection_parked_while_draining_goes_to_the_new_master() {
+fn connection_parked_while_draining_goes_to_the_new_master(policy: &str) {
     if is_watched() {
         return server(quick());
     }
-    let server = Server::start("rr");
+    let server = Server::start(policy);
     let mut clients = [false, true].map(|is_parked| {
         let mut client = Client::connect(server.address);
         if is_parked {
@@ -287,7 +339,11 @@ fn connection_parked_while_draining_goes_to_the_new_master() {
     assert!(is_alive(pid(old)), "its workers are busy");
     for (client, requests) in &mut clients {
         assert_eq!(client.ask(), (old, *requests));
-        assert_eq!(client.ask(), (server.master(), *requests + 1));
+        let (master, count) = client.ask();
+        assert_eq!(count, *requests + 1);
+        // With a shared listener, the old worker may receive the next request before it learns that
+        // it is disconnecting.
+        assert!(master == server.master() || policy == "none" && master == old);
     }
     wait_for_exit(old);
     for (client, requests) in &mut clients {
@@ -326,11 +382,23 @@ fn connection_parked_in_the_first_of_three_masters_goes_to_the_third() {
     server.stop_and_check(assert_nothing_closed);
 }
 
-fn requests_at_the_takeover_are_answered() {
+fn requests_at_the_takeover_are_answered_rr() {
+    requests_at_the_takeover_are_answered("rr");
+}
+
+fn requests_at_the_takeover_are_answered_none() {
+    requests_at_the_takeover_are_answered("none");
+}
+
+fn requests_at_the_takeover_are_answered_sharded() {
+    requests_at_the_takeover_are_answered("sharded");
+}
+
+fn requests_at_the_takeover_are_answered(policy: &str) {
     if is_watched() {
         return server(quick());
     }
-    let server = Server::start("rr");
+    let server = Server::start(policy);
     let mut clients = clients(&server, 40);
     for round in 1..=3 {
         let old = server.master();
@@ -548,9 +616,19 @@ fn connect_pair(listener: &TcpListener) -> (TcpStream, TcpStream) {
     (client, listener.accept().unwrap().0)
 }
 
-fn passed_connection_keeps_its_number_of_requests() {
+fn passed_connection_keeps_its_number_of_requests_rr() {
+    passed_connection_keeps_its_number_of_requests(SchedulingPolicy::RoundRobin);
+}
+
+fn passed_connection_keeps_its_number_of_requests_none() {
+    passed_connection_keeps_its_number_of_requests(SchedulingPolicy::Shared);
+}
+
+/// The client has sent its request before the first worker listens.
+fn passed_connection_keeps_its_number_of_requests(policy: SchedulingPolicy) {
     cluster(
-        |master| {
+        move |master| {
+            master.set_scheduling_policy(policy).unwrap();
             let socket = TcpListener::bind("127.0.0.1:0").unwrap();
             let (first, of_first) = connect_pair(&socket);
             let copy = socket.try_clone().unwrap();
@@ -570,15 +648,23 @@ fn passed_connection_keeps_its_number_of_requests() {
                 .for_each(|byte| send(&theirs, &[*byte], &[]));
             drop((of_first, copy));
             let mut client = Client(BufReader::new(first));
-            let ask = move || (client.ask().1, client.ask().1);
+            client.send("ask");
+            let ask = move || (client.receive().1, client.ask().1);
             in_background(master, ask, move |master, requests| {
                 assert_eq!(requests, (7, 8));
-                assert_eq!(master.ledger().resumed, 2);
+                let resumed = match policy {
+                    SchedulingPolicy::RoundRobin => 2,
+                    _ => 0,
+                };
+                assert_eq!(master.ledger().resumed, resumed);
                 assert!(!has_ended.get());
                 drop((theirs, listener));
                 master.disconnect();
             });
-            drop(master.fork_with([("LISTEN", address)]).unwrap());
+            let parked = |ledger: &Ledger| ledger.parked == 1;
+            when_ledger(master, parked, move |master| {
+                drop(master.fork_with([("LISTEN", address)]).unwrap());
+            });
         },
         |worker| {
             let address = std::env::var("LISTEN").unwrap();

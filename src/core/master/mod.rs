@@ -592,4 +592,10 @@ impl<C, F> MasterCore<C, F> {
         // worker has closed its own.
         listener.is_some_and(|each| each.stage != Stage::Unbound || !each.master_accepts())
     }
+
+    /// Returns whether the listener has closed, even if workers still have copies of the socket.
+    pub(crate) fn has_closed(&self, handle: HandleId) -> bool {
+        let listener = self.listeners.get(&handle);
+        listener.is_none_or(|listener| listener.stage == Stage::Unbound)
+    }
 }

@@ -29,7 +29,8 @@
 //!
 //! With the other policies, the workers hold idle connections themselves. A worker that disconnects
 //! parks them in the master, which gives them to another worker that serves the listener. While no
-//! other worker does, the connections are `Idle` here, and the next worker receives them.
+//! other worker does, the connections are `Idle` here, and the next worker receives them. The
+//! connections that another master has passed go to workers in the same way.
 //!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
@@ -338,16 +339,28 @@ impl<C, F> MasterCore<C, F> {
         let has_had = entry.is_some_and(|entry| entry.is_online() && entry.has_had(handle));
         let listener = self.listeners.get(&handle);
         let is_datagram = |own: &Listener<C>| own.key.endpoint.kind == Kind::Udp;
-        let workers_hold = listener.is_some_and(|own| !own.master_accepts());
         // Report no violation if the listener no longer exists. The worker may have had it, because
         // `WorkerEntry::joined` forgets listeners that no longer exist.
         if listener.is_some_and(|own| !has_had || is_datagram(own)) {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
         self.ledger.parked += 1;
-        match workers_hold {
-            true => self.give(handle, Some(worker), Handoff::New(connection), parked),
-            false => self.hold(handle, connection, parked.max(1)),
+        self.give_or_hold(handle, Some(worker), connection, parked.max(1));
+    }
+
+    /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
+    /// connections. Otherwise holds the connection.
+    fn give_or_hold(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        connection: C,
+        parked: u32,
+    ) {
+        let listener = self.listeners.get(&handle);
+        match listener.is_some_and(|own| !own.master_accepts()) {
+            true => self.give(handle, from, Handoff::New(connection), parked),
+            false => self.hold(handle, connection, parked),
         }
     }
 
@@ -542,8 +555,12 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns the worker that receives the listener's next idle connection. The workers take
-    /// turns.
+    /// turns. Returns `None` while another master takes over, because the connection goes to that
+    /// master.
     fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
+        if self.parked.keeper == Keeper::OtherMaster {
+            return None;
+        }
         let listener = self.listeners.get_mut(&handle)?;
         let workers = &self.workers;
         let may_adopt = |worker: &WorkerId| {

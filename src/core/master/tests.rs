@@ -1,6 +1,7 @@
 //! Tests of the master's decisions, mostly about listeners.
 
 mod parked;
+mod passed;
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -171,13 +172,16 @@ fn retain(core: &mut Core, endpoint: Endpoint) -> HandleId {
 
 /// Makes a worker listen on an endpoint. Returns the resulting actions.
 fn request(core: &mut Core, worker: WorkerId, endpoint: Endpoint) -> Vec<Action<u32>> {
-    let listen = ToMaster::Listen {
+    core.frame(worker, listen_frame(endpoint));
+    actions(core)
+}
+
+fn listen_frame(endpoint: Endpoint) -> ToMaster {
+    ToMaster::Listen {
         request: 1,
         key: HandleKey { endpoint, index: 0 },
         flags: BindFlags::default(),
-    };
-    core.frame(worker, listen);
-    actions(core)
+    }
 }
 
 fn actions(core: &mut Core) -> Vec<Action<u32>> {
@@ -717,17 +721,7 @@ fn idle_connections_wait_in_the_master_while_no_worker_serves() {
     core.idle_hung_up(held[1]);
     assert_eq!(core.ledger().closed_by_peer, 1);
     let next = online(&mut core);
-    core.frame(
-        next,
-        ToMaster::Listen {
-            request: 1,
-            key: HandleKey {
-                endpoint: port(80),
-                index: 0,
-            },
-            flags: BindFlags::default(),
-        },
-    );
+    core.frame(next, listen_frame(port(80)));
     assert_eq!(adopted(&mut core), [(next, u32::MAX, 5)]);
     assert_eq!(core.ledger().in_flight(), 0);
 }

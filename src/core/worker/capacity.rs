@@ -50,14 +50,29 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Records that the queue was found empty although the application does not wait for a
-    /// connection yet. Does nothing if the last report is `Paused`, because a pause ends only when
-    /// the application waits for a connection.
-    pub(crate) fn found_empty_again(&mut self, listener: ListenerId) {
+    /// Records that the queue was found empty when the application parked a connection, before it
+    /// waits for the next one. Sends no report if the last one is `Paused`, because a pause ends
+    /// only when the application waits for a connection.
+    pub(crate) fn found_empty_at_park(&mut self, listener: ListenerId) {
+        self.empty_at_park = Some(listener);
         let entry = self.listeners.get(&listener);
         if entry.is_some_and(|entry| entry.report != QueueReport::Paused) {
             self.found_empty(listener);
         }
+    }
+
+    /// Returns whether the queue was found empty when the application parked its last connection.
+    /// The application then waits for the next connection without trying to receive one first,
+    /// because the attempt would cost a system call and almost always fail. Returns `false` for a
+    /// draining queue, which closes when such an attempt finds it empty, and from the second call
+    /// on.
+    pub(crate) fn take_empty_at_park(&mut self, listener: ListenerId) -> bool {
+        let was_empty = self.empty_at_park.take() == Some(listener);
+        let skips_attempt = was_empty && !self.is_draining(listener);
+        if skips_attempt {
+            self.found_empty(listener);
+        }
+        skips_attempt
     }
 
     fn send_idle(&mut self, listener: ListenerId) {

@@ -128,6 +128,9 @@ pub(crate) struct WorkerCore<F> {
     /// Whether the queues are paused until `backoff_elapsed`, because no descriptor was left for a
     /// connection.
     backing_off: bool,
+    /// The listener whose queue was found empty when the application parked its last connection,
+    /// until the next attempt to receive one.
+    empty_at_park: Option<ListenerId>,
     last_listener: u32,
     listeners: SortedMap<ListenerId, Entry>,
     /// The indices in use for each requested endpoint. An index distinguishes this worker's
@@ -155,6 +158,7 @@ impl<F> WorkerCore<F> {
             referenced: true,
             connection_limit: None,
             backing_off: false,
+            empty_at_park: None,
             last_listener: 0,
             listeners: SortedMap::new(),
             indices: SortedMap::new(),

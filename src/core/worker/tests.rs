@@ -277,3 +277,39 @@ fn first_step_of_a_disconnect_notifies_the_application_once() {
         }
     }
 }
+
+#[test]
+fn park_that_finds_the_queue_empty_replaces_the_next_attempt_unless_the_queue_drains() {
+    let mut core = Core::new();
+    let id = listener(&mut core, HANDLE);
+    accepts(&mut core, id);
+    sent(&mut core);
+    core.connection_opened(id);
+    core.connection_closed(Some(id));
+    core.found_empty_at_park(id);
+    assert_eq!(sent(&mut core), [idle(1, 0)]);
+    assert!(!core.take_empty_at_park(ListenerId(MAX_LISTENER)));
+    core.found_empty_at_park(id);
+    assert!(core.take_empty_at_park(id));
+    assert!(!core.take_empty_at_park(id), "only once");
+    core.found_empty_at_park(id);
+    let (handle, drain) = (HANDLE, true);
+    let closed = ToWorker::ListenerClosed { handle, drain };
+    core.frame(closed).unwrap();
+    assert!(!core.take_empty_at_park(id), "draining");
+}
+
+#[test]
+fn application_that_waits_after_a_park_ends_the_pause() {
+    let mut core = Core::new();
+    let id = listener(&mut core, HANDLE);
+    core.set_connection_limit(id, Some(1));
+    accepts(&mut core, id);
+    core.connection_opened(id);
+    sent(&mut core);
+    core.connection_closed(Some(id));
+    core.found_empty_at_park(id);
+    assert_eq!(sent(&mut core), [], "the application does not wait yet");
+    assert!(core.take_empty_at_park(id));
+    assert_eq!(sent(&mut core), [idle(1, 0)]);
+}

@@ -4,7 +4,6 @@ use super::process::{Detached, Life};
 use super::socket::{Held, Location, Port, QUEUE_CAPACITY};
 use super::{KNOWN, World};
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
-use crate::core::master::Resumed;
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
 use crate::types::policy::SchedulingPolicy;
@@ -119,14 +118,13 @@ impl World {
     /// Records that a worker has received the client's connection and reads what the client has
     /// sent. Checks that an earlier worker has received the connection exactly if it has been
     /// parked. If a worker has forged frames, checks only connections of which the master holds no
-    /// copy.
-    pub(crate) fn mark_served(&mut self, client: u32, resumed: Option<Resumed>) {
+    /// copy. `parked` is the number of times that the connection has been parked, and `is_held` is
+    /// whether the master holds a copy.
+    pub(crate) fn mark_served(&mut self, client: u32, parked: u32, is_held: bool) {
         let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];
-        let is_parked = resumed.is_some_and(|resumed| resumed.parked > 0);
-        match resumed {
-            Some(_) if !is_trusted => {}
-            _ => assert_eq!(fate.served, is_parked, "client {client} served twice"),
+        if !is_held || is_trusted {
+            assert_eq!(fate.served, parked > 0, "client {client} served twice");
         }
         self.served += u64::from(!fate.served);
         (fate.served, fate.is_pending) = (true, false);
@@ -140,13 +138,14 @@ impl World {
         };
         let fate = self.fates[client as usize];
         let is_bound = fate.port.is_some_and(|port| self.master.is_bound(port));
+        let has_closed = fate.port.is_none_or(|port| self.master.has_closed(port));
         let is_explained = match held.location {
             Location::Detached => true,
             Location::Worker(worker) => {
                 let is_liar = self.processes[&worker].is_liar;
                 is_liar || !is_bound || !self.master.is_connected(worker)
             }
-            Location::Master => fate.left || !is_bound || self.held.len() + 1 >= self.parked_limit,
+            Location::Master => fate.left || has_closed || self.held.len() + 1 >= self.parked_limit,
         };
         self.expired += u64::from(!is_explained);
         let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;

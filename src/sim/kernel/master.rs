@@ -117,14 +117,12 @@ impl World {
             Action::Hold { id, connection } => self.hold_connection(id, connection),
             Action::AwaitData { id } => self.await_data(id),
             Action::CloseHeld { id } => self.close_held(id),
-            // Close the connection, because simulated workers hold no parked connections. Only
-            // liars park connections of shared listeners.
-            Action::Adopt { connection, .. } => {
-                self.received += 1;
-                if let Handoff::Held(resumed) = connection {
-                    self.held.remove(&resumed.connection);
-                }
-            }
+            Action::Adopt {
+                handle,
+                worker,
+                connection,
+                parked,
+            } => self.give(handle, worker, connection, parked),
             Action::Reclaim {
                 handle,
                 worker,
@@ -555,6 +553,7 @@ impl World {
         if let Some(id) = self.passing.pop_front() {
             let held = self.held.get_mut(&id).expect("a held connection");
             held.location = Location::Detached;
+            self.passed.extend(held.client());
             self.report(|core| core.passed(id));
         }
     }
@@ -717,7 +716,8 @@ impl World {
         worker: WorkerId,
     ) -> Option<Queued> {
         let queued = self.receive(handle, worker)?;
-        self.mark_served(queued.connection.client, queued.resumed);
+        let parked = queued.resumed.map_or(0, |resumed| resumed.parked);
+        self.mark_served(queued.connection.client, parked, queued.resumed.is_some());
         self.process(worker).counters.received += 1;
         Some(queued)
     }

@@ -12,6 +12,7 @@
 pub(crate) mod check;
 mod ending;
 mod master;
+mod parked;
 pub(crate) mod process;
 pub(crate) mod socket;
 pub(crate) mod worker;
@@ -139,6 +140,8 @@ pub(crate) struct World {
     has_successor: bool,
     /// The connections that the other master will read.
     passing: VecDeque<ConnectionId>,
+    /// The clients whose connections the other master has read.
+    pub(crate) passed: Vec<u32>,
     /// The number of `Detach` and `ParkAgain` frames whose connection was still in the sending
     /// worker's queue.
     pub(crate) early_reports: u64,
@@ -155,7 +158,7 @@ pub(crate) struct World {
     closes_at: Option<Time>,
     pub(crate) last_port: u32,
     /// The listeners that the application retains.
-    retained: Vec<HandleId>,
+    pub(crate) retained: Vec<HandleId>,
     /// The listeners that the application has adopted instead of opening them.
     adopted: BTreeSet<HandleId>,
     pub(crate) fates: Vec<Fate>,
@@ -167,6 +170,8 @@ pub(crate) struct World {
     /// The number of connections that workers have received from queues, or that the master has
     /// given to workers (`Action::Adopt`).
     received: u64,
+    /// The number of connections that the master has given to workers that had already exited.
+    pub(crate) given_in_vain: usize,
     /// Whether a worker has reported more connections than it received, so that the ledger may be
     /// wrong.
     pub(crate) has_false_claims: bool,
@@ -398,6 +403,11 @@ impl World {
     /// Returns whether the master has carried out all its actions and has no unflushed worker.
     pub(crate) fn master_is_idle(&self) -> bool {
         !self.master.has_actions() && self.unflushed.is_empty()
+    }
+
+    /// Returns whether no connection waits to be passed to the other master.
+    pub(crate) fn is_passed(&self) -> bool {
+        self.master_is_idle() && self.held.is_empty()
     }
 
     /// Carries out the master's first action. Returns whether there was an action.

@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use super::socket::{Client, Port};
 use crate::core::master::{Attachment, Resumed};
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
+use crate::types::connection_id::ConnectionId;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
@@ -25,6 +26,8 @@ pub(crate) struct Received {
     pub(crate) handle: Option<HandleId>,
     /// The connection's id and history if the master holds a copy.
     pub(crate) resumed: Option<Resumed>,
+    /// How often the connection has been parked.
+    pub(crate) parked: u32,
 }
 
 /// A frame and the descriptor that it carries. The frame is an error if the writer wrote bytes that
@@ -33,7 +36,7 @@ pub(crate) struct Received {
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
     pub(crate) with: Attachment,
-    /// The connection that a worker parks with this frame.
+    /// The connection that a worker parks with this frame, or that the master gives to a worker.
     pub(crate) connection: Option<Client>,
     /// Whether the kernel dropped the attached descriptor, because the receiver's descriptors were
     /// exhausted.
@@ -216,6 +219,8 @@ pub(crate) struct Process {
     pub(crate) watched: BTreeSet<ListenerId>,
     /// The open connections of the worker's application, each with its listener.
     pub(crate) held: Vec<Received>,
+    /// The connections that the worker holds while their clients send nothing.
+    pub(crate) parked: BTreeMap<ConnectionId, Client>,
     /// The connections that a raw worker parks with its next frames. If there are none, the worker
     /// parks a connection that it has opened itself.
     pub(crate) to_park: VecDeque<Client>,
@@ -276,6 +281,7 @@ impl Process {
         self.private.clear();
         self.watched.clear();
         self.held.clear();
+        self.parked.clear();
         self.to_park.clear();
         self.listeners.clear();
         self.actions.clear();

@@ -10,6 +10,7 @@ use super::{BACKOFF, Failure, KNOWN, World, nth};
 use crate::core::master::Attachment;
 use crate::core::worker::{Action, Event, ListenStatus, ListenerId};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
+use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{ToMaster, ToWorker};
@@ -103,8 +104,13 @@ impl World {
     }
 
     fn worker_processes(&mut self, worker: WorkerId, parcel: Parcel<ToWorker>) {
+        let now = self.now;
         let process = self.process(worker);
         let frame = parcel.frame.expect("the master's frames are well formed");
+        if let (ToWorker::Adopt { handle, parked }, Some(client)) = (&frame, parcel.connection) {
+            let held = process.core.adopt(*handle, *parked, now);
+            return self.keep(worker, held, client);
+        }
         let handle = match parcel.with {
             Attachment::None => None,
             Attachment::Listener(handle)
@@ -155,7 +161,13 @@ impl World {
     pub(crate) fn gather_from_worker(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         while let Some(action) = process.core.next_action() {
-            process.actions.push_back(action);
+            if let Action::CloseParked(id) = action {
+                // Close the connection at once, as the shell does, because the core may give its
+                // number to the next connection.
+                process.parked.remove(&id);
+            } else {
+                process.actions.push_back(action);
+            }
         }
     }
 
@@ -188,11 +200,10 @@ impl World {
                 assert!(!process.is_marked, "marked twice");
                 process.is_marked = true;
             }
-            Action::CloseParked(_) | Action::HandOver => {
-                unreachable!("simulated workers hold no parked connections")
-            }
+            Action::CloseParked(_) => unreachable!("closed when gathered"),
+            Action::HandOver => self.hand_over(worker),
             Action::CloseChannel => {
-                let is_idle = process.held.is_empty();
+                let is_idle = process.held.is_empty() && process.parked.is_empty();
                 assert!(
                     is_idle || process.is_careless,
                     "disconnects with connections"
@@ -300,10 +311,18 @@ impl World {
     /// Receives the next connection from the listener's queue, as the shell does. Without a queue,
     /// accepts the connection from the listener itself. Returns whether there was a connection.
     fn accept_next(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
+        self.poll_parked(worker);
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         if process.core.is_datagram(listener) {
             return false;
         }
+        // New and parked connections take turns. On a draining listener, the parked ones come
+        // first, because the listener closes when it is found empty.
+        let is_turn = process.counters.received % 2 == 0 || process.core.is_draining(listener);
+        if is_turn && self.resume_parked(worker, listener) {
+            return true;
+        }
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
         let has_queue = process.core.has_queue(listener);
         let handle = process.shared.get(&listener).copied();
         let received = match handle {
@@ -342,10 +361,15 @@ impl World {
                 listener,
                 handle,
                 resumed,
+                parked: resumed.map_or(0, |resumed| resumed.parked),
             };
             self.hold(worker, received);
             return true;
         }
+        if self.resume_parked(worker, listener) {
+            return true;
+        }
+        let core = &mut self.process(worker).core;
         if !core.is_draining(listener) {
             core.found_empty(listener);
         } else if !core.is_paused(listener) {
@@ -356,9 +380,9 @@ impl World {
 
     /// Adds a connection to those that the application holds. Checks that the application does not
     /// hold more than its limit, unless the worker is disconnecting.
-    fn hold(&mut self, worker: WorkerId, received: Received) {
+    pub(super) fn hold(&mut self, worker: WorkerId, received: Received) {
         let (client, listener) = (received.client.client, received.listener);
-        let resumed = received.resumed;
+        let (parked, is_held) = (received.parked, received.resumed.is_some());
         if !self.process(worker).is_liar {
             self.check_sole(worker, client);
         }
@@ -371,7 +395,7 @@ impl World {
             let is_allowed = held.count() <= *limit || process.core.is_disconnecting();
             assert!(is_allowed, "more connections than the application wants");
         }
-        self.mark_served(client, resumed);
+        self.mark_served(client, parked, is_held);
     }
 }
 
@@ -524,9 +548,14 @@ impl World {
             listener,
             handle,
             resumed,
+            parked,
         } = process.held.swap_remove(at);
         let core = &mut process.core;
         core.connection_closed(Some(listener));
+        if handle.is_none() || self.config.policy != SchedulingPolicy::RoundRobin {
+            let held = core.hold(listener, handle, parked + 1, self.now);
+            return self.keep(worker, held, client);
+        }
         match (resumed, handle) {
             (Some(resumed), _) if core.is_writable() => core.park_again(resumed.connection),
             (None, Some(handle)) if core.is_writable() && core.has_queue(listener) => {

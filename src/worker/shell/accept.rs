@@ -172,6 +172,14 @@ impl WorkerShell {
         }
     }
 
+    /// Returns whether the next attempt to receive a connection can be left out, because the
+    /// listener's queue was empty when the application parked its last connection.
+    pub(crate) fn take_empty_at_park(&self, listener: ListenerId) -> bool {
+        let skips_attempt = self.core.borrow_mut().take_empty_at_park(listener);
+        self.act();
+        skips_attempt
+    }
+
     fn receive_from_queue(&self, listener: ListenerId, queue: &OwnedFd) -> Result<Option<Arrived>> {
         match queue::receive(queue.as_fd()) {
             Ok(Dequeued::Connection(label, connection)) => {

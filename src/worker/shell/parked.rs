@@ -138,7 +138,7 @@ impl WorkerShell {
         // write.
         let listener = origin.listener.filter(|id| self.is_queue_empty(*id));
         if let Some(listener) = listener {
-            core.found_empty_again(listener);
+            core.found_empty_at_park(listener);
         }
         drop(core);
         self.publish_held();

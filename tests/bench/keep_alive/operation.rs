@@ -53,8 +53,7 @@ pub fn upgrades(table: &mut Table) {
                 service.upgrade();
             }
         });
-        let goal = (policy == "rr").then_some(0.0);
-        show(table, title, &outcome, goal);
+        show(table, title, &outcome, Some(0.0));
     });
 }
 

@@ -4,6 +4,10 @@
 //! that its workers have. When a worker parks a connection later, or does not receive it from its
 //! queue, that connection is passed too. New connections still go to this master's workers.
 //!
+//! With the other policies, workers hold their idle connections until they disconnect. They then
+//! park the connections here, and the connections are passed, even if other workers of this master
+//! still serve the listener.
+//!
 //! ```text
 //! from                 event                                         to
 //! -------------------  --------------------------------------------  ---------
@@ -159,18 +163,20 @@ impl<C, F> MasterCore<C, F> {
         for connection in std::mem::take(&mut self.parked.passing) {
             self.hold_again(connection);
         }
+        for handle in self.listeners.ids() {
+            self.give_held(handle);
+        }
     }
 }
 
 // The master that receives connections.
 impl<C, F> MasterCore<C, F> {
     /// Takes a connection that another master has passed, and that the listener accepted. Closes the
-    /// connection if this master cannot dispatch the listener's connections, or does not have the
-    /// listener (`None`).
+    /// connection if this master does not have the listener (`None`).
     pub(crate) fn receive_parked(&mut self, handle: Option<HandleId>, connection: C, parked: u32) {
         self.ledger.parked += 1;
-        match handle.filter(|handle| self.master_accepts(*handle)) {
-            Some(handle) => self.hold(handle, connection, parked),
+        match handle {
+            Some(handle) => self.give_or_hold(handle, None, connection, parked),
             None => self.ledger.idle_closed += 1,
         }
     }
