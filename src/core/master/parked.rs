@@ -35,13 +35,13 @@
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
+mod giving;
 mod passing;
+mod ready;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
-use super::accept::RETRY_DELAY;
 use super::listener::{AcceptState, Listener, Stage};
-use super::workers::WorkerEntry;
 use super::{Action, MasterCore};
 use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
@@ -52,6 +52,7 @@ use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 use passing::Keeper;
+pub(super) use ready::ReadyQueue;
 
 /// A connection on its way to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,73 +254,6 @@ impl ParkedTable {
     }
 }
 
-/// The source of the next connection, if both the backlog and the resumed connections have one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum NextSource {
-    Backlog,
-    Resumed,
-}
-
-/// The connections of one listener whose clients have sent something, and that the dispatcher does
-/// not have yet.
-#[derive(Debug)]
-pub(super) struct ReadyQueue {
-    connections: VecDeque<Resumed>,
-    next: NextSource,
-    /// The part of the dispatcher's capacity that is left to new connections while the master
-    /// accepts.
-    reserved: u64,
-}
-
-impl ReadyQueue {
-    pub(super) const fn new() -> Self {
-        Self {
-            connections: VecDeque::new(),
-            next: NextSource::Resumed,
-            reserved: 0,
-        }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.connections.is_empty()
-    }
-
-    #[cfg(any(test, fuzzing))]
-    pub(super) fn len(&self) -> usize {
-        self.connections.len()
-    }
-
-    /// Leaves a part of the dispatcher's capacity to new connections, because the master begins to
-    /// accept.
-    pub(super) fn reserve(&mut self, capacity: u64) {
-        self.reserved = capacity;
-    }
-
-    /// Records that a new connection uses one unit of the reserved capacity.
-    pub(super) fn use_reserved(&mut self) {
-        self.reserved = self.reserved.saturating_sub(1);
-    }
-
-    /// Returns how many of the next `capacity` connections are resumed ones, if the backlog has
-    /// connections too. The sources take turns, so that neither makes the other one wait forever.
-    fn share(&mut self, capacity: u64) -> u64 {
-        let half = capacity / 2;
-        if capacity % 2 == 0 || self.is_empty() {
-            return half;
-        }
-        match self.next {
-            NextSource::Backlog => {
-                self.next = NextSource::Resumed;
-                half
-            }
-            NextSource::Resumed => {
-                self.next = NextSource::Backlog;
-                half + 1
-            }
-        }
-    }
-}
-
 // Parking.
 impl<C, F> MasterCore<C, F> {
     /// Sets the maximum number of connections that the master holds.
@@ -513,100 +447,6 @@ impl<C, F> MasterCore<C, F> {
             };
             self.ledger.expired += 1;
             self.close_held(connection);
-        }
-    }
-}
-
-/// The maximum number of idle connections that one call of `give_held` gives to workers. The next
-/// iteration of the loop gives the next ones.
-///
-/// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
-/// benchmark chose this value.
-const GIVE_BATCH: usize = 1024;
-
-// Idle connections of listeners whose workers accept. The workers hold them, and the master only
-// gives them from one worker to another.
-impl<C, F> MasterCore<C, F> {
-    /// Gives an idle connection to a worker that serves the listener, but not to `from`. Holds the
-    /// connection if there is no such worker.
-    fn give(
-        &mut self,
-        handle: HandleId,
-        from: Option<WorkerId>,
-        connection: Handoff<C>,
-        parked: u32,
-    ) {
-        match (self.next_adopter(handle, from), connection) {
-            (Some(worker), connection) => {
-                if let Handoff::Held(resumed) = &connection {
-                    self.parked.remove(resumed.connection);
-                }
-                self.ledger.received += 1;
-                self.actions.push_back(Action::Adopt {
-                    handle,
-                    worker,
-                    connection,
-                    parked,
-                });
-            }
-            (None, Handoff::New(connection)) => self.hold(handle, connection, parked),
-            (None, Handoff::Held(_)) => {}
-        }
-    }
-
-    /// Returns the worker that receives the listener's next idle connection. The workers take
-    /// turns. Returns `None` while another master takes over, because the connection goes to that
-    /// master.
-    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
-        if self.parked.keeper == Keeper::OtherMaster {
-            return None;
-        }
-        let listener = self.listeners.get_mut(&handle)?;
-        let workers = &self.workers;
-        let may_adopt = |worker: &WorkerId| {
-            let entry = workers.get(worker);
-            Some(*worker) != from && entry.is_some_and(WorkerEntry::may_listen)
-        };
-        let last = listener.last_adopter;
-        let mut next = listener.members.serving().filter(may_adopt);
-        let later = next.find(|worker| Some(*worker) > last);
-        let next = later.or_else(|| listener.members.serving().find(may_adopt));
-        listener.last_adopter = next.or(last);
-        next
-    }
-
-    /// Gives the idle connections that the master holds to the workers that serve the listener.
-    pub(super) fn give_held(&mut self, handle: HandleId) {
-        let is_done = |listener: &Listener<C>| listener.master_accepts();
-        if self.parked.len() == 0 || self.listeners.get(&handle).is_none_or(is_done) {
-            return;
-        }
-        let mut held = self.parked.entries.filter(|entry| entry.handle == handle);
-        let is_more = held.len() > GIVE_BATCH;
-        held.truncate(GIVE_BATCH);
-        for connection in held {
-            let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
-            let resumed = Resumed { connection, parked };
-            self.give(handle, None, Handoff::Held(resumed), parked);
-        }
-        if is_more {
-            let now = self.now;
-            self.give_held_at(handle, now);
-        }
-    }
-
-    /// Records that a worker has not read the connections that it was given before. The master
-    /// holds the connection, and tries again after `RETRY_DELAY`.
-    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
-        self.ledger.received -= 1;
-        self.hold(handle, connection, parked);
-        let retry = self.now.saturating_add(RETRY_DELAY);
-        self.give_held_at(handle, retry);
-    }
-
-    fn give_held_at(&mut self, handle: HandleId, time: Time) {
-        if let Some(listener) = self.listeners.get_mut(&handle) {
-            listener.dispatch_from = Some(time);
         }
     }
 }

@@ -1,0 +1,105 @@
+//! Giving idle connections from one worker to another, on listeners whose workers accept. The workers
+//! hold these connections. The master only has them from the time a worker disconnects until another
+//! worker serves the listener.
+
+use super::passing::Keeper;
+use super::{Handoff, Resumed};
+use crate::core::master::accept::RETRY_DELAY;
+use crate::core::master::listener::Listener;
+use crate::core::master::workers::WorkerEntry;
+use crate::core::master::{Action, MasterCore};
+use crate::types::time::Time;
+use crate::types::worker_id::WorkerId;
+use crate::wire::frame::HandleId;
+
+/// The maximum number of idle connections that one call of `give_held` gives to workers. The next
+/// iteration of the loop gives the next ones.
+///
+/// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
+/// benchmark chose this value.
+const GIVE_BATCH: usize = 1024;
+
+impl<C, F> MasterCore<C, F> {
+    /// Gives an idle connection to a worker that serves the listener, but not to `from`. Holds the
+    /// connection if there is no such worker.
+    pub(super) fn give(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        connection: Handoff<C>,
+        parked: u32,
+    ) {
+        match (self.next_adopter(handle, from), connection) {
+            (Some(worker), connection) => {
+                if let Handoff::Held(resumed) = &connection {
+                    self.parked.remove(resumed.connection);
+                }
+                self.ledger.received += 1;
+                self.actions.push_back(Action::Adopt {
+                    handle,
+                    worker,
+                    connection,
+                    parked,
+                });
+            }
+            (None, Handoff::New(connection)) => self.hold(handle, connection, parked),
+            (None, Handoff::Held(_)) => {}
+        }
+    }
+
+    /// Returns the worker that receives the listener's next idle connection. The workers take
+    /// turns. Returns `None` while another master takes over, because the connection goes to that
+    /// master.
+    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
+        if self.parked.keeper == Keeper::OtherMaster {
+            return None;
+        }
+        let listener = self.listeners.get_mut(&handle)?;
+        let workers = &self.workers;
+        let may_adopt = |worker: &WorkerId| {
+            let entry = workers.get(worker);
+            Some(*worker) != from && entry.is_some_and(WorkerEntry::may_listen)
+        };
+        let last = listener.last_adopter;
+        let mut next = listener.members.serving().filter(may_adopt);
+        let later = next.find(|worker| Some(*worker) > last);
+        let next = later.or_else(|| listener.members.serving().find(may_adopt));
+        listener.last_adopter = next.or(last);
+        next
+    }
+
+    /// Gives the idle connections that the master holds to the workers that serve the listener.
+    pub(in super::super) fn give_held(&mut self, handle: HandleId) {
+        let is_done = |listener: &Listener<C>| listener.master_accepts();
+        if self.parked.len() == 0 || self.listeners.get(&handle).is_none_or(is_done) {
+            return;
+        }
+        let mut held = self.parked.entries.filter(|entry| entry.handle == handle);
+        let is_more = held.len() > GIVE_BATCH;
+        held.truncate(GIVE_BATCH);
+        for connection in held {
+            let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
+            let resumed = Resumed { connection, parked };
+            self.give(handle, None, Handoff::Held(resumed), parked);
+        }
+        if is_more {
+            let now = self.now;
+            self.give_held_at(handle, now);
+        }
+    }
+
+    /// Records that a worker has not read the connections that it was given before. The master
+    /// holds the connection, and tries again after `RETRY_DELAY`.
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
+        self.ledger.received -= 1;
+        self.hold(handle, connection, parked);
+        let retry = self.now.saturating_add(RETRY_DELAY);
+        self.give_held_at(handle, retry);
+    }
+
+    fn give_held_at(&mut self, handle: HandleId, time: Time) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.dispatch_from = Some(time);
+        }
+    }
+}
