@@ -63,12 +63,6 @@ fn pid_in(path: &Path, old: Pid) -> Pid {
     })
 }
 
-fn wait_for_exit(pid: Pid) {
-    wait_until("the exit of a master", || {
-        (!is_alive(pid.as_raw().unsigned_abs())).then_some(())
-    });
-}
-
 /// Stops the new master. The group's own process is the old master.
 fn stop_new(serve: &Group, new: Pid) -> Result<(), Failed> {
     kill(new, Signal::SIGTERM)?;

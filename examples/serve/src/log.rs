@@ -91,7 +91,8 @@ impl Log {
 
     pub(crate) fn line(&self, level: Level, text: impl Display) {
         let line = match self.format {
-            Format::Plain => format!("{} {text}\n", now()),
+            // In an upgrade, two masters write to the same log.
+            Format::Plain => format!("{} [{}] {text}\n", now(), process::id()),
             Format::Json => object(level, &text.to_string()),
         };
         self.print(&line);

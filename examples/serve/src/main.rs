@@ -226,8 +226,6 @@ fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
                 Ok(())
             }
             PoolEvent::QuorumReached => pid_file.write(),
-            // The new master may have written its own id before it failed.
-            PoolEvent::UpgradeFailed { .. } if pid_file.is_written() => pid_file.write(),
             PoolEvent::Upgraded => {
                 pid_file.release();
                 Ok(())

@@ -21,7 +21,7 @@ Usage: cluster-serve [OPTIONS] [--] PROGRAM [ARGS...]
 Runs a program as a pool of processes that share their listeners. The program takes the listeners by
 systemd's protocol: LISTEN_FDS contains their number, and the first is descriptor 3.
 
-  cluster-serve --listen 127.0.0.1:8000 -- gunicorn --bind fd://3 app:app
+  cluster-serve --listen 127.0.0.1:8000 -- gunicorn app:app
 
 The pool:
   --listen ADDRESS     HOST:PORT, or a path with a slash for a Unix socket; may be repeated; not

@@ -31,10 +31,6 @@ impl PidFile {
         })
     }
 
-    pub(crate) fn is_written(&self) -> bool {
-        self.is_written.get()
-    }
-
     /// Writes this process's id. A reader sees either the previous content or the whole id, because
     /// the file is replaced by a complete one.
     pub(crate) fn write(&self) -> Result<(), String> {
