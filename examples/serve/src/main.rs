@@ -94,7 +94,7 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
     let pool = Pool::new(&master, options.pool);
     pool.adopt(&master, passed)?;
     // Keep these listeners open, so that clients wait in the backlogs while no process runs.
-    let (listeners, fds) = listen(&master, &pool, &options.listen, log)?;
+    let (listeners, fds) = listen(&master, &options.listen, log)?;
     master.setup_master(settings.listen_fds(fds));
     if let Some(address) = options.status {
         let address = pool.serve_status(&master, address)?;
@@ -171,20 +171,14 @@ type NamedFds = Vec<(String, OwnedFd)>;
 /// that were passed to this process, then the listeners.
 fn listen(
     master: &Master,
-    pool: &Pool,
     addresses: &[String],
     log: &Log,
 ) -> Result<(Vec<MasterListener>, NamedFds), Box<dyn Error>> {
     let mut opened = Vec::new();
     for address in addresses {
-        // The pool passes the listener to the new master of an upgrade. `master.listen` returns a
-        // handle for the same listener.
-        let listener = if address.contains('/') {
-            pool.listen(master, Path::new(address))?;
-            master.listen(Path::new(address))?
-        } else {
-            pool.listen(master, address.as_str())?;
-            master.listen(address.as_str())?
+        let listener = match address.contains('/') {
+            true => master.listen(Path::new(address))?,
+            false => master.listen(address.as_str())?,
         };
         log.line(
             Level::Info,
