@@ -58,7 +58,7 @@ fn main() -> ExitCode {
         }
     };
     let outcome = passed.map_err(Into::into);
-    match outcome.and_then(|passed| serve(options, passed, &log)) {
+    match outcome.and_then(|passed| serve(*options, passed, &log)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log.failure(&*error);
@@ -205,45 +205,45 @@ fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
     pool.on_event(move |pool, master, event| {
         log.line(level(event), event);
         log.show(describe(&pool.status(master)));
-        let written = match event {
-            PoolEvent::WorkerReady { .. } => {
-                has_started.set(true);
-                Ok(())
-            }
-            // A user, directory or file that does not allow the first start does not allow the
-            // next one either.
-            PoolEvent::WorkerFailed(failure)
-                if failure.cause == FailureCause::ForkFailed && !has_started.get() =>
-            {
+        if matches!(event, PoolEvent::WorkerReady { .. }) {
+            has_started.set(true);
+        }
+        if let PoolEvent::WorkerFailed(failure) = event {
+            // A user or file that does not allow the first start does not allow the next one either.
+            if failure.cause == FailureCause::ForkFailed && !has_started.get() {
                 master.give_up(failure.clone());
                 pool.stop_at_once(master);
-                Ok(())
             }
-            PoolEvent::QuorumReached => pid_file.write(),
-            PoolEvent::Upgraded => {
-                pid_file.release();
-                Ok(())
+        }
+        if *event == PoolEvent::Upgraded {
+            pid_file.release();
+        }
+        if *event == PoolEvent::QuorumReached {
+            if let Err(error) = pid_file.write() {
+                log.line(Level::Error, error);
             }
-            _ => Ok(()),
-        };
-        if let Err(error) = written {
-            log.line(Level::Error, error);
         }
     });
 }
 
 fn level(event: &PoolEvent) -> Level {
-    match event {
+    let is_error = matches!(
+        event,
         PoolEvent::WorkerFailed(_)
-        | PoolEvent::RecyclingFailed(_)
-        | PoolEvent::ReloadFailed { .. }
-        | PoolEvent::UpgradeFailed { .. }
-        | PoolEvent::FailureLimitReached { .. }
-        | PoolEvent::NotificationFailed { .. } => Level::Error,
-        PoolEvent::RecyclingPostponed { .. } | PoolEvent::WorkerShutDown { killed: true, .. } => {
-            Level::Warning
-        }
-        _ => Level::Info,
+            | PoolEvent::RecyclingFailed(_)
+            | PoolEvent::ReloadFailed { .. }
+            | PoolEvent::UpgradeFailed { .. }
+            | PoolEvent::FailureLimitReached { .. }
+            | PoolEvent::NotificationFailed { .. }
+    );
+    let is_warning = matches!(
+        event,
+        PoolEvent::RecyclingPostponed { .. } | PoolEvent::WorkerShutDown { killed: true, .. }
+    );
+    match (is_error, is_warning) {
+        (true, _) => Level::Error,
+        (false, true) => Level::Warning,
+        (false, false) => Level::Info,
     }
 }
 

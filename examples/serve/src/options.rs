@@ -110,7 +110,7 @@ pub(crate) struct Options {
 /// What the command line requests.
 #[derive(Debug)]
 pub(crate) enum Request {
-    Serve(Options),
+    Serve(Box<Options>),
     Help,
     Version,
 }
@@ -139,7 +139,7 @@ pub(crate) fn parse() -> Result<Request, String> {
     let rest = args.raw_args().map_err(|error| error.to_string())?;
     options.args = rest.collect();
     options.set_all(given)?;
-    Ok(Request::Serve(options))
+    Ok(Request::Serve(Box::new(options)))
 }
 
 impl Options {
