@@ -13,9 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::{
-    Group, PYTHON, SCENARIO, SYSTEMD, cluster_serve, is_alive, reserve_port, wait_until,
-};
+use crate::harness::{Group, PYTHON, SCENARIO, SYSTEMD, cluster_serve, reserve_port, wait_until};
 use crate::serve::{PROGRAM, PYTHON_PROGRAM, ask, ask_all, command, line_after, stop, under_load};
 
 pub fn trials() -> Vec<Trial> {
