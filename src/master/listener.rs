@@ -35,9 +35,9 @@ use crate::types::endpoint::BACKLOG;
 ///
 /// A process outside the cluster may have a copy of the socket if the socket was passed to this
 /// process, or after the first call of [`as_fd`](AsFd::as_fd). The master then changes nothing that
-/// the other process would notice, except that the socket is non-blocking. Clients that connect
-/// while the last workers disconnect may be reset. If the other process has exited, call
-/// [`set_foreign_copies`](Self::set_foreign_copies).
+/// the other process would notice, except that UDP sockets and, with round robin, listeners are
+/// non-blocking. Clients that connect while the last workers disconnect may be reset. If the other
+/// process has exited, call [`set_foreign_copies`](Self::set_foreign_copies).
 ///
 /// If no process outside the cluster can have a copy, the master drops requests for new TCP
 /// connections while the last workers disconnect. Afterwards, the master shuts the socket down, so
@@ -89,8 +89,8 @@ impl Master {
     /// The argument can also be a listening socket, for instance from systemd or from another
     /// process that served it before. Workers receive that socket if they request its address. The
     /// address of a Unix socket is its path, or its abstract name after a zero byte. A TCP listener
-    /// on all addresses also matches requests that name only its port. The call makes the socket
-    /// non-blocking.
+    /// on all addresses also matches requests that name only its port. With round robin, the call
+    /// makes the socket non-blocking.
     ///
     /// The scheduling policy cannot change after this call. See [`MasterListener`] for how a
     /// retained listener behaves.
@@ -150,8 +150,8 @@ impl Master {
     /// request its address. A host name stands for its first usable address. A worker that listens
     /// on `localhost:80` may therefore open `[::1]:80` although `127.0.0.1:80` was passed. The
     /// address of a Unix listener is its path, or its abstract name after a zero byte. A TCP
-    /// listener on all addresses also matches requests that name only its port. The call makes the
-    /// socket non-blocking.
+    /// listener on all addresses also matches requests that name only its port. The call makes a UDP
+    /// socket non-blocking, and with round robin also a listener.
     ///
     /// If another master opened the socket for port 0 and passed it under its
     /// [name](MasterListener::name), workers receive the socket if they request port 0.

@@ -99,12 +99,12 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Prepares a socket that the application passes to the master. Returns the endpoint by which
+/// Makes a socket listen that the application passes to the master. Returns the endpoint by which
 /// workers request the socket: its address, path or abstract name.
 pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
     // Listen before reading the address, because listening on an unbound socket assigns its port.
-    prepare(socket, backlog)?;
+    make_listen(socket, backlog)?;
     let place = match kind {
         Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
         Kind::Unix => {
@@ -124,11 +124,17 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
     Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
 }
 
-/// Makes an open socket non-blocking. Makes a stream socket listen if it does not listen yet.
+/// Makes an open socket non-blocking, and makes a stream socket listen.
+pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
+    make_listen(socket, backlog)?;
+    sys::fd::set_nonblocking(socket.as_fd(), true)
+}
+
+/// Makes a stream socket listen if it does not listen yet.
 ///
 /// Also detaches the SYN filter from a TCP listener. Another master leaves this filter attached if
 /// it exits while it drains the listener.
-pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
+fn make_listen(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     let found = sys::listen::socket_kind(socket.as_raw_fd())?;
     if found.is_stream && !found.listens {
         sys::listen::listen(socket, backlog)?;
@@ -136,5 +142,5 @@ pub(crate) fn prepare(socket: &OwnedFd, backlog: u32) -> io::Result<()> {
     if found.is_stream && found.family == Family::Internet {
         sys::filter::detach_foreign_syn_filter(socket)?;
     }
-    sys::fd::set_nonblocking(socket.as_fd(), true)
+    Ok(())
 }

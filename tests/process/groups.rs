@@ -10,14 +10,14 @@ use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::{Pid, getpgid, getpgrp, getppid};
 
-use crate::harness::{Group, SCENARIO, Scenario, cluster, example, is_alive, wait_until};
+use crate::harness::{Group, SCENARIO, Scenario, cluster, cluster_serve, is_alive, wait_until};
 use crate::serve::serve_until;
 
 crate::scenarios! {
     worker_with_passed_descriptors_leads_a_process_group
 }
 
-/// The scenarios that the example `serve` runs as its program. They do not use this crate.
+/// The scenarios that `cluster-serve` runs as its program. They do not use this crate.
 pub const PROGRAMS: &[Scenario] = &[
     Scenario {
         name: "server_that_drains",
@@ -62,9 +62,9 @@ fn serve(end: Option<Signal>) {
     });
 }
 
-/// Starts the example `serve` with a program that runs behind a shell.
+/// Starts `cluster-serve` with a program that runs behind a shell.
 fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
-    let mut command = example("serve");
+    let mut command = cluster_serve();
     command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
     command.args(["--workers", "1"]).args(options);
     // A shell may replace itself with its last command. `true` is last, so that the shell remains.

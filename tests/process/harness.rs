@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -866,9 +866,19 @@ const WRAPPER: &str = "CLUSTER_TEST_WRAPPER";
 
 /// Returns the command for an example that `cargo test` has built, run by [`WRAPPER`] if it is set.
 pub fn example(name: &str) -> Command {
+    built(&Path::new("examples").join(name))
+}
+
+/// Returns the command for the tool `cluster-serve`, like [`example`].
+pub fn cluster_serve() -> Command {
+    built(Path::new("cluster-serve"))
+}
+
+/// Returns the command for a program in the directory of the build's results.
+fn built(program: &Path) -> Command {
     let own = std::env::current_exe().expect("own path");
-    let built = own.parent().and_then(|deps| deps.parent()).expect("target");
-    let path = built.join("examples").join(name);
+    let target = own.parent().and_then(|deps| deps.parent());
+    let path = target.expect("target").join(program);
     assert!(
         path.exists(),
         "{} is built by a plain `cargo test`",

@@ -18,7 +18,9 @@ use nix::sys::signal::{SigHandler, SigSet, Signal as Number, kill, raise, signal
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 use nix::unistd::{getpid, setsid, ttyname};
 
-use crate::harness::{Group, Log, SIGNALS, cluster, example, note_messages, wait_until};
+use crate::harness::{
+    Group, Log, SIGNALS, cluster, cluster_serve, example, note_messages, wait_until,
+};
 use crate::host::without_process_descriptors;
 
 crate::scenarios! {
@@ -37,7 +39,7 @@ pub fn trials() -> Vec<Trial> {
             survives_a_hang_up(&pool, cluster::available_parallelism())
         }),
         Trial::test("serve_under_nohup_does_not_reload_at_a_hang_up", || {
-            let mut serve = example("serve");
+            let mut serve = cluster_serve();
             serve.args(["--listen", "127.0.0.1:0", "--workers", "1"]);
             serve.args(["--readiness", "50ms", "sleep", "1000"]);
             survives_a_hang_up(&serve, 1)
@@ -248,7 +250,7 @@ fn survives_a_hang_up(server: &Command, workers: usize) -> Result<(), Failed> {
 }
 
 fn serve_leaves_signals_ignored() -> Result<(), Failed> {
-    let serve = example("serve");
+    let serve = cluster_serve();
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP TTIN TTOU; exec \"$@\"", "sh"]);
     command.arg(serve.get_program());

@@ -68,6 +68,8 @@ mod round_robin;
 mod running;
 mod scheduler;
 mod serve;
+mod serve_operation;
+mod serve_options;
 mod sharded;
 mod stalled;
 mod status;
@@ -185,6 +187,8 @@ fn main() -> ExitCode {
     trials.extend(clients::trials());
     trials.extend(usage::trials());
     trials.extend(serve::trials());
+    trials.extend(serve_options::trials());
+    trials.extend(serve_operation::trials());
     trials.extend(groups::trials());
     trials.extend(inherited::trials());
     trials.extend(fleet::trials());

@@ -215,7 +215,15 @@ impl MasterShell {
     ) -> io::Result<RetainedListener> {
         let endpoint = adopt_socket(kind, &socket, backlog)?;
         self.act();
-        let handle = self.core_now().next_handle();
+        let mut core = self.core_now();
+        let handle = core.next_handle();
+        // Leave the mode of a listener from which the master does not accept. Another process with
+        // a copy, such as a program that does not use this crate, may block in `accept`. It would
+        // fail if the listener became non-blocking.
+        if kind == Kind::Udp || core.policy_of(&endpoint) == SchedulingPolicy::RoundRobin {
+            sys::fd::set_nonblocking(socket.as_fd(), true)?;
+        }
+        drop(core);
         let bound = BoundSocket {
             file: None,
             address: endpoint.address(),

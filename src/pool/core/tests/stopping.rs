@@ -174,6 +174,8 @@ fn stop_at_once_does_not_wait_for_the_delay() {
     let mut world = World::serving(delayed(2));
     world.input(Core::stop);
     world.input(Core::stop_at_once);
+    assert_eq!(world.core.delayed_until(), None);
+    assert_eq!(world.disconnected, [1, 2], "their listeners close, too");
     assert_eq!(world.killed, [1, 2]);
     world.exit_killed();
     assert!(world.core.is_over());
