@@ -39,7 +39,7 @@ fn disturb(
     load.wait_for_answers(ANSWERS);
     let counts = load.end();
     server.stop();
-    println!("{example} {policy}: {times} disturbances: {counts:?}");
+    println!("{example} {policy}: {times} times: {counts:?}");
     counts
 }
 

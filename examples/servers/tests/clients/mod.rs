@@ -37,16 +37,26 @@ impl Counts {
         let count = match outcome {
             Ok(true) => &mut self.answered,
             Ok(false) => &mut self.wrong,
-            Err(error) => match error.kind() {
-                io::ErrorKind::ConnectionRefused => &mut self.refused,
-                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => &mut self.timed_out,
-                io::ErrorKind::ConnectionReset
-                | io::ErrorKind::BrokenPipe
-                | io::ErrorKind::UnexpectedEof => &mut self.reset,
-                _ => panic!("a client failed: {error}"),
-            },
+            Err(error) => self.failure(error),
         };
         *count += 1;
+    }
+
+    /// Returns the count of an error's kind.
+    fn failure(&mut self, error: &io::Error) -> &mut u64 {
+        use io::ErrorKind::{
+            BrokenPipe, ConnectionRefused, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock,
+        };
+        let kind = error.kind();
+        if kind == ConnectionRefused {
+            return &mut self.refused;
+        }
+        if [WouldBlock, TimedOut].contains(&kind) {
+            return &mut self.timed_out;
+        }
+        let is_reset = [ConnectionReset, BrokenPipe, UnexpectedEof].contains(&kind);
+        assert!(is_reset, "a client failed: {error}");
+        &mut self.reset
     }
 
     pub(crate) fn failures(&self) -> [u64; 4] {
@@ -210,11 +220,11 @@ pub(crate) fn websocket(address: SocketAddr) -> io::Result<bool> {
 
 /// Treats an end without a close frame as a reset.
 fn io_error(error: Error) -> io::Error {
-    match error {
-        Error::Io(error) => error,
-        Error::Protocol(_) => io::Error::new(io::ErrorKind::UnexpectedEof, error),
-        _ => panic!("{error}"),
+    if let Error::Io(error) = error {
+        return error;
     }
+    assert!(matches!(error, Error::Protocol(_)), "{error}");
+    io::Error::new(io::ErrorKind::UnexpectedEof, error)
 }
 
 /// Delivers one mail.
