@@ -5,7 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
@@ -141,7 +141,16 @@ impl Server {
         let master = Pid::from_child(&self.master);
         kill_process(master, Signal::TERM).unwrap();
         // The log ends when the last process exits.
-        while self.log.recv_timeout(DEADLINE).is_ok() {}
+        let end = loop {
+            if let Err(end) = self.log.recv_timeout(DEADLINE) {
+                break end;
+            }
+        };
+        assert_eq!(
+            end,
+            RecvTimeoutError::Disconnected,
+            "the server does not stop"
+        );
         assert!(self.master.wait().unwrap().success());
         assert!(
             test_kill_process_group(master).is_err(),
