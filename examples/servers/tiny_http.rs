@@ -1,0 +1,26 @@
+//! Serves HTTP with `tiny_http`, which accepts connections itself. With `CLUSTER_SCHED_POLICY=none`.
+//!
+//! Usage:     cargo run -p cluster-servers --example tiny_http
+//! then:      curl http://127.0.0.1:8000/
+
+mod pooled;
+
+use tiny_http::{Response, Server};
+
+fn main() -> pooled::Result {
+    let source = include_str!("tiny_http.rs");
+    pooled::run(source, "127.0.0.1:8000", |worker, address| {
+        let listener = worker.listen(address)?.into_std()?;
+        let server = Server::from_listener(listener, None)?;
+        std::thread::spawn(move || {
+            loop {
+                // When the worker disconnects, `recv` returns the error of `accept` once, but
+                // accepted connections still bring requests.
+                if let Ok(request) = server.recv() {
+                    let _ = request.respond(Response::from_string("hello\n"));
+                }
+            }
+        });
+        Ok(worker.run()?)
+    })
+}
