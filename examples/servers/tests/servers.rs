@@ -6,6 +6,7 @@
 mod clients;
 mod server;
 
+use std::net::SocketAddr;
 use std::thread::scope;
 
 use clients::{Client, Counts, Load};
@@ -22,37 +23,34 @@ const KILLS: u32 = 5;
 /// The answers between two reloads, or two kills.
 const ANSWERS: u64 = 50;
 
-/// Starts a server and a load, disturbs the server `times` times, and returns the failures.
+/// Puts a server under load, disturbs it `times` times, and returns the failures.
 fn disturb(
-    example: &str,
-    policy: &str,
+    server: &mut Server,
+    address: SocketAddr,
     client: Client,
     times: u32,
     once: fn(&mut Server),
 ) -> Counts {
-    let (mut server, address) = Server::start(example, policy);
     let load = Load::begin(address, client);
     for _ in 0..times {
         load.wait_for_answers(ANSWERS);
-        once(&mut server);
+        once(server);
     }
     load.wait_for_answers(ANSWERS);
-    let counts = load.end();
-    server.stop();
-    println!("{example} {policy}: {times} times: {counts:?}");
-    counts
+    load.end()
 }
 
 /// Checks a server under each policy. A reload must not cause a failure. A killed worker must not
 /// cause more than `at_once` failures, the number of clients that it serves at once.
 fn check(example: &str, policies: &[&str], client: Client, at_once: u64) {
     let run = |policy: &str| {
-        let reloads = disturb(example, policy, client, RELOADS, Server::reload);
+        let (mut server, address) = Server::start(example, policy);
+        let reloads = disturb(&mut server, address, client, RELOADS, Server::reload);
+        println!("{example} {policy}: reloads: {reloads:?}");
+        let kills = disturb(&mut server, address, client, KILLS, Server::kill_worker);
+        println!("{example} {policy}: kills: {kills:?}");
+        server.stop();
         assert_eq!(reloads.failures(), [0; 4], "{example} {policy}: reloads");
-        // Kill workers of a new server. After a reload, the sharded policy has more shards than
-        // workers, and a replacement may get another shard than that of the killed worker, whose
-        // connections then wait for a further worker.
-        let kills = disturb(example, policy, client, KILLS, Server::kill_worker);
         assert_eq!((kills.refused, kills.wrong), (0, 0), "{example} {policy}");
         let lost = if policies == UDP {
             kills.timed_out

@@ -174,6 +174,8 @@ pub(super) struct Listener<C> {
     /// The shard that receives new connections while no worker serves a retained listener. The next
     /// worker receives this shard.
     pub(super) spare_shard: Option<usize>,
+    /// The free shards whose workers ended without draining them, so that clients may wait there.
+    pub(super) abandoned_shards: Vec<usize>,
 }
 
 impl<C> Listener<C> {
@@ -208,6 +210,7 @@ impl<C> Listener<C> {
             is_requested: true,
             shards: Vec::new(),
             departing: BTreeSet::new(),
+            abandoned_shards: Vec::new(),
             spare_shard: None,
         }
     }

@@ -1,6 +1,6 @@
 //! The shards of a sharded listener: one listening socket per worker, on the same port.
 
-use super::listener::Stage;
+use super::listener::{Listener, Stage};
 use super::{Action, MasterCore};
 use crate::error::Error;
 use crate::types::errno;
@@ -17,11 +17,14 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return false;
         };
-        let free = listener.shards.iter().position(Option::is_none);
-        // Prefer the spare shard, because its connections arrived while no worker served.
+        // Prefer the spare shard, because its connections arrived while no worker served. Then prefer
+        // the shard of a worker that was killed. After reloads there are more shards than workers, and
+        // the clients in its backlog would otherwise wait for a further worker.
+        let free = listener.free_shard();
         match listener.spare_shard.take().or(free) {
             Some(shard) => {
                 listener.shards[shard] = Some(worker);
+                listener.abandoned_shards.retain(|other| *other != shard);
                 true
             }
             None => listener.policy != SchedulingPolicy::Sharded,
@@ -117,7 +120,7 @@ impl<C, F> MasterCore<C, F> {
         if !is_needed || listener.shards.is_empty() {
             return;
         }
-        let free = listener.shards.iter().position(Option::is_none);
+        let free = listener.free_shard();
         let spare = free.filter(|_| listener.is_sole()).unwrap_or_default();
         listener.spare_shard = Some(spare);
         if let Some(worker) = listener.shards[spare].take() {
@@ -148,13 +151,26 @@ impl<C, F> MasterCore<C, F> {
     /// backlog and the other shards keep their indices.
     pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_index(handle, worker);
+        // A worker that releases the listener itself has drained its shard.
+        let has_drained = self.is_connected(worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         listener.departing.retain(|(_, other)| *other != worker);
-        if let Some(shard) = listener.shards.get_mut(shard) {
-            *shard = None;
+        if let Some(owner) = listener.shards.get_mut(shard) {
+            *owner = None;
+            listener
+                .abandoned_shards
+                .extend((!has_drained).then_some(shard));
         }
         self.select_shards(handle);
+    }
+}
+
+impl<C> Listener<C> {
+    /// Returns a free shard, preferably one that was abandoned.
+    fn free_shard(&self) -> Option<usize> {
+        let abandoned = self.abandoned_shards.first().copied();
+        abandoned.or_else(|| self.shards.iter().position(Option::is_none))
     }
 }

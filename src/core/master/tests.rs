@@ -469,17 +469,37 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
         (Some(0), Some(&[0][..]))
     );
     // The third and the fourth worker exit while a shard is being bound for the fifth worker. The
-    // fifth worker then receives shard 0 instead, because connections wait in shard 0.
+    // fifth worker then receives shard 1 instead, because connections wait in shard 1.
     let fourth = online(&mut core);
     assert_eq!(shard(&request(&mut core, fourth, port(1))), Some(1));
     let fifth = online(&mut core);
     assert_eq!(shard(&request(&mut core, fifth, port(1))), None);
     core.channel_closed(fourth);
     core.channel_closed(third);
-    assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
+    assert_eq!(selected(&actions(&mut core)), Some(&[1][..]));
     core.shard_bound(handle, fifth, 1, Ok(()));
     let bound = actions(&mut core);
-    assert_eq!((shard(&bound), selected(&bound)), (Some(0), Some(&[0][..])));
+    assert_eq!((shard(&bound), selected(&bound)), (Some(1), Some(&[1][..])));
+}
+
+#[test]
+fn replacement_of_a_killed_worker_receives_its_shard() {
+    let mut core = Core::new(SchedulingPolicy::Sharded);
+    let handle = retain(&mut core, port(1));
+    let drained = online(&mut core);
+    assert_eq!(shard(&request(&mut core, drained, port(1))), Some(0));
+    let killed = online(&mut core);
+    request(&mut core, killed, port(1));
+    core.shard_bound(handle, killed, 1, Ok(()));
+    assert_eq!(shard(&actions(&mut core)), Some(1));
+    // Shard 0 is free too, but its worker has drained it.
+    core.disconnect(drained);
+    core.frame(drained, ToMaster::Release { handle });
+    core.channel_closed(killed);
+    let replacement = online(&mut core);
+    assert_eq!(shard(&request(&mut core, replacement, port(1))), Some(1));
+    let next = online(&mut core);
+    assert_eq!(shard(&request(&mut core, next, port(1))), Some(0));
 }
 
 #[test]
