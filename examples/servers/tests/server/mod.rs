@@ -40,7 +40,10 @@ impl Server {
     pub(crate) fn start(example: &str, policy: &str) -> (Self, SocketAddr) {
         let own = std::env::current_exe().unwrap();
         let built = own.ancestors().nth(2).unwrap();
-        let mut master = Command::new(built.join("examples").join(example))
+        // Undo that `nohup`, for instance, ignores HUP: the pool would then leave it ignored.
+        let mut master = Command::new("env")
+            .arg("--default-signal=HUP")
+            .arg(built.join("examples").join(example))
             .arg("127.0.0.1:0")
             .env("CLUSTER_SCHED_POLICY", policy)
             .stderr(Stdio::piped())
