@@ -102,6 +102,8 @@ fn bad_variables() -> Result<(), Failed> {
 fn unusable() -> Result<(), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let taken = listener.local_addr()?.to_string();
+    // The C library chooses the words.
+    let in_use = std::io::Error::from(nix::Error::EADDRINUSE).to_string();
     for (option, value, reason) in [
         ("--user", "no-such-user", "no such user in /etc/passwd"),
         ("--user", "4000000", "its group is unknown; add --group"),
@@ -110,8 +112,8 @@ fn unusable() -> Result<(), Failed> {
         ("--directory", "/etc/passwd", "Not a directory"),
         ("--pid-file", "/no/such/pid", "No such file or directory"),
         ("--log", "/no/such/log", "No such file or directory"),
-        ("--listen", taken.as_str(), "Address already in use"),
-        ("--status", taken.as_str(), "Address already in use"),
+        ("--listen", taken.as_str(), in_use.as_str()),
+        ("--status", taken.as_str(), in_use.as_str()),
     ] {
         // If a program were forked, it would print its process id.
         let mut command = command(1, "127.0.0.1:0");
