@@ -43,7 +43,7 @@ crate::scenarios! {
     worker_closes_the_first_to_expire_beyond_its_maximum
     half_closed_client_of_a_worker_receives_its_answer
     unix_connections_can_be_parked_in_a_worker
-    connection_parked_in_a_worker_is_reset
+    options_of_a_connection_parked_in_a_worker_are_reset
     taken_stream_interrupts_no_accept
     resumed_connection_can_be_watched
     private_connections_can_be_parked
@@ -576,7 +576,7 @@ fn flags(connection: &impl std::os::fd::AsFd) -> OFlag {
     OFlag::from_bits_retain(fcntl(connection.as_fd(), FcntlArg::F_GETFL).unwrap())
 }
 
-fn connection_parked_in_a_worker_is_reset() {
+fn options_of_a_connection_parked_in_a_worker_are_reset() {
     let clients = |address| {
         let mut client = Client::connect(address);
         client.ask(PARK);
