@@ -21,8 +21,8 @@ use nix::sys::signal::{
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, serve_id,
-    share_listeners, talk, wait_for_state, wait_until_asleep, watched, when_all_wait,
+    Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, scaled,
+    serve_id, share_listeners, talk, wait_for_state, wait_until_asleep, watched, when_all_wait,
     when_listening,
 };
 
@@ -197,7 +197,7 @@ fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worke
             only.on_message(move |_, worker, message| {
                 assert_eq!(message.bytes(), b"noticed");
                 let took = began.replace(Instant::now()).elapsed();
-                assert!(took < PROMPT, "{took:?}");
+                assert!(took < scaled(PROMPT), "{took:?}");
                 times += 1;
                 if times < ROUNDS {
                     return next(worker);
@@ -337,7 +337,7 @@ fn disconnect_request_is_handled_in_accept() {
                 assert!(status.success(), "{status}");
                 if log.len() < ROUNDS as usize {
                     let took = requested.take().unwrap().elapsed();
-                    assert!(took < PROMPT, "{took:?}");
+                    assert!(took < scaled(PROMPT), "{took:?}");
                     log.add("exited");
                     if log.len() < ROUNDS as usize {
                         master.fork().unwrap();

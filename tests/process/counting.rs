@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt::Linger};
 
-use crate::harness::wait_until;
+use crate::harness::{scaled, wait_until};
 
 /// Timeout of a client, which is far longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -103,8 +103,8 @@ impl Load {
 /// close, the end that closed first would stay in TIME_WAIT for a minute, and thousands of such
 /// connections would accumulate.
 fn ask(address: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut stream = TcpStream::connect_timeout(&address, scaled(PATIENCE))?;
+    stream.set_read_timeout(Some(scaled(PATIENCE)))?;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     let mut answer = String::new();
     let read = stream.read_to_string(&mut answer);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Master, Settings, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, cluster, for_both_policies, is_alive, note_events, of, stop, wait_for_state,
+    Log, cluster, for_both_policies, is_alive, note_events, of, scaled, stop, wait_for_state,
     wait_until_asleep,
 };
 
@@ -194,7 +194,11 @@ impl Times {
 fn assert_at(deadline: Instant, end: Instant) {
     assert!(end >= deadline, "{:?} too early", deadline - end);
     println!("{:?} after the deadline", end - deadline);
-    assert!(end < deadline + TOLERANCE, "{:?} too late", end - deadline);
+    assert!(
+        end < deadline + scaled(TOLERANCE),
+        "{:?} too late",
+        end - deadline
+    );
 }
 
 const ALL: &[&str] = &[
@@ -352,8 +356,8 @@ fn workers_that_exit_in_time_are_not_killed() {
         });
         assert_ends(&entries, &[EXITED; 3]);
         // Check that `run` has not waited for the deadline after the last worker exited.
-        assert!((1..=3).all(|worker| exits.of(worker) < began + TOLERANCE));
-        assert!(began.elapsed() < TOLERANCE);
+        assert!((1..=3).all(|worker| exits.of(worker) < began + scaled(TOLERANCE)));
+        assert!(began.elapsed() < scaled(TOLERANCE));
     });
 }
 

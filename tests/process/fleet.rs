@@ -25,7 +25,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use crate::harness::{Group, NETWORKS, example, wait_until};
+use crate::harness::{Group, NETWORKS, example, scaled, wait_until};
 use crate::sharded::Count;
 
 pub fn trials() -> Vec<Trial> {
@@ -324,7 +324,7 @@ fn post(source: Ipv4Addr) -> std::io::Result<Option<Answer>> {
 fn connect_to_proxy(source: Ipv4Addr) -> std::io::Result<TcpStream> {
     let stream = SockType::Stream;
     let socket = socket(AddressFamily::Inet, stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let seconds = CLIENT_TIMEOUT.as_secs().try_into().unwrap();
+    let seconds = scaled(CLIENT_TIMEOUT).as_secs().try_into().unwrap();
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0))?;
     bind(
         socket.as_raw_fd(),

@@ -18,7 +18,7 @@ use cluster::{Master, Worker, WorkerProcess};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{answer, cluster, in_background, is_alive, rounds, talk, with_env};
+use crate::harness::{answer, cluster, in_background, is_alive, rounds, scaled, talk, with_env};
 
 /// Environment variable that selects a fault point, a fault and a pass (see `src/wire/fault.rs`). A
 /// fault point is a place in the code at which a worker can fail. A pass is one execution of this
@@ -329,7 +329,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
             unanswered: 0,
             stopped: false,
         };
-        let end = Instant::now() + FAULT_TIMEOUT;
+        let end = Instant::now() + scaled(FAULT_TIMEOUT);
         loop {
             let has_failed = !is_alive(pid) || stopped.load(Ordering::SeqCst);
             assert!(
@@ -404,7 +404,7 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
                             let ledger = master.ledger();
                             assert_eq!((ledger.accepted, ledger.received), (connected, connected));
                         });
-                        master.disconnect_within(Duration::from_secs(20));
+                        master.disconnect_within(scaled(Duration::from_secs(20)));
                     },
                 );
             });

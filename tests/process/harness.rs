@@ -45,6 +45,14 @@ pub fn rounds() -> u32 {
     wanted.map_or(1, |wanted| wanted.parse().expect("a number"))
 }
 
+/// Returns `limit` multiplied by `CLUSTER_TEST_TIME_FACTOR`, which is 1 if the variable is not set.
+///
+/// A test's time limits are for a machine of usual speed. An emulator needs about ten times as long.
+pub fn scaled(limit: Duration) -> Duration {
+    let factor = std::env::var("CLUSTER_TEST_TIME_FACTOR").ok();
+    limit * factor.map_or(1, |factor| factor.parse().expect("a number"))
+}
+
 /// Maximum time that a descendant may outlive the process that the test started.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -414,7 +422,10 @@ impl Group {
     /// Waits for the program, and returns its exit status. Returns an error if the program hangs,
     /// if a descendant does not exit within [`GRACE`], or if a temporary file remains.
     pub fn end(&self) -> Result<ExitStatus, Failed> {
-        let ended = self.child.borrow_mut().wait_timeout(DEADLINE * rounds())?;
+        let ended = self
+            .child
+            .borrow_mut()
+            .wait_timeout(scaled(DEADLINE) * rounds())?;
         let Some(status) = ended else {
             return Err(format!("hangs:\n{}", self.output()).into());
         };
@@ -430,7 +441,7 @@ impl Group {
     /// `waitpid` finds them.
     fn assert_no_process_left(&self) -> Result<(), Failed> {
         let group = Pid::from_raw(-self.pid().as_raw());
-        let end = Instant::now() + GRACE;
+        let end = Instant::now() + scaled(GRACE);
         loop {
             match waitpid(group, Some(WaitPidFlag::WNOHANG)) {
                 Err(nix::Error::ECHILD) => return Ok(()),
@@ -469,7 +480,7 @@ impl Drop for Group {
 /// hanging.
 #[track_caller]
 pub fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let end = Instant::now() + DEADLINE / 2;
+    let end = Instant::now() + scaled(DEADLINE) / 2;
     loop {
         if let Some(answer) = ask() {
             return answer;
@@ -895,7 +906,7 @@ fn built(program: &Path) -> Command {
 /// Connects to `address`, sends `request`, and reads until the end of the stream.
 pub fn talk(address: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(DEADLINE / 2))?;
+    stream.set_read_timeout(Some(scaled(DEADLINE) / 2))?;
     stream.write_all(request)?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

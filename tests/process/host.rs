@@ -27,7 +27,8 @@ use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
     LeasedProgram, Log, SIGNALS, cluster, for_both_policies, in_background, note_events,
-    note_messages, of, refuse_calls, run_until_killed, stop, wait_for_state, wait_until, with_env,
+    note_messages, of, refuse_calls, run_until_killed, scaled, stop, wait_for_state, wait_until,
+    with_env,
 };
 
 crate::scenarios! {
@@ -837,7 +838,7 @@ fn forked_child_of_the_host_delays_no_fork() {
             forking_threads.fetch_sub(1, Ordering::SeqCst);
             // Keep the children alive for up to 20 s. The master must set `stop` before that time.
             // If `fork` waited for these children, the master would set it too late.
-            let end = Instant::now() + Duration::from_secs(20);
+            let end = Instant::now() + scaled(Duration::from_secs(20));
             while !stop.load(Ordering::SeqCst) && Instant::now() < end {
                 std::thread::park_timeout(Duration::from_millis(100));
             }
@@ -1100,7 +1101,7 @@ fn workers_exit_with_a_master_that_is_process_1() {
         // Read to end-of-file. All processes have the pipe as standard output, so end-of-file
         // arrives when the last of them has exited.
         output.read_to_string(&mut rest).unwrap();
-        assert!(killed_at.elapsed() < Duration::from_secs(1));
+        assert!(killed_at.elapsed() < scaled(Duration::from_secs(1)));
         assert_eq!(rest, "");
         return;
     }

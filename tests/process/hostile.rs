@@ -24,7 +24,7 @@ use nix::sys::socket::{
     shutdown, sockopt,
 };
 
-use crate::harness::{Log, cluster, in_background, serve_id, talk};
+use crate::harness::{Log, cluster, in_background, scaled, serve_id, talk};
 
 crate::scenarios! {
     garbled_frame_disconnects_the_worker
@@ -778,37 +778,37 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
     });
     let exited = Rc::clone(&finish);
     attacker.on_exit(move |master, _, _| exited(master));
-    let served = move |master: &Master,
-                       attacker: &WorkerProcess,
-                       mut busy: Measurements,
-                       cpu_before| {
-        quiet.show("quiet");
-        busy.show("busy");
-        assert!(busy.longest_iteration < ITERATION_MAX, "blocked");
-        assert!(
-            busy.iterations
-                .iter()
-                .all(|iterations| *iterations <= ITERATIONS_MAX),
-            "accepted too late"
-        );
-        assert!(
-            busy.max_messages <= MESSAGES_MAX,
-            "too many messages in one iteration"
-        );
-        let most = WORK_FACTOR_MAX * median(&quiet.work).max(WORK_MIN);
-        assert!(median(&busy.work) < most || is_instrumented(), "delayed");
-        if matches!(
-            case.outcome,
-            Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
-        ) {
-            assert!(!attacker.is_dead());
-            let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
-            assert!(is_flooding || !case.is_continuous, "the flood has stopped");
-            attacker.process().kill(Signal::KILL);
-        }
-        master.unreference(master.set_timeout(PATIENCE, |_| panic!("the attacker was not killed")));
-        finish(master);
-    };
+    let served =
+        move |master: &Master, attacker: &WorkerProcess, mut busy: Measurements, cpu_before| {
+            quiet.show("quiet");
+            busy.show("busy");
+            assert!(busy.longest_iteration < scaled(ITERATION_MAX), "blocked");
+            assert!(
+                busy.iterations
+                    .iter()
+                    .all(|iterations| *iterations <= ITERATIONS_MAX),
+                "accepted too late"
+            );
+            assert!(
+                busy.max_messages <= MESSAGES_MAX,
+                "too many messages in one iteration"
+            );
+            let most = WORK_FACTOR_MAX * median(&quiet.work).max(WORK_MIN);
+            assert!(median(&busy.work) < most || is_instrumented(), "delayed");
+            if matches!(
+                case.outcome,
+                Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
+            ) {
+                assert!(!attacker.is_dead());
+                let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
+                assert!(is_flooding || !case.is_continuous, "the flood has stopped");
+                attacker.process().kill(Signal::KILL);
+            }
+            master.unreference(
+                master.set_timeout(scaled(PATIENCE), |_| panic!("the attacker was not killed")),
+            );
+            finish(master);
+        };
     let mut served = Some(served);
     attacker.on_message(move |master, attacker, _| {
         let Some(mut served) = served.take() else {
@@ -1133,7 +1133,7 @@ fn descriptors_that_block_in_close_do_not_block_the_master() {
 fn connection_that_blocks_in_close() -> (TcpStream, TcpStream) {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
-    make_close_block(&client, 4 * ITERATION_MAX);
+    make_close_block(&client, 4 * scaled(ITERATION_MAX));
     (client, server.accept().unwrap().0)
 }
 
@@ -1782,7 +1782,9 @@ fn next_attacker(master: &Master, address: SocketAddr, which: usize, count: usiz
     let attacker = master.fork_with([(ATTACKER, which.to_string())]).unwrap();
     note_attacker_events(&attacker, log);
     let log = log.clone();
-    let late = master.set_timeout(PATIENCE, move |_| panic!("attacker {which} was not killed"));
+    let late = master.set_timeout(scaled(PATIENCE), move |_| {
+        panic!("attacker {which} was not killed")
+    });
     attacker.on_exit(move |master, _, _| {
         master.clear_timer(late);
         let log = log.clone();

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 
 use crate::counting::Load;
 use crate::harness::{
-    Group, WATCHED, is_alive, is_watched, reserve, reserve_port, talk, wait_until, watched,
+    Group, WATCHED, is_alive, is_watched, reserve, reserve_port, scaled, talk, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -319,7 +319,7 @@ pub fn assert_served(address: SocketAddr, master: Pid) {
 /// Connects a client with a timeout of one second. Returns the kind of the error, or `None` if the
 /// client has connected.
 fn connect_error(address: SocketAddr) -> Option<ErrorKind> {
-    let client = TcpStream::connect_timeout(&address, 1000 * MS);
+    let client = TcpStream::connect_timeout(&address, scaled(1000 * MS));
     client.err().map(|error| error.kind())
 }
 
@@ -424,7 +424,7 @@ fn port_of_an_online_worker_stays_open_until_the_worker_listens() {
 pub fn ask_udp(address: SocketAddr) -> String {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.connect(address).unwrap();
-    socket.set_read_timeout(Some(20_000 * MS)).unwrap();
+    socket.set_read_timeout(Some(scaled(20_000 * MS))).unwrap();
     socket.send(b"x").unwrap();
     let mut answer = [0; 16];
     let length = socket.recv(&mut answer).unwrap();

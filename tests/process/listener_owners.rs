@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use nix::unistd::Pid;
 
-use crate::harness::{Log, cluster, for_both_policies, in_background, talk, wait_until};
+use crate::harness::{Log, cluster, for_both_policies, in_background, scaled, talk, wait_until};
 
 crate::scenarios! {
     released_listener_has_no_filter_if_another_process_may_have_it_rr
@@ -60,7 +60,7 @@ fn listen(master: &Master, policy: SchedulingPolicy) -> (MasterListener, SocketA
 }
 
 fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
-    TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)
+    TcpStream::connect_timeout(&address, scaled(CONNECT_TIMEOUT))
 }
 
 /// Forks `count` workers and calls `then` when all of them listen.
@@ -448,7 +448,7 @@ fn listener_listens_again(policy: SchedulingPolicy) {
                         seen.extend(clients.map(|mut client| {
                             let mut answer = String::new();
                             client
-                                .set_read_timeout(Some(Duration::from_secs(20)))
+                                .set_read_timeout(Some(scaled(Duration::from_secs(20))))
                                 .unwrap();
                             client.read_to_string(&mut answer).unwrap();
                             answer

@@ -14,7 +14,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, pause};
 use tempfile::TempDir;
 
-use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, wait_for_state, wait_until};
+use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, scaled, wait_for_state, wait_until};
 
 crate::scenarios! {
     orphans_exit_within_a_second
@@ -290,7 +290,7 @@ fn end_in_all_ways(command: &mut Command) {
         .into_iter()
         .max();
     println!("longest: {longest:?}");
-    assert!(longest.unwrap().0 < GRACE, "{longest:?}");
+    assert!(longest.unwrap().0 < scaled(GRACE), "{longest:?}");
 }
 
 fn orphans_exit_within_a_second() {

@@ -16,7 +16,7 @@ use cluster::{Connection, Ledger, ListenOptions, Master, Signal, Worker, WorkerP
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::harness::{
-    answer_pings, cluster, count_returned, in_background, share_listeners, when_all_wait,
+    answer_pings, cluster, count_returned, in_background, scaled, share_listeners, when_all_wait,
     when_listening,
 };
 
@@ -532,7 +532,7 @@ fn parked_connection_loses_its_timeouts_and_non_blocking_mode() {
                 assert_eq!(connection.read_timeout().unwrap(), None);
                 let flags = fcntl(connection.as_fd(), FcntlArg::F_GETFL).unwrap();
                 assert!(!OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
-                let timeout = Some(Duration::from_secs(50));
+                let timeout = Some(scaled(Duration::from_secs(50)));
                 connection.set_read_timeout(timeout).unwrap();
                 answer_and_park_non_blocking(&worker, connection);
             }

@@ -19,7 +19,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::harness::{
-    cluster, for_policies_without_dispatch, in_background, open_fds, when_listening,
+    cluster, for_policies_without_dispatch, in_background, open_fds, scaled, when_listening,
 };
 use crate::parked::{CLOSE, Client, PARK, TAKE, answer, serve, serve_with, with_clients};
 use crate::pool::quick;
@@ -590,7 +590,7 @@ fn options_of_a_connection_parked_in_a_worker_are_reset() {
                     let mut connection = connection.unwrap();
                     assert_eq!(connection.read_timeout().unwrap(), None);
                     assert!(!flags(&connection).contains(OFlag::O_NONBLOCK));
-                    let timeout = Some(Duration::from_secs(50));
+                    let timeout = Some(scaled(Duration::from_secs(50)));
                     connection.set_read_timeout(timeout).unwrap();
                     if connection.read_exact(&mut [0]).is_ok() {
                         let line = format!("{} {}\n", worker.id(), connection.requests());

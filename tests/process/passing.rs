@@ -20,7 +20,9 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::fstat;
 use nix::unistd::Pid;
 
-use crate::harness::{cluster, in_background, is_alive, is_watched, wait_until, when_listening};
+use crate::harness::{
+    cluster, in_background, is_alive, is_watched, scaled, wait_until, when_listening,
+};
 use crate::parked::when_ledger;
 use crate::pool::{ADDRESS, RELEASE, Server, pid, quick, wait_for_exit};
 
@@ -124,7 +126,7 @@ struct Client(BufReader<TcpStream>);
 impl Client {
     fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
-        let patience = Some(Duration::from_secs(40));
+        let patience = Some(scaled(Duration::from_secs(40)));
         stream.set_read_timeout(patience).unwrap();
         Self(BufReader::new(stream))
     }
@@ -549,7 +551,7 @@ fn stop_ends_at_the_deadline_if_the_successor_never_reads() {
                     let is_timeout = matches!(error, Error::Io { reason, .. }
                         if reason.kind() == std::io::ErrorKind::TimedOut);
                     assert!(is_timeout, "{error}");
-                    assert!(begin.elapsed() <= DEADLINE + 500 * MS);
+                    assert!(begin.elapsed() <= DEADLINE + scaled(500 * MS));
                     assert_eq!(errors.get(), 1);
                     noted.set(Some(master.ledger()));
                     drop(kept.take());
@@ -568,7 +570,7 @@ fn connections_are_held_again_if_the_successor_is_gone() {
     cluster(
         |master| {
             let errors = count_errors(master);
-            let deadline = Duration::from_secs(60);
+            let deadline = scaled(Duration::from_secs(60));
             with_successor(master, CLIENTS, deadline, move |master, theirs, clients| {
                 let passed = usize::try_from(master.ledger().passed).unwrap();
                 assert!((1..CLIENTS).contains(&passed), "{passed}");

@@ -19,8 +19,8 @@ use nix::unistd::{Pid, getpgid, getsid};
 
 use crate::counting::{Counts, Load};
 use crate::harness::{
-    Group, Log, WATCHED, cluster, is_alive, is_watched, note_messages, of, reserve_port, talk,
-    wait_until, watched,
+    Group, Log, WATCHED, cluster, is_alive, is_watched, note_messages, of, reserve_port, scaled,
+    talk, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -771,7 +771,7 @@ impl Server {
     }
 
     pub fn wait_for(&self, end: &str, count: usize) {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + scaled(Duration::from_secs(60));
         while self.count(end) < count {
             let masters = self.masters();
             let all_exited = !masters.is_empty() && !masters.into_iter().any(|m| is_alive(pid(m)));
@@ -988,7 +988,7 @@ fn pool_notifies_systemd() {
     let path = std::env::temp_dir().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager
-        .set_read_timeout(Some(Duration::from_secs(20)))
+        .set_read_timeout(Some(scaled(Duration::from_secs(20))))
         .unwrap();
     let receive = || {
         let mut buffer = [0; 1024];
@@ -1280,7 +1280,7 @@ fn killed_workers_lose_only_received_connections() {
         (0, 0, 0),
         "{counts:?}"
     );
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + scaled(Duration::from_secs(20));
     let (all_alive, (fds, kib)) = loop {
         let workers = server.workers();
         let all_alive = workers.len() == 4 && workers.iter().all(|worker| is_alive(pid(*worker)));

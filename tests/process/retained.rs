@@ -16,7 +16,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{EADDRINUSE, EINVAL};
 
 use crate::harness::{
-    Log, cluster, in_background, serve_after_one_byte, serve_id, talk, wait_until, when,
+    Log, cluster, in_background, scaled, serve_after_one_byte, serve_id, talk, wait_until, when,
 };
 use crate::sharded::{Count, Load};
 
@@ -131,7 +131,7 @@ fn next_worker_serves_all(
         "accepted without a worker"
     );
     let read_all = || {
-        let patient = |client: &TcpStream| client.set_read_timeout(Some(PATIENCE)).unwrap();
+        let patient = |client: &TcpStream| client.set_read_timeout(Some(scaled(PATIENCE))).unwrap();
         clients.iter().for_each(patient);
         clients.into_iter().map(read).collect::<Vec<_>>()
     };

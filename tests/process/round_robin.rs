@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use cluster::{Connection, Interest, Listener, Master, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, count_returned, in_background, serve_after_one_byte, stop, talk,
-    when, when_all_wait, when_listening, with_env,
+    Log, answer_pings, cluster, count_returned, in_background, scaled, serve_after_one_byte, stop,
+    talk, when, when_all_wait, when_listening, with_env,
 };
 
 crate::scenarios! {
@@ -319,7 +319,7 @@ fn connection_of_a_stopped_worker_goes_to_an_idle_one() {
                     let mut client = request(address);
                     let mut answer = [0];
                     client.read_exact(&mut answer).unwrap();
-                    assert!(began.elapsed() < Duration::from_secs(1));
+                    assert!(began.elapsed() < scaled(Duration::from_secs(1)));
                     (client, char::from(answer[0]).to_string())
                 };
                 in_background(master, talk, move |master, (client, answer)| {

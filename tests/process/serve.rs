@@ -18,7 +18,8 @@ use nix::sys::signalfd::SignalFd;
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Group, PYTHON, SCENARIO, SYSTEMD, cluster_serve, is_alive, reserve_port, talk, wait_until,
+    Group, PYTHON, SCENARIO, SYSTEMD, cluster_serve, is_alive, reserve_port, scaled, talk,
+    wait_until,
 };
 
 /// The scenario that `cluster-serve` runs as its program. The program does not use this crate.
@@ -401,7 +402,7 @@ fn terminal() -> Result<(), Failed> {
             return so_far;
         }
         let mut fds = [PollFd::new(terminal.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(Duration::from_secs(60)).unwrap();
+        let timeout = PollTimeout::try_from(scaled(Duration::from_secs(60))).unwrap();
         assert_eq!(poll(&mut fds, timeout), Ok(1), "{text:?} of {lines:?}");
         let mut buffer = [0; 4096];
         let length = terminal.read(&mut buffer).unwrap();

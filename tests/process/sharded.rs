@@ -19,8 +19,8 @@ use std::time::Duration;
 use cluster::{Master, SchedulingPolicy, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, answer_pings, cluster, in_background, serve_after_one_byte, stop, talk, wait_for_state,
-    wait_until, when_all_wait, when_listening,
+    Log, answer_pings, cluster, in_background, scaled, serve_after_one_byte, stop, talk,
+    wait_for_state, wait_until, when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -85,7 +85,7 @@ impl Count {
 
 fn ask(address: SocketAddr) -> std::io::Result<String> {
     let mut client = TcpStream::connect(address)?;
-    client.set_read_timeout(Some(PATIENCE))?;
+    client.set_read_timeout(Some(scaled(PATIENCE)))?;
     let mut answer = String::new();
     client.read_to_string(&mut answer)?;
     Ok(answer)
@@ -312,7 +312,7 @@ fn read_all(clients: Vec<TcpStream>) -> Vec<String> {
         client.write_all(b"x").unwrap();
     }
     let read = |mut client: TcpStream| {
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(scaled(PATIENCE))).unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();
         answer
@@ -484,7 +484,7 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
 
 /// Returns the client's answer, or `None` if the connection is reset.
 fn read_answer(mut client: TcpStream) -> Option<String> {
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.set_read_timeout(Some(scaled(PATIENCE))).unwrap();
     let mut answer = String::new();
     match client.read_to_string(&mut answer) {
         Ok(_) => Some(answer),

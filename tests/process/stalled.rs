@@ -7,7 +7,8 @@ use std::time::Duration;
 use cluster::{Master, Signal, WorkerProcess};
 
 use crate::harness::{
-    Log, cluster, in_background, serve_after_one_byte, stop, when, when_all_wait, when_listening,
+    Log, cluster, in_background, scaled, serve_after_one_byte, stop, when, when_all_wait,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -52,7 +53,7 @@ fn connection_of_two_stopped_workers_goes_to_the_one_that_continues() {
                     when_reclaimed(master, move |master, stalled| {
                         stalled.process().kill(Signal::CONT);
                         let answer = move || {
-                            client.set_read_timeout(Some(PATIENCE)).unwrap();
+                            client.set_read_timeout(Some(scaled(PATIENCE))).unwrap();
                             client.write_all(b"x").unwrap();
                             let mut answer = String::new();
                             client.read_to_string(&mut answer).unwrap();

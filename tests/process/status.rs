@@ -21,7 +21,8 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::counting::Load;
 use crate::harness::{
-    answer_pings, cluster, in_background, is_alive, is_watched, talk, wait_until, when, with_env,
+    answer_pings, cluster, in_background, is_alive, is_watched, scaled, talk, wait_until, when,
+    with_env,
 };
 use crate::pool::{ADDRESS, Server, pid, quick};
 
@@ -318,7 +319,7 @@ fn silent_clients_delay_no_answer_and_cost_no_wake_up() {
     let wake_ups_before = wake_ups(pid(master));
     for client in &mut clients {
         client
-            .set_read_timeout(Some(Duration::from_secs(20)))
+            .set_read_timeout(Some(scaled(Duration::from_secs(20))))
             .unwrap();
         assert_eq!(
             client.read(&mut [0]).unwrap(),
@@ -537,7 +538,7 @@ fn stop_is_reported_to_systemd_when_the_delay_begins() {
     let path = std::env::temp_dir().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager
-        .set_read_timeout(Some(Duration::from_secs(20)))
+        .set_read_timeout(Some(scaled(Duration::from_secs(20))))
         .unwrap();
     let server = Server::start_with("rr", &[("NOTIFY_SOCKET", path.to_str().unwrap())]);
     let wait_for = |begin: &str| loop {

@@ -16,8 +16,8 @@ use cluster::pool::{Pool, PoolEvent, PoolOptions, READY, Readiness};
 use cluster::{ListenOptions, Listener, Master, Signal, Worker};
 
 use crate::harness::{
-    Log, cluster, for_policies_without_dispatch, in_background, reserve_port, share_listeners,
-    talk, when, when_listening, with_env,
+    Log, cluster, for_policies_without_dispatch, in_background, reserve_port, scaled,
+    share_listeners, talk, when, when_listening, with_env,
 };
 use crate::sharded::{Count, Load};
 
@@ -314,7 +314,7 @@ fn std_listener_of_the_last_worker_serves_its_backlog() {
 fn read_to_end(mut stream: TcpStream) -> String {
     let mut answer = String::new();
     stream
-        .set_read_timeout(Some(Duration::from_secs(20)))
+        .set_read_timeout(Some(scaled(Duration::from_secs(20))))
         .unwrap();
     stream.read_to_string(&mut answer).unwrap();
     answer

@@ -14,7 +14,7 @@ use cluster::{Connection, DisconnectToken, Listener, Master, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::ForkResult;
 
-use crate::harness::{Log, cluster, for_both_policies, in_background, when_listening};
+use crate::harness::{Log, cluster, for_both_policies, in_background, scaled, when_listening};
 
 crate::scenarios! {
     reloads_of_threaded_workers_lose_no_request
@@ -80,7 +80,7 @@ fn ask(mut stream: &TcpStream) -> io::Result<[u8; 1]> {
 fn ask_until(stop: &AtomicBool, address: SocketAddr, answers: &AtomicU64) -> io::Result<()> {
     loop {
         let stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.set_read_timeout(Some(scaled(Duration::from_secs(30))))?;
         while ask(&stream)? == KEEP {
             answers.fetch_add(1, Ordering::SeqCst);
             if stop.load(Ordering::SeqCst) {

@@ -23,7 +23,7 @@ use nix::unistd::{Gid, Uid};
 
 use crate::harness::{
     Log, NOBODY, SIGNALS, cluster, in_background, is_watched, note_events, note_messages, of,
-    refuse_calls, serve_id, talk, watched, when_listening,
+    refuse_calls, scaled, serve_id, talk, watched, when_listening,
 };
 
 crate::scenarios! {
@@ -959,7 +959,7 @@ fn anonymous_memory() -> u64 {
 fn a_thousand_copies_leave_nothing_behind() {
     const ALL: u32 = 1000;
     const BEFORE: u32 = 100;
-    let most = Instant::now() + Duration::from_secs(3);
+    let most = Instant::now() + scaled(Duration::from_secs(3));
     let ended = Rc::new(Cell::new(0));
     let counted = Rc::clone(&ended);
     cluster_without_exec(|master| {
