@@ -83,7 +83,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
         // probably fail too.
         let is_hopeless = status.code().is_some() && !listening.borrow().contains(&worker.id());
         if is_hopeless {
-            // `run` returns an error when the other workers have exited.
+            // After the other workers have exited, `run` returns this error.
             master.give_up(format!("worker {} died ({status})", worker.id()));
             master.disconnect();
         } else if let Err(error) = master.fork() {

@@ -257,8 +257,8 @@ impl Write for Bare {
     }
 }
 
-/// Counts messages from a peer process. The peer is this program again, with the other end of a
-/// socket pair as its standard input.
+/// Counts messages from a peer process. The peer is another instance of this program, with the
+/// other end of a socket pair as its standard input.
 fn count_from(mode: &str, peer: &str, mut message: impl FnMut(&mut Bare) -> std::io::Result<()>) {
     let (here, there) = UnixStream::pair().unwrap();
     let mut process = Command::new(std::env::current_exe().unwrap())

@@ -215,8 +215,8 @@ fn accepting_fails_for_some_listeners_and_goes_on_for_another() {
                     read_all(master, connect_some(working), move |master, answers| {
                         log.add(format!("{answers:?}"));
                         drop(waiting);
-                        // Kill the worker. A disconnect would first accept the waiting clients,
-                        // which fails.
+                        // Kill the worker. If it disconnected, the master would first accept the
+                        // waiting clients, and `accept` fails.
                         master.workers()[0].process().kill(Signal::KILL);
                     });
                 });

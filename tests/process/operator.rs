@@ -163,7 +163,7 @@ fn scaled_size_survives_an_upgrade() {
     // Scale down to the configured size. The size of the next new master must then come from its
     // own options.
     server.signal(Signal::SIGTTOU);
-    // Two of the three lines are about worker 3 of the two old masters.
+    // Expect one line about this master's worker 3, and one about that of each old master.
     server.wait_for("slot 2: worker 3 has exited", 1 + 2);
     let old = upgrade(&server);
     wait_for_exit(old);

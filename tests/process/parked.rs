@@ -95,7 +95,8 @@ impl Client {
         line.trim_end().to_owned()
     }
 
-    /// Sends a request, and returns the answering worker's id and its number of requests.
+    /// Sends a request. Returns the id of the worker that answers, and the connection's number of
+    /// requests.
     pub fn ask(&mut self, request: u8) -> (u32, u64) {
         self.send(request);
         let line = self.line();

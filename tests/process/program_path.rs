@@ -163,8 +163,8 @@ impl Server {
         self.started("worker ", count)
     }
 
-    /// Kills the worker that started after `count` others once it is ready, and returns the worker
-    /// that replaces it.
+    /// Waits until the worker that started after `count` others is ready, kills it, and returns its
+    /// replacement.
     fn replace(&self, count: usize) -> Started {
         self.line(&format!("slot 0: worker {} is ready", count + 1));
         kill(self.worker(count).pid, Number::SIGKILL).unwrap();

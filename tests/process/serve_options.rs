@@ -192,8 +192,8 @@ fn user() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that a program that only root can execute ends the pool soon. Otherwise, the pool would
-/// try nine times, with pauses.
+/// Checks that the pool gives up soon, instead of trying nine times with pauses, if its workers'
+/// user may not execute the program.
 fn cannot_start() -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
     fs::set_permissions(directory.path(), Permissions::from_mode(0o700))?;

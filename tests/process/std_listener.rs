@@ -320,7 +320,7 @@ fn read_to_end(mut stream: TcpStream) -> String {
     answer
 }
 
-/// Answers a client that has sent a byte.
+/// Sends one byte, waits for one byte from the client, and then answers the request.
 fn serve_after_one_byte(mut stream: TcpStream) {
     stream.write_all(b"-").unwrap();
     stream.read_exact(&mut [0]).unwrap();

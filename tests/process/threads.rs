@@ -76,7 +76,8 @@ fn ask(mut stream: &TcpStream) -> io::Result<[u8; 1]> {
     Ok(answer)
 }
 
-/// Sends requests until `stop`, and connects again after each last answer.
+/// Sends requests until `stop` is set. Opens a new connection after each `LAST` answer, because the
+/// server then closes the old one.
 fn ask_until(stop: &AtomicBool, address: SocketAddr, answers: &AtomicU64) -> io::Result<()> {
     loop {
         let stream = TcpStream::connect(address)?;

@@ -136,7 +136,7 @@ fn settings(options: &Options) -> Result<Settings, String> {
     let found = find(program).ok_or_else(|| format!("cannot execute {}", program.display()))?;
     let mut settings = Settings::default().exec(found).args(options.args.clone());
     if let Some(directory) = &options.directory {
-        // Only a directory that this process may enter has an entry that it can inspect.
+        // Inspect `DIRECTORY/.`, because this fails if this process may not enter the directory.
         fs::metadata(directory.join(".")).map_err(|error| {
             format!("cannot enter --directory {}: {error}", directory.display())
         })?;

@@ -229,7 +229,8 @@ fn time(value: &str) -> Result<Duration, String> {
     time.ok_or_else(|| "not a time, such as 500ms, 10s, 5m or 2h".to_owned())
 }
 
-/// Returns the amount that a number with a unit stands for.
+/// Parses a number with a unit, and multiplies it by the unit's factor. Returns `None` if the text
+/// is not such a number or the product overflows.
 fn amount(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     units.iter().find_map(|(unit, factor)| {
         let number: u64 = text.strip_suffix(unit)?.parse().ok()?;

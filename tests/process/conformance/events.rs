@@ -694,7 +694,7 @@ fn accept_fail() {
             listener.set_connection_callback(|_, _| panic!("no connection is accepted"));
             let log = Log::default();
             let all = log.clone();
-            // Connect one client after the other, to check that the master continues to accept
+            // Connect the clients one after another, to check that the master continues to accept
             // after a failure.
             for _ in 0..CLIENTS {
                 let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
