@@ -104,8 +104,8 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
                 echo(worker, connection, &mut pending)
             };
             if is_nonblocking {
-                // If no descriptor is left, `watch` fails and drops the connection, which closes
-                // it.
+                // If `watch` fails, for example because no descriptor is free, its error is
+                // dropped, and with it the connection, which closes it.
                 if let Ok(watch) = worker.watch(connection, Interest::Readable, echo) {
                     close_when_idle(worker, watch, last_event);
                 }

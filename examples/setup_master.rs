@@ -1,5 +1,6 @@
-//! Two kinds of workers of one program: the first uses https, the second http. The master prints
-//! the output of both.
+//! Forks two workers of one program with different arguments: the first uses https, the second
+//! http.
+//! The master prints the output of both.
 //!
 //! Usage:     cargo run --example setup_master
 

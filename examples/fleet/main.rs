@@ -3,7 +3,7 @@
 //!
 //! Usage:     cargo run --release --example fleet -- --name east --host 127.0.0.1
 //! another:   cargo run --release --example fleet -- --name west --host 127.0.0.2
-//! before:    EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
+//! in front:  EAST=127.0.0.1 WEST=127.0.0.2 haproxy -f examples/fleet/haproxy.cfg
 //! then:      curl http://127.0.0.1:8080/
 //! reload:    kill -HUP, upgrade: kill -USR2, stop: kill -TERM
 //! at once:   a second kill -TERM, at least one second after the first

@@ -1,4 +1,4 @@
-//! The HTTP server of the examples: answers requests, and parks the connection in between.
+//! The HTTP server of the examples: answers requests, and parks the connection between requests.
 
 #[path = "../timed/mod.rs"]
 mod timed;
@@ -30,7 +30,8 @@ fn parse(bytes: &[u8]) -> Head {
                     let options = String::from_utf8_lossy(header.value);
                     options.to_ascii_lowercase().contains("close")
                 }
-                // This server does not read bodies, so the next request cannot be found.
+                // A request with either header may have a body. This server does not read bodies,
+                // so it cannot find the request that follows a body.
                 name => {
                     name.eq_ignore_ascii_case("content-length")
                         || name.eq_ignore_ascii_case("transfer-encoding")

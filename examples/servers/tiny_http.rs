@@ -1,6 +1,7 @@
-//! Serves HTTP with `tiny_http`, which accepts connections itself. With `CLUSTER_SCHED_POLICY=none`.
+//! Serves HTTP with `tiny_http`, which accepts connections itself. It therefore needs the
+//! scheduling policy `none` or `sharded`.
 //!
-//! Usage:     cargo run -p cluster-servers --example tiny_http
+//! Usage:     CLUSTER_SCHED_POLICY=none cargo run -p cluster-servers --example tiny_http
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;

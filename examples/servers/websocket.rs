@@ -1,4 +1,4 @@
-//! Serves WebSockets with `tungstenite`, a thread for each.
+//! Serves WebSockets with `tungstenite`, with a thread for each session.
 //!
 //! Usage:     cargo run -p cluster-servers --example websocket
 //! then:      websocat ws://127.0.0.1:8000/
@@ -13,7 +13,7 @@ use cluster::{DisconnectToken, ListenOptions};
 use tungstenite::Error;
 use tungstenite::protocol::{CloseFrame, frame::coding::CloseCode};
 
-/// Returns each message to the client, until the client or the worker ends the session.
+/// Sends each message back to the client, until the client or the worker ends the session.
 fn echo(stream: TcpStream, token: &DisconnectToken) -> pooled::Result {
     // An idle session checks the token once a second.
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
@@ -28,7 +28,8 @@ fn echo(stream: TcpStream, token: &DisconnectToken) -> pooled::Result {
             Err(error) => return Err(error.into()),
         }
         if session.can_write() && token.is_disconnecting() {
-            // After the client's own close frame, `read` returns an error.
+            // The client answers with its own close frame. After it, `read` returns an error, which
+            // ends the loop.
             let (code, reason) = (CloseCode::Restart, "".into());
             session.close(Some(CloseFrame { code, reason }))?;
         }

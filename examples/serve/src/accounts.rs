@@ -5,7 +5,7 @@ use std::fs;
 const USERS: &str = "/etc/passwd";
 const GROUPS: &str = "/etc/group";
 
-/// The user and group of the workers. `None` leaves the master's.
+/// The user and group of the workers. If a field is `None`, the workers keep the master's id.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ids {
     pub(crate) uid: Option<u32>,
@@ -28,7 +28,7 @@ pub(crate) fn find(user: Option<&str>, group: Option<&str>) -> Result<Ids, Strin
     if let Some(user) = user {
         let number: Option<u32> = user.parse().ok();
         let users = match (number, group) {
-            // Neither the user's id nor its group is unknown.
+            // The caller has passed both ids, so no entry is needed.
             (Some(_), Some(_)) => String::new(),
             _ => read(USERS, "--user", user)?,
         };

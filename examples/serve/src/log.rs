@@ -91,7 +91,7 @@ impl Log {
 
     pub(crate) fn line(&self, level: Level, text: impl Display) {
         let line = match self.format {
-            // In an upgrade, two masters write to the same log.
+            // Include the process id, because two masters write to the same log during an upgrade.
             Format::Plain => format!("{} [{}] {text}\n", now(), process::id()),
             Format::Json => object(level, &text.to_string()),
         };
@@ -111,7 +111,7 @@ impl Log {
         }
     }
 
-    /// Returns whether there is a status line.
+    /// Returns whether the log is plain and goes to a terminal. Only then, there is a status line.
     pub(crate) fn is_terminal(&self) -> bool {
         self.file.is_none() && self.format == Format::Plain && io::stderr().is_terminal()
     }
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn date_is_that_of_the_calendar() {
-        // Compared with `date --utc --date @SECONDS`.
+        // The expected times are those of `date --utc --date @SECONDS`.
         for (seconds, expected) in [
             (0, "1970-01-01T00:00:00.007Z"),
             (951_782_399, "2000-02-28T23:59:59.007Z"),

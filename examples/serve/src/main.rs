@@ -152,7 +152,8 @@ fn settings(options: &Options) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// Finds the program in `PATH`, because `execve` does not search `PATH`.
+/// Finds the program in `PATH`, because `execve` does not search `PATH`. A name with a slash is
+/// already a path.
 fn find(program: &Path) -> Option<PathBuf> {
     let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
     let path = env::var_os("PATH").filter(|_| !has_slash);
@@ -198,7 +199,8 @@ fn listen(
     Ok((opened, fds))
 }
 
-/// Logs the pool's events, keeps the pid file, and gives up at once if no program can be started.
+/// Logs the pool's events and keeps the pid file. Gives up at once if a fork fails before any
+/// program has become ready.
 fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
     let (log, pid_file) = (Rc::clone(log), Rc::clone(pid_file));
     let has_started = Cell::new(false);
@@ -209,7 +211,8 @@ fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
             has_started.set(true);
         }
         if let PoolEvent::WorkerFailed(failure) = event {
-            // A user or file that does not allow the first start does not allow the next one either.
+            // The first start has failed, so the user or the file is probably wrong, and another
+            // attempt would fail too.
             if failure.cause == FailureCause::ForkFailed && !has_started.get() {
                 master.give_up(failure.clone());
                 pool.stop_at_once(master);

@@ -88,7 +88,7 @@ const MILLISECONDS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("
 const BYTES: &[(&str, u64)] = &[("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30)];
 
 /// The time that a process has to start, in addition to `--readiness`. An upgrade fails if the new
-/// master's processes take longer. The default of a pool.
+/// master's processes take longer. This is also a pool's default.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
@@ -143,7 +143,8 @@ pub(crate) fn parse() -> Result<Request, String> {
 }
 
 impl Options {
-    /// Sets the options of the command line, and those that only the environment has.
+    /// Sets the options from the command line, and from the environment those that are not on the
+    /// command line.
     fn set_all(&mut self, given: Vec<(&'static str, OsString)>) -> Result<(), String> {
         self.pool = mem::take(&mut self.pool)
             .disconnect_signal(Some(Signal::TERM))

@@ -46,7 +46,7 @@ impl PidFile {
         replaced.map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))
     }
 
-    /// Leaves the file to another master.
+    /// From now on, `remove` does nothing, because the file belongs to another master.
     pub(crate) fn release(&self) {
         self.is_written.set(false);
     }
@@ -58,7 +58,8 @@ impl PidFile {
         };
         let content: io::Result<String> = fs::read_to_string(path);
         if content.is_ok_and(|content| content.trim_end() == process::id().to_string()) {
-            // Ignore an error, because this process ends, and a reader can see that it has.
+            // Ignore an error. This process exits soon, and a reader of the file can check whether
+            // the process exists.
             let _ = fs::remove_file(path);
         }
     }

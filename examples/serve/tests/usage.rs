@@ -1,5 +1,5 @@
-//! Runs the binary for its texts. `cargo test` builds the binary because this test needs it; the
-//! tests in `tests/process/serve` of the repository run it as a server.
+//! Checks the texts that the binary prints. Because this test needs the binary, `cargo test` builds
+//! it. The repository's tests in `tests/process/serve*.rs` run it as a server.
 #![allow(clippy::unwrap_used)]
 
 use std::process::{Command, Output};

@@ -24,7 +24,7 @@ pub(crate) fn run(
     run_with(source, default, listen, serve)
 }
 
-/// Does the same without a listener. The first worker binds the UDP socket.
+/// Like `run`, but without a retained listener: the first worker binds a UDP socket.
 #[allow(dead_code, reason = "each example calls one of the two functions")]
 pub(crate) fn run_udp(
     source: &str,
@@ -54,10 +54,10 @@ fn run_with(
     }
 }
 
-/// Starts a pool with the default signals, which logs its events.
+/// Starts a pool that handles the default signals and logs its events.
 fn start(master: &Master) -> cluster::Result<Pool> {
-    // Two workers, also on a machine with many cores, and short reloads: the tests reload each
-    // server ten times. A real server keeps the defaults, a worker for each core and 1 s.
+    // Use two workers on any machine and a short minimum ready time, because the tests reload each
+    // server ten times. A real server keeps the defaults: a worker for each core, and 1 second.
     let options = PoolOptions::default().workers(2);
     let options = options.min_ready_time(Duration::from_millis(100));
     let pool = Pool::new(master, options);

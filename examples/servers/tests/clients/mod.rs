@@ -21,7 +21,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// Makes one request, and returns whether the answer is right.
 pub(crate) type Client = fn(SocketAddr) -> io::Result<bool>;
 
-/// The clients with right answers, and the failures.
+/// Counts the requests with right answers, and the failures by kind.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) answered: u64,
@@ -64,7 +64,7 @@ impl Counts {
     }
 }
 
-/// A load of several threads, which make one request after the other.
+/// A load of several threads, each of which makes one request after another.
 pub(crate) struct Load {
     ended: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,

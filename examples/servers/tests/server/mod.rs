@@ -40,7 +40,8 @@ impl Server {
     pub(crate) fn start(example: &str, policy: &str) -> (Self, SocketAddr) {
         let own = std::env::current_exe().unwrap();
         let built = own.ancestors().nth(2).unwrap();
-        // Undo that `nohup`, for instance, ignores HUP: the pool would then leave it ignored.
+        // Reset SIGHUP, which `nohup`, for example, sets to be ignored. A pool does not reload if
+        // SIGHUP was ignored when it started.
         let mut master = Command::new("env")
             .arg("--default-signal=HUP")
             .arg(built.join("examples").join(example))
@@ -101,7 +102,7 @@ impl Server {
                     ["is", "ready"] => self.set_state(id, State::Ready),
                     ["is", "disconnecting"] => self.set_state(id, State::Disconnecting),
                     ["has", "exited"] => drop(self.workers.remove(&id).unwrap()),
-                    // `kill_worker` has removed this worker.
+                    // `kill_worker` has killed and removed this worker.
                     _ => assert!(!self.workers.contains_key(&id), "{line}"),
                 }
             }
