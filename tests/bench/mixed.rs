@@ -143,8 +143,9 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
     Outcome::of(&all)
 }
 
-/// Simulates clients that connect again as soon as they have an answer. Almost all workers are
-/// therefore busy with a slow request at almost any time.
+/// Simulates clients that connect again as soon as they have an answer. Most workers are then busy
+/// with a slow request, because a slow request takes longer than all other requests between two
+/// slow ones.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
     let end = Instant::now() + TIME;
     let mut count = 0;

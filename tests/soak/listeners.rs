@@ -57,7 +57,8 @@ fn open_and_close(worker: &Worker, number: u64) {
             drop(worker.bind(options).unwrap());
         }
         6 => drop([(); 3].map(|()| worker.listen(0).unwrap())),
-        // Binding this address fails, because it is reserved for documentation (RFC 5737).
+        // Binding this address fails, because no interface has it. It is reserved for documentation
+        // (RFC 5737).
         _ => drop(worker.listen("192.0.2.1:0").unwrap_err()),
     }
     if number % 200 == 10 {

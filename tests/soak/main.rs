@@ -101,7 +101,7 @@ fn run(name: &str) -> Result<(), Failed> {
     // of thousands of listeners it has grown by half a megabyte, which looks like a leak.
     command.env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0");
     let group = Group::start(command.env(SCENARIO, name))?;
-    // Wait without a deadline, because a process that does not finish a round kills itself.
+    // Wait without a deadline, because an alarm kills a process that does not finish a round.
     let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
     waitid(Id::Pid(group.pid()), ended)?;
     let status = group.finish()?;

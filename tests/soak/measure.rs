@@ -10,8 +10,8 @@ const RESIDENT: i64 = 1024;
 /// Maximum growth of anonymous memory, in KiB. Some growth is allowed, because the allocator cannot
 /// release heap pages in which a few bytes are in use. `IN_USE` is the stricter limit.
 const ANONYMOUS: i64 = 128;
-/// Maximum growth of the heap in use, in bytes. Some growth is allowed, because queues keep their
-/// largest capacity, which a later round may need.
+/// Maximum growth of the heap in use, in bytes. Some growth is allowed, because queues keep the
+/// largest capacity that any round has needed.
 const IN_USE: i64 = 64 * 1024;
 /// Maximum growth of the number of allocations. Some growth is allowed, because a collection may
 /// allocate its first block, or use one more node for the same contents. A leak for each worker,

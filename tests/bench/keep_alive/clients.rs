@@ -164,6 +164,7 @@ enum State {
     Waiting,
     /// The client has an answer after which the server closes the connection.
     Closing,
+    /// The client has no request in flight.
     Resting,
 }
 
@@ -224,7 +225,7 @@ impl Run {
             self.connect(kind);
         }
         self.poll_while(|run| run.settling > 0);
-        // An error means that the receiver has given up, and `stop` will follow.
+        // Ignore the result: `start` waits for this message, so sending it does not fail.
         let _ = set_up.send(());
         (0..self.plan.busy).for_each(|_| self.connect(Kind::Busy));
         self.due = Instant::now();
