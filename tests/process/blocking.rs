@@ -178,9 +178,9 @@ fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     );
 }
 
-/// Runs `worker` in one worker process on a busy machine. Calls `next` when the worker listens, and
-/// after each message from the worker. Asserts that each message arrives promptly, and disconnects
-/// the worker at the end.
+/// Runs `worker` in one worker process while all processors are busy. Calls `next` when the worker
+/// listens, and after each message from the worker. Asserts that each message arrives promptly, and
+/// disconnects the worker at the end.
 fn repeatedly(next: impl Fn(&WorkerProcess) + 'static, worker: impl FnOnce(Worker)) {
     let log = Log::default();
     let entries = log.clone();

@@ -1,8 +1,8 @@
 //! Tests that any callback may call any method. For each kind of callback, one process runs a
-//! callback that calls the methods in a list, one after the other.
+//! callback that calls the methods in a list, one after another.
 //!
-//! A callback is any of the application's code that the crate runs. Examples are closures,
-//! iterators, descriptors that are passed to the crate, and their destructors.
+//! A callback is any code of the application that the crate runs: closures, iterators, conversions,
+//! `as_fd`, and destructors.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
@@ -46,7 +46,7 @@ impl Drop for OnDrop {
     }
 }
 
-/// A source of a watch whose `as_fd` runs the application's code.
+/// A source of a watch. Its `as_fd` calls the closure.
 struct Source {
     stream: UnixStream,
     calls: Calls,
@@ -59,7 +59,7 @@ impl AsFd for Source {
     }
 }
 
-/// An environment variable's name or value whose conversion runs the application's code.
+/// An environment variable's name or value. Its conversion calls the closure.
 struct Late(Calls);
 
 impl From<Late> for OsString {

@@ -42,7 +42,7 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// An example whose workers block, and answer one request per connection.
+/// An example whose workers block.
 struct Server {
     example: &'static str,
     args: &'static [&'static str],
@@ -93,8 +93,8 @@ const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048
 pub const BODY: &[u8] = &[b'x'; 1 << 20];
 /// Number of clients that connect one after the other.
 pub const CLIENTS: usize = 40;
-/// Pause between the bytes of a slow client. An example that only limits the time of each read, but
-/// not of the whole request, would wait for this client forever.
+/// Pause between the bytes of a slow client. If an example limited only the time of each read, and
+/// not of the whole request, this client could occupy a worker for minutes.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Sends `head` and [`BODY`], and reads the answer. Returns an error if the server closes the

@@ -139,8 +139,8 @@ fn worker_that_executes_no_program_knows_that_it_is_disconnecting() {
         |master| {
             master.setup_master(Settings::default().main(main));
             expect_success(master);
-            // The second worker begins with copies of the descriptors that the master has for the
-            // first worker.
+            // Both workers must notice their disconnects, although the second worker begins with
+            // copies of the descriptors that the master has for the first worker.
             let workers = [(); 2].map(|()| master.fork().unwrap());
             let [first, second] = workers;
             first.on_message(|_, worker, _| disconnect(worker));

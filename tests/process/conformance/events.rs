@@ -103,8 +103,8 @@ impl Events {
         master.on_error(|_, _, error| panic!("{error}"));
     }
 
-    /// Returns the events that follow `fork` and `online`. Asserts that both levels have logged the
-    /// same events, except `fork`, because only the cluster level emits `fork`.
+    /// Returns the events that follow `fork` and `online`. Asserts that both logs contain the same
+    /// events, except `fork`, because only the master emits `fork`.
     #[track_caller]
     fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
@@ -541,7 +541,8 @@ fn worker_kill() {
     assert_eq!(events, expected);
 }
 
-/// Checks that `kill` disconnects the worker first, so the exit is treated as intended.
+/// Checks that `kill` disconnects the worker first, so that `exited_after_disconnect` is
+/// `Some(true)`.
 ///
 /// Node's documentation describes this behaviour, but newer versions of Node behave differently.
 fn worker_kill_signal() {

@@ -51,7 +51,7 @@ fn fork_env() {
 }
 
 /// Checks that the default arguments of workers are the master's own arguments. A Rust process
-/// cannot change its own arguments, so the driver starts the master with arguments.
+/// cannot change its own arguments, so the test process starts the master with arguments.
 fn setup_primary_argv() {
     const ARGS: [&str; 2] = ["one more", "argument"];
     if !is_watched() {
