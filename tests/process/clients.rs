@@ -91,7 +91,7 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\
 const POST: &[u8] = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048576\r\n\r\n";
 /// A body of 1 MiB.
 pub const BODY: &[u8] = &[b'x'; 1 << 20];
-/// Number of clients that connect one after the other.
+/// Number of clients that connect one after another.
 pub const CLIENTS: usize = 40;
 /// Pause between the bytes of a slow client. If an example limited only the time of each read, and
 /// not of the whole request, this client could occupy a worker for minutes.

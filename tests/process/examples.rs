@@ -228,7 +228,7 @@ fn stops_under_load(policy: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Kills workers under load, one after the other. A blocking worker holds at most one connection,
+/// Kills workers under load, one after another. A blocking worker holds at most one connection,
 /// so each kill may make at most one request fail.
 fn killed_workers(policy: &str) -> Result<(), Failed> {
     const KILLS: usize = 20;

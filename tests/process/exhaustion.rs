@@ -486,7 +486,7 @@ fn connections_lost_on_the_way_to_a_worker_go_to_another() {
     assert_eq!(entries.take(), [r#"{"2"}"#, "both workers"]);
 }
 
-/// Connects 20 clients one after the other, and returns the ids of the workers that answered them.
+/// Connects 20 clients one after another, and returns the ids of the workers that answered them.
 fn answering_ids(address: SocketAddr) -> BTreeSet<String> {
     (0..20).map(|_| talk(address, b"").unwrap()).collect()
 }

@@ -77,7 +77,7 @@ fn expect_foreign<T, E: Into<Error>>(result: std::result::Result<T, E>) {
     }
 }
 
-/// Connects clients one after the other. The worker forks a child for each client, and the child
+/// Connects clients one after another. The worker forks a child for each client, and the child
 /// answers the client and returns from `main`.
 fn child_per_connection(policy: SchedulingPolicy) {
     const CLIENTS: usize = 5;

@@ -302,7 +302,7 @@ impl Play {
     }
 }
 
-/// Connects clients, one after the other, until the worker has failed, and then one more client. If
+/// Connects clients, one after another, until the worker has failed, and then one more client. If
 /// the worker is stopped, kills the worker if `kills` is set, and continues it otherwise.
 fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
     let is_over = AtomicBool::new(false);

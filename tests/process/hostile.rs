@@ -122,7 +122,7 @@ const ITERATION_MAX: Duration = Duration::from_secs(5);
 /// Maximum time until the exit of an attacker that the master or the test has to kill.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Number of clients that the well-behaved worker serves, one after the other.
+/// Number of clients that the well-behaved worker serves, one after another.
 const CLIENTS: usize = 100;
 
 /// Environment variable that is set only in the attacker's process. [`run_attackers`] stores the
@@ -505,7 +505,7 @@ struct ClientDriver {
     measurements: Measurements,
 }
 
-/// Connects clients one after the other, and calls `then` once the last client has its answer.
+/// Connects clients one after another, and calls `then` once the last client has its answer.
 fn measure_clients(
     master: &Master,
     address: SocketAddr,
@@ -1463,7 +1463,7 @@ fn set_option<T>(own: &Listener<'_>, option: nix::libc::c_int, value: &T) {
     println!("option {option}: {set}");
 }
 
-/// Requests 100 connections, one after the other. Pauses after each, so that the master reclaims
+/// Requests 100 connections, one after another. Pauses after each, so that the master reclaims
 /// the connection. Then starts the clients and waits to be killed.
 fn pause_repeatedly(own: &Listener<'_>) -> ! {
     for _ in 0..100 {
@@ -1752,7 +1752,7 @@ fn malformed_frames() -> Vec<Violation> {
     ]
 }
 
-/// Runs `count` attackers one after the other, and checks after each that the well-behaved worker
+/// Runs `count` attackers one after another, and checks after each that the well-behaved worker
 /// still answers. `play` receives the attacker's index.
 fn run_attackers(count: usize, play: fn(&Attacker, usize), log: &Log) {
     if let Some(attacker) = Attacker::of_this_process() {

@@ -50,22 +50,24 @@ fn connect_to(socket: OwnedFd, address: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// Connects to the worker's own listener and sends a request, while no descriptor is free. Returns
-/// once the worker has received a disconnect, with the client and a closure that ends the shortage.
+/// Connects to the worker's own listener and sends a request, while no descriptor is free. Once the
+/// worker has received a disconnect request, returns the client and a closure that ends the
+/// shortage.
 fn connect_and_disconnect(
     worker: &Worker,
     listener: &Listener,
 ) -> (TcpStream, impl Fn() + 'static) {
     let socket = unconnected();
     let address = listener.local_addr().unwrap();
-    // The private listener ends when the worker receives the disconnect.
+    // `accept` on the private listener returns when the worker receives the disconnect request.
     let options = ListenOptions::from("127.0.0.1:0").exclusive(true);
     let private: Listener = worker.listen(options).unwrap();
     worker.on_error(|worker, error| {
         assert_eq!(error.raw_os_error(), Some(libc::EMFILE), "{error}");
         let _ = worker.send(b"out of descriptors").unwrap();
     });
-    // Allow 3, because poll(2) fails if it is given more descriptors than the limit.
+    // Set the limit to 3 descriptors, because poll(2) fails if it is given more descriptors than
+    // the limit.
     let restore = lower_limit(3);
     let mut client = connect_to(socket, address);
     client.write_all(REQUEST).unwrap();

@@ -28,8 +28,8 @@ fn become_nobody(groups: &[u32], saved: u32) {
     nix::sys::prctl::set_dumpable(true).unwrap();
 }
 
-/// Starts a child process for each case, which runs this scenario again. Returns the case in a
-/// child process, and `None` in the parent.
+/// Runs this scenario again in a child process for each case. Returns the case in a child process,
+/// and `None` in the parent.
 fn each_case(cases: &[&str]) -> Option<String> {
     const CASE: &str = "CASE";
     let case = std::env::var(CASE).ok();

@@ -368,8 +368,8 @@ fn silent_clients_occupy_no_worker_if_the_listener_waits_for_data() {
     );
 }
 
-/// More clients than workers connect and send nothing. Without the option, they would occupy all
-/// workers, which read without a timeout.
+/// More clients than workers connect and send nothing. Without `wait_for_data`, they would occupy
+/// all workers, which read without a timeout.
 fn silent_clients_occupy_no_worker_if_the_kernel_waits_for_data() {
     let clients = |address| {
         let mut silent: Vec<_> = (0..10).map(|_| Client::connect(address)).collect();

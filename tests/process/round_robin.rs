@@ -72,7 +72,7 @@ fn begin_rotation(master: &Master, address: SocketAddr, log: Log) {
     });
 }
 
-/// Connects clients one after the other until 100 answers count. Each client connects only when all
+/// Connects clients one after another until 100 answers count. Each client connects only when all
 /// workers wait in `accept`. `answers` contains the answers since the rotation began.
 fn next(master: &Master, address: SocketAddr, mut answers: Vec<String>, log: Log) {
     if log.len() == 100 {

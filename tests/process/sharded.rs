@@ -91,7 +91,7 @@ fn ask(address: SocketAddr) -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// A load of several threads. Each thread connects clients one after the other, until the load ends
+/// A load of several threads. Each thread connects clients one after another, until the load ends
 /// or a connection is refused.
 pub struct Load {
     ended: Arc<AtomicBool>,
