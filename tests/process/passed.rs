@@ -151,7 +151,7 @@ fn error_names_the_passed_listener_that_occupies_the_port() {
             for host in ["0.0.0.0", "127.0.0.1", "localhost"] {
                 let error = master.listen((host, port)).unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE));
-                // C libraries describe the error in different words.
+                // Get the error's text from the C library, because C libraries use different texts.
                 let reason = std::io::Error::from_raw_os_error(nix::libc::EADDRINUSE);
                 let expected = format!(
                     "cannot listen on {host}:{port}: {reason}; \

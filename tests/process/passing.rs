@@ -322,7 +322,7 @@ fn connection_parked_while_draining_goes_to_the_new_master_none() {
     connection_parked_while_draining_goes_to_the_new_master("none");
 }
 
-/// One client's connection has been parked before the upgrade, and the other one's has not.
+/// Checks two clients. Only the connection of the second client has been parked before the upgrade.
 fn connection_parked_while_draining_goes_to_the_new_master(policy: &str) {
     if is_watched() {
         return server(quick());
@@ -626,7 +626,7 @@ fn passed_connection_keeps_its_number_of_requests_none() {
     passed_connection_keeps_its_number_of_requests(SchedulingPolicy::Shared);
 }
 
-/// The client has sent its request before the first worker listens.
+/// The passed connection's client sends its request before the first worker listens.
 fn passed_connection_keeps_its_number_of_requests(policy: SchedulingPolicy) {
     cluster(
         move |master| {

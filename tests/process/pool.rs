@@ -1054,7 +1054,7 @@ fn pool_notifies_systemd() {
 
 fn broken_reloads_change_nothing() {
     if is_watched() {
-        // No worker is ready for long enough, so that one that aborts late, too, fails the attempt.
+        // No worker stays ready for this time, so a worker that aborts late also fails the reload.
         let options = quick().min_ready_time(Duration::from_secs(1000));
         return server(options.startup_timeout(150 * MS));
     }
@@ -1085,8 +1085,8 @@ fn broken_reloads_change_nothing() {
 
 fn broken_upgrades_change_nothing() {
     if is_watched() {
-        // A worker that aborts late must also fail the attempt. A longer time delays the failures of
-        // masters that never take over.
+        // A worker that aborts late must also fail the upgrade. A longer minimum ready time would
+        // delay the failures of masters that never take over.
         let options = quick().min_ready_time(Duration::from_secs(1));
         return server(options.startup_timeout(300 * MS));
     }

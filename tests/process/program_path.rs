@@ -331,7 +331,7 @@ fn set_user_id_copy(releases: &Releases) -> PathBuf {
     std::fs::copy(std::env::current_exe().unwrap(), &app).unwrap();
     std::os::unix::fs::chown(&app, Some(crate::exhaustion::unique_user()), None).unwrap();
     std::fs::set_permissions(&app, Permissions::from_mode(0o4755)).unwrap();
-    // Let the other user find the copy.
+    // Let the other user access the directory of the copy.
     let directory = releases.path("");
     std::fs::set_permissions(directory, Permissions::from_mode(0o755)).unwrap();
     app

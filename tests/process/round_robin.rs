@@ -834,7 +834,7 @@ fn clients_cannot_exhaust_a_workers_descriptors() {
                     let connect = |_| TcpStream::connect(address).unwrap();
                     let clients: Vec<_> = (0..CLIENTS).map(connect).collect();
                     let mut answered = 0;
-                    // Read and drop one client after the other, because each disconnect frees
+                    // Read and drop one client after another, because each disconnect frees
                     // capacity for the next client.
                     for mut client in clients {
                         client.read_exact(&mut [0]).unwrap();

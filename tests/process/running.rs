@@ -206,7 +206,6 @@ fn loop_backs_off_from_a_killed_worker_that_is_traced() {
             stdout.read_exact(&mut [0; "traced".len()]).unwrap();
             worker.process().kill(Signal::KILL);
             wait_for_state(pid, ") Z ");
-            // Count the iterations in a fixed time.
             let (time, began) = (Duration::from_secs(1), Instant::now());
             let mut iterations = 0;
             while began.elapsed() < time {

@@ -226,7 +226,7 @@ fn assert_round_robin(choose: fn(WorkerId) -> Option<WorkerId>) {
     assert_eq!(entries.len(), 40);
 }
 
-/// Connects one client after the other. Before each client, waits until every worker waits for a
+/// Connects clients one after another. Before each client, waits until every worker waits for a
 /// connection.
 fn connect_next(master: &Master, address: SocketAddr, log: Log) {
     when_all_wait(master, move |master| {

@@ -102,7 +102,7 @@ fn bad_variables() -> Result<(), Failed> {
 fn unusable() -> Result<(), Failed> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let taken = listener.local_addr()?.to_string();
-    // The C library chooses the words.
+    // Get the error's text from the C library, because C libraries use different texts.
     let in_use = std::io::Error::from(nix::Error::EADDRINUSE).to_string();
     for (option, value, reason) in [
         ("--user", "no-such-user", "no such user in /etc/passwd"),
@@ -206,7 +206,7 @@ fn cannot_start() -> Result<(), Failed> {
     let output = serve.output();
     let reason = line_after(&serve, "cluster-serve: gave up: ");
     assert!(reason.contains("Permission denied"), "{output}");
-    // The pool has tried again before the first event was delivered.
+    // The pool may try a second time before it delivers the event of the first failure.
     let attempts = output
         .matches("] slot 0: worker could not be forked")
         .count();

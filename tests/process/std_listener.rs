@@ -64,7 +64,7 @@ fn run_beside(worker: &Worker, listener: TcpListener, serve: fn(TcpStream)) -> i
 fn serve_std(worker: &Worker, options: impl Into<ListenOptions>) {
     let listener = worker.listen(options).unwrap().into_std().unwrap();
     let error = run_beside(worker, listener, serve);
-    // A listener that is not retained does not block at the end.
+    // At the end, `accept` fails with EINVAL, or with EWOULDBLOCK if the listener is not retained.
     let is_end = matches!(
         error.kind(),
         io::ErrorKind::InvalidInput | io::ErrorKind::WouldBlock
@@ -72,7 +72,7 @@ fn serve_std(worker: &Worker, options: impl Into<ListenOptions>) {
     assert!(is_end, "{error}");
 }
 
-/// What a test does to a pool under load, again and again.
+/// What a test does repeatedly to a pool under load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Disturbance {
     Reload,
@@ -327,8 +327,8 @@ fn serve_after_one_byte(mut stream: TcpStream) {
     serve(stream);
 }
 
-/// Disconnects the only worker while a client waits for its answer. Lets the worker answer when it
-/// reports that it only waits for the client.
+/// Disconnects the only worker while a client waits for its answer. Lets the client send its byte
+/// only after the worker has reported that it still waits for the client.
 fn disconnect_before_the_answer(master: &Master, log: Log) {
     when_listening(master, 1, move |master, address| {
         let connect = move || {
@@ -355,7 +355,8 @@ fn disconnect_before_the_answer(master: &Master, log: Log) {
     master.fork().unwrap();
 }
 
-/// Reports to the master when the worker has waited for some time after its disconnect request.
+/// Makes the worker report to the master 300 ms after its disconnect request, if it still waits for
+/// its client then.
 fn report_that_it_waits(worker: &Worker) {
     worker.on_disconnecting(|worker| {
         worker.set_timeout(Duration::from_millis(300), |worker| {

@@ -777,8 +777,8 @@ fn buffered_output_is_printed_once() {
         print!("master ");
         set_main(master, |worker| print!("worker {} ", worker.id()));
         master.fork().unwrap();
-        // Fork one worker after the other, because all workers write to one pipe and their order
-        // must be certain.
+        // Fork one worker after another, because all workers write to one pipe and their order must
+        // be certain.
         master.on_exit(|master, worker, _| {
             print!("{} ", worker.id());
             if worker.id().get() < 3 {
