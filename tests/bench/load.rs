@@ -145,7 +145,7 @@ impl Open {
     }
 }
 
-/// Runs `clients` clients. Each client makes one connection after the other until `next` returns
+/// Runs `clients` clients. Each client makes one connection after another until `next` returns
 /// `None`.
 pub fn drive(
     address: SocketAddr,

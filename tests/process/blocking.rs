@@ -157,7 +157,7 @@ fn polled(pid: u32) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
-/// Connects one client after the other. Before each client, waits until all workers block in
+/// Connects clients one after another. Before each client, waits until all workers block in
 /// `accept`.
 ///
 /// To see that a worker blocks, the master checks the process's state. It sends no message, because
@@ -322,7 +322,7 @@ fn disconnect_request_is_handled_in_accept() {
         |master| {
             share_listeners(master);
             // The first worker only keeps the listener open. The later workers are disconnected one
-            // after the other, each as soon as it listens.
+            // after another, each as soon as it listens.
             master.fork().unwrap();
             let requested = Rc::new(Cell::new(None));
             let at = Rc::clone(&requested);
@@ -389,8 +389,8 @@ fn exit_of_the_master_is_noticed_in_accept() {
 const MESSAGES: usize = 200;
 const LENGTH: usize = 20_000;
 
-/// Stops the master, and sends more than the socket buffer holds. The master continues when this
-/// worker sleeps in `accept`.
+/// Stops the master, and sends more than the socket buffer holds. A thread lets the master continue
+/// once this worker sleeps in `accept`.
 fn send_beyond_the_buffer(worker: &Worker) {
     let master = StoppedMaster::new();
     let mut is_queued = false;

@@ -46,7 +46,7 @@ impl Counts {
     }
 }
 
-/// Clients that send one request after the other.
+/// Clients, each of which sends one request after another.
 pub struct Load {
     stop: Arc<AtomicBool>,
     ended: Arc<AtomicU64>,

@@ -234,7 +234,7 @@ struct Shared {
 }
 
 /// Clients on all addresses, with four threads for each address. Each thread sends one request
-/// after the other until the load ends.
+/// after another until the load ends.
 struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Count>>,

@@ -81,8 +81,8 @@ fn hand_off_survives_a_kill_after_dispatch() {
     );
 }
 
-/// Kills each worker after the master's first write to its channel since the preamble. This write
-/// contains the reply to the bind request.
+/// Kills each worker once the master has written to its channel for the first time after the
+/// preamble. This write contains the reply to the bind request.
 ///
 /// The master has not dispatched a connection to the worker by then, so no client may be lost.
 fn hand_off_survives_a_kill_after_writing() {
@@ -163,8 +163,8 @@ fn plan(passes: u32) -> Vec<Round> {
     plan
 }
 
-/// Runs one worker that serves during the whole test, and forks workers that fail, one after the
-/// other.
+/// Runs one worker that serves during the whole test, and forks workers that fail, one after
+/// another.
 fn play_worker_faults(point: &'static str, passes: u32, may_lose: MayLose) {
     cluster(
         |master| {

@@ -438,9 +438,9 @@ fn signal_handler_installed_later_hides_no_exit_on_old_kernels() {
     assert!(runs(Number::SIGCHLD) >= 1, "the host's handler runs");
 }
 
-/// Makes the kernel reap children as soon as they exit. `how` chooses the disposition of SIGCHLD:
-/// `ignored` ignores the signal. The others set SA_NOCLDWAIT, `default` with the default action and
-/// `handled` with a handler.
+/// Makes the kernel reap children as soon as they exit. `how` chooses the disposition of SIGCHLD.
+/// With `ignored`, the host ignores the signal. `default` and `handled` set SA_NOCLDWAIT, with the
+/// default action and with a handler.
 fn ignore_children(how: &str) {
     let none = SigSet::empty();
     let reap = SaFlags::SA_NOCLDWAIT;

@@ -82,8 +82,8 @@ fn stop_signal_after_an_upgrade_spares_clients() {
     let server = Server::start("rr");
     let client = BusyClient::connect(&server);
     let old = upgrade(&server);
-    // More than one second after the start of a stop, a stop signal normally kills the workers. It
-    // must not if the pool stops because of an upgrade.
+    // Normally, a stop signal kills the workers if it arrives more than one second after the start
+    // of a stop. It must not if the pool stops because of an upgrade.
     std::thread::sleep(Duration::from_millis(1100));
     for signal in [Signal::SIGTERM, Signal::SIGTERM, Signal::SIGINT] {
         kill(old, signal).unwrap();

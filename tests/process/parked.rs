@@ -40,10 +40,11 @@ crate::scenarios! {
     parked_connection_loses_its_timeouts_and_non_blocking_mode
 }
 
-/// What the worker does after its answer.
+/// Requests after whose answer the worker parks the connection or closes it.
 pub const PARK: u8 = b'p';
 pub const CLOSE: u8 = b'c';
-/// Takes the stream out of the connection, sends a second line, and closes the stream.
+/// Request after whose answer the worker takes the stream out of the connection, sends a second
+/// line, and closes the stream.
 pub const TAKE: u8 = b't';
 
 /// Answers a request of one byte with the worker's id and the connection's number of requests.

@@ -192,7 +192,7 @@ fn assert_nothing_closed(server: &Server) {
     }
 }
 
-/// Clients that send one request after the other on their connections, until dropped.
+/// Clients that send one request after another on their connections, until this value is dropped.
 struct Busy {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
@@ -458,8 +458,8 @@ fn failed_upgrade_keeps_idle_connections() {
     server.stop_and_check(assert_nothing_closed);
 }
 
-/// The old master receives SIGQUIT while one of its workers is busy. It kills its workers and
-/// exits.
+/// The old master receives SIGQUIT while one of its workers is busy. The old master then kills its
+/// workers and exits.
 fn idle_connections_stay_if_sigquit_ends_the_old_master() {
     if is_watched() {
         return server(quick());

@@ -116,7 +116,7 @@ impl Releases {
     }
 }
 
-/// A process that plays [`server`], with its successors.
+/// A process that runs [`server`], and the masters that succeed it.
 struct Server(Group);
 
 /// A line that [`server`] has printed about a process.

@@ -405,7 +405,8 @@ fn existing_listener_is_shared(policy: SchedulingPolicy) {
             let retained = master.listen(listener).unwrap();
             assert_eq!(retained.address().to_string(), format!("0.0.0.0:{port}"));
             let flags = fcntl(retained.as_fd(), FcntlArg::F_GETFL).unwrap();
-            // Only with round robin does the master accept. Otherwise, the mode stays as it was.
+            // Only with round robin does the master accept. With other policies, it does not change
+            // the mode.
             let is_nonblocking = OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK);
             assert_eq!(is_nonblocking, policy == SchedulingPolicy::RoundRobin);
 

@@ -283,7 +283,8 @@ fn make_worker_slow(
 
 /// Stops the next worker in the rotation while both workers wait in `accept`, and calls `then`.
 ///
-/// By then, the master treats both workers as slow, so it dispatches no connection ahead of time.
+/// When it calls `then`, the master treats both workers as slow, so it dispatches no connection
+/// ahead of time.
 fn with_a_stopped_worker(
     master: &Master,
     then: impl FnOnce(&Master, SocketAddr, WorkerProcess) + 'static,

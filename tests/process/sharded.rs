@@ -461,9 +461,9 @@ fn clients_of_a_killed_worker_are_reset_at_a_stop() {
                 second.process().kill(Signal::CONT);
                 master.disconnect();
                 let read = || {
-                    // Let all clients send before the first one reads. The killed worker's clients
-                    // are reset only after the other clients are served, so reading from one of
-                    // them waits until all others have sent.
+                    // Let all clients send before the first one reads. A read from a client of the
+                    // killed worker waits until the connection is reset, and the reset comes only
+                    // after all other clients are served.
                     let send = |mut client: &TcpStream| drop(client.write_all(b"x"));
                     clients.iter().for_each(send);
                     clients.into_iter().map(read_answer).collect::<Vec<_>>()

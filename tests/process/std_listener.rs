@@ -200,8 +200,8 @@ fn killed_workers_with_std_listeners_refuse_no_client() {
     });
 }
 
-/// Retains the listener until the only worker exits, so that the master does not shut it down, which
-/// would end `accept` too.
+/// Retains the listener until the only worker exits. Otherwise, the master would shut the listener
+/// down, and `accept` would end for this reason too.
 fn retain<S: 'static>(master: &Master, options: impl Into<ListenOptions<S>>) {
     let listener = master.listen(options).unwrap();
     let listener = Cell::new(Some(listener));
@@ -355,8 +355,8 @@ fn disconnect_before_the_answer(master: &Master, log: Log) {
     master.fork().unwrap();
 }
 
-/// Makes the worker report to the master 300 ms after its disconnect request, if it still waits for
-/// its client then.
+/// Makes the worker report, 300 ms after its disconnect request, that it still waits for its
+/// client.
 fn report_that_it_waits(worker: &Worker) {
     worker.on_disconnecting(|worker| {
         worker.set_timeout(Duration::from_millis(300), |worker| {

@@ -34,7 +34,7 @@ const EXPIRY: Duration = Duration::from_millis(500);
 /// The clients of one thread.
 #[derive(Clone, Copy)]
 pub struct Plan {
-    /// Number of clients that send one request after the other.
+    /// Number of clients that send one request after another.
     pub busy: usize,
     /// Number of clients that send one request at the start and one at the end.
     pub idle: usize,

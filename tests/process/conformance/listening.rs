@@ -339,8 +339,8 @@ fn backlog(listener: RawFd) -> u32 {
     info.tcpi_sacked
 }
 
-/// Forks one worker after the other. Each worker listens with the next backlog in `requested`,
-/// where 0 stands for the default backlog.
+/// Forks workers one after another. Each worker listens with the next backlog in `requested`, where
+/// 0 stands for the default backlog.
 ///
 /// Returns a log with three kinds of entries: at each `listening` event the backlogs of the
 /// master's listeners, the backlogs that each worker reports for its own listeners, and the exit
