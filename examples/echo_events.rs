@@ -105,7 +105,7 @@ fn worker(worker: &Worker, addr: &str) -> cluster::Result<()> {
             };
             if is_nonblocking {
                 // If `watch` fails, for example because no descriptor is free, its error is
-                // dropped, and with it the connection, which closes it.
+                // dropped. The error owns the connection, so the connection closes.
                 if let Ok(watch) = worker.watch(connection, Interest::Readable, echo) {
                     close_when_idle(worker, watch, last_event);
                 }

@@ -1,6 +1,5 @@
 //! Forks two workers of one program with different arguments: the first uses https, the second
-//! http.
-//! The master prints the output of both.
+//! http. The master prints the output of both.
 //!
 //! Usage:     cargo run --example setup_master
 

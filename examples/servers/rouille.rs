@@ -1,6 +1,5 @@
 //! Serves HTTP with handlers for `rouille` on the server `tiny_http`, because the server of
-//! `rouille`
-//! takes no listener. `tiny_http` needs the scheduling policy `none` or `sharded`.
+//! `rouille` takes no listener. `tiny_http` needs the scheduling policy `none` or `sharded`.
 //!
 //! Usage:     CLUSTER_SCHED_POLICY=none cargo run -p cluster-servers --example rouille
 //! then:      curl http://127.0.0.1:8000/

@@ -47,8 +47,8 @@ pub fn memory(table: &mut Table) {
     }
 }
 
-/// Builds the example `http_server`, and returns its path. The benchmark's own binary cannot stand
-/// in for it, because that binary maps far more memory than a server.
+/// Builds the example `http_server`, and returns its path. The benchmark measures this example
+/// instead of its own binary, which maps far more memory than a server.
 fn http_server() -> Result<PathBuf, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");

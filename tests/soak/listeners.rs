@@ -42,7 +42,7 @@ fn open_and_close(worker: &Worker, number: u64) {
     match number % 8 {
         0 => drop(worker.listen(0).unwrap()),
         1 => drop(worker.listen("127.0.0.1:0").unwrap()),
-        // Alternate between the path `unix`, which is opened again and again, and a path that this
+        // Alternate between the path `unix`, which is opened repeatedly, and a path that this
         // worker opens only once.
         2 if number % 16 == 2 => drop(worker.listen(Path::new("unix")).unwrap()),
         2 => drop(worker.listen(Path::new(&format!("unix{number}"))).unwrap()),

@@ -105,7 +105,7 @@ fn play_way(worker: &Worker, way: Way) {
     }
 }
 
-/// Calls `then` with all listeners open. The Unix socket is opened last.
+/// Calls `then` with a TCP listener, a UDP socket and a Unix listener open.
 fn listen_on_everything(worker: &Worker, then: impl FnOnce()) {
     let _tcp = worker.listen("127.0.0.1:0").unwrap();
     let _udp = worker.bind(BindOptions::from("127.0.0.1:0")).unwrap();

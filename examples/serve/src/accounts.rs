@@ -28,7 +28,7 @@ pub(crate) fn find(user: Option<&str>, group: Option<&str>) -> Result<Ids, Strin
     if let Some(user) = user {
         let number: Option<u32> = user.parse().ok();
         let users = match (number, group) {
-            // The caller has passed both ids, so no entry is needed.
+            // Both ids are already known, so no entry is needed.
             (Some(_), Some(_)) => String::new(),
             _ => read(USERS, "--user", user)?,
         };

@@ -111,7 +111,8 @@ impl Log {
         }
     }
 
-    /// Returns whether the log is plain and goes to a terminal. Only then, there is a status line.
+    /// Returns whether the log is plain and goes to a terminal. Only then does it have a status
+    /// line.
     pub(crate) fn is_terminal(&self) -> bool {
         self.file.is_none() && self.format == Format::Plain && io::stderr().is_terminal()
     }

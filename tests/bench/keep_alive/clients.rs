@@ -396,7 +396,7 @@ impl Run {
         }
     }
 
-    /// Ends the client's current work.
+    /// Marks the client as resting. A busy client then waits for its next request.
     fn rest(&mut self, index: usize) {
         let client = self.clients[index].as_mut().unwrap();
         client.state = State::Resting;

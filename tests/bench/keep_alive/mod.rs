@@ -39,8 +39,8 @@ const NONE: Plan = Plan {
     rate: None,
 };
 
-/// Returns the given percentage of `usual`, at least 1. The environment variable
-/// `CLUSTER_BENCH_PERCENT` sets the percentage for short runs. The default is 100.
+/// Returns a percentage of `usual`, at least 1. The environment variable `CLUSTER_BENCH_PERCENT`
+/// sets the percentage for short runs. The default is 100.
 fn share(usual: usize) -> usize {
     let percent = std::env::var("CLUSTER_BENCH_PERCENT");
     let percent = percent.map_or(100, |percent| percent.parse().expect("a number"));

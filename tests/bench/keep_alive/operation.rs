@@ -19,7 +19,7 @@ const THREADS: usize = 50;
 const AFTERWARDS: Duration = Duration::from_millis(500);
 /// The text with which the pool reports that it has killed a worker that did not shut down.
 const KILLED: &str = " was killed";
-/// Time between two killed workers.
+/// Time between two kills.
 const KILL_INTERVAL: Duration = Duration::from_millis(100);
 
 pub fn reloads(table: &mut Table) {

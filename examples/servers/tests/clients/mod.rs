@@ -21,7 +21,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// Makes one request, and returns whether the answer is right.
 pub(crate) type Client = fn(SocketAddr) -> io::Result<bool>;
 
-/// Counts the requests with right answers, and the failures by kind.
+/// Counts of requests with right answers, and of failures by kind.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) answered: u64,
@@ -135,7 +135,8 @@ fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Requests one page. Reads to the end of the body and not of the connection.
+/// Requests one page. Reads to the end of the body, and does not wait for the end of the
+/// connection.
 fn get(mut stream: impl Read + Write) -> io::Result<bool> {
     const BODY: &[u8] = b"hello\n";
     stream.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
