@@ -72,7 +72,7 @@ fn serve_std(worker: &Worker, options: impl Into<ListenOptions>) {
     assert!(is_end, "{error}");
 }
 
-/// What a test does repeatedly to a pool under load.
+/// The disturbance that a test repeats in a pool under load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Disturbance {
     Reload,

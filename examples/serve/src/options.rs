@@ -107,7 +107,7 @@ pub(crate) struct Options {
     pub(crate) args: Vec<OsString>,
 }
 
-/// What the command line requests.
+/// The action that the command line requests.
 #[derive(Debug)]
 pub(crate) enum Request {
     Serve(Box<Options>),
