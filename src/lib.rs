@@ -1,4 +1,5 @@
 //! [guide]: crate::guide
+//! [questions]: crate::guide#if-you-ask
 //! [quick_start]: crate::guide::quick_start
 //! [how_it_works]: crate::guide::how_it_works
 //! [writing_workers]: crate::guide::writing_workers

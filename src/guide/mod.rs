@@ -1,4 +1,46 @@
+//! [quick_start]: crate::guide::quick_start
+//! [how_it_works]: crate::guide::how_it_works
+//! [writing_workers]: crate::guide::writing_workers
+//! [servers]: crate::guide::servers
+//! [pools]: crate::guide::pools
+//! [deploying]: crate::guide::deploying
+//! [operating]: crate::guide::operating
+//! [from_node]: crate::guide::from_node
+//! [guarantees]: crate::guide::guarantees
+//! [costs]: crate::guide::costs
+//! [limits]: crate::guide::limits
+//! [design]: crate::guide::design
+//! [glossary]: crate::guide::glossary
+//! [keep_alive]: crate::guide::writing_workers#connections-that-stay-open
+//! [slow_clients]: crate::guide::writing_workers#slow-and-silent-clients
+//! [tls]: crate::guide::writing_workers#tls
+//! [long_connections]: crate::guide::writing_workers#websockets-and-other-long-connections
+//! [threads]: crate::guide::writing_workers#threads
+//! [async_runtimes]: crate::guide::servers#async-runtimes
+//! [policies]: crate::guide::how_it_works#policies
+//! [sizing]: crate::guide::operating#how-many-workers
+//! [descriptors]: crate::guide::operating#descriptors
+//! [pool_clocks]: crate::guide::pools#every-clock-and-default
+//! [signals]: crate::guide::operating#signals
+//! [reload]: crate::guide::pools#reload
+//! [upgrade]: crate::guide::pools#upgrade
+//! [canary]: crate::guide::pools#canary
+//! [killed_worker]: crate::guide::guarantees#what-a-killed-worker-costs
+//! [stuck]: crate::guide::operating#slow-or-stuck
+//! [logs]: crate::guide::operating#logs
+//! [status]: crate::guide::operating#status-and-metrics
+//! [outside]: crate::guide::operating#metrics-from-outside
+//! [containers]: crate::guide::deploying#containers
+//! [kubernetes]: crate::guide::deploying#kubernetes
+//! [users]: crate::guide::deploying#users-and-groups
+//! [ports]: crate::guide::deploying#privileged-ports
+//! [client_address]: crate::guide::deploying#the-proxy-protocol
+//! [security]: crate::guide::limits#security
+//!
 #![doc = include_str!("index.md")]
+// The rendered documentation uses the first definition of each link. The definitions above therefore
+// replace the relative paths at the end of index.md, which work on the repository's page.
+
 // The modules exist only for the documentation: `lib.rs` compiles them for rustdoc alone.
 
 // Pictures: a chapter shows `![…][name.svg]`, and its end defines `name.svg` as a relative path, which

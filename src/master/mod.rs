@@ -477,10 +477,11 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// The default is half of the soft limit of descriptors (`RLIMIT_NOFILE`) at the time when the
-    /// master was created. If a new connection exceeds the maximum, the idle connection that would
-    /// expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts it.
-    /// If no connection is idle, the new one is closed. Connections beyond a lower maximum stay
-    /// open.
+    /// master was created. If one more connection exceeds the maximum, the idle connection that
+    /// would expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts
+    /// it. If no connection is idle, a connection that a worker parks is closed instead, and new
+    /// connections that wait for data stay in the backlog. Connections beyond a lower maximum stay
+    /// open. With the maximum 0, the master does not wait for data of new connections.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -51,6 +51,9 @@ const CAPACITY: usize = 64 << 10;
 /// In a pipe, lines of at most `PIPE_BUF` bytes (4096 on Linux) do not mix with lines of other
 /// processes.
 ///
+/// A worker can use a writer, too, without attaching it. A line that waits is then written before
+/// the worker's next line.
+///
 /// A write to a regular file waits only for the disk. To rotate logs, open the new file with
 /// `O_APPEND` and create a new writer.
 ///

@@ -11,11 +11,13 @@
 ///
 /// The master accepts connections only with round robin. With [`SchedulingPolicy::Shared`] and
 /// [`SchedulingPolicy::Sharded`], the workers accept connections, and the counters do not include
-/// these connections. A worker that disconnects gives its parked connections to the master. Each
-/// counts as parked, and then as received when the master has sent it to another worker, or as
-/// passed in an upgrade. The new master counts a passed connection as parked and then as received,
-/// too. If a connection to a sharded listener reaches no worker and is reset, the connection counts
-/// as accepted and as dropped.
+/// these connections, with two exceptions:
+///
+/// - A worker that disconnects gives its parked connections to the master. Each counts as parked,
+///   and then as received when the master has sent it to another worker, or as passed in an
+///   upgrade. The new master counts a passed connection as parked and then as received, too.
+/// - If a worker has detached the selection of a sharded listener's shards, a connection may reach
+///   no worker. The master then resets it, and counts it as accepted and as dropped.
 ///
 /// Node has no counterpart. See [`Master::ledger`] for an example.
 ///

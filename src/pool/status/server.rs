@@ -50,7 +50,8 @@ const MAX_DISCARDED: usize = 64 * 1024;
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 impl Pool {
-    /// Serves the pool's state over HTTP, for Prometheus, load balancers and operators.
+    /// Serves the pool's state over HTTP, for Prometheus, load balancers and operators on the same
+    /// machine or in the same container.
     ///
     /// | path | answer |
     /// |---|---|
