@@ -385,9 +385,10 @@ impl<S: AsFd> Registered<S> {
     pub(crate) fn into_source(self) -> S {
         self.deregister();
         let this = ManuallyDrop::new(self);
-        // SAFETY: the pointer is valid for reads, and `this` is not used or dropped afterwards.
+        // SAFETY: the pointer is valid for reads. Each field is moved out once, and `this` is never
+        // dropped.
         let poller = unsafe { std::ptr::read(&raw const this.poller) };
-        // SAFETY: as above.
+        // SAFETY: as for `poller`.
         let source = unsafe { std::ptr::read(&raw const this.source) };
         drop(poller);
         source

@@ -33,7 +33,7 @@ pub(crate) struct Label {
     pub(crate) sequence: u64,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 

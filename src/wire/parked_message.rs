@@ -35,7 +35,7 @@ const PARKED_LENGTH: usize = size_of::<u32>();
 pub(crate) struct ParkedMessage {
     /// The listening socket that accepted the connections.
     pub(crate) socket: SocketId,
-    /// How often each connection has been parked.
+    /// The number of times that each connection has been parked.
     pub(crate) parked: Vec<u32>,
 }
 

@@ -43,7 +43,7 @@ pub(crate) enum Action<C> {
         id: ConnectionId,
         /// The listener that accepted the connection. The listener may have been closed.
         handle: HandleId,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
         /// The connection, or `None` if the shell already keeps it.
         connection: Option<C>,
@@ -59,7 +59,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         worker: WorkerId,
         connection: Handoff<C>,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with

@@ -67,7 +67,7 @@ pub(crate) enum Handoff<C> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Resumed {
     pub(crate) connection: ConnectionId,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 
@@ -75,7 +75,7 @@ pub(crate) struct Resumed {
 struct Entry {
     handle: HandleId,
     state: State,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     parked: u32,
 }
 

@@ -69,10 +69,10 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // Report the resets only for an open listener. While a listener drains, the kernel chooses
-        // the selector (see `shard_group`) for all new connections, and its SYN filter drops them.
-        // A connection whose handshake a SYN cookie completes passes the filter, and its reset is
-        // not an error.
+        // Report the resets only for an open listener. While a listener drains, the BPF program
+        // sends all new connections to the selector (see `shard_group`), whose SYN filter drops
+        // them. A connection that was completed by a SYN cookie still passes the filter, and its
+        // reset is not an error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });

@@ -374,7 +374,9 @@ impl<F> WorkerCore<F> {
                 }
             }
             ToWorker::Disconnect => self.disconnect_received(),
-            // The connection has been lost for lack of descriptors, so its client is disconnected.
+            // The connection did not arrive, because this process had no free descriptor. The
+            // kernel has closed it, which disconnected the client. (For an `Adopt` with its
+            // descriptor, the shell calls `adopt`.)
             ToWorker::Adopt { .. } => {}
             ToWorker::Message(bytes) => self.message(bytes, F::default()),
         }

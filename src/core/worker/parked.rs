@@ -39,7 +39,7 @@ struct Entry {
     listener: ListenerId,
     /// The master's handle of the listener, or `None` for a private listener.
     handle: Option<HandleId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     parked: u32,
     state: State,
 }
@@ -146,7 +146,7 @@ impl ParkedTable {
     }
 }
 
-// Requests of the application, and facts that the shell reports.
+// Requests from the application, and reports from the shell.
 impl<F> WorkerCore<F> {
     /// Sets the maximum number of connections that the worker holds.
     pub(crate) fn set_parked_limit(&mut self, limit: usize) {

@@ -26,7 +26,7 @@ pub(crate) struct Received {
     pub(crate) handle: Option<HandleId>,
     /// The connection's id and history if the master holds a copy.
     pub(crate) resumed: Option<Resumed>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 

@@ -418,7 +418,7 @@ pub(in crate::sys) fn set_disposition_by_libc(
     signal: libc::c_int,
     disposition: libc::sighandler_t,
 ) {
-    // SAFETY: both dispositions are always valid.
+    // SAFETY: the callers pass only `SIG_DFL` or `SIG_IGN`, which are always valid.
     unsafe { libc::signal(signal, disposition) };
 }
 

@@ -21,9 +21,9 @@ pub(crate) struct Origin {
     pub(crate) home: Home,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
-    /// What this worker has set up for the connection while the connection was parked.
+    /// The registrations that this worker has made for the connection while it was parked.
     pub(crate) registration: Option<Registration>,
 }
 
@@ -39,8 +39,8 @@ pub(crate) enum Home {
     Worker(ListenerId, Option<HandleId>),
 }
 
-/// What stays set up for a connection while the application has it, so that parking it again costs
-/// less.
+/// The registrations that a resumed connection keeps while the application has it, so that parking
+/// it again costs less.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Registration {
     /// The number of the connection's descriptor, which is dormant in the poller.
@@ -87,7 +87,7 @@ impl WorkerShell {
         }
     }
 
-    /// Forgets what is set up for a connection whose stream the application has closed, and lets the
+    /// Removes a connection whose stream the application has closed from the poller, and lets the
     /// master close its copy.
     pub(crate) fn forget(&self, origin: &Origin) {
         if let Some(registration) = origin.registration {
@@ -183,7 +183,9 @@ impl WorkerShell {
         self.keep(held, fd, None);
     }
 
-    /// Keeps a connection. If it is idle, waits once until its client sends something or hangs up.
+    /// Stores the descriptor of a held connection, or closes a connection that the core did not
+    /// hold. If the connection is idle, makes the poller report once that its client has sent
+    /// something or has hung up.
     fn keep(&self, held: Held, fd: OwnedFd, registration: Option<Registration>) {
         let mut interrupts = registration.is_some_and(|registration| registration.interrupts);
         let id = match held {
@@ -208,8 +210,8 @@ impl WorkerShell {
         self.parked.borrow_mut().insert(id, connection);
     }
 
-    /// Waits once until the client sends something or hangs up. Returns whether this also
-    /// interrupts a blocking `accept`.
+    /// Makes the poller report once that the client has sent something or has hung up. Returns
+    /// whether the report also interrupts a blocking `accept`.
     fn await_data(
         &self,
         id: ConnectionId,
@@ -355,7 +357,8 @@ impl WorkerShell {
         has_queued
     }
 
-    /// Removes what is set up for a connection, because the application takes the stream out.
+    /// Removes a connection from the poller and ends its interrupts of `accept`, because the
+    /// application takes the stream out of the `Connection`.
     pub(crate) fn unregister(&self, registration: Registration) {
         self.poller.delete_dormant(registration.number);
         registration.stop_interrupts();
