@@ -406,9 +406,9 @@ impl<C> Dispatcher<C> {
         reclaimed.map_or(0, |((), received)| received)
     }
 
-    /// Takes back a connection that could not be put into the worker's queue, or only counts it if
-    /// `connection` is `None`. If the queue `is_full`, nothing more is dispatched to the worker until
-    /// it reports that it is idle.
+    /// Takes back a connection that could not be put into the worker's queue. If `connection` is
+    /// `None`, only reverts the count of the dispatch. If the queue `is_full`, nothing more is
+    /// dispatched to the worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,

@@ -24,7 +24,8 @@ impl<C, F> MasterCore<C, F> {
     /// listener pauses instead. A borrowed TCP or Unix listener is returned to the application.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let grace_end = self.now.saturating_add(DRAIN_GRACE);
-        // Let the poller report the idle connections whose clients have already sent something.
+        // Allow time for the poller to report the idle connections whose clients have already sent
+        // something.
         let idle_grace = self.parked.is_any_idle_on(handle).then_some(grace_end);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

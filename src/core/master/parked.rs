@@ -351,7 +351,7 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
-    /// Holds a connection of which the master has a copy until the client sends something.
+    /// Holds a connection again until its client sends something. The master already has a copy.
     fn hold_again(&mut self, connection: ConnectionId) {
         let Some(&Entry { handle, .. }) = self.parked.get(connection) else {
             return;
@@ -419,8 +419,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the master's copies of all connections that the worker has, because its channel has
-    /// closed and its queue is empty.
+    /// Closes the master's copies of the connections that the worker has received, because its
+    /// channel has closed. Leaves out listeners whose queue for the worker has not been closed yet,
+    /// because the queue may still contain some of their connections.
     pub(super) fn close_held_by(&mut self, worker: WorkerId) {
         for connection in self.parked.held_by(worker) {
             let handle = self.parked.get(connection).map(|entry| entry.handle);
@@ -451,7 +452,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Facts that the shell reports about idle connections.
+// Reports from the shell about idle connections.
 impl<C, F> MasterCore<C, F> {
     /// Records that the client of an idle connection has sent something.
     pub(crate) fn data_arrived(&mut self, connection: ConnectionId) {
@@ -463,7 +464,7 @@ impl<C, F> MasterCore<C, F> {
         else {
             return;
         };
-        // The listener exists, because a listener that closes closes its idle connections. If its
+        // The listener exists, because closing a listener also closes its idle connections. If its
         // workers accept and none of them serves it, the next one receives the connection with its
         // data.
         let listener = self.listeners.get_mut(&handle);

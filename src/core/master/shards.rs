@@ -151,7 +151,8 @@ impl<C, F> MasterCore<C, F> {
     /// backlog and the other shards keep their indices.
     pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_index(handle, worker);
-        // A worker that releases the listener itself has drained its shard.
+        // A worker that is still connected has released the listener itself, after draining its
+        // shard.
         let has_drained = self.is_connected(worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

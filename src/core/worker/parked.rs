@@ -55,12 +55,10 @@ enum State {
     Leaving,
 }
 
-/// What the shell does with a connection that the application has parked, or that the master has
-/// sent.
+/// The shell's task for a connection that the application has parked, or that the master has sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
-    /// Wait until the client sends something or hangs up, and then call `data_arrived` or
-    /// `idle_hung_up`.
+    /// Watch for data or a hang-up from the client, and then call `data_arrived` or `idle_hung_up`.
     Idle(ConnectionId),
     /// Keep the connection until `next_leaving` returns it.
     Leaving(ConnectionId),
@@ -289,8 +287,8 @@ impl<F> WorkerCore<F> {
         !self.parked.leaving.is_empty()
     }
 
-    /// Lets the idle connections leave, of one listener or of all. Those whose clients have sent
-    /// something stay for the application.
+    /// Lets the idle connections of one listener, or of all listeners, leave. Those whose clients
+    /// have sent something stay for the application.
     pub(super) fn idle_leave(&mut self, listener: Option<ListenerId>) {
         self.leave_where(|entry| {
             let is_own = listener.is_none_or(|listener| entry.listener == listener);
@@ -477,7 +475,7 @@ mod tests {
         assert!(core.has_leaving());
         assert_eq!(leaving(&mut core), [(idle_one, 2)]);
         assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
-        // What the application parks now leaves at once.
+        // A connection that the application parks now leaves at once.
         let Held::Leaving(id) = core.hold(listener, Some(HANDLE), 2, NOW) else {
             panic!("the worker holds a connection");
         };
