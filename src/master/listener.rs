@@ -150,8 +150,8 @@ impl Master {
     /// request its address. A host name stands for its first usable address. A worker that listens
     /// on `localhost:80` may therefore open `[::1]:80` although `127.0.0.1:80` was passed. The
     /// address of a Unix listener is its path, or its abstract name after a zero byte. A TCP
-    /// listener on all addresses also matches requests that name only its port. The call makes a UDP
-    /// socket non-blocking, and with round robin also a listener.
+    /// listener on all addresses also matches requests that name only its port. The call makes a
+    /// UDP socket non-blocking, and with round robin also a listener.
     ///
     /// If another master opened the socket for port 0 and passed it under its
     /// [name](MasterListener::name), workers receive the socket if they request port 0.

@@ -479,8 +479,8 @@ impl Master {
     /// The default is half of the soft limit of descriptors (`RLIMIT_NOFILE`) at the time when the
     /// master was created. If a new connection exceeds the maximum, the idle connection that would
     /// expire first is closed, and [`Ledger::idle_closed`](crate::Ledger::idle_closed) counts it.
-    /// If no connection is idle, the new one is closed. Connections beyond a lower maximum stay
-    /// open.
+    /// If no connection is idle, the new one is closed. If the maximum is lowered, connections
+    /// beyond it stay open.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) {

@@ -19,8 +19,8 @@ use crate::types::socket_id::SocketId;
 /// The maximum number of connections in one message.
 ///
 /// With a larger number, a reader without enough descriptors loses more connections at once, and
-/// some systems allow no more than 253 descriptors. With a smaller one, the masters make more system
-/// calls. No benchmark chose the value.
+/// some systems allow no more than 253 descriptors. With a smaller one, the masters make more
+/// system calls. No benchmark chose the value.
 pub(crate) const MAX_CONNECTIONS: usize = 64;
 
 /// The length of the longest message in bytes.

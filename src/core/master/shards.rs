@@ -17,9 +17,9 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return false;
         };
-        // Prefer the spare shard, because its connections arrived while no worker served. Then prefer
-        // the shard of a worker that was killed. After reloads there are more shards than workers, and
-        // the clients in its backlog would otherwise wait for a further worker.
+        // Prefer the spare shard, because its connections arrived while no worker served. Then
+        // prefer the shard of a worker that was killed. After reloads there are more shards than
+        // workers, and the clients in its backlog would otherwise wait for a further worker.
         let free = listener.free_shard();
         match listener.spare_shard.take().or(free) {
             Some(shard) => {

@@ -219,7 +219,7 @@ impl MasterShell {
         }
     }
 
-    /// Sends the next message to the successor. Returns whether there may be actions or more to
+    /// Sends the next message to the successor. Returns whether there may be new actions or more to
     /// send.
     pub(super) fn pass_next(&self) -> bool {
         let mut successor = self.successor.borrow_mut();
@@ -426,8 +426,8 @@ impl MasterShell {
         self.core_now().lost_parked(fds.len());
     }
 
-    /// Returns the listener with this socket. Returns `None` if there is none, or if several sockets
-    /// have the same identity, because the system does not identify sockets.
+    /// Returns the listener with this socket. Returns `None` if there is none, or if several
+    /// sockets have the same identity, because the system does not identify sockets.
     fn listener_with(&self, id: SocketId) -> Option<HandleId> {
         let sockets = self.sockets.borrow();
         let mut found = sockets.iter().filter(|(_, own)| {

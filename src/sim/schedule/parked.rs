@@ -48,8 +48,8 @@ fn advance(schedule: &mut Schedule, rng: &mut Rng, listen: u8) {
     }
 }
 
-/// Returns the number of connections that close if the worker is killed. A connection that is parked
-/// in the master is lost only if its frame has not been written.
+/// Returns the number of connections that close if the worker is killed. A connection that is
+/// parked in the master is lost only if its frame has not been written.
 fn count_with(schedule: &Schedule, worker: WorkerId) -> usize {
     let process = &schedule.world.processes[&worker];
     let given = process.down.parcels();

@@ -13,8 +13,8 @@ use crate::sys::signal::{chained_action, current_action, is_function, set_action
 const SIGNAL: libc::c_int = libc::SIGURG;
 
 /// Interrupts each thread of this process that waits in a system call whose first argument is
-/// `number`. Returns whether there may be another such thread, or whether the caller must check that
-/// the interrupted ones have left their calls.
+/// `number`. Returns whether there may be another such thread, or whether the caller must check
+/// that the interrupted ones have left their calls.
 ///
 /// Returns `false` if the system does not tell what the threads wait for.
 pub(in crate::sys) fn interrupt(number: RawFd) -> bool {

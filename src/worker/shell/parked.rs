@@ -13,7 +13,7 @@ use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
 use crate::wire::frame::{HandleId, MAX_BATCH, ToMaster};
 
-/// Where a connection comes from, and where it goes when the application parks it.
+/// The source of a connection, and its destination when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Origin {
     /// The listener that counts the connection.
@@ -102,7 +102,8 @@ impl WorkerShell {
         has_home && self.core.borrow().is_writable() && self.poller.is_own()
     }
 
-    /// Holds a connection until its client sends something, or gives it to the master, which does.
+    /// Holds a connection until its client sends something, or gives the connection to the master,
+    /// which then holds it.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
         self.fault("worker.before_park");
         match origin.home {
@@ -119,7 +120,7 @@ impl WorkerShell {
         // A forked child only closes its copy of the connection.
         let is_writable = core.is_writable() && self.poller.is_own();
         match (origin.held, handle) {
-            // The options are the same for the master's copy.
+            // The master's copy shares the options that are reset here.
             _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
                 if let Some(connection) = origin.held {
                     core.detach(connection);
@@ -273,7 +274,8 @@ impl WorkerShell {
     pub(super) fn close_parked(&self, id: ConnectionId) {
         let removed = self.parked.borrow_mut().remove(id);
         if let Some(connection) = removed {
-            // A process that the application forked may have a copy, which keeps the registration.
+            // Delete the registration explicitly, because closing this copy would not end it if a
+            // process that the application forked has another copy.
             self.poller.delete(connection.fd.as_fd());
         }
     }
@@ -366,8 +368,8 @@ impl WorkerShell {
 }
 
 impl Registration {
-    /// Ends the interrupts of `accept`. They belong to the socket, and other processes may have
-    /// copies.
+    /// Ends the interrupts of `accept`. They belong to the socket itself, so closing this copy
+    /// would not end them if another process has a copy.
     pub(crate) fn stop_interrupts(self) {
         if self.interrupts {
             InterruptibleAccept::remove_connection(self.number);

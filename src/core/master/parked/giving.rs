@@ -1,6 +1,6 @@
-//! Giving idle connections from one worker to another, on listeners whose workers accept. The workers
-//! hold these connections. The master only has them from the time a worker disconnects until another
-//! worker serves the listener.
+//! Giving idle connections from one worker to another, on listeners whose workers accept. The
+//! workers hold these connections. The master only has them from the time a worker disconnects
+//! until another worker serves the listener.
 
 use super::passing::Keeper;
 use super::{Handoff, Resumed};

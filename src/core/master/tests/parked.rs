@@ -79,8 +79,8 @@ fn handoffs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<Handoff<u32>>
     dispatched.collect()
 }
 
-/// Makes the client of an idle connection send something. Returns the worker to which the connection
-/// is dispatched, and the connection in its queue.
+/// Makes the client of an idle connection send something. Returns the worker to which the
+/// connection is dispatched, and the connection in its queue.
 fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<Handoff<u32>>) {
     core.data_arrived(id);
     let mut dispatched = handoffs(actions(core));
