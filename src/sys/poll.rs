@@ -308,8 +308,8 @@ impl Poller {
         self.0.dormant.borrow_mut().insert(fd.as_raw_fd());
     }
 
-    /// Deletes the registration of a dormant descriptor, which is open. Does nothing if another
-    /// registration has replaced the dormant one.
+    /// Deletes the registration of a dormant descriptor, which must be open. Does nothing if
+    /// another registration has replaced the dormant one.
     pub(crate) fn delete_dormant(&self, number: RawFd) {
         if self.0.dormant.borrow().contains(&number) {
             // SAFETY: the caller knows that the descriptor is open.

@@ -1,9 +1,9 @@
 //! Interrupts threads that wait in a system call.
 //!
 //! The kernel tells in /proc/self/task/TID/syscall which call a thread waits in (proc(5)). A signal
-//! interrupts it. The signal is SIGURG, because it has no effect without a handler. Only threads
-//! that wait for the given descriptor receive the signal, because some calls of other threads would
-//! fail with EINTR, for example reads with a timeout (signal(7)).
+//! interrupts the call. The signal is SIGURG, because it has no effect without a handler. Only
+//! threads that wait for the given descriptor receive the signal, because some calls of other
+//! threads would fail with EINTR, for example reads with a timeout (signal(7)).
 
 use std::io;
 use std::os::fd::RawFd;
