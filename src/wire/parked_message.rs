@@ -9,7 +9,7 @@
 //! | 1 | the number of connections, from 1 to 64 |
 //! | 8 | the device of the listening socket |
 //! | 8 | the inode of the listening socket |
-//! | 4 for each connection | how often the connection has been parked |
+//! | 4 for each connection | the number of times that the connection has been parked |
 //!
 //! A reader that does not know the version cannot find the end of the message. It discards the rest
 //! of the stream, and closes all descriptors that arrive.
