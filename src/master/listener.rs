@@ -100,7 +100,7 @@ impl Master {
     /// Returns [`Error::Listen`] if:
     ///
     /// - the address cannot be resolved, or the system refuses it, for instance because the address
-    ///   is in use, is not allowed or no descriptor is free;
+    ///   is in use or not allowed, or because no descriptor is free;
     /// - the options contain [`exclusive`](ListenOptions::exclusive),
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;

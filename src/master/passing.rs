@@ -32,7 +32,7 @@ impl Master {
     /// wait. While the other master does not read, this master keeps the connections.
     /// [`run`](Self::run) returns only when all connections have been passed. It also waits for the
     /// end of each master from which this one [receives](Self::receive_parked) connections, because
-    /// these are passed on.
+    /// it passes those connections on.
     ///
     /// If the other master closes its end, or when the time `deadline` has passed since the call,
     /// this master holds its connections again. If connections were waiting to be passed, it

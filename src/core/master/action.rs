@@ -53,8 +53,9 @@ pub(crate) enum Action<C> {
         id: ConnectionId,
     },
     /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has
-    /// not read the connections that it was given before, the shell calls `not_adopted` instead. If
-    /// the shell holds the connection, it removes the connection from those that it holds.
+    /// not read the earlier connections that were sent to it, the shell calls `not_adopted`
+    /// instead. If the shell holds the connection, it removes the connection from those that it
+    /// holds.
     Adopt {
         handle: HandleId,
         worker: WorkerId,

@@ -263,8 +263,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
-    /// the listener can no longer hold. Closes the connection if its listener has closed.
-    /// Otherwise, kills a worker that has not sent `Online`, or that has never had the listener.
+    /// the listener can no longer hold. If the listener has closed, closes the connection. Kills a
+    /// worker that has not sent `Online`, or that has never had the listener, unless the listener
+    /// no longer exists.
     pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
         if !self.is_connected(worker) {
             return;
@@ -409,8 +410,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Records that the master accepts nothing from the listener, if the reason is that it may hold
-    /// no further connection.
+    /// Records that the master accepts nothing from the listener, if the reason is that the master
+    /// may hold no further connection.
     pub(super) fn await_space(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         let holds_new = listener.is_some_and(Listener::holds_new);

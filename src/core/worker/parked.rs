@@ -8,7 +8,7 @@
 //! -----------  -------------------------------------------------------------  ---------
 //! (none)       the application parks a connection                             Idle
 //! (none)       the master gives the worker a connection of another worker     Idle
-//! (none)       either of the two, but the listener receives no more           Leaving
+//! (none)       either event, but the listener receives no more connections    Leaving
 //! Idle         the client sends something                                     Ready
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
@@ -31,7 +31,8 @@ use crate::types::connection_id::ConnectionId;
 use crate::types::time::{Time, earlier};
 use crate::wire::frame::HandleId;
 
-/// The listener of connections that the worker only passes on. No listener has this number.
+/// Stands for the listener of a connection that the master has sent, if this worker does not have
+/// that listener. No listener has this number.
 const NO_LISTENER: ListenerId = ListenerId(0);
 
 #[derive(Debug)]
@@ -263,7 +264,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Removes the listener's next connection whose client has sent something. Returns the
-    /// connection, and how often it has been parked.
+    /// connection, and the number of times that it has been parked.
     pub(crate) fn next_resumed(&mut self, listener: ListenerId) -> Option<(ConnectionId, u32)> {
         let entry = self.listeners.get_mut(&listener)?;
         let id = entry.resumed.pop_front()?;

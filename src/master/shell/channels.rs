@@ -371,9 +371,9 @@ impl MasterShell {
     }
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
-        // The channel itself returns `OutOfMemory` if too many replies wait in the master; the
-        // system's ENOMEM has a number. A worker that never reads its replies may ignore
-        // end-of-file too, so kill it.
+        // If too many replies wait in the master, the channel itself returns `OutOfMemory`, without
+        // an error number. A worker that never reads its replies may ignore end-of-file too, so
+        // kill it.
         let is_violation =
             reason.kind() == io::ErrorKind::OutOfMemory && reason.raw_os_error().is_none();
         let mut core = self.core_now();

@@ -66,8 +66,8 @@ impl MasterShell {
         self.held.borrow_mut().remove(id);
     }
 
-    /// Gives an idle connection to a worker. If the worker has not read the connections that it was
-    /// given before, returns the connection to the core.
+    /// Gives an idle connection to a worker. If the worker has not read the earlier connections
+    /// that were sent to it, returns the connection to the core.
     pub(super) fn give(
         &self,
         handle: HandleId,
