@@ -47,7 +47,7 @@ pub(crate) enum Parsed {
     Complete(ParkedMessage),
 }
 
-/// The reason why the bytes are no message.
+/// The reason why the bytes are not a valid message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Invalid {
     UnknownVersion,
