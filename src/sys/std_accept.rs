@@ -114,7 +114,7 @@ impl LocalName {
         let size = usize::try_from(size).ok()?.min(size_of_val(&address));
         // SAFETY: every byte of the value is initialized, because it was zeroed before the call.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const address).cast::<u8>(), size) };
-        // The port follows the family on all systems, as the path does.
+        // On all systems, the port or the path follows the family in the address.
         let name = match kind.family {
             Family::Internet => bytes.get(2..4)?,
             Family::Unix | Family::Other => bytes.get(2..)?,

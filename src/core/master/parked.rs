@@ -124,7 +124,8 @@ impl ParkedTable {
     }
 
     /// Returns how many new connections the master may accept in order to hold them, or `None` if
-    /// it holds none at all. An idle connection makes space for a new one.
+    /// it holds none at all. Idle connections count as free space, because one is closed for each
+    /// new connection beyond the limit.
     pub(super) fn space(&self) -> Option<u64> {
         let free = self.limit.saturating_sub(self.len());
         (self.limit > 0).then_some((free + self.expiries.len()) as u64)

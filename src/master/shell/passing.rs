@@ -57,7 +57,7 @@ struct Message {
     /// The bytes that have not been written.
     rest: Vec<u8>,
     connections: Vec<ConnectionId>,
-    /// Whether bytes have been written. The descriptors are sent with the first byte.
+    /// Whether any bytes have been written. The descriptors are sent with the first byte.
     is_begun: bool,
 }
 
@@ -408,8 +408,8 @@ impl MasterShell {
     /// Holds the connections of a message.
     fn hold_received(&self, message: &ParkedMessage, fds: Vec<NoLingerFd>) {
         let handle = self.listener_with(message.socket);
-        // If this process had too few free descriptors, the kernel has kept the first ones and
-        // closed the others.
+        // If this process had too few free descriptors, the kernel has delivered the message's
+        // first descriptors and closed the others.
         self.core_now()
             .lost_parked(message.parked.len().saturating_sub(fds.len()));
         let mut parked = message.parked.iter();
