@@ -318,8 +318,8 @@ pub fn is_master() -> bool {
     !is_worker()
 }
 
-/// Returns whether this process is a worker, which means that a master forked it with a channel to
-/// itself.
+/// Returns whether this process is a worker, that is, a process that a master forked with a channel
+/// to the master.
 ///
 /// Node: `cluster.isWorker`.
 ///

@@ -268,7 +268,7 @@ impl<S> ListenOptions<S> {
     ///
     /// Node has no counterpart.
     ///
-    /// Clients that connect and send nothing then occupy no worker. With round robin, the master
+    /// With `true`, clients that connect and send nothing occupy no worker. With round robin, the master
     /// accepts even while no worker is idle, up to
     /// [`Master::set_max_parked`](crate::Master::set_max_parked), and holds the connection as if it
     /// were [parked](crate::Connection::park). With the shared policy, and for private listeners,
@@ -277,10 +277,10 @@ impl<S> ListenOptions<S> {
     /// is disconnected. If such a listener closes, the kernel resets the connections that it holds
     /// when their clients send something.
     ///
-    /// The option has no effect on a sharded listener. If its worker disconnected, the connections
-    /// that the kernel holds would later wait in the backlog of a listener without a worker.
-    /// Without round robin, the option also has no effect on a Unix socket, on systems other than
-    /// Linux, and on a listener that a process outside the cluster may also use.
+    /// The option has no effect on a sharded listener. If the worker of a shard disconnected, the
+    /// connections that the kernel holds would later wait in the backlog of a shard without a
+    /// worker. Without round robin, the option also has no effect on a Unix socket, on systems
+    /// other than Linux, and on a listener that a process outside the cluster may also use.
     ///
     /// If several workers, or a worker and the master, listen on an address, the value that was set
     /// last applies.

@@ -1,4 +1,4 @@
-//! What the tables of parked connections in the master and in the worker have in common.
+//! The parts that the master's and the worker's tables of parked connections share.
 
 use std::collections::BTreeSet;
 

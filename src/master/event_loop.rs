@@ -35,8 +35,9 @@ const EVENTS_PER_ITERATION: u32 = 1024;
 /// Maximum number of reads from an exited worker's channel before the worker is reaped.
 ///
 /// A full socket buffer usually needs fewer reads. The limit ends the reads if a process continues
-/// to write: a child that the worker has left, or a worker without a process descriptor that has
-/// not exited. Frames beyond the limit are not lost, because `close_channel` processes them.
+/// to write: a child that the exited worker has left behind, or a worker without a process
+/// descriptor that has not exited. Frames beyond the limit are not lost, because `close_channel`
+/// processes them.
 const FINAL_READS_MAX: u32 = 64;
 /// Interval between two checks for exits that the system does not report.
 ///

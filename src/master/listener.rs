@@ -100,7 +100,7 @@ impl Master {
     /// Returns [`Error::Listen`] if:
     ///
     /// - the address cannot be resolved, or the system refuses it, for instance because the address
-    ///   is in use, is not allowed or no descriptor is free;
+    ///   is in use or not allowed, or because no descriptor is free;
     /// - the options contain [`exclusive`](ListenOptions::exclusive),
     ///   [`reuse_port`](ListenOptions::reuse_port) or [`fd`](ListenOptions::fd), which are only for
     ///   workers;
@@ -150,8 +150,8 @@ impl Master {
     /// request its address. A host name stands for its first usable address. A worker that listens
     /// on `localhost:80` may therefore open `[::1]:80` although `127.0.0.1:80` was passed. The
     /// address of a Unix listener is its path, or its abstract name after a zero byte. A TCP
-    /// listener on all addresses also matches requests that name only its port. The call makes a UDP
-    /// socket non-blocking, and with round robin also a listener.
+    /// listener on all addresses also matches requests that name only its port. The call makes a
+    /// UDP socket non-blocking, and with round robin also a listener.
     ///
     /// If another master opened the socket for port 0 and passed it under its
     /// [name](MasterListener::name), workers receive the socket if they request port 0.

@@ -32,7 +32,7 @@ impl Master {
     /// wait. While the other master does not read, this master keeps the connections.
     /// [`run`](Self::run) returns only when all connections have been passed. It also waits for the
     /// end of each master from which this one [receives](Self::receive_parked) connections, because
-    /// these are passed on.
+    /// it passes those connections on.
     ///
     /// If the other master closes its end, or when the time `deadline` has passed since the call,
     /// this master holds its connections again. If connections were waiting to be passed, it
@@ -68,18 +68,19 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// Each connection belongs to the listener with the same socket, which this master must have
-    /// [adopted](Self::adopt) before. The
-    /// connections of all shards of a [sharded](crate::SchedulingPolicy::Sharded) listener belong to
-    /// its first shard, because an upgrade passes only that socket. The number of a connection's
-    /// requests ([`Connection::requests`](crate::Connection::requests)) continues.
+    /// [adopted](Self::adopt) before. The connections of all shards of a
+    /// [sharded](crate::SchedulingPolicy::Sharded) listener belong to its first shard, because an
+    /// upgrade passes only that socket. The number of a connection's requests
+    /// ([`Connection::requests`](crate::Connection::requests)) continues.
     ///
     /// With [`SchedulingPolicy::RoundRobin`], this master holds the connection. With the other
     /// policies, it sends the connection to the listener's workers in turn, and holds it while no
     /// worker serves the listener. The other master may use another policy.
     ///
-    /// [`Ledger::parked`] counts the connection. If this master does not have the listener or has no
-    /// free descriptor, the connection is closed, and [`Ledger::idle_closed`] counts it too. If the
-    /// other master belongs to a later release with other messages, all its connections are closed.
+    /// [`Ledger::parked`] counts the connection. If this master does not have the listener or has
+    /// no free descriptor, the connection is closed, and [`Ledger::idle_closed`] counts it too. If
+    /// the other master belongs to a later release with other messages, all its connections are
+    /// closed.
     ///
     /// The loop receives the connections. [`run`](Self::run) does not wait for them, unless this
     /// master passes its own connections to a third one.

@@ -7,7 +7,7 @@ use crate::master::worker_process::WorkerProcess;
 use crate::sys::process::Usage;
 use crate::types::signal::Signal;
 
-/// The process of a worker, with the operations that the system offers for a process.
+/// The process of a worker: its id, signals, channel, pipes, exit status and resource usage.
 ///
 /// Node: `worker.process`, a `ChildProcess`.
 ///

@@ -73,7 +73,8 @@ pub enum PoolEvent {
         worker: WorkerId,
         /// The limit that the worker has reached.
         limit: Limit,
-        /// The time after which the pool replaces the worker if its memory is still at the limit.
+        /// How long after this event the pool replaces the worker, if its memory is still at the
+        /// limit then.
         by: Duration,
     },
     /// A worker has reached a limit, but its replacement has failed. The old worker stays.

@@ -208,8 +208,8 @@ impl Pool {
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
             // Ignore an error. Usually, the file has already been removed, so no client can connect
-            // through it. After any other error (for example, if no descriptor is free), this
-            // master only leaves the file behind when it closes the socket.
+            // through it. After any other error (for example, if no descriptor is free), the file
+            // merely remains when this master closes the socket.
             let _ = inherited.listener.set_removes_file(true);
         }
         drop(listeners);
@@ -426,7 +426,8 @@ impl Pool {
     pub(super) fn release_socket_files(&self) {
         let (listeners, others) = (self.0.listeners.borrow(), self.0.worker_sockets.borrow());
         for PoolListener { listener, .. } in listeners.iter().chain(&*others) {
-            // Ignore the result, because `set_removes_file(false)` cannot fail.
+            // Ignore the result. `set_removes_file(false)` fails only in a forked child of the
+            // master, which does not run this code.
             let _ = listener.set_removes_file(false);
         }
     }

@@ -625,8 +625,8 @@ mod tests {
         let mut reader = File::from(reader);
         let mut text = Vec::new();
         let mut buffer = vec![0; 1 << 20];
-        // Writing a new line first writes the lines that wait. The reader must then get all kept
-        // lines, the notice, and these two lines, in this order.
+        // Each new line first writes the waiting lines. The reader must then get all kept lines,
+        // the notice, and these two lines, in this order.
         for last in ["last\n", "very last\n"] {
             let length = reader.read(&mut buffer).unwrap();
             text.extend_from_slice(&buffer[..length]);

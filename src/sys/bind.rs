@@ -99,8 +99,8 @@ fn check_kind(kind: Kind, number: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a socket listen that the application passes to the master. Returns the endpoint by which
-/// workers request the socket: its address, path or abstract name.
+/// Prepares a socket that the application passes to the master, and makes a stream socket listen.
+/// Returns the endpoint by which workers request the socket: its address, path or abstract name.
 pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Result<Endpoint> {
     check_kind(kind, socket.as_raw_fd())?;
     // Listen before reading the address, because listening on an unbound socket assigns its port.

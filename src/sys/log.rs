@@ -191,8 +191,8 @@ impl Target {
                     *self = Self::Own(Rc::new(own));
                     written
                 }
-                // The pipe has no reader at present. Keep this way, because a reader may open the
-                // pipe later.
+                // The pipe has no reader at present. Keep `Way::Reopen`, because a reader may open
+                // the pipe later.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Err(error),
                 Err(error) if is_lack(&error) => write_shared(file, bytes),
                 Err(_) => {

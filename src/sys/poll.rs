@@ -308,8 +308,8 @@ impl Poller {
         self.0.dormant.borrow_mut().insert(fd.as_raw_fd());
     }
 
-    /// Deletes the registration of a dormant descriptor, which is open. Does nothing if another
-    /// registration has replaced the dormant one.
+    /// Deletes the registration of a dormant descriptor, which must be open. Does nothing if
+    /// another registration has replaced the dormant one.
     pub(crate) fn delete_dormant(&self, number: RawFd) {
         if self.0.dormant.borrow().contains(&number) {
             // SAFETY: the caller knows that the descriptor is open.
@@ -385,9 +385,10 @@ impl<S: AsFd> Registered<S> {
     pub(crate) fn into_source(self) -> S {
         self.deregister();
         let this = ManuallyDrop::new(self);
-        // SAFETY: the pointer is valid for reads, and `this` is not used or dropped afterwards.
+        // SAFETY: the pointer is valid for reads. Each field is moved out once, and `this` is never
+        // dropped.
         let poller = unsafe { std::ptr::read(&raw const this.poller) };
-        // SAFETY: as above.
+        // SAFETY: as for `poller`.
         let source = unsafe { std::ptr::read(&raw const this.source) };
         drop(poller);
         source

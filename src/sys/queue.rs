@@ -19,21 +19,21 @@ use crate::types::connection_id::ConnectionId;
 ///
 /// With this value, an empty queue takes at least 16 and fewer than 200 connections on every
 /// supported system. A smaller buffer could reject connections that the dispatcher may send ahead
-/// of time. With a larger buffer, more connections pile up in the queue of a worker that reports
-/// idle without receiving.
+/// of time. With a larger buffer, more connections accumulate in the queue of a worker that reports
+/// that it is idle without receiving any.
 const SEND_BUFFER: libc::c_int = 16 << 10;
 
 /// The length of a message in bytes.
 const MESSAGE_LENGTH: usize = 16;
 
-/// What a message says about its connection.
+/// The information in a message about its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Label {
     /// The number by which the master keeps the order of the connections.
     pub(crate) sequence: u64,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 

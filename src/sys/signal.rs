@@ -64,8 +64,8 @@ fn state(signal: libc::c_int) -> Option<&'static SignalState> {
 struct Pipe {
     reader: UnixStream,
     writer: UnixStream,
-    /// The process whose reader the pipe wakes. A child that the application forks inherits the
-    /// handlers, but must not wake its parent.
+    /// The only process whose handlers write to the pipe. A child that the application forks
+    /// inherits the handlers and the pipe, but must not wake its parent.
     owner: AtomicOwner,
 }
 

@@ -246,7 +246,7 @@ pub(crate) fn is_connection(fd: BorrowedFd<'_>) -> bool {
     is_stream && option::get_int(number, libc::SO_ACCEPTCONN).ok() == Some(0)
 }
 
-/// Puts the options that an application may have changed back to their values after accept(2):
+/// Resets the options that an application may have changed to their values after accept(2):
 /// blocking mode and no timeouts. Other options stay, because only the application knows them.
 ///
 /// # Errors

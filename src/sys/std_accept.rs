@@ -1,10 +1,10 @@
 //! Ends `accept` calls of code that this crate does not control.
 //!
 //! shutdown(2) would end the calls of all processes that share the listener, and lose its backlog.
-//! Instead, the number of this process's descriptor becomes a copy of the *stub*, a socket that does
-//! not listen. From then on, `accept` on the number fails with EINVAL, as if the listener had been
-//! shut down. A call that already waits still waits for the listener, so a signal interrupts it. The
-//! standard library (EINTR) or the kernel (SA_RESTART) then repeats the call, which fails.
+//! Instead, the number of this process's descriptor becomes a copy of the *stub*, a socket that
+//! does not listen. From then on, `accept` on the number fails with EINVAL, as if the listener had
+//! been shut down. A call that already waits still waits for the listener, so a signal interrupts
+//! it. The standard library (EINTR) or the kernel (SA_RESTART) then repeats the call, which fails.
 
 use std::io;
 use std::net::SocketAddr;
@@ -114,7 +114,7 @@ impl LocalName {
         let size = usize::try_from(size).ok()?.min(size_of_val(&address));
         // SAFETY: every byte of the value is initialized, because it was zeroed before the call.
         let bytes = unsafe { std::slice::from_raw_parts((&raw const address).cast::<u8>(), size) };
-        // The port follows the family on all systems, as the path does.
+        // On all systems, the port or the path follows the family in the address.
         let name = match kind.family {
             Family::Internet => bytes.get(2..4)?,
             Family::Unix | Family::Other => bytes.get(2..)?,
@@ -164,8 +164,8 @@ mod tests {
             let errors: Vec<_> = thread::scope(|scope| {
                 let threads = [(); 3].map(|()| scope.spawn(|| copy.accept().unwrap_err()));
                 accept.end();
-                // Do not wait for `interrupt` to return `false`, because other tests keep threads of
-                // this process running.
+                // Do not wait for `interrupt` to return `false`, because other tests keep threads
+                // of this process running.
                 while !threads.iter().all(|thread| thread.is_finished()) {
                     accept.interrupt();
                     thread::sleep(Duration::from_millis(10));

@@ -29,11 +29,11 @@
 pub struct Ledger {
     /// Connections that the master has accepted since the master started.
     pub accepted: u64,
-    /// How often workers have parked a connection in the master, and how many connections another
-    /// master has passed to this one.
+    /// The number of times that workers have parked a connection in the master, plus the number of
+    /// connections that another master has passed to this one.
     pub parked: u64,
-    /// How often the client of a parked connection has sent something, so that the connection goes
-    /// to a worker again. This number is not an outcome.
+    /// The number of times that the client of a parked connection has sent something, after which
+    /// the connection goes to a worker again. This does not count as an outcome.
     pub resumed: u64,
     /// Connections that a worker's application received. A connection that is received several
     /// times counts each time.

@@ -193,7 +193,7 @@ pub(crate) enum ToMaster {
     /// the connection's descriptor.
     Park {
         handle: HandleId,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
     },
     /// Reports that the worker has closed its copy of a connection that the master holds. The
@@ -229,7 +229,7 @@ pub(crate) enum ToWorker {
     /// connection's descriptor.
     Adopt {
         handle: HandleId,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
     },
     Message(Vec<u8>),

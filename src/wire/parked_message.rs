@@ -9,7 +9,7 @@
 //! | 1 | the number of connections, from 1 to 64 |
 //! | 8 | the device of the listening socket |
 //! | 8 | the inode of the listening socket |
-//! | 4 for each connection | how often the connection has been parked |
+//! | 4 for each connection | the number of times that the connection has been parked |
 //!
 //! A reader that does not know the version cannot find the end of the message. It discards the rest
 //! of the stream, and closes all descriptors that arrive.
@@ -19,8 +19,8 @@ use crate::types::socket_id::SocketId;
 /// The maximum number of connections in one message.
 ///
 /// With a larger number, a reader without enough descriptors loses more connections at once, and
-/// some systems allow no more than 253 descriptors. With a smaller one, the masters make more system
-/// calls. No benchmark chose the value.
+/// some systems allow no more than 253 descriptors. With a smaller one, the masters make more
+/// system calls. No benchmark chose the value.
 pub(crate) const MAX_CONNECTIONS: usize = 64;
 
 /// The length of the longest message in bytes.
@@ -35,7 +35,7 @@ const PARKED_LENGTH: usize = size_of::<u32>();
 pub(crate) struct ParkedMessage {
     /// The listening socket that accepted the connections.
     pub(crate) socket: SocketId,
-    /// How often each connection has been parked.
+    /// The number of times that each connection has been parked.
     pub(crate) parked: Vec<u32>,
 }
 
@@ -47,7 +47,7 @@ pub(crate) enum Parsed {
     Complete(ParkedMessage),
 }
 
-/// The reason why the bytes are no message.
+/// The reason why the bytes are not a valid message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Invalid {
     UnknownVersion,

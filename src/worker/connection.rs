@@ -90,8 +90,8 @@ impl<S> Connection<S> {
         Self { stream, counted }
     }
 
-    /// Returns how often the application has received this connection, in any worker: 1 for a new
-    /// connection, and 1 more each time it has been [parked](Self::park).
+    /// Returns the number of times that the application has received this connection, in any
+    /// worker: 1 for a new connection, and 1 more each time it has been [parked](Self::park).
     ///
     /// Node has no counterpart.
     ///

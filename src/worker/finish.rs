@@ -39,7 +39,7 @@ const READ_SIZE: usize = 16 << 10;
 
 /// Waits until the client closes the connection or a limit is reached.
 pub(super) fn blocking(connection: BorrowedFd<'_>) {
-    // Ignore an error of the wait, because nothing can be read then.
+    // Ignore an error: if the wait fails, the remaining bytes cannot be read.
     let _ = wait_for_end(connection);
 }
 

@@ -186,7 +186,7 @@ impl Listener<TcpStream> {
 
 impl<S: From<OwnedFd>> Listener<S> {
     /// Waits for the next connection. Returns `None` if the listener has ended: the application has
-    /// closed it, or the worker is disconnecting or has lost its master.
+    /// closed it, the worker is disconnecting, or its channel has closed.
     ///
     /// Node has no counterpart: in Node, connections are events.
     ///

@@ -2,7 +2,7 @@
 
 use crate::worker::Worker;
 
-/// The process of this worker, with the operations that the system offers for a process.
+/// This worker's own process: its id, and its channel to the master.
 ///
 /// Node: `process`.
 ///

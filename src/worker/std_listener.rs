@@ -16,16 +16,16 @@ impl Listener<TcpStream> {
     /// Node has no counterpart: in Node, every server accepts in the loop.
     ///
     /// The worker does not call the server. Run the server on a thread, and
-    /// [`run`](crate::Worker::run) the worker meanwhile, so that it receives the disconnect request.
-    /// When the worker disconnects, `accept` fails with EINVAL from then on, also in threads that
-    /// wait in it. The other workers, which share the socket, are not affected, and connections in
-    /// the backlog go to them, or to this worker if no other is left. `run` returns when all
-    /// connections of the listener are closed, whichever thread has them. Then join the server's
-    /// thread.
+    /// [`run`](crate::Worker::run) the worker meanwhile, so that it receives the disconnect
+    /// request. When the worker disconnects, `accept` fails with EINVAL from then on, also in
+    /// threads that wait in it. The other workers, which share the socket, are not affected, and
+    /// connections in the backlog go to them, or to this worker if no other is left. `run` returns
+    /// when all connections of the listener are closed, whichever thread has them. Then join the
+    /// server's thread.
     ///
     /// The server must not close the socket before `accept` fails. Otherwise, if it closes the
-    /// socket at the moment of the disconnect and opens another descriptor that gets the same number,
-    /// the other descriptor is replaced.
+    /// socket at the moment of the disconnect and opens another descriptor that gets the same
+    /// number, the other descriptor is replaced.
     ///
     /// Requirements and limits:
     ///

@@ -88,8 +88,8 @@ impl UdpSocket {
     }
 
     /// Waits for the next datagram, and returns its length and its sender. Returns `None` if the
-    /// socket is closed: the application has closed it, or the worker is disconnecting or has lost
-    /// its master.
+    /// socket is closed: the application has closed it, the worker is disconnecting, or its channel
+    /// has closed.
     ///
     /// Node has no counterpart: in Node, datagrams are events.
     ///

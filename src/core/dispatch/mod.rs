@@ -190,7 +190,7 @@ pub(crate) struct Sequenced<C> {
 pub(crate) struct Dispatched<C> {
     pub(crate) worker: WorkerId,
     pub(crate) connection: Sequenced<C>,
-    /// Whether the connection has waited for a worker or has been reclaimed, so that its client may
+    /// Whether the connection has waited for a worker or has been reclaimed. If so, its client may
     /// have hung up in the meantime.
     pub(crate) has_waited: bool,
 }
@@ -406,9 +406,9 @@ impl<C> Dispatcher<C> {
         reclaimed.map_or(0, |((), received)| received)
     }
 
-    /// Takes back a connection that could not be put into the worker's queue, or only counts it if
-    /// `connection` is `None`. If the queue `is_full`, nothing more is dispatched to the worker until
-    /// it reports that it is idle.
+    /// Takes back a connection that could not be put into the worker's queue. If `connection` is
+    /// `None`, only reverts the count of the dispatch. If the queue `is_full`, nothing more is
+    /// dispatched to the worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,
@@ -432,8 +432,8 @@ impl<C> Dispatcher<C> {
     /// Records that `count` connections were reclaimed from the worker's queue, and that they must
     /// not be dispatched again.
     ///
-    /// Returns how many more connections are now known to have been received, which is not
-    /// positive.
+    /// Returns how many more connections are now known to have been received. The number is zero or
+    /// negative.
     pub(crate) fn reclaimed_in_vain(&mut self, worker: WorkerId, count: u64) -> i64 {
         let reclaimed = self.update(worker, |member| member.reclaimed(count, None));
         reclaimed.map_or(0, |((), received)| received)

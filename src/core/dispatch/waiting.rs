@@ -17,7 +17,7 @@ pub(super) struct Waiting<C> {
 /// The destination of a waiting connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
-    /// The next worker according to the rules of this module.
+    /// The next worker according to the dispatcher's rules.
     Next,
     /// Unknown, because the scheduler has not been called for the connection.
     Unscheduled,

@@ -17,8 +17,8 @@ use crate::wire::frame::HandleId;
 /// `cargo bench -- connections` measures the cost.
 pub(crate) const ACCEPT_BATCH: u64 = 64;
 
-/// The delay before the next attempt after accepting, dispatching or giving a connection has
-/// failed, and after another process has shut the listener down.
+/// The delay before the next attempt after a failure to accept, dispatch or give a connection. Also
+/// the delay after another process has shut the listener down.
 ///
 /// Without a delay, the event loop would spin while the listener stays readable, for example while
 /// no descriptor is free. With a longer delay, clients wait longer although a descriptor is free
@@ -149,9 +149,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Passes resumed connections to the dispatcher, as far as it has capacity. These are held
-    /// connections whose clients have sent something. Also accepts new connections if the backlog
-    /// may contain one and the master has capacity for it.
+    /// Passes resumed connections, whose clients have sent something while the master held them, to
+    /// the dispatcher, as far as it has capacity. Then accepts new connections if the backlog may
+    /// contain one and the master has capacity for it.
     pub(super) fn accept_if_possible(&mut self, handle: HandleId) {
         let space = self.parked.space();
         let listener = self.listeners.get(&handle);
@@ -163,8 +163,9 @@ impl<C, F> MasterCore<C, F> {
         if listener.accept_state != AcceptState::Ready || listener.stage == Stage::Unbound {
             return;
         }
-        // Use the rest of the capacity even if no worker is idle now, because this part is reserved
-        // for new connections. The new connections are dispatched behind the resumed ones.
+        // Use the capacity that `dispatch_resumed` has left, even if no worker is idle any more,
+        // because this part is reserved for new connections. They are dispatched behind the resumed
+        // ones.
         let capacity = before.saturating_sub(resumed).max(listener.capacity(space));
         if capacity > 0 && listener.dispatch_from.is_none() {
             listener.accept_state = AcceptState::Accepting;

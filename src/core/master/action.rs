@@ -26,14 +26,14 @@ pub(crate) enum Action<C> {
         /// hung up in the meantime, the shell does not dispatch it and answers with `hung_up`.
         has_waited: bool,
     },
-    /// Keeps a connection, and waits once until its client sends something or hangs up. The shell
-    /// then calls `data_arrived` or `idle_hung_up`. If the connection cannot be watched, the shell
-    /// calls `not_held`.
+    /// Keeps a connection, and makes the poller report once that its client has sent something or
+    /// has hung up. After the report, the shell calls `data_arrived` or `idle_hung_up`. If the
+    /// connection cannot be watched, the shell calls `not_held`.
     Hold {
         id: ConnectionId,
         connection: C,
     },
-    /// Waits again for the client of a connection that the master holds, like `Hold`.
+    /// Makes the poller report once more, like `Hold`, for a connection that the master holds.
     AwaitData {
         id: ConnectionId,
     },
@@ -43,7 +43,7 @@ pub(crate) enum Action<C> {
         id: ConnectionId,
         /// The listener that accepted the connection. The listener may have been closed.
         handle: HandleId,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
         /// The connection, or `None` if the shell already keeps it.
         connection: Option<C>,
@@ -53,13 +53,14 @@ pub(crate) enum Action<C> {
         id: ConnectionId,
     },
     /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has
-    /// not read the connections that it was given before, the shell calls `not_adopted` instead. If
-    /// the shell holds the connection, it removes the connection from those that it holds.
+    /// not read the earlier connections that were sent to it, the shell calls `not_adopted`
+    /// instead. If the shell holds the connection, it removes the connection from those that it
+    /// holds.
     Adopt {
         handle: HandleId,
         worker: WorkerId,
         connection: Handoff<C>,
-        /// How often the connection has been parked.
+        /// The number of times that the connection has been parked.
         parked: u32,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
@@ -132,12 +133,12 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         seconds: u32,
     },
-    /// Removes the file of a Unix path, so that no more clients can connect.
+    /// Removes the file of a Unix listener, so that no more clients can connect.
     RemoveFile {
         handle: HandleId,
     },
-    /// Keeps new connections out of the backlog, as far as the system can. For a Unix path, this
-    /// cannot be undone.
+    /// Keeps new connections out of the backlog, as far as the system can. For a Unix listener,
+    /// this cannot be undone.
     AttachSynFilter {
         handle: HandleId,
     },

@@ -12,10 +12,10 @@ use crate::wire::frame::HandleId;
 /// final. It applies to draining listeners that may have served connections, and to the shards of
 /// departing workers.
 ///
-/// Handshakes that are in flight over a network complete in that time, and the poller reports the
-/// idle connections whose clients have already sent something. With a shorter time, the clients of
-/// slow handshakes are reset. With a longer time, disconnects take longer. No benchmark chose this
-/// value.
+/// Most handshakes that are in flight over a network complete in that time, and the poller reports
+/// the idle connections whose clients have already sent something. With a shorter time, the clients
+/// of slow handshakes are reset. With a longer time, disconnects take longer. No benchmark chose
+/// this value.
 pub(super) const DRAIN_GRACE: Time = Time::from_millis(100);
 
 // Starting and continuing a drain.
@@ -24,7 +24,8 @@ impl<C, F> MasterCore<C, F> {
     /// listener pauses instead. A borrowed TCP or Unix listener is returned to the application.
     pub(super) fn begin_drain(&mut self, handle: HandleId) {
         let grace_end = self.now.saturating_add(DRAIN_GRACE);
-        // Let the poller report the idle connections whose clients have already sent something.
+        // Allow time for the poller to report the idle connections whose clients have already sent
+        // something.
         let idle_grace = self.parked.is_any_idle_on(handle).then_some(grace_end);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -71,9 +72,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Keeps new connections out if no foreign process can have a copy of the socket. Otherwise, a
-    /// sharded listener directs new connections to its first shard, where the foreign process can
-    /// accept them.
+    /// Keeps new connections out if no process outside the cluster may have a copy of the socket.
+    /// Otherwise, a sharded listener directs new connections to its first shard, where the other
+    /// process can accept them.
     fn keep_new_connections_out(&mut self, handle: HandleId) {
         let Some(listener) = self.listeners.get(&handle) else {
             return;

@@ -82,7 +82,8 @@ impl<C, F: Default> MasterCore<C, F> {
                 self.reclaim_all(handle, worker);
                 Ok(())
             }
-            // The connection has been lost for lack of descriptors, so its client is disconnected.
+            // The connection did not arrive, because this process had no free descriptor. The
+            // kernel has closed it, which disconnected the client.
             ToMaster::Park { .. } => Ok(()),
             ToMaster::ParkAgain { connection } => self.parked_again(worker, connection),
             ToMaster::Detach { connection } => self.detached_connection(worker, connection),

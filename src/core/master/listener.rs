@@ -174,7 +174,8 @@ pub(super) struct Listener<C> {
     /// The shard that receives new connections while no worker serves a retained listener. The next
     /// worker receives this shard.
     pub(super) spare_shard: Option<usize>,
-    /// The free shards whose workers ended without draining them, so that clients may wait there.
+    /// The free shards whose workers ended without draining them. Clients may wait in their
+    /// backlogs.
     pub(super) abandoned_shards: Vec<usize>,
 }
 

@@ -386,9 +386,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Checks at most `limit` waiting connections, and closes those for which `is_gone` returns
-    /// true because their client has hung up. Successive calls start at each listener in turn, and
-    /// continue there after the connection that was checked last. While a listener drains or
-    /// pauses, `deadline` schedules its sweeps.
+    /// true because their client has hung up. Each call starts at the listener after the one that
+    /// the previous call checked last. Within a listener, a call continues after the connection
+    /// that was checked last. While a listener drains or pauses, `deadline` schedules its sweeps.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {

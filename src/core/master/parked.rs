@@ -67,7 +67,7 @@ pub(crate) enum Handoff<C> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Resumed {
     pub(crate) connection: ConnectionId,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 
@@ -75,7 +75,7 @@ pub(crate) struct Resumed {
 struct Entry {
     handle: HandleId,
     state: State,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     parked: u32,
 }
 
@@ -123,8 +123,9 @@ impl ParkedTable {
         }
     }
 
-    /// Returns how many new connections the master may accept in order to hold them, or `None` if it
-    /// holds none at all. An idle connection makes space for a new one.
+    /// Returns how many new connections the master may accept in order to hold them, or `None` if
+    /// it holds none at all. Idle connections count as free space, because one is closed for each
+    /// new connection beyond the limit.
     pub(super) fn space(&self) -> Option<u64> {
         let free = self.limit.saturating_sub(self.len());
         (self.limit > 0).then_some((free + self.expiries.len()) as u64)
@@ -263,8 +264,9 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
-    /// the listener can no longer hold. Closes the connection if its listener has closed.
-    /// Otherwise, kills a worker that has not sent `Online`, or that has never had the listener.
+    /// the listener can no longer hold. If the listener has closed, closes the connection. Kills a
+    /// worker that has not sent `Online`, or that has never had the listener, unless the listener
+    /// no longer exists.
     pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
         if !self.is_connected(worker) {
             return;
@@ -351,7 +353,7 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
-    /// Holds a connection of which the master has a copy until the client sends something.
+    /// Holds a connection again until its client sends something. The master already has a copy.
     fn hold_again(&mut self, connection: ConnectionId) {
         let Some(&Entry { handle, .. }) = self.parked.get(connection) else {
             return;
@@ -409,8 +411,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Records that the master accepts nothing from the listener, if the reason is that it may hold
-    /// no further connection.
+    /// Records that the master accepts nothing from the listener, if the reason is that the master
+    /// may hold no further connection.
     pub(super) fn await_space(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
         let holds_new = listener.is_some_and(Listener::holds_new);
@@ -419,8 +421,9 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the master's copies of all connections that the worker has, because its channel has
-    /// closed and its queue is empty.
+    /// Closes the master's copies of the connections that the worker has received, because its
+    /// channel has closed. Leaves out listeners whose queue for the worker has not been closed yet,
+    /// because the queue may still contain some of their connections.
     pub(super) fn close_held_by(&mut self, worker: WorkerId) {
         for connection in self.parked.held_by(worker) {
             let handle = self.parked.get(connection).map(|entry| entry.handle);
@@ -451,7 +454,7 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-// Facts that the shell reports about idle connections.
+// Reports from the shell about idle connections.
 impl<C, F> MasterCore<C, F> {
     /// Records that the client of an idle connection has sent something.
     pub(crate) fn data_arrived(&mut self, connection: ConnectionId) {
@@ -463,7 +466,7 @@ impl<C, F> MasterCore<C, F> {
         else {
             return;
         };
-        // The listener exists, because a listener that closes closes its idle connections. If its
+        // The listener exists, because closing a listener also closes its idle connections. If its
         // workers accept and none of them serves it, the next one receives the connection with its
         // data.
         let listener = self.listeners.get_mut(&handle);

@@ -7,7 +7,7 @@ use crate::core::dispatch::{Dispatched, Sequenced};
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
-// Facts that the shell reports about queues.
+// Reports from the shell about queues.
 impl<C, F> MasterCore<C, F> {
     /// Takes back a connection that could not be put into the worker's queue.
     ///

@@ -17,9 +17,9 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return false;
         };
-        // Prefer the spare shard, because its connections arrived while no worker served. Then prefer
-        // the shard of a worker that was killed. After reloads there are more shards than workers, and
-        // the clients in its backlog would otherwise wait for a further worker.
+        // Prefer the spare shard, because its connections arrived while no worker served. Then
+        // prefer the shard of a worker that was killed. After reloads there are more shards than
+        // workers, and the clients in its backlog would otherwise wait for a further worker.
         let free = listener.free_shard();
         match listener.spare_shard.take().or(free) {
             Some(shard) => {
@@ -69,10 +69,10 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get(&handle) else {
             return;
         };
-        // Report the resets only for an open listener. While a listener drains, the kernel chooses
-        // the selector (see `shard_group`) for all new connections, and its SYN filter drops them.
-        // A connection whose handshake a SYN cookie completes passes the filter, and its reset is
-        // not an error.
+        // Report the resets only for an open listener. While a listener drains, the BPF program
+        // sends all new connections to the selector (see `shard_group`), whose SYN filter drops
+        // them. A connection that was completed by a SYN cookie still passes the filter, and its
+        // reset is not an error.
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });
@@ -151,7 +151,8 @@ impl<C, F> MasterCore<C, F> {
     /// backlog and the other shards keep their indices.
     pub(super) fn leave_shard(&mut self, handle: HandleId, worker: WorkerId) {
         let shard = self.shard_index(handle, worker);
-        // A worker that releases the listener itself has drained its shard.
+        // A worker that is still connected has released the listener itself, after draining its
+        // shard.
         let has_drained = self.is_connected(worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;

@@ -671,8 +671,8 @@ fn error_names_the_masters_own_socket_that_occupies_the_port() {
     assert_eq!(core.occupant_address(&ip("127.0.0.2:82")), None);
 }
 
-/// Returns the worker, the connection, and how often the connection has been parked, of each
-/// `Adopt` action. A connection that the master holds is `u32::MAX`.
+/// Returns the worker, the connection, and the number of times that the connection has been parked,
+/// of each `Adopt` action. A connection that the master already held is returned as `u32::MAX`.
 fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
     let all = actions(core).into_iter();
     let adopted = all.filter_map(|action| match action {

@@ -160,7 +160,7 @@ impl WorkerEntry {
     }
 }
 
-// Facts that the shell reports about workers.
+// Reports from the shell about workers.
 impl<C, F> MasterCore<C, F> {
     /// Records that a worker has been forked with the id that `next_worker_id` returned.
     pub(crate) fn forked(&mut self, worker: WorkerId) {
@@ -457,7 +457,7 @@ impl<C, F> MasterCore<C, F> {
 
 // Worker queries.
 impl<C, F> MasterCore<C, F> {
-    /// Returns the id for the next worker if its fork succeeds.
+    /// Returns the id that the next worker gets if its fork succeeds.
     ///
     /// Returns `None` if all ids have been used, because an id is never reused.
     pub(crate) fn next_worker_id(&self) -> Option<WorkerId> {

@@ -267,8 +267,8 @@ impl<F> WorkerCore<F> {
     /// Limits callbacks to the number of connections that the application holds now, because
     /// descriptors are scarce.
     pub(crate) fn fds_scarce(&mut self) {
-        // Allow at least one connection, because a process may start with hardly any descriptor
-        // left.
+        // Allow at least one connection, because a process may start with hardly any free
+        // descriptors.
         let held = self.open_connections.max(1);
         let limit = self.connection_limit;
         self.connection_limit = Some(limit.map_or(held, |limit| limit.min(held)));

@@ -39,7 +39,7 @@ pub(crate) enum Action {
     AttachSynFilter(ListenerId),
     /// Closes a connection that the worker holds.
     CloseParked(ConnectionId),
-    /// Sends the connections that `next_leaving` returns to the master, as far as the channel has
+    /// Sends to the master the connections that `next_leaving` returns, as far as the channel has
     /// space. The shell continues when the channel has space again.
     HandOver,
     /// Closes the channel once all queued frames are written.
@@ -323,7 +323,7 @@ impl<F> WorkerCore<F> {
     }
 }
 
-// Facts that the shell reports about the channel.
+// Reports from the shell about the channel.
 impl<F> WorkerCore<F> {
     pub(crate) fn channel_closed(&mut self) {
         if !self.is_connected() {
@@ -374,7 +374,9 @@ impl<F> WorkerCore<F> {
                 }
             }
             ToWorker::Disconnect => self.disconnect_received(),
-            // The connection has been lost for lack of descriptors, so its client is disconnected.
+            // The connection did not arrive, because this process had no free descriptor. The
+            // kernel has closed it, which disconnected the client. (For an `Adopt` with its
+            // descriptor, the shell calls `adopt`.)
             ToWorker::Adopt { .. } => {}
             ToWorker::Message(bytes) => self.message(bytes, F::default()),
         }

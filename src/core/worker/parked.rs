@@ -8,7 +8,7 @@
 //! -----------  -------------------------------------------------------------  ---------
 //! (none)       the application parks a connection                             Idle
 //! (none)       the master gives the worker a connection of another worker     Idle
-//! (none)       either of the two, but the listener receives no more           Leaving
+//! (none)       either event, but the listener receives no more connections    Leaving
 //! Idle         the client sends something                                     Ready
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
@@ -31,7 +31,8 @@ use crate::types::connection_id::ConnectionId;
 use crate::types::time::{Time, earlier};
 use crate::wire::frame::HandleId;
 
-/// The listener of connections that the worker only passes on. No listener has this number.
+/// Stands for the listener of a connection that the master has sent, if this worker does not have
+/// that listener. No listener has this number.
 const NO_LISTENER: ListenerId = ListenerId(0);
 
 #[derive(Debug)]
@@ -39,7 +40,7 @@ struct Entry {
     listener: ListenerId,
     /// The master's handle of the listener, or `None` for a private listener.
     handle: Option<HandleId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     parked: u32,
     state: State,
 }
@@ -55,12 +56,10 @@ enum State {
     Leaving,
 }
 
-/// What the shell does with a connection that the application has parked, or that the master has
-/// sent.
+/// The shell's task for a connection that the application has parked, or that the master has sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
-    /// Wait until the client sends something or hangs up, and then call `data_arrived` or
-    /// `idle_hung_up`.
+    /// Watch for data or a hang-up from the client, and then call `data_arrived` or `idle_hung_up`.
     Idle(ConnectionId),
     /// Keep the connection until `next_leaving` returns it.
     Leaving(ConnectionId),
@@ -146,7 +145,7 @@ impl ParkedTable {
     }
 }
 
-// Requests of the application, and facts that the shell reports.
+// Requests from the application, and reports from the shell.
 impl<F> WorkerCore<F> {
     /// Sets the maximum number of connections that the worker holds.
     pub(crate) fn set_parked_limit(&mut self, limit: usize) {
@@ -265,7 +264,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Removes the listener's next connection whose client has sent something. Returns the
-    /// connection, and how often it has been parked.
+    /// connection, and the number of times that it has been parked.
     pub(crate) fn next_resumed(&mut self, listener: ListenerId) -> Option<(ConnectionId, u32)> {
         let entry = self.listeners.get_mut(&listener)?;
         let id = entry.resumed.pop_front()?;
@@ -289,8 +288,8 @@ impl<F> WorkerCore<F> {
         !self.parked.leaving.is_empty()
     }
 
-    /// Lets the idle connections leave, of one listener or of all. Those whose clients have sent
-    /// something stay for the application.
+    /// Lets the idle connections of one listener, or of all listeners, leave. Those whose clients
+    /// have sent something stay for the application.
     pub(super) fn idle_leave(&mut self, listener: Option<ListenerId>) {
         self.leave_where(|entry| {
             let is_own = listener.is_none_or(|listener| entry.listener == listener);
@@ -477,7 +476,7 @@ mod tests {
         assert!(core.has_leaving());
         assert_eq!(leaving(&mut core), [(idle_one, 2)]);
         assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
-        // What the application parks now leaves at once.
+        // A connection that the application parks now leaves at once.
         let Held::Leaving(id) = core.hold(listener, Some(HANDLE), 2, NOW) else {
             panic!("the worker holds a connection");
         };

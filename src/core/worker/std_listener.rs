@@ -44,8 +44,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Returns whether a listener stays open although the application has dropped
-    /// its handle.
+    /// Returns whether the listener stays open although the application has dropped its handle.
     pub(crate) fn outlives_handle(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         entry.is_some_and(|entry| entry.receiver != Receiver::Accept)

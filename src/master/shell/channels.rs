@@ -329,10 +329,10 @@ impl WorkerIo {
     /// Makes the worker's disconnect token readable.
     pub(super) fn notify_disconnecting(&self) {
         if let Some(notifier) = self.disconnect_notifier.take() {
-            // Shut the socket down, because a child of the application that has a copy of the
-            // descriptor would keep it open. In contrast to a write, the shutdown never waits,
-            // whatever the worker does with its end. Ignore the error, because the shutdown fails
-            // only if the worker has closed its end.
+            // Shut the socket down instead of only closing it, because a child of the application
+            // may have a copy of the descriptor, which would keep the socket open. Unlike a write,
+            // the shutdown never waits, whatever the worker does with its end. Ignore the error,
+            // because the shutdown fails only if the worker has closed its end.
             let _ = notifier.shutdown(Shutdown::Both);
         }
     }
@@ -371,9 +371,9 @@ impl MasterShell {
     }
 
     fn channel_failed(&self, worker: WorkerId, reason: io::Error) {
-        // The channel itself returns `OutOfMemory` if too many replies wait in the master; the
-        // system's ENOMEM has a number. A worker that never reads its replies may ignore
-        // end-of-file too, so kill it.
+        // If too many replies wait in the master, the channel itself returns `OutOfMemory`, without
+        // an error number. A worker that never reads its replies may ignore end-of-file too, so
+        // kill it.
         let is_violation =
             reason.kind() == io::ErrorKind::OutOfMemory && reason.raw_os_error().is_none();
         let mut core = self.core_now();

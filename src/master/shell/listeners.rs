@@ -217,9 +217,9 @@ impl MasterShell {
         self.act();
         let mut core = self.core_now();
         let handle = core.next_handle();
-        // Leave the mode of a listener from which the master does not accept. Another process with
-        // a copy, such as a program that does not use this crate, may block in `accept`. It would
-        // fail if the listener became non-blocking.
+        // Do not change the mode of a listener from which the master does not accept. Another
+        // process with a copy, such as a program that does not use this crate, may block in
+        // `accept`. If the listener became non-blocking, that `accept` would fail.
         if kind == Kind::Udp || core.policy_of(&endpoint) == SchedulingPolicy::RoundRobin {
             sys::fd::set_nonblocking(socket.as_fd(), true)?;
         }

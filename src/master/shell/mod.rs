@@ -383,7 +383,8 @@ impl MasterShell {
         if let Some(worker_io) = self.worker_io(worker) {
             let process = worker_io.process.borrow();
             let process = process.as_ref().map(|process| process.as_fd());
-            // Ignore the error. If the process has exited, the master notices that by other means.
+            // Ignore the error. If the process has exited, its process descriptor or SIGCHLD
+            // reports the exit.
             let _ = worker_io.pid.signal(process, signal.number());
             self.leader_signalled(&worker_io, signal);
         }

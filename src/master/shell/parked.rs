@@ -31,7 +31,8 @@ pub(super) fn descriptor_of<'a>(
 }
 
 impl MasterShell {
-    /// Keeps a connection, and waits once until its client sends something or hangs up.
+    /// Keeps a connection, and makes the poller report once that its client has sent something or
+    /// has hung up.
     pub(super) fn hold(&self, id: ConnectionId, connection: NoLingerFd) {
         let added = self.poller.add(connection, Token::Parked(id.0).key(), None);
         let added = added.and_then(|connection| connection.await_once().map(|()| connection));
@@ -41,7 +42,8 @@ impl MasterShell {
         }
     }
 
-    /// Waits again until the client of a held connection sends something or hangs up.
+    /// Makes the poller report once more that the client of a held connection has sent something or
+    /// has hung up.
     pub(super) fn await_data(&self, id: ConnectionId) {
         let held = self.held.borrow();
         // The connection is missing if it could not be held earlier.
@@ -64,8 +66,8 @@ impl MasterShell {
         self.held.borrow_mut().remove(id);
     }
 
-    /// Gives an idle connection to a worker. If the worker has not read the connections that it was
-    /// given before, returns the connection to the core.
+    /// Gives an idle connection to a worker. If the worker has not read the earlier connections
+    /// that were sent to it, returns the connection to the core.
     pub(super) fn give(
         &self,
         handle: HandleId,

@@ -37,7 +37,7 @@ const SEND_BUFFER: i32 = 4096;
 /// The maximum number of reads from a predecessor before the loop serves other descriptors. A
 /// message takes two reads.
 ///
-/// A larger number delays workers and clients for longer, a smaller one costs more polls.
+/// A larger number delays workers and clients for longer. A smaller one costs more polls.
 const READS_PER_ITERATION: usize = 8;
 
 const PASS: &str = "pass connections to another master";
@@ -57,10 +57,12 @@ struct Message {
     /// The bytes that have not been written.
     rest: Vec<u8>,
     connections: Vec<ConnectionId>,
-    /// Whether bytes have been written. The descriptors are sent with the first byte.
+    /// Whether any bytes have been written. The descriptors are sent with the first byte.
     is_begun: bool,
 }
 
+/// Whether the next message can be sent.
+///
 /// | from | event | to |
 /// |---|---|---|
 /// | `Ready` | the stream's buffer is full | `Full` |
@@ -219,7 +221,7 @@ impl MasterShell {
         }
     }
 
-    /// Sends the next message to the successor. Returns whether there may be actions or more to
+    /// Sends the next message to the successor. Returns whether there may be new actions or more to
     /// send.
     pub(super) fn pass_next(&self) -> bool {
         let mut successor = self.successor.borrow_mut();
@@ -306,7 +308,7 @@ impl MasterShell {
     }
 
     /// Stops passing connections. This master holds those again that have not been passed. Reports
-    /// the reason if there are any.
+    /// `reason` if any connection still waited to be passed.
     fn end_passing(&self, reason: Option<io::Error>) {
         let Some(successor) = self.successor.take() else {
             return;
@@ -326,7 +328,7 @@ impl MasterShell {
 pub(crate) struct Inbox {
     bytes: Vec<u8>,
     fds: Vec<NoLingerFd>,
-    /// Whether the bytes are no message. The rest of the stream is discarded.
+    /// Whether the bytes are not a valid message. The rest of the stream is discarded.
     is_invalid: bool,
 }
 
@@ -406,7 +408,8 @@ impl MasterShell {
     /// Holds the connections of a message.
     fn hold_received(&self, message: &ParkedMessage, fds: Vec<NoLingerFd>) {
         let handle = self.listener_with(message.socket);
-        // If the kernel has closed descriptors, it has kept the first ones.
+        // If this process had too few free descriptors, the kernel has delivered the message's
+        // first descriptors and closed the others.
         self.core_now()
             .lost_parked(message.parked.len().saturating_sub(fds.len()));
         let mut parked = message.parked.iter();
@@ -421,13 +424,14 @@ impl MasterShell {
         }
     }
 
-    /// Closes descriptors that are no connections for this master.
+    /// Closes received descriptors that this master cannot use, and counts them as closed
+    /// connections.
     fn lose(&self, fds: Vec<NoLingerFd>) {
         self.core_now().lost_parked(fds.len());
     }
 
-    /// Returns the listener with this socket. Returns `None` if there is none, or if several sockets
-    /// have the same identity, because the system does not identify sockets.
+    /// Returns the listener with this socket. Returns `None` if there is none, or if several
+    /// sockets have the same identity, which happens on a system that does not identify sockets.
     fn listener_with(&self, id: SocketId) -> Option<HandleId> {
         let sockets = self.sockets.borrow();
         let mut found = sockets.iter().filter(|(_, own)| {

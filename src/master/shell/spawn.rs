@@ -192,7 +192,7 @@ impl MasterShell {
         let (held_connections, file) = SharedNumber::create().unzip();
         let file = file.as_ref().map(OwnedFd::as_fd);
         let fds: Vec<_> = [token.as_fd()].into_iter().chain(file).collect();
-        // Send the preamble in one call, because an empty socket has space for all of it.
+        // One call suffices, because an empty socket has space for the whole preamble.
         sys::socket::send(&master_end, &preamble(id), &fds)?;
         drop(token);
         let key = Token::Channel(id.get()).key();

@@ -186,7 +186,8 @@ impl Core {
         let cap = self.options.back_off_cap;
         let age = now.saturating_sub(worker.forked_at);
         // Compare with the required age plus the cap. A worker that reached the limit early and had
-        // to wait is only a little older than the required age, so its age alone proves nothing.
+        // to wait is only a little older than the required age, so its age alone does not show that
+        // its memory grows slowly.
         slot.memory_age = if age >= slot.memory_age.saturating_add(cap) {
             Duration::ZERO
         } else {

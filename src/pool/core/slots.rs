@@ -18,8 +18,8 @@ pub(in super::super) struct Slot {
     pub(super) occupancy: Occupancy,
     /// The worker that a rollout has forked to replace the slot's worker.
     pub(in super::super) successor: Option<WorkerId>,
-    /// The generation of the slot's next worker, except that a reload forks a successor of its own
-    /// generation.
+    /// The generation of the slot's next worker, except that a reload forks a successor of the
+    /// reload's generation.
     pub(super) generation: u64,
     /// The number of failures since the back-off was last reset. The back-off is reset in three
     /// cases:

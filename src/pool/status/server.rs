@@ -44,9 +44,9 @@ const ACCEPTS_PER_ITERATION: usize = 8;
 /// the client might lose the answer.
 const MAX_DISCARDED: usize = 64 * 1024;
 
-/// Pause after an accept that failed, for example because no descriptor is free. With a shorter
-/// pause, the loop would nearly spin during a shortage. With a longer pause, clients wait longer
-/// after it.
+/// Pause after a failed accept, for example because no descriptor is free. With a shorter pause,
+/// the loop would nearly spin during a shortage. With a longer pause, clients would wait longer
+/// after the shortage has ended.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 impl Pool {

@@ -226,9 +226,9 @@ fn junk() -> Scene {
 /// Generates scripts that are likely to reach the cases in `ENOUGH`. In most scripts, both workers
 /// listen, connections arrive and close, and the hostile worker writes untruthful frames.
 fn scripts() -> impl Strategy<Value = Vec<u8>> {
-    // These numbers are the first byte of a script. 3 selects the policy `Shared`, and the others
-    // select round robin. The numbers from 80 on also select how the master treats the connections
-    // of the well-behaved worker's listeners (see `requested_parking`).
+    // Each of these numbers is the first byte of a script. 3 selects the policy `Shared`, and the
+    // others select round robin. The numbers from 80 on also select how the master treats the
+    // connections of the well-behaved worker's listeners (see `requested_parking`).
     let parking = prop_oneof![Just(80), Just(120), Just(160), Just(200), Just(240)];
     let policy = prop_oneof![
         3 => Just(vec![0]),

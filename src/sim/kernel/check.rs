@@ -116,10 +116,10 @@ impl World {
     }
 
     /// Records that a worker has received the client's connection and reads what the client has
-    /// sent. Checks that an earlier worker has received the connection exactly if it has been
-    /// parked. If a worker has forged frames, checks only connections of which the master holds no
-    /// copy. `parked` is the number of times that the connection has been parked, and `is_held` is
-    /// whether the master holds a copy.
+    /// sent. Checks that an earlier worker has received the connection if and only if the
+    /// connection has been parked. If a worker has forged frames, checks only connections of which
+    /// the master holds no copy. `parked` is the number of times that the connection has been
+    /// parked, and `is_held` is whether the master holds a copy.
     pub(crate) fn mark_served(&mut self, client: u32, parked: u32, is_held: bool) {
         let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];

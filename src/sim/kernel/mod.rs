@@ -400,7 +400,8 @@ impl World {
         None
     }
 
-    /// Returns whether the master has carried out all its actions and has no unflushed worker.
+    /// Returns whether the master has carried out all its actions and has no worker whose channel
+    /// it still has to flush.
     pub(crate) fn master_is_idle(&self) -> bool {
         !self.master.has_actions() && self.unflushed.is_empty()
     }

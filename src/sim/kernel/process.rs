@@ -24,9 +24,10 @@ pub(crate) struct Received {
     pub(crate) listener: ListenerId,
     /// The master's handle of the listener. `None` for a private listener.
     pub(crate) handle: Option<HandleId>,
-    /// The connection's id and history if the master holds a copy.
+    /// The connection's id, and the number of times that it has been parked, if the master holds a
+    /// copy.
     pub(crate) resumed: Option<Resumed>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
 }
 

@@ -166,7 +166,8 @@ pub(crate) enum Location {
 pub(crate) struct Queued {
     pub(crate) sequence: u64,
     pub(crate) connection: Client,
-    /// The connection's id and history if the master holds a copy.
+    /// The connection's id, and the number of times that it has been parked, if the master holds a
+    /// copy.
     pub(crate) resumed: Option<Resumed>,
 }
 

@@ -11,11 +11,11 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The number of a fixed port in `Call::Retain`, and in `WorkerCall::Listen` without a connection
-/// limit.
+/// The number of a fixed port in `Call::Retain`.
 const FIXED_PORT: u8 = 1;
+/// The number of the same port in `WorkerCall::Listen`, without a connection limit.
 const LISTEN: u8 = FIXED_PORT + 15;
-/// The same port, with connections that wait for data.
+/// Like `LISTEN`, with new connections that wait for data.
 const LISTEN_FOR_DATA: u8 = 5 * 40 + FIXED_PORT + 15;
 
 /// Makes the application of a worker make its next call. The application parks each connection that
@@ -48,8 +48,8 @@ fn advance(schedule: &mut Schedule, rng: &mut Rng, listen: u8) {
     }
 }
 
-/// Returns the number of connections that close if the worker is killed. A connection that is parked
-/// in the master is lost only if its frame has not been written.
+/// Returns the number of connections that close if the worker is killed. A connection that is
+/// parked in the master is lost only if its frame has not been written.
 fn count_with(schedule: &Schedule, worker: WorkerId) -> usize {
     let process = &schedule.world.processes[&worker];
     let given = process.down.parcels();

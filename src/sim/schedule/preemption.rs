@@ -3,8 +3,8 @@
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
-/// The time that passes instead of each step of the preempted process. After 20 steps, a worker
-/// that was idle is treated as stalled.
+/// The time that passes instead of each step of the preempted process. After 20 of these steps, the
+/// time reaches `STALL_TIMEOUT`, so a worker that was idle is treated as stalled.
 const INSTEAD: Time = Time::from_millis(1);
 
 /// A process of the simulation.

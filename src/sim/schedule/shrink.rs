@@ -90,9 +90,9 @@ fn remove_chunks(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     }
 }
 
-/// Tries to remove each fork. The workers that are forked later then have lower numbers, so
-/// decreases `process` by one in every step, which is right for most steps. Keeps the result only
-/// if it still fails.
+/// Tries to remove each fork. The workers that are forked later then have lower numbers, so the
+/// function decreases `process` by one in every step, which is right for most steps. Keeps the
+/// result only if it still fails.
 fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
     for at in (0..steps.len()).rev() {
         let mut fewer = steps.clone();

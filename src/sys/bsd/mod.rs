@@ -131,7 +131,8 @@ pub(crate) mod parent_death_signal {
 pub(crate) mod shared_number {
     use std::os::fd::OwnedFd;
 
-    /// A type without values, because macOS cannot fix the size of a file in memory.
+    /// A type without values, because macOS cannot prevent other processes from changing the size
+    /// of a file in memory.
     #[derive(Debug)]
     pub(crate) enum SharedNumber {}
 

@@ -21,7 +21,7 @@ pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
 pub(in crate::sys) fn is_secure_mode() -> bool {
     // SAFETY: these functions have no preconditions.
     let (user, effective_user) = unsafe { (libc::getuid(), libc::geteuid()) };
-    // SAFETY: as above.
+    // SAFETY: these functions have no preconditions.
     let (group, effective_group) = unsafe { (libc::getgid(), libc::getegid()) };
     user != effective_user || group != effective_group
 }

@@ -12,7 +12,7 @@ pub(in crate::sys) use system::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SO
 /// The socket type of a hand-off queue. Unix datagrams are reliable and keep their order.
 pub(in crate::sys) const QUEUE_TYPE: libc::c_int = libc::SOCK_DGRAM;
 
-/// A placeholder, because no control message has a process descriptor here.
+/// A placeholder, because no control message of these systems has a process descriptor.
 pub(in crate::sys) const SCM_PIDFD: libc::c_int = libc::SCM_RIGHTS;
 
 /// Accepts a connection, and makes it blocking and closed on exec. The flags are set explicitly,

@@ -1,9 +1,9 @@
 //! Interrupts threads that wait in a system call.
 //!
 //! The kernel tells in /proc/self/task/TID/syscall which call a thread waits in (proc(5)). A signal
-//! interrupts it. The signal is SIGURG, because it has no effect without a handler. Only threads
-//! that wait for the given descriptor receive the signal, because some calls of other threads would
-//! fail with EINTR, for example reads with a timeout (signal(7)).
+//! interrupts the call. The signal is SIGURG, because it has no effect without a handler. Only
+//! threads that wait for the given descriptor receive the signal, because some calls of other
+//! threads would fail with EINTR, for example reads with a timeout (signal(7)).
 
 use std::io;
 use std::os::fd::RawFd;
@@ -13,8 +13,8 @@ use crate::sys::signal::{chained_action, current_action, is_function, set_action
 const SIGNAL: libc::c_int = libc::SIGURG;
 
 /// Interrupts each thread of this process that waits in a system call whose first argument is
-/// `number`. Returns whether there may be another such thread, or whether the caller must check that
-/// the interrupted ones have left their calls.
+/// `number`. Returns whether there may be another such thread, or whether the caller must check
+/// that the interrupted ones have left their calls.
 ///
 /// Returns `false` if the system does not tell what the threads wait for.
 pub(in crate::sys) fn interrupt(number: RawFd) -> bool {

@@ -91,8 +91,8 @@ pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
     }
     /// `_LINUX_CAPABILITY_VERSION_3`, which has sets of 64 bits and exists since Linux 2.6.26.
     const VERSION: u32 = 0x2008_0522;
-    /// The empty effective, permitted and inheritable sets: first their low halves, then their high
-    /// halves.
+    /// The empty effective, permitted and inheritable capability sets: first their low halves, then
+    /// their high halves.
     const NONE: [u32; 6] = [0; 6];
     let mut header = Header {
         version: VERSION,

@@ -100,7 +100,7 @@ fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let mut drawn = 0;
     for run in indexes.chunk_by(|one, next| one + 1 == *next) {
         let next = drawn + run.len();
-        // Skip this run if the drawn number is at least `next`, because the number then belongs to
+        // Skip this run if the random number is at least `next`, because the number then belongs to
         // a later run.
         let is_later = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
         program.push(statement(is_later, number(next)?, 2, 0));
@@ -112,7 +112,7 @@ fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
         drawn = next;
     }
     // The kernel requires a return at the end. The program never reaches this return, because the
-    // drawn number is below `count`.
+    // random number is below `count`.
     program.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
     Ok(program)
 }

@@ -1,4 +1,5 @@
-//! Implements for Linux what differs between systems, including the abilities that only Linux has.
+//! Implements, for Linux, the parts that differ between systems, including the abilities that only
+//! Linux has.
 //!
 //! A function that uses a Linux system call, flag or file belongs here. Differences between Linux's
 //! architectures and C libraries also belong here. `bsd` has a counterpart of each item.

@@ -405,9 +405,8 @@ fn set_stop_handlers(handler: libc::sighandler_t, ignored: &SignalSet) {
         .into_iter()
         .filter(|signal| !ignored.contains(*signal))
     {
-        // Use the C library, because it takes no lock for these signals, in contrast to SIGABRT in
-        // some C libraries.
-        // SAFETY: the handler does nothing, or is the default.
+        // Use the C library, because it takes no lock for these signals (some C libraries do so for
+        // SIGABRT). SAFETY: the handler does nothing, or is the default.
         unsafe { libc::signal(signal, handler) };
     }
 }
@@ -418,7 +417,7 @@ pub(in crate::sys) fn set_disposition_by_libc(
     signal: libc::c_int,
     disposition: libc::sighandler_t,
 ) {
-    // SAFETY: both dispositions are always valid.
+    // SAFETY: the callers pass only `SIG_DFL` or `SIG_IGN`, which are always valid.
     unsafe { libc::signal(signal, disposition) };
 }
 

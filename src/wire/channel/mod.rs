@@ -119,7 +119,8 @@ enum WriteState {
     Closed,
 }
 
-/// The outcome of the last attempt to write. The channel expects the same of the next attempt.
+/// The outcome of the last attempt to write. The channel expects the next attempt to have the same
+/// outcome.
 ///
 /// | state | event | next state |
 /// |---|---|---|

@@ -13,7 +13,7 @@ use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
 use crate::wire::frame::{HandleId, MAX_BATCH, ToMaster};
 
-/// Where a connection comes from, and where it goes when the application parks it.
+/// The source of a connection, and its destination when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Origin {
     /// The listener that counts the connection.
@@ -21,9 +21,9 @@ pub(crate) struct Origin {
     pub(crate) home: Home,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
-    /// How often the connection has been parked.
+    /// The number of times that the connection has been parked.
     pub(crate) parked: u32,
-    /// What this worker has set up for the connection while the connection was parked.
+    /// The registrations that this worker has made for the connection while it was parked.
     pub(crate) registration: Option<Registration>,
 }
 
@@ -39,8 +39,8 @@ pub(crate) enum Home {
     Worker(ListenerId, Option<HandleId>),
 }
 
-/// What stays set up for a connection while the application has it, so that parking it again costs
-/// less.
+/// The registrations that a resumed connection keeps while the application has it, so that parking
+/// it again costs less.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Registration {
     /// The number of the connection's descriptor, which is dormant in the poller.
@@ -87,7 +87,7 @@ impl WorkerShell {
         }
     }
 
-    /// Forgets what is set up for a connection whose stream the application has closed, and lets the
+    /// Removes a connection whose stream the application has closed from the poller, and lets the
     /// master close its copy.
     pub(crate) fn forget(&self, origin: &Origin) {
         if let Some(registration) = origin.registration {
@@ -102,7 +102,8 @@ impl WorkerShell {
         has_home && self.core.borrow().is_writable() && self.poller.is_own()
     }
 
-    /// Holds a connection until its client sends something, or gives it to the master, which does.
+    /// Holds a connection until its client sends something, or gives the connection to the master,
+    /// which then holds it.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
         self.fault("worker.before_park");
         match origin.home {
@@ -119,7 +120,7 @@ impl WorkerShell {
         // A forked child only closes its copy of the connection.
         let is_writable = core.is_writable() && self.poller.is_own();
         match (origin.held, handle) {
-            // The options are the same for the master's copy.
+            // The master's copy shares the options that are reset here.
             _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
                 if let Some(connection) = origin.held {
                     core.detach(connection);
@@ -183,7 +184,9 @@ impl WorkerShell {
         self.keep(held, fd, None);
     }
 
-    /// Keeps a connection. If it is idle, waits once until its client sends something or hangs up.
+    /// Stores the descriptor of a held connection, or closes a connection that the core did not
+    /// hold. If the connection is idle, makes the poller report once that its client has sent
+    /// something or has hung up.
     fn keep(&self, held: Held, fd: OwnedFd, registration: Option<Registration>) {
         let mut interrupts = registration.is_some_and(|registration| registration.interrupts);
         let id = match held {
@@ -208,8 +211,8 @@ impl WorkerShell {
         self.parked.borrow_mut().insert(id, connection);
     }
 
-    /// Waits once until the client sends something or hangs up. Returns whether this also
-    /// interrupts a blocking `accept`.
+    /// Makes the poller report once that the client has sent something or has hung up. Returns
+    /// whether the report also interrupts a blocking `accept`.
     fn await_data(
         &self,
         id: ConnectionId,
@@ -271,7 +274,8 @@ impl WorkerShell {
     pub(super) fn close_parked(&self, id: ConnectionId) {
         let removed = self.parked.borrow_mut().remove(id);
         if let Some(connection) = removed {
-            // A process that the application forked may have a copy, which keeps the registration.
+            // Delete the registration explicitly, because closing this copy would not end it if a
+            // process that the application forked has another copy.
             self.poller.delete(connection.fd.as_fd());
         }
     }
@@ -355,7 +359,8 @@ impl WorkerShell {
         has_queued
     }
 
-    /// Removes what is set up for a connection, because the application takes the stream out.
+    /// Removes a connection from the poller and ends its interrupts of `accept`, because the
+    /// application takes the stream out of the `Connection`.
     pub(crate) fn unregister(&self, registration: Registration) {
         self.poller.delete_dormant(registration.number);
         registration.stop_interrupts();
@@ -363,8 +368,8 @@ impl WorkerShell {
 }
 
 impl Registration {
-    /// Ends the interrupts of `accept`. They belong to the socket, and other processes may have
-    /// copies.
+    /// Ends the interrupts of `accept`. They belong to the socket itself, so closing this copy
+    /// would not end them if another process has a copy.
     pub(crate) fn stop_interrupts(self) {
         if self.interrupts {
             InterruptibleAccept::remove_connection(self.number);

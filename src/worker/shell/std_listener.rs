@@ -1,4 +1,5 @@
-//! Listeners on which other code accepts, and connections that the application has as plain streams.
+//! Listeners on which other code accepts, and connections that the application has as plain
+//! streams.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -19,7 +20,7 @@ use crate::types::time::Time;
 /// costs more system calls, about two for each open descriptor. No benchmark chose this value.
 const CHECK_INTERVAL: Time = Time::from_millis(10);
 
-/// The listeners that other code has, after they have ended, and the plain streams.
+/// The ended listeners on which other code may still accept, and the application's plain streams.
 #[derive(Debug, Default)]
 pub(super) struct StdSockets {
     /// The ended listeners for which `accept` calls may still be waiting.

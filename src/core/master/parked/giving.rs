@@ -1,6 +1,6 @@
-//! Giving idle connections from one worker to another, on listeners whose workers accept. The workers
-//! hold these connections. The master only has them from the time a worker disconnects until another
-//! worker serves the listener.
+//! Giving idle connections from one worker to another, on listeners whose workers accept. The
+//! workers hold these connections. If a worker disconnects, the master holds its connections until
+//! another worker serves the listener.
 
 use super::passing::Keeper;
 use super::{Handoff, Resumed};
@@ -13,10 +13,10 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::HandleId;
 
 /// The maximum number of idle connections that one call of `give_held` gives to workers. The next
-/// iteration of the loop gives the next ones.
+/// iteration of the event loop gives the next ones.
 ///
-/// A larger number delays the other workers. A smaller number takes more iterations of the loop. No
-/// benchmark chose this value.
+/// A larger number delays the other work of the event loop. A smaller number takes more iterations.
+/// No benchmark chose this value.
 const GIVE_BATCH: usize = 1024;
 
 impl<C, F> MasterCore<C, F> {
@@ -88,8 +88,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Records that a worker has not read the connections that it was given before. The master
-    /// holds the connection, and tries again after `RETRY_DELAY`.
+    /// Takes back a connection that was not sent to a worker, because the worker has not read the
+    /// earlier ones. The master holds the connection, and tries again after `RETRY_DELAY`.
     pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
         self.ledger.received -= 1;
         self.hold(handle, connection, parked);

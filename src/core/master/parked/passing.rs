@@ -42,8 +42,8 @@ impl ParkedTable {
         self.passing.len()
     }
 
-    /// Returns the idle connections of all listeners, sorted by listener, so that the connections of
-    /// one listener share messages.
+    /// Returns the idle connections of all listeners, sorted by listener, so that the connections
+    /// of one listener share messages.
     fn idle(&self) -> Vec<ConnectionId> {
         let idle = self.expiries.iter().filter_map(|connection| {
             let entry = self.get(connection)?;
@@ -171,8 +171,8 @@ impl<C, F> MasterCore<C, F> {
 
 // The master that receives connections.
 impl<C, F> MasterCore<C, F> {
-    /// Takes a connection that another master has passed, and that the listener accepted. Closes the
-    /// connection if this master does not have the listener (`None`).
+    /// Takes a connection that another master has passed, and that the listener accepted. Closes
+    /// the connection if this master does not have the listener (`None`).
     pub(crate) fn receive_parked(&mut self, handle: Option<HandleId>, connection: C, parked: u32) {
         self.ledger.parked += 1;
         match handle {

@@ -27,7 +27,7 @@ fn serving(count: usize) -> (Core, HandleId, Vec<WorkerId>) {
     for worker in &workers {
         report_idle(&mut core, *worker, handle, 0);
     }
-    // Without connections in the backlog, the master accepts none.
+    // Report an empty backlog, so that the master stops accepting.
     core.drained(handle);
     actions(&mut core);
     (core, handle, workers)
@@ -79,8 +79,8 @@ fn handoffs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<Handoff<u32>>
     dispatched.collect()
 }
 
-/// Makes the client of an idle connection send something. Returns the worker to which the connection
-/// is dispatched, and the connection in its queue.
+/// Makes the client of an idle connection send something. Returns the worker to which the
+/// connection is dispatched, and the connection in its queue.
 fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<Handoff<u32>>) {
     core.data_arrived(id);
     let mut dispatched = handoffs(actions(core));
@@ -88,7 +88,7 @@ fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<Handoff<u
     dispatched.remove(0)
 }
 
-/// Checks the ledger's identity.
+/// Checks that the ledger and the core agree on the number of connections in flight.
 fn check(core: &Core) {
     assert_eq!(core.ledger().in_flight(), core.in_flight());
 }
@@ -338,7 +338,8 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
     assert_eq!(closed(&evicting), [early]);
     let third = held(&evicting);
     assert_eq!((core.ledger().idle_closed, core.sizes().held), (1, 2));
-    // Beyond a lower limit, the other connections stay open, and one makes room.
+    // After the limit has been lowered, a further connection closes only one other, although more
+    // are beyond the limit.
     core.set_parked_limit(1);
     core.park(workers[0], handle, 4, 1);
     let evicting = actions(&mut core);
@@ -499,7 +500,8 @@ fn resumed_connections_use_all_capacity_if_the_backlog_is_empty_or_accepting_fai
         }
         all.extend(handoffs(actions(&mut core)));
         let queued = all.len();
-        // If the worker was no longer idle when accepting ended, its next report gets the rest.
+        // If the worker was no longer idle when accepting ended, it receives the rest after its
+        // next report.
         report_idle(&mut core, workers[0], handle, received + queued as u64);
         core.drained(handle);
         all.extend(handoffs(actions(&mut core)));

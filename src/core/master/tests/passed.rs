@@ -4,8 +4,8 @@
 use super::*;
 use crate::types::connection_id::ConnectionId;
 
-/// Returns the connections that these actions pass, each with the copy that the master does not have
-/// yet.
+/// Returns the ids of the connections that these actions pass, each with the connection itself if
+/// the master did not hold it before.
 fn passed(actions: &[Action<u32>]) -> Vec<(ConnectionId, Option<u32>)> {
     let passed = actions.iter().filter_map(|action| match action {
         Action::Pass { id, connection, .. } => Some((*id, *connection)),

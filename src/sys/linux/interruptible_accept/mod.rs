@@ -282,7 +282,7 @@ impl InterruptibleAccept {
         event.sigev_signo = SIGNAL;
         event.sigev_notify_thread_id = own_thread();
         let mut timer = std::ptr::null_mut();
-        // SAFETY: the event is valid for reads, and the timer's number is valid for writes.
+        // SAFETY: `event` is valid for reads, and `timer` is valid for writes of a timer ID.
         check(unsafe {
             libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
         })?;
