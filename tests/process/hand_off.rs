@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cluster::{Master, Worker, WorkerProcess};
+use cluster::{Ledger, Master, Worker, WorkerProcess};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -30,9 +30,9 @@ const FAULTS: [&str; 5] = ["kill", "stop", "exit", "close", "garble"];
 const WRITE_PASSES: u32 = 8;
 /// Number of passes that are tested at the fault points that do not concern writes. For each of
 /// these passes, the test starts a worker that fails there.
-const OTHER_PASSES: u32 = 3;
+pub const OTHER_PASSES: u32 = 3;
 /// Environment variable that makes a worker serve with a callback.
-const BY_CALLBACK: &str = "BY_CALLBACK";
+pub const BY_CALLBACK: &str = "BY_CALLBACK";
 /// Time after which the test gives up if the worker has not failed. Usually the worker fails far
 /// earlier.
 const FAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,19 +50,35 @@ crate::scenarios! {
 }
 
 fn hand_off_survives_a_fault_before_writing() {
-    play_worker_faults("worker.before_write", WRITE_PASSES, MayLose::Nothing);
+    play_worker_faults(
+        &ONE_CONNECTION_EACH,
+        "worker.before_write",
+        WRITE_PASSES,
+        MayLose::Nothing,
+    );
 }
 
 fn hand_off_survives_a_fault_after_writing() {
-    play_worker_faults("worker.after_write", WRITE_PASSES, MayLose::Nothing);
+    play_worker_faults(
+        &ONE_CONNECTION_EACH,
+        "worker.after_write",
+        WRITE_PASSES,
+        MayLose::Nothing,
+    );
 }
 
 fn hand_off_survives_a_fault_after_receiving_frames() {
-    play_worker_faults("worker.after_read", OTHER_PASSES, MayLose::Nothing);
+    play_worker_faults(
+        &ONE_CONNECTION_EACH,
+        "worker.after_read",
+        OTHER_PASSES,
+        MayLose::Nothing,
+    );
 }
 
 fn hand_off_survives_a_fault_after_receiving_a_connection() {
     play_worker_faults(
+        &ONE_CONNECTION_EACH,
         "worker.after_receive",
         OTHER_PASSES,
         MayLose::ReceivedConnection,
@@ -70,11 +86,17 @@ fn hand_off_survives_a_fault_after_receiving_a_connection() {
 }
 
 fn hand_off_survives_a_kill_before_dispatch() {
-    play_kills("master.before_dispatch", &[2, 3, 7, 10], MayLose::Nothing);
+    play_kills(
+        &ONE_CONNECTION_EACH,
+        "master.before_dispatch",
+        &[2, 3, 7, 10],
+        MayLose::Nothing,
+    );
 }
 
 fn hand_off_survives_a_kill_after_dispatch() {
     play_kills(
+        &ONE_CONNECTION_EACH,
         "master.after_dispatch",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
@@ -86,11 +108,17 @@ fn hand_off_survives_a_kill_after_dispatch() {
 ///
 /// The master has not dispatched a connection to the worker by then, so no client may be lost.
 fn hand_off_survives_a_kill_after_writing() {
-    play_kills("master.after_write", &[1], MayLose::Nothing);
+    play_kills(
+        &ONE_CONNECTION_EACH,
+        "master.after_write",
+        &[1],
+        MayLose::Nothing,
+    );
 }
 
 fn hand_off_survives_a_kill_before_processing_a_frame() {
     play_kills(
+        &ONE_CONNECTION_EACH,
         "master.before_frame",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
@@ -99,6 +127,7 @@ fn hand_off_survives_a_kill_before_processing_a_frame() {
 
 fn hand_off_survives_a_kill_after_processing_a_frame() {
     play_kills(
+        &ONE_CONNECTION_EACH,
         "master.after_frame",
         &[2, 3, 7, 10],
         MayLose::ReceivedConnection,
@@ -107,26 +136,92 @@ fn hand_off_survives_a_kill_after_processing_a_frame() {
 
 /// Clients that are allowed to receive no answer.
 #[derive(Clone, Copy)]
-enum MayLose {
+pub enum MayLose {
     Nothing,
     /// For each failed worker, at most one client, namely one whose connection the worker had
     /// received.
     ReceivedConnection,
+    /// Any connection that a failed worker had received. The clients check that each lost connection
+    /// belonged to a failed worker.
+    OwnConnections,
 }
 
-/// The results of the clients in one round, or in one run of kills.
-struct Outcome {
-    connected: u64,
-    unanswered: u64,
+impl MayLose {
+    /// Returns the maximum number of clients without an answer after `failed` workers have failed.
+    fn limit(self, failed: u64) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::ReceivedConnection => failed,
+            Self::OwnConnections => u64::MAX,
+        }
+    }
+}
+
+/// The results of the clients in one round, or in all rounds.
+#[derive(Clone, Copy, Default)]
+pub struct Outcome {
+    pub connected: u64,
+    /// Number of connections that ended without an answer to their last request.
+    pub unanswered: u64,
+    /// Number of times that a worker must have received a connection.
+    pub answered: u64,
     /// Whether the worker was observed in the stopped state.
     stopped: bool,
+}
+
+/// Clients on a thread beside workers that fail.
+pub trait Clients: Send {
+    /// Sends at least one request.
+    fn step(&mut self, outcome: &mut Outcome);
+    /// Disconnects the clients. Only the worker that does not fail is left by then.
+    fn end(self: Box<Self>, outcome: &mut Outcome);
+}
+
+/// The clients of a test, its workers, and what the ledger must say at the end.
+pub struct Traffic {
+    pub clients: fn(SocketAddr) -> Box<dyn Clients>,
+    pub serve: fn(Worker),
+    pub check: fn(&Ledger, &Outcome),
+}
+
+const ONE_CONNECTION_EACH: Traffic = Traffic {
+    clients: |address| Box::new(OneConnectionEach(address)),
+    serve,
+    // Expect that workers have received every accepted connection. This includes the connections
+    // of clients without an answer, because only a worker that has received a connection can lose
+    // it.
+    check: |ledger, outcome| {
+        let connected = outcome.connected;
+        assert_eq!((ledger.accepted, ledger.received), (connected, connected));
+        assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
+    },
+};
+
+/// Clients that connect one after the other. Each reads one answer.
+struct OneConnectionEach(SocketAddr);
+
+impl Clients for OneConnectionEach {
+    fn step(&mut self, outcome: &mut Outcome) {
+        outcome.add(talk(self.0, b""));
+    }
+
+    fn end(self: Box<Self>, _: &mut Outcome) {}
+}
+
+impl std::ops::AddAssign for Outcome {
+    fn add_assign(&mut self, other: Self) {
+        self.connected += other.connected;
+        self.unanswered += other.unanswered;
+        self.answered += other.answered;
+        self.stopped |= other.stopped;
+    }
 }
 
 impl Outcome {
     fn add(&mut self, answer: std::io::Result<String>) {
         self.connected += 1;
         match answer {
-            Ok(id) if id.ends_with('.') && id.matches('.').count() == 1 => {}
+            Ok(id) if id.ends_with('.') && id.matches('.').count() == 1 => self.answered += 1,
             Ok(answer) if answer.is_empty() => self.unanswered += 1,
             Ok(answer) => panic!("served twice: {answer:?}"),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
@@ -165,26 +260,41 @@ fn plan(passes: u32) -> Vec<Round> {
 
 /// Runs one worker that serves during the whole test, and forks workers that fail, one after
 /// another.
-fn play_worker_faults(point: &'static str, passes: u32, may_lose: MayLose) {
+pub fn play_worker_faults(
+    traffic: &'static Traffic,
+    point: &'static str,
+    passes: u32,
+    may_lose: MayLose,
+) {
     cluster(
-        |master| {
+        move |master| {
             let healthy = master.fork().unwrap();
             let play = Rc::new(Play {
+                traffic,
                 point,
                 may_lose,
                 left: RefCell::new(plan(passes)),
-                connected: Cell::new(0),
-                unanswered: Cell::new(0),
+                clients: RefCell::default(),
+                total: Cell::default(),
                 rounds: Cell::new(0),
                 faults: Cell::new(0),
                 healthy: healthy.clone(),
             });
             healthy.on_listening(move |master, _, address| {
                 let address = address.to_string().parse().unwrap();
-                Rc::clone(&play).next(master, address);
+                let (play, clients) = (Rc::clone(&play), traffic.clients);
+                // Let the clients connect before any worker runs that may fail.
+                in_background(
+                    master,
+                    move || clients(address),
+                    |master, clients| {
+                        play.clients.replace(Some(clients));
+                        play.next(master);
+                    },
+                );
             });
         },
-        serve,
+        traffic.serve,
     );
 }
 
@@ -201,11 +311,13 @@ fn serve(worker: Worker) {
 }
 
 struct Play {
+    traffic: &'static Traffic,
     point: &'static str,
     may_lose: MayLose,
     left: RefCell<Vec<Round>>,
-    connected: Cell<u64>,
-    unanswered: Cell<u64>,
+    /// The clients between two rounds.
+    clients: RefCell<Option<Box<dyn Clients>>>,
+    total: Cell<Outcome>,
     rounds: Cell<u64>,
     /// Number of rounds in which the worker has failed as planned.
     faults: Cell<u64>,
@@ -213,9 +325,15 @@ struct Play {
 }
 
 impl Play {
-    fn next(self: Rc<Self>, master: &Master, address: SocketAddr) {
+    fn next(self: Rc<Self>, master: &Master) {
+        let mut clients = self.clients.take().unwrap();
         let Some(round) = self.left.borrow_mut().pop() else {
-            return self.end();
+            let mut total = self.total.get();
+            let work = move || {
+                clients.end(&mut total);
+                total
+            };
+            return in_background(master, work, move |_, total| self.end(total));
         };
         let plan = format!("{}:{}:{}", self.point, round.fault, round.pass);
         let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
@@ -226,7 +344,7 @@ impl Play {
         let end_part = move |play: &Rc<Self>, master: &Master| {
             parts.set(parts.get() - 1);
             if parts.get() == 0 {
-                Rc::clone(play).next(master, address);
+                Rc::clone(play).next(master);
             }
         };
         let (play, end_worker) = (Rc::clone(&self), end_part.clone());
@@ -256,9 +374,13 @@ impl Play {
         let play = self;
         in_background(
             master,
-            move || clients(address, pid, kills),
-            move |master, outcome| {
-                play.count(round, &outcome);
+            move || {
+                let outcome = step_until_failure(&mut *clients, pid, kills);
+                (clients, outcome)
+            },
+            move |master, (clients, outcome)| {
+                play.clients.replace(Some(clients));
+                play.count(round, outcome);
                 has_failed.set(outcome.stopped);
                 // Disconnect the worker if it was stopped and has continued. If the worker has
                 // exited, the call does nothing.
@@ -268,43 +390,33 @@ impl Play {
         );
     }
 
-    fn count(&self, round: Round, outcome: &Outcome) {
-        let allowed = match self.may_lose {
-            MayLose::Nothing => 0,
-            MayLose::ReceivedConnection => 1,
-        };
+    fn count(&self, round: Round, outcome: Outcome) {
+        let allowed = self.may_lose.limit(1);
         let Round { fault, pass, .. } = round;
         let step = format!("{}:{fault}:{pass}", self.point);
         assert!(outcome.unanswered <= allowed, "{step}: unanswered clients");
-        self.connected.set(self.connected.get() + outcome.connected);
-        self.unanswered
-            .set(self.unanswered.get() + outcome.unanswered);
+        let mut total = self.total.get();
+        total += outcome;
+        self.total.set(total);
     }
 
-    fn end(&self) {
-        let (connected, unanswered) = (self.connected.get(), self.unanswered.get());
+    fn end(&self, total: Outcome) {
         let (rounds, faults) = (self.rounds.get(), self.faults.get());
         println!(
-            "{}: {rounds} rounds, {faults} faults, {connected} clients, {unanswered} unanswered",
-            self.point
+            "{}: {rounds} rounds, {faults} faults, {} clients, {} answers, {} unanswered",
+            self.point, total.connected, total.answered, total.unanswered
         );
         assert_eq!(faults, rounds, "some workers never passed the point");
+        let check = self.traffic.check;
         self.healthy.disconnect();
-        self.healthy.on_exit(move |master, _, _| {
-            let ledger = master.ledger();
-            assert_eq!(ledger.accepted, connected);
-            // Expect that workers have received every accepted connection. This includes the
-            // connections of clients without an answer, because only a worker that has received a
-            // connection can lose it.
-            assert_eq!(ledger.received, connected, "{ledger:?}");
-            assert_eq!((ledger.dropped, ledger.closed_by_peer), (0, 0));
-        });
+        self.healthy
+            .on_exit(move |master, _, _| check(&master.ledger(), &total));
     }
 }
 
-/// Connects clients, one after another, until the worker has failed, and then one more client. If
-/// the worker is stopped, kills the worker if `kills` is set, and continues it otherwise.
-fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
+/// Steps the clients until the worker has failed, and then once more. If the worker is stopped,
+/// kills the worker if `kills` is set, and continues it otherwise.
+fn step_until_failure(clients: &mut dyn Clients, pid: u32, kills: bool) -> Outcome {
     let is_over = AtomicBool::new(false);
     let stopped = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -324,11 +436,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
                 std::thread::sleep(Duration::from_micros(300));
             }
         });
-        let mut outcome = Outcome {
-            connected: 0,
-            unanswered: 0,
-            stopped: false,
-        };
+        let mut outcome = Outcome::default();
         let end = Instant::now() + scaled(FAULT_TIMEOUT);
         loop {
             let has_failed = !is_alive(pid) || stopped.load(Ordering::SeqCst);
@@ -336,7 +444,7 @@ fn clients(address: SocketAddr, pid: u32, kills: bool) -> Outcome {
                 has_failed || Instant::now() < end,
                 "no worker passes this point"
             );
-            outcome.add(talk(address, b""));
+            clients.step(&mut outcome);
             if has_failed {
                 break;
             }
@@ -356,19 +464,24 @@ fn has_stopped(pid: u32) -> bool {
 /// connect.
 ///
 /// The master never kills the first worker, so one worker always serves clients.
-fn play_kills(point: &'static str, passes: &[u32], may_lose: MayLose) {
+pub fn play_kills(
+    traffic: &'static Traffic,
+    point: &'static str,
+    passes: &[u32],
+    may_lose: MayLose,
+) {
     if let Ok(plan) = std::env::var(FAULT) {
-        return play_kills_under_load(&plan, may_lose);
+        return play_kills_under_load(traffic, &plan, may_lose);
     }
     for every in passes {
         with_env(FAULT, &format!("{point}:kill:{every}:again"), || {});
     }
 }
 
-fn play_kills_under_load(plan: &str, may_lose: MayLose) {
+fn play_kills_under_load(traffic: &'static Traffic, plan: &str, may_lose: MayLose) {
     let plan = plan.to_owned();
     cluster(
-        |master| {
+        move |master| {
             let kills = Arc::new(AtomicU64::new(0));
             let (count, all) = (Arc::clone(&kills), kills);
             let replace = master.on_exit(move |master, _, _| {
@@ -380,49 +493,42 @@ fn play_kills_under_load(plan: &str, may_lose: MayLose) {
                 (0..2).for_each(|_| drop(master.fork().unwrap()));
                 let address = address.to_string().parse().unwrap();
                 let (all, plan) = (Arc::clone(&all), plan.clone());
-                let kills = Arc::clone(&all);
+                let (kills, clients) = (Arc::clone(&all), traffic.clients);
                 in_background(
                     master,
-                    move || connect_until_killed(address, &kills),
+                    move || {
+                        let mut clients = clients(address);
+                        let mut outcome = step_until_killed(&mut *clients, &kills);
+                        clients.end(&mut outcome);
+                        outcome
+                    },
                     move |master, outcome| {
                         master.remove_callback(replace);
                         let kills = all.load(Ordering::SeqCst);
-                        let Outcome {
-                            connected,
-                            unanswered,
-                            ..
-                        } = outcome;
+                        let (connected, unanswered) = (outcome.connected, outcome.unanswered);
                         println!(
                             "{plan}: {connected} clients, {kills} kills, {unanswered} unanswered"
                         );
-                        let allowed = match may_lose {
-                            MayLose::Nothing => 0,
-                            MayLose::ReceivedConnection => kills,
-                        };
-                        assert!(unanswered <= allowed);
+                        assert!(unanswered <= may_lose.limit(kills));
+                        let check = traffic.check;
                         master.on_all_disconnected_once(move |master| {
-                            let ledger = master.ledger();
-                            assert_eq!((ledger.accepted, ledger.received), (connected, connected));
+                            check(&master.ledger(), &outcome);
                         });
                         master.disconnect_within(scaled(Duration::from_secs(20)));
                     },
                 );
             });
         },
-        serve,
+        traffic.serve,
     );
 }
 
-/// Connects clients until 40 clients per round have connected and 5 workers per round were killed.
-fn connect_until_killed(address: SocketAddr, kills: &AtomicU64) -> Outcome {
-    let mut outcome = Outcome {
-        connected: 0,
-        unanswered: 0,
-        stopped: false,
-    };
+/// Steps the clients until 40 clients per round have connected and 5 workers per round were killed.
+fn step_until_killed(clients: &mut dyn Clients, kills: &AtomicU64) -> Outcome {
+    let mut outcome = Outcome::default();
     let least = u64::from(rounds());
     while outcome.connected < 40 * least || kills.load(Ordering::SeqCst) < 5 * least {
-        outcome.add(talk(address, b""));
+        clients.step(&mut outcome);
     }
     outcome
 }

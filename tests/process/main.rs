@@ -31,6 +31,7 @@ mod forked;
 mod giving_up;
 mod groups;
 mod hand_off;
+mod hand_off_parked;
 mod harness;
 mod host;
 mod hostile;
@@ -126,6 +127,7 @@ fn main() -> ExitCode {
         edges::SCENARIOS,
         callbacks::SCENARIOS,
         hand_off::SCENARIOS,
+        hand_off_parked::SCENARIOS,
         deadlines::SCENARIOS,
         detached::SCENARIOS,
         disconnecting::SCENARIOS,

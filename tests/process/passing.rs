@@ -58,6 +58,9 @@ const HOLD: &str = "hold";
 fn server(options: PoolOptions) {
     let address = std::env::var(ADDRESS).unwrap();
     let release = std::fs::read_to_string(std::env::var(RELEASE).unwrap()).unwrap();
+    if release == "exits" {
+        std::process::exit(1);
+    }
     let passed = cluster::systemd::listen_fds().unwrap();
     match cluster::init().unwrap() {
         Role::Master(master) => {
@@ -80,9 +83,6 @@ fn server(options: PoolOptions) {
         }
         Role::Worker(worker) => {
             ignore_pool_signals(&worker).unwrap();
-            if release == "exits" {
-                std::process::exit(1);
-            }
             let options = ListenOptions::from(address.as_str());
             let options = options.wait_for_data(release == "waits for data");
             for connection in worker.listen(options).unwrap().incoming() {
@@ -429,7 +429,7 @@ fn requests_at_the_takeover_are_answered(policy: &str) {
 
 fn failed_upgrade_keeps_idle_connections() {
     if is_watched() {
-        return server(quick().startup_timeout(300 * MS));
+        return server(quick());
     }
     let server = Server::start("rr");
     let mut clients = clients(&server, 20);
