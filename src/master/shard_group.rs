@@ -128,7 +128,7 @@ impl ShardGroup {
 }
 
 #[cfg(test)]
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", target_os = "android"))]
 mod tests {
     use super::*;
 

@@ -64,7 +64,7 @@ mod tests {
         assert_eq!(own_memory(u32::MAX, 0), None);
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", target_os = "android"))]
     #[test]
     fn own_memory_is_at_most_the_resident_memory() {
         let pid = std::process::id();

@@ -118,7 +118,7 @@ impl Target {
             return Self::File(Rc::new(file));
         }
         let is_same_when_opened = kind.is_fifo() || file.is_terminal() && is_own_device(&metadata);
-        let way = if is_same_when_opened && cfg!(target_os = "linux") {
+        let way = if is_same_when_opened && cfg!(any(target_os = "linux", target_os = "android")) {
             Way::Reopen
         } else {
             Way::Poll
@@ -245,13 +245,13 @@ fn is_stream(socket: &File) -> bool {
 
 /// Returns whether opening a terminal's device again opens the same terminal. `/dev/tty` and
 /// `/dev/tty0` can open another terminal, and `/dev/ptmx` creates one.
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", target_os = "android"))]
 fn is_own_device(metadata: &Metadata) -> bool {
     let device = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
     !matches!(device, (5, 0 | 2) | (4, 0))
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
 fn is_own_device(_metadata: &Metadata) -> bool {
     false
 }
@@ -314,7 +314,7 @@ fn write_if_ready(mut file: &File, bytes: &[u8]) -> io::Result<usize> {
     }
 }
 
-#[cfg(target_os = "linux")]
+#[cfg(any(target_os = "linux", target_os = "android"))]
 mod no_wait {
     use std::os::fd::AsRawFd as _;
 
@@ -359,7 +359,7 @@ mod no_wait {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
 mod no_wait {
     use super::{BorrowedFd, io};
 

@@ -9,7 +9,7 @@
 //! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`,
 //!   `std_accept`
 //! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
-//! - signals: `signal` (as a readable descriptor), `signal_mask`
+//! - signals: `signal` (as a readable descriptor), `signal_mask`, `errno` (which a handler preserves)
 //! - waiting: `poll`
 //! - memory: `shared_number` (which two processes share)
 //! - logs: `log` (writes to descriptors that other processes share)
@@ -21,6 +21,7 @@
 
 pub(crate) mod bind;
 pub(crate) mod env;
+mod errno;
 pub(crate) mod fd;
 pub(crate) mod file;
 pub(crate) mod listen;
@@ -38,8 +39,11 @@ pub(crate) mod socket_file;
 pub(crate) mod std_accept;
 pub(crate) mod threads;
 
-#[cfg_attr(target_os = "linux", path = "linux/mod.rs")]
-#[cfg_attr(not(target_os = "linux"), path = "bsd/mod.rs")]
+#[cfg_attr(any(target_os = "linux", target_os = "android"), path = "linux/mod.rs")]
+#[cfg_attr(
+    not(any(target_os = "linux", target_os = "android")),
+    path = "bsd/mod.rs"
+)]
 mod platform;
 pub(crate) use platform::{filter, interruptible_accept, parent_death_signal, shared_number};
 

@@ -233,7 +233,7 @@ mod tests {
                 .send(label(index as u64 + 7), connection.as_fd())
                 .unwrap();
         }
-        if cfg!(target_os = "linux") {
+        if cfg!(any(target_os = "linux", target_os = "android")) {
             assert_eq!(queue.count(), Some(3));
         }
         let Ok(Dequeued::Connection(label, first)) = receive(worker.as_fd()) else {

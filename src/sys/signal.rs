@@ -18,8 +18,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::check;
+use super::errno;
 use super::owner::AtomicOwner;
-use super::platform::{MAX_SIGNAL, SI_KERNEL, errno_location};
+use super::platform::{MAX_SIGNAL, SI_KERNEL};
 use super::signal_mask::SignalSet;
 
 pub(crate) use libc::SIGCHLD as CHLD;
@@ -108,8 +109,7 @@ impl ReplacedHandler {
         context: *mut libc::c_void,
         body: impl FnOnce(),
     ) {
-        // SAFETY: the address of errno is valid for reads on the thread that runs this function.
-        let errno = unsafe { *errno_location() };
+        let number = errno::get();
         body();
         let address = self.address.load(Ordering::SeqCst);
         if address != 0 {
@@ -118,8 +118,7 @@ impl ReplacedHandler {
             let handler = unsafe { std::mem::transmute::<usize, Handler>(address) };
             handler(signal, info, context);
         }
-        // SAFETY: the address of errno is valid for writes on the thread that runs this function.
-        unsafe { *errno_location() = errno };
+        errno::set(number);
     }
 }
 

@@ -60,7 +60,7 @@ impl SignalSet {
 
     /// Removes a pending signal of this set. Returns whether there was one. The signals must be
     /// blocked on the calling thread.
-    #[cfg(target_os = "linux")]
+    #[cfg(any(target_os = "linux", target_os = "android"))]
     pub(super) fn take_pending(&self) -> bool {
         let now = libc::timespec {
             tv_sec: 0,

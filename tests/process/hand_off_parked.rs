@@ -8,8 +8,9 @@
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
-use cluster::Worker;
+use cluster::{ListenOptions, Worker};
 
 use crate::hand_off::{
     BY_CALLBACK, Clients, MayLose, OTHER_PASSES, Outcome, Traffic, play_kills, play_worker_faults,
@@ -19,6 +20,8 @@ use crate::parked::{PARK, answer};
 
 /// Connections that stay idle while the workers fail.
 const IDLE: usize = 8;
+/// Idle time after which a connection is closed. Idle connections stay open for all rounds.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Connections that send requests while the workers fail.
 const BUSY: usize = 3;
 
@@ -68,6 +71,8 @@ fn play_with_shared_listener(point: &'static str) {
 const ROUND_ROBIN: Traffic = Traffic {
     clients: |address| Box::new(KeepAlive::connect(address, Lost::AnyConnection)),
     serve,
+    // A worker answers one more request, but cannot park the connection afterwards.
+    lost_by_closed_channel: 1,
     check: |ledger, outcome| {
         assert_eq!(ledger.accepted, outcome.connected);
         assert_eq!(
@@ -83,6 +88,7 @@ const ROUND_ROBIN: Traffic = Traffic {
 const SHARED: Traffic = Traffic {
     clients: |address| Box::new(KeepAlive::connect(address, Lost::ConnectionOfFailingWorker)),
     serve,
+    lost_by_closed_channel: 0,
     check: |ledger, _| {
         assert_eq!(
             (ledger.dropped, ledger.expired, ledger.idle_closed),
@@ -92,7 +98,8 @@ const SHARED: Traffic = Traffic {
 };
 
 fn serve(worker: Worker) {
-    let listener = worker.listen("127.0.0.1:0").unwrap();
+    let options = ListenOptions::from("127.0.0.1:0").idle_timeout(IDLE_TIMEOUT);
+    let listener = worker.listen(options).unwrap();
     if std::env::var_os(BY_CALLBACK).is_some() {
         listener.set_connection_callback(answer);
         return worker.run().unwrap();

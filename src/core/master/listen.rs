@@ -141,7 +141,9 @@ impl<C, F> MasterCore<C, F> {
             // datagrams.
             (Kind::Udp, _) => SchedulingPolicy::Shared,
             (kind, SchedulingPolicy::Sharded)
-                if kind == Kind::Unix || endpoint.is_borrowed() || !cfg!(target_os = "linux") =>
+                if kind == Kind::Unix
+                    || endpoint.is_borrowed()
+                    || !cfg!(any(target_os = "linux", target_os = "android")) =>
             {
                 SchedulingPolicy::Shared
             }

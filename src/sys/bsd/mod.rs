@@ -22,12 +22,6 @@ pub(super) use system::{MAX_RSS_UNIT, SI_KERNEL};
 /// The highest signal number that the crate handles.
 pub(super) const MAX_SIGNAL: u8 = 64;
 
-/// Returns the address of the calling thread's errno. Async-signal-safe.
-pub(super) fn errno_location() -> *mut libc::c_int {
-    // SAFETY: __error has no preconditions.
-    unsafe { libc::__error() }
-}
-
 pub(super) mod blocked_threads {
     use std::os::fd::RawFd;
 

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
+use super::uapi;
 use crate::sys::{check, option};
 
 /// Attaches the SYN filter to a TCP listener. The filter drops the packets that start new
@@ -32,11 +33,11 @@ fn syn_filter() -> [libc::sock_filter; 5] {
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
     [
-        statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, FLAGS, 0, 0),
-        statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, SYN | ACK, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, SYN, 0, 1),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
-        statement(libc::BPF_RET | libc::BPF_K, u32::MAX, 0, 0),
+        statement(uapi::BPF_LD | uapi::BPF_B | uapi::BPF_ABS, FLAGS, 0, 0),
+        statement(uapi::BPF_ALU | uapi::BPF_AND | uapi::BPF_K, SYN | ACK, 0, 0),
+        statement(uapi::BPF_JMP | uapi::BPF_JEQ | uapi::BPF_K, SYN, 0, 1),
+        statement(uapi::BPF_RET | uapi::BPF_K, 0, 0, 0),
+        statement(uapi::BPF_RET | uapi::BPF_K, u32::MAX, 0, 0),
     ]
 }
 
@@ -72,7 +73,7 @@ pub(crate) fn detach_foreign_syn_filter(listener: &OwnedFd) -> io::Result<()> {
 /// Forbids attaching and detaching filters and selection programs through this socket. The kernel
 /// never lifts this lock.
 pub(crate) fn lock_filter(socket: &OwnedFd) -> io::Result<()> {
-    option::set_int(socket.as_fd(), libc::SO_LOCK_FILTER, 1)
+    option::set_int(socket.as_fd(), uapi::SO_LOCK_FILTER, 1)
 }
 
 /// Distributes new connections evenly among the sockets with these indexes in the listener's
@@ -91,29 +92,29 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
 /// bytes for a run of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
-    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    let random = uapi::SKF_AD_RANDOM as u32;
     let count = number(indexes.len())?;
     let mut program = vec![
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, random, 0, 0),
-        statement(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count, 0, 0),
+        statement(uapi::BPF_LD | uapi::BPF_W | uapi::BPF_ABS, random, 0, 0),
+        statement(uapi::BPF_ALU | uapi::BPF_MOD | uapi::BPF_K, count, 0, 0),
     ];
     let mut drawn = 0;
     for run in indexes.chunk_by(|one, next| one + 1 == *next) {
         let next = drawn + run.len();
         // Skip this run if the random number is at least `next`, because the number then belongs to
         // a later run.
-        let is_later = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
+        let is_later = uapi::BPF_JMP | uapi::BPF_JGE | uapi::BPF_K;
         program.push(statement(is_later, number(next)?, 2, 0));
         // `drawn` never exceeds the run's first index, because the indexes ascend.
         let shift = number(run[0].saturating_sub(drawn))?;
-        let add = libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K;
+        let add = uapi::BPF_ALU | uapi::BPF_ADD | uapi::BPF_K;
         program.push(statement(add, shift, 0, 0));
-        program.push(statement(libc::BPF_RET | libc::BPF_A, 0, 0, 0));
+        program.push(statement(uapi::BPF_RET | uapi::BPF_A, 0, 0, 0));
         drawn = next;
     }
     // The kernel requires a return at the end. The program never reaches this return, because the
     // random number is below `count`.
-    program.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0));
+    program.push(statement(uapi::BPF_RET | uapi::BPF_K, 0, 0, 0));
     Ok(program)
 }
 
@@ -187,15 +188,15 @@ mod tests {
             let one = &program[at];
             at += 1;
             let code = u32::from(one.code);
-            if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS {
+            if code == uapi::BPF_LD | uapi::BPF_W | uapi::BPF_ABS {
                 value = random;
-            } else if code == libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K {
+            } else if code == uapi::BPF_ALU | uapi::BPF_MOD | uapi::BPF_K {
                 value %= one.k;
-            } else if code == libc::BPF_ALU | libc::BPF_ADD | libc::BPF_K {
+            } else if code == uapi::BPF_ALU | uapi::BPF_ADD | uapi::BPF_K {
                 value += one.k;
-            } else if code == libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K {
+            } else if code == uapi::BPF_JMP | uapi::BPF_JGE | uapi::BPF_K {
                 at += usize::from(if value >= one.k { one.jt } else { one.jf });
-            } else if code == libc::BPF_RET | libc::BPF_A {
+            } else if code == uapi::BPF_RET | uapi::BPF_A {
                 return value as usize;
             } else {
                 panic!("unexpected instruction {code:#x}");
@@ -253,8 +254,8 @@ mod tests {
             select_sockets(&listener, &gaps).unwrap();
             // Check that the limit applies in this namespace, because the test would otherwise
             // prove nothing. A program with two statements for each shard exceeds the limit.
-            let ret = libc::BPF_RET | libc::BPF_K;
-            let is = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+            let ret = uapi::BPF_RET | uapi::BPF_K;
+            let is = uapi::BPF_JMP | uapi::BPF_JEQ | uapi::BPF_K;
             let each = (0..1000).flat_map(|n| [statement(is, n, 0, 1), statement(ret, n, 0, 0)]);
             let mut long: Vec<_> = each.chain([statement(ret, 0, 0, 0)]).collect();
             let error = attach(&listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut long).unwrap_err();

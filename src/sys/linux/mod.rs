@@ -18,6 +18,7 @@ pub(super) mod pidfd;
 pub(crate) mod shared_number;
 pub(super) mod socket;
 pub(super) mod threads;
+mod uapi;
 pub(super) mod zeroed_on_fork;
 
 /// The highest signal number of the architecture.
@@ -33,9 +34,3 @@ pub(super) const SI_KERNEL: libc::c_int = 0x80;
 
 /// The number of bytes in one unit of `ru_maxrss`.
 pub(super) const MAX_RSS_UNIT: u64 = 1024;
-
-/// Returns the address of the calling thread's errno. Async-signal-safe.
-pub(super) fn errno_location() -> *mut libc::c_int {
-    // SAFETY: __errno_location has no preconditions.
-    unsafe { libc::__errno_location() }
-}

@@ -1,10 +1,14 @@
 //! Socket flags, `accept`, queue lengths and abstract addresses.
 
 use std::io;
+#[cfg(target_os = "android")]
+use std::os::android::net::SocketAddrExt as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+#[cfg(target_os = "linux")]
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::SocketAddr;
 
+use super::uapi::TcpInfo;
 use crate::sys::{check, fd, option};
 
 pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
@@ -36,11 +40,11 @@ pub(in crate::sys) fn defer_accept(listener: &OwnedFd, seconds: libc::c_int) -> 
 /// Returns the number of connections in a TCP listener's backlog. Returns `None` for any other
 /// socket.
 pub(in crate::sys) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
-    // SAFETY: every bit pattern is a valid `tcp_info`.
-    let info: io::Result<libc::tcp_info> =
+    // SAFETY: every bit pattern is a valid `TcpInfo`.
+    let info: io::Result<TcpInfo> =
         unsafe { option::get(listener.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO) };
     // For a listener, this field is the length of its accept queue.
-    info.ok().map(|info| info.tcpi_unacked.into())
+    info.ok().map(|info| info.unacked.into())
 }
 
 /// Returns the number of bytes that can be read from a socket.

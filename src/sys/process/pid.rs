@@ -135,9 +135,12 @@ impl Pid {
         // SAFETY: all zeroes is a valid `siginfo_t`.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // On FreeBSD, `id_t` has 64 bits.
+        #[allow(clippy::useless_conversion)]
+        let id = libc::id_t::from(self.number());
         let waited = retry(|| {
             // SAFETY: the pointer is valid for writes.
-            check(unsafe { libc::waitid(libc::P_PID, self.number(), &raw mut info, options) })
+            check(unsafe { libc::waitid(libc::P_PID, id, &raw mut info, options) })
         });
         // SAFETY: the call has filled in the structure for a child, or left it zero.
         waited.ok().map(|_| unsafe { info.si_pid() } == self.0)

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Instant;
 
 use crate::sys::owner::Owner;
-use crate::sys::platform::socket;
+use crate::sys::platform::{socket, uapi};
 use crate::sys::signal::{ReplacedHandler, address, chained_action, current_action, set_action};
 use crate::sys::signal_mask::SignalSet;
 use crate::sys::{check, fd};
@@ -51,7 +51,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             // dup(2) also documents EBUSY for a number that another thread is about to open, but
             // the slot's number is never free.
             // SAFETY: this module owns the slot, so dup3 replaces no other code's descriptor.
-            unsafe { libc::dup3(stub, slot, libc::O_CLOEXEC) };
+            unsafe { uapi::dup3(stub, slot) };
         }
     });
 }
@@ -217,7 +217,7 @@ impl InterruptibleAccept {
 
     fn fill_slot(&self, number: RawFd) -> io::Result<()> {
         // SAFETY: this module owns the slot, so dup3 replaces no other code's descriptor.
-        check(unsafe { libc::dup3(number, self.slot.as_raw_fd(), libc::O_CLOEXEC) })?;
+        check(unsafe { uapi::dup3(number, self.slot.as_raw_fd()) })?;
         Ok(())
     }
 
