@@ -30,7 +30,7 @@ impl Pool {
     /// The pool reports that the service is ready when it has a
     /// [quorum](super::PoolOptions::quorum). Reloads, the pool's stop and a status line are also
     /// reported. If systemd's watchdog is enabled, the pool feeds the watchdog four times per
-    /// timeout while the pool has a quorum.
+    /// timeout while the pool has a quorum, and while it stops.
     ///
     /// After an [upgrade](Self::upgrade), the old master reports that the new master is now the
     /// main process. `NotifyAccess=main`, the default for `Type=notify`, is therefore enough.
@@ -64,7 +64,7 @@ impl Pool {
         if let Some(timeout) = watchdog_timeout {
             let (pool, notifier) = (self.clone(), Rc::clone(&notifier));
             let timer = master.set_interval(timeout / 4, move |master| {
-                if notifier.is_ready.get() {
+                if notifier.feeds_watchdog.get() {
                     notifier.send_if_possible(&pool, master, || systemd::notify("WATCHDOG=1"));
                 }
             });
@@ -76,8 +76,10 @@ impl Pool {
             if matches!(event, PoolEvent::NotificationFailed { .. }) {
                 return;
             }
-            let is_ready = pool.is_main_process() && pool.has_quorum();
-            notifier.is_ready.set(is_ready);
+            let is_healthy = pool.has_quorum() || pool.is_stopping();
+            notifier
+                .feeds_watchdog
+                .set(pool.is_main_process() && is_healthy);
             if let Some(state) = pool.state_after(event) {
                 notifier.send(pool, master, state);
             }
@@ -155,10 +157,11 @@ impl State {
 struct Notifier {
     /// The states that wait for space in systemd's queue, oldest first.
     waiting: RefCell<VecDeque<State>>,
-    /// Whether this process was the service's main process and had a quorum at the last event. The
-    /// timer feeds the watchdog only while this is `true`, and therefore never before READY=1 is
-    /// due.
-    is_ready: Cell<bool>,
+    /// Whether this process was the service's main process, and had a quorum or was stopping, at the
+    /// last event. The timer feeds the watchdog only while this is `true`, and therefore never
+    /// before READY=1 is due. A stopping pool has its own deadline, which may be later than the
+    /// watchdog timeout.
+    feeds_watchdog: Cell<bool>,
     /// Whether the last attempt failed.
     has_failed: Cell<bool>,
 }

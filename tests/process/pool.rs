@@ -983,7 +983,7 @@ fn unix_socket_passes_from_master_to_master() {
 fn pool_notifies_systemd() {
     const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
     if is_watched() {
-        return server(quick());
+        return server(quick().stop_delay(500 * MS));
     }
     let path = std::env::temp_dir().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
@@ -1048,6 +1048,8 @@ fn pool_notifies_systemd() {
     }
     server.signal(Signal::SIGTERM);
     assert_eq!(next_notification(), "STOPPING=1");
+    // Check that the watchdog does not expire while the pool stops.
+    while receive() != "WATCHDOG=1" {}
     server.stop();
     std::fs::remove_file(path).unwrap();
 }
