@@ -11,14 +11,17 @@
 mod hello;
 mod usage;
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
 use std::net::TcpStream;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolOptions, SLOT, Status, WorkerPhase, ignore_pool_signals};
-use cluster::{ListenOptions, LogWriter, Role, WorkerId, systemd};
+use cluster::{ListenOptions, LogWriter, Role, SendOptions, WorkerId, systemd};
 use lexopt::ValueExt as _;
 
 /// Returns the slot in the cookie of the connection's next request, or `None` if there is no such
@@ -50,6 +53,11 @@ fn slot_in_cookie(stream: &TcpStream) -> io::Result<Option<usize>> {
     }
 }
 
+/// The master's reply to a worker: another worker has the connection.
+const PASSED: &[u8] = b"passed";
+/// The master's reply to a worker: the slot has no ready worker, so the session moves to this one.
+const KEPT: &[u8] = b"kept";
+
 /// Returns the worker of a slot, or `None` if the slot has no worker that is ready.
 fn ready_worker(status: &Status, slot: usize) -> Option<WorkerId> {
     let worker = status.slots.get(slot)?.worker.as_ref()?;
@@ -71,13 +79,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             pool.on_event(move |_, _, event| log.line(event));
             pool.on_default_signals(&master)?;
             master.on_message(move |master, sender, message| {
-                let slot = std::str::from_utf8(message.bytes()).ok();
-                let slot = slot.and_then(|slot| slot.parse().ok());
-                let owner = slot.and_then(|slot| ready_worker(&pool.status(master), slot));
+                let Ok(slot) = String::from_utf8_lossy(message.bytes()).parse() else {
+                    return;
+                };
+                let owner = ready_worker(&pool.status(master), slot);
                 let owner = owner.and_then(|owner| master.worker(owner));
-                // Without an owner, the session moves to the worker that has read the cookie.
-                let owner = owner.as_ref().unwrap_or(sender);
-                let _ = owner.send_with_fds(b"", message.take_fds());
+                let is_passed =
+                    owner.is_some_and(|owner| owner.send_with_fds(b"", message.take_fds()).is_ok());
+                let _ = sender.send(if is_passed { PASSED } else { KEPT });
             });
             Ok(master.run()?)
         }
@@ -88,10 +97,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             let cookie = format!("Set-Cookie: SLOT={slot}; Path=/; HttpOnly\r\n");
             // Ignore an error, because a client that disconnects must not stop the worker.
             let answer = move |connection| drop(hello::answer(connection, &cookie, &body));
-            let answer_passed = answer.clone();
+            let sent = Rc::new(RefCell::new(VecDeque::new()));
+            let (answer_passed, replies) = (answer.clone(), Rc::clone(&sent));
             worker.on_message(move |worker, message| {
                 for fd in message.take_fds() {
                     answer_passed(worker.adopt(fd.into()));
+                }
+                if [PASSED, KEPT].contains(&message.bytes()) {
+                    let connection = replies.borrow_mut().pop_front();
+                    let kept = connection.filter(|_| message.bytes() == KEPT);
+                    kept.into_iter().for_each(&answer_passed);
                 }
             });
             // The slots of new sessions, in rotation. The worker does not keep all new sessions that it
@@ -104,14 +119,19 @@ fn main() -> Result<(), Box<dyn Error>> {
                     continue;
                 };
                 let owner = owner.or_else(|| rotation.next()).unwrap_or(slot);
-                if owner == slot || worker.is_disconnecting() {
+                if owner == slot {
                     answer(connection);
-                } else {
-                    let fds = vec![connection.into_stream().into()];
-                    let _ = worker.send_with_fds(owner.to_string().as_bytes(), fds);
+                    continue;
+                }
+                // Keep the connection until the master replies. A worker that disconnects waits for
+                // its connections, and so for the reply.
+                let options = SendOptions::new().keep_open(&connection);
+                let message = owner.to_string();
+                if worker.send_with(message.as_bytes(), options).is_ok() {
+                    sent.borrow_mut().push_back(connection);
                 }
             }
-            Ok(())
+            Ok(worker.run()?)
         }
     }
 }

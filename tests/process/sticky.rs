@@ -98,7 +98,8 @@ impl Service {
         wait_until("HAProxy", || {
             let output = proxy.output();
             assert!(!output.contains("[ALERT]"), "{output}");
-            Client::default().ask(front).ok().flatten().map(drop)
+            let answer = Client::default().ask(front).ok()?;
+            answer.starts_with("HTTP/1.1 200 ").then_some(())
         });
         Ok(Self {
             pool,
@@ -152,9 +153,8 @@ struct Client {
 }
 
 impl Client {
-    /// Sends a request on a new connection. Returns `None` if the answer is not a worker's, for
-    /// example because HAProxy reports an error.
-    fn ask(&mut self, front: SocketAddr) -> io::Result<Option<Answer>> {
+    /// Sends a request on a new connection, and returns the answer.
+    fn ask(&mut self, front: SocketAddr) -> io::Result<String> {
         let cookies = self.cookies.iter();
         let cookies: Vec<_> = cookies
             .map(|(name, value)| format!("{name}={value}"))
@@ -163,10 +163,11 @@ impl Client {
         if !cookies.is_empty() {
             request += &format!("Cookie: {}\r\n", cookies.join("; "));
         }
-        let answer = talk(front, (request + "\r\n").as_bytes())?;
-        Ok(self.parse(&answer))
+        talk(front, (request + "\r\n").as_bytes())
     }
 
+    /// Takes the cookies from an answer. Returns `None` if the answer is not a worker's, for example
+    /// because HAProxy reports an error.
     fn parse(&mut self, answer: &str) -> Option<Answer> {
         let (head, body) = answer.split_once("\r\n\r\n")?;
         let headers = head.strip_prefix("HTTP/1.1 200 ")?.lines();
@@ -186,14 +187,20 @@ impl Client {
 
     /// Sends a request. Counts an answer from another slot than that of the first answer as wrong.
     fn visit(&mut self, front: SocketAddr, count: &mut Count) -> Option<Answer> {
-        match self.ask(front) {
-            Ok(Some(answer)) if *self.slot.get_or_insert(answer.slot) == answer.slot => {
-                return Some(answer);
+        let text = match self.ask(front) {
+            Ok(text) => text,
+            Err(error) => {
+                count.fail(&error);
+                return None;
             }
-            Ok(_) => count.wrong += 1,
-            Err(error) => count.fail(&error),
+        };
+        let answer = self.parse(&text);
+        let answer = answer.filter(|answer| *self.slot.get_or_insert(answer.slot) == answer.slot);
+        if answer.is_none() {
+            count.wrong += 1;
+            println!("client of slot {:?}: {text}", self.slot);
         }
-        None
+        answer
     }
 }
 
