@@ -2,6 +2,9 @@
 //! The worker can therefore keep the sessions of its clients in memory. When a worker exits, only
 //! its own clients move.
 //!
+//! Behind a proxy or NAT, many clients have one address, and one worker gets all of them. Use
+//! `sticky_ports` or `sticky_cookie` there.
+//!
 //! Usage:     cargo run --release --example sticky
 //! then:      curl http://127.0.0.1:8000/ (again and again, and from elsewhere)
 //! and stop:  Ctrl-C

@@ -27,9 +27,9 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str); 10] = files! {
+const FILES: [(&str, &str); 11] = files! {
     "app.service" "app.socket" "Dockerfile" "compose.yaml" "kubernetes.yaml"
-    "app.openrc" "app.procd" "S50app" "haproxy.cfg" "nginx.conf"
+    "app.openrc" "app.procd" "S50app" "haproxy.cfg" "haproxy-slots.cfg" "nginx.conf"
 };
 
 /// Returns the names and contents of pages of the guide.
@@ -51,7 +51,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         SYSTEMD_ANALYZE.of(test("systemd_accepts_the_units", units)),
         STRACE.of(test("unit_allows_all_system_calls_of_a_pool", system_calls)),
-        HAPROXY.of(test("haproxy_accepts_its_configuration", haproxy)),
+        HAPROXY.of(test("haproxy_accepts_its_configurations", haproxy)),
         KUBECTL.of(test("kubectl_accepts_the_manifest", manifest)),
         test("supervisors_wait_longer_than_the_pool", grace_periods),
         test("container_starts_the_program_without_a_shell", dockerfile),
@@ -81,7 +81,7 @@ pub fn names_trial(names: BTreeSet<String>) -> Trial {
     Trial::test("guide_names_existing_tests", move || named_tests(&names))
 }
 
-fn file(name: &str) -> &'static str {
+pub fn file(name: &str) -> &'static str {
     let found = FILES.iter().find(|(other, _)| *other == name);
     found.expect("a file of the guide").1
 }
@@ -92,7 +92,7 @@ fn page(name: &str) -> &'static str {
 }
 
 /// Returns `text` with `new` in place of `old`, which must occur exactly `count` times.
-fn replace(text: &str, count: usize, old: &str, new: &str) -> String {
+pub fn replace(text: &str, count: usize, old: &str, new: &str) -> String {
     assert_eq!(text.matches(old).count(), count, "{old:?} in {text}");
     text.replace(old, new)
 }
@@ -186,11 +186,13 @@ fn system_call_set(set: &str) -> BTreeSet<String> {
 }
 
 fn haproxy() -> Result<(), Failed> {
-    let directory = TempDir::new()?;
-    let path = directory.path().join("haproxy.cfg");
-    fs::write(&path, file("haproxy.cfg"))?;
-    let said = output_of(Command::new("haproxy").arg("-c").arg("-f").arg(path));
-    assert!(!said.contains("WARNING"), "{said}");
+    for name in ["haproxy.cfg", "haproxy-slots.cfg"] {
+        let directory = TempDir::new()?;
+        let path = directory.path().join(name);
+        fs::write(&path, file(name))?;
+        let said = output_of(Command::new("haproxy").arg("-c").arg("-f").arg(path));
+        assert!(!said.contains("WARNING"), "{said}");
+    }
     Ok(())
 }
 

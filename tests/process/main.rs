@@ -75,6 +75,7 @@ mod sharded;
 mod stalled;
 mod status;
 mod std_listener;
+mod sticky;
 mod systemd;
 mod threads;
 mod usage;
@@ -194,6 +195,7 @@ fn main() -> ExitCode {
     trials.extend(groups::trials());
     trials.extend(inherited::trials());
     trials.extend(fleet::trials());
+    trials.extend(sticky::trials());
     trials.extend(logs::trials());
     trials.extend(giving_up::trials());
     trials.extend(deploying::trials());
