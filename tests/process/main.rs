@@ -63,6 +63,7 @@ mod pool_limits;
 mod privileges;
 mod program_path;
 mod public_api;
+mod refused;
 mod retained;
 mod round_robin;
 mod running;
