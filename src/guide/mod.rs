@@ -15,6 +15,7 @@
 //! [slow_clients]: crate::guide::writing_workers#slow-and-silent-clients
 //! [tls]: crate::guide::writing_workers#tls
 //! [long_connections]: crate::guide::writing_workers#websockets-and-other-long-connections
+//! [sticky]: crate::guide::writing_workers#sticky-sessions
 //! [threads]: crate::guide::writing_workers#threads
 //! [async_runtimes]: crate::guide::servers#async-runtimes
 //! [policies]: crate::guide::how_it_works#policies

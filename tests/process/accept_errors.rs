@@ -13,9 +13,8 @@ use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::exhaustion::{connect_some, leave_free, read_all};
-use crate::harness::{
-    Log, cluster, in_background, note_messages, refuse_calls, talk, when_listening,
-};
+use crate::harness::{Log, cluster, in_background, note_messages, talk, when_listening};
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     worker_without_descriptors_accepts_after_the_shortage_rr

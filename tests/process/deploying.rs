@@ -16,8 +16,8 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::harness::{
-    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, PID_NAMESPACE, STRACE, SYSTEMD_ANALYZE, example,
-    reserve_port, talk, wait_until,
+    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, PID_NAMESPACE, SOURCES, STRACE, SYSTEMD_ANALYZE,
+    example, reserve_port, talk, wait_until,
 };
 
 /// Returns the names and contents of files of the guide.
@@ -78,7 +78,9 @@ pub fn trials() -> Vec<Trial> {
 /// Returns the test that compares the names of tests in the guide with `names`, the names of all
 /// trials.
 pub fn names_trial(names: BTreeSet<String>) -> Trial {
-    Trial::test("guide_names_existing_tests", move || named_tests(&names))
+    SOURCES.of(Trial::test("guide_names_existing_tests", move || {
+        named_tests(&names)
+    }))
 }
 
 pub fn file(name: &str) -> &'static str {

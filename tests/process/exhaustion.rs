@@ -17,12 +17,11 @@ use nix::libc;
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
 use nix::sys::time::TimeValLike as _;
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
-use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
 use crate::harness::{
-    Log, answer, cluster, in_background, open_fds, refuse_calls, refuse_calls_if, serve_id, stop,
-    talk, wait_until, when_listening,
+    Log, answer, cluster, in_background, open_fds, serve_id, stop, talk, wait_until, when_listening,
 };
+use crate::refused::{Argument, refuse_call_if, refuse_calls};
 
 crate::scenarios! {
     accepting_without_descriptors_waits_and_goes_on
@@ -146,7 +145,7 @@ fn accepting_without_descriptors_waits_and_goes_on() {
 }
 
 /// Returns the descriptor number of this process's listening socket on the given port.
-fn listener_on(port: u16) -> u64 {
+fn listener_on(port: u16) -> u32 {
     use nix::sys::socket::{SockaddrIn, getsockname, getsockopt, sockopt};
     let is_listener = |number: &i32| {
         #[allow(unsafe_code)]
@@ -157,14 +156,7 @@ fn listener_on(port: u16) -> u64 {
         listens && getsockname::<SockaddrIn>(*number).is_ok_and(|own| own.port() == port)
     };
     let found = (0..256).find(is_listener).unwrap();
-    u64::try_from(found).unwrap()
-}
-
-/// Returns a rule that matches calls whose first argument is the given descriptor.
-fn for_descriptor(fd: u64) -> SeccompRule {
-    let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
-    let condition = SeccompCondition::new(0, length, operator, fd).unwrap();
-    SeccompRule::new(vec![condition]).unwrap()
+    u32::try_from(found).unwrap()
 }
 
 const ACCEPT_ERRORS: [i32; 3] = [libc::ENFILE, libc::ENOMEM, libc::ENOBUFS];
@@ -202,8 +194,12 @@ fn accepting_fails_for_some_listeners_and_goes_on_for_another() {
                 let expected: BTreeSet<_> = failing.iter().zip(ACCEPT_ERRORS).collect();
                 let expected = expected.iter().map(|(a, e)| (a.to_string(), *e)).collect();
                 for (address, errno) in failing.iter().zip(ACCEPT_ERRORS) {
-                    let rule = for_descriptor(listener_on(address.port()));
-                    refuse_calls_if([(libc::SYS_accept4, vec![rule])], errno);
+                    let listener = Argument {
+                        index: 0,
+                        mask: u32::MAX,
+                        value: listener_on(address.port()),
+                    };
+                    refuse_call_if(libc::SYS_accept4, &listener, errno);
                 }
                 let waiting: Vec<_> = failing
                     .iter()
@@ -304,13 +300,12 @@ fn count_below(limit: u64) -> usize {
     (0..i32::try_from(limit).unwrap()).filter(is_open).count()
 }
 
-/// Returns a rule that matches calls of `epoll_ctl` that add a descriptor.
-fn adding_to_a_poller() -> SeccompRule {
-    let add = u64::try_from(libc::EPOLL_CTL_ADD).unwrap();
-    let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
-    let condition = SeccompCondition::new(1, length, operator, add).unwrap();
-    SeccompRule::new(vec![condition]).unwrap()
-}
+/// Matches the operation of `epoll_ctl` that adds a descriptor.
+const ADDING: Argument = Argument {
+    index: 1,
+    mask: u32::MAX,
+    value: libc::EPOLL_CTL_ADD.unsigned_abs(),
+};
 
 /// Makes several steps of a fork fail, from the last step to the first, and checks the step that
 /// the error names.
@@ -336,8 +331,7 @@ fn refused_fork_names_the_failed_step() {
                 #[cfg(target_arch = "x86_64")]
                 refuse_calls(&[libc::SYS_fork], libc::ENOMEM);
                 assert_eq!(refused_fork(master, libc::ENOMEM), "make a process");
-                let rule = vec![adding_to_a_poller()];
-                refuse_calls_if([(libc::SYS_epoll_ctl, rule)], libc::ENOSPC);
+                refuse_call_if(libc::SYS_epoll_ctl, &ADDING, libc::ENOSPC);
                 assert_eq!(refused_fork(master, libc::ENOSPC), "make a channel");
                 refuse_calls(&[libc::SYS_socketpair], libc::ENFILE);
                 assert_eq!(refused_fork(master, libc::ENFILE), "make a channel");

@@ -76,7 +76,11 @@ pub const ROOT: Need = Need {
 };
 pub const SETPRIV: Need = Need {
     name: "root and setpriv",
-    is_met: || is_root() && Command::new("setpriv").arg("--version").output().is_ok(),
+    is_met: || {
+        // BusyBox has a program with this name that knows fewer options.
+        let version = Command::new("setpriv").arg("--version").output();
+        is_root() && version.is_ok_and(|run| run.status.success())
+    },
 };
 pub const FILE_CAPABILITIES: Need = Need {
     name: "root, setcap, and files with capabilities",
@@ -202,6 +206,18 @@ pub const FAULT_POINTS: Need = Need {
 pub const EXIT_OF_REAPED_CHILDREN: Need = Need {
     name: "Linux 6.15",
     is_met: reports_exit_of_reaped_children,
+};
+
+/// The package's sources at the path where they were when this program was built.
+pub const SOURCES: Need = Need {
+    name: "the sources",
+    is_met: || Path::new(env!("CARGO_MANIFEST_DIR")).exists(),
+};
+
+/// A kernel that has IPv6, which may be disabled.
+pub const IPV6: Need = Need {
+    name: "IPv6",
+    is_met: || TcpListener::bind("[::1]:0").is_ok(),
 };
 
 /// Builds the table of scenarios from function names. A function with a requirement is followed by
@@ -1031,46 +1047,4 @@ fn set_lease(file: &File, kind: i32) -> nix::Result<i32> {
     #[allow(unsafe_code)]
     // SAFETY: `F_SETLEASE` takes an integer, and the descriptor is open and owned by `file`.
     nix::Error::result(unsafe { nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, kind) })
-}
-
-/// Makes the listed system calls fail with `errno` from now on, in this thread and in all threads
-/// and processes that it starts.
-#[allow(clippy::useless_conversion, reason = "not one type everywhere")]
-pub fn refuse_calls(calls: &[impl Into<i64> + Copy], errno: i32) {
-    use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
-
-    let mut rules: Vec<_> = calls
-        .iter()
-        .map(|call| ((*call).into(), Vec::new()))
-        .collect();
-    // If the test refuses `clone3`, also refuse `clone` with `CLONE_PIDFD`. Otherwise a fallback to
-    // `clone` could still return a process descriptor. This rule is not necessary if the test
-    // refuses every `clone`.
-    let knows = |call: libc::c_long| !rules.iter().any(|(refused, _)| *refused == i64::from(call));
-    if !knows(libc::SYS_clone3) && knows(libc::SYS_clone) {
-        let pidfd = u64::from(libc::CLONE_PIDFD.unsigned_abs());
-        let (flags, length) = (0, SeccompCmpArgLen::Dword);
-        let has_flag = SeccompCondition::new(flags, length, SeccompCmpOp::MaskedEq(pidfd), pidfd);
-        let rule = SeccompRule::new(vec![has_flag.unwrap()]).unwrap();
-        rules.push((i64::from(libc::SYS_clone), vec![rule]));
-    }
-    refuse_calls_if(rules, errno);
-}
-
-/// Makes each listed system call fail with `errno` from now on if one of its argument rules
-/// matches. A call without rules always fails.
-pub fn refuse_calls_if(
-    calls: impl IntoIterator<Item = (impl Into<i64>, Vec<seccompiler::SeccompRule>)>,
-    errno: i32,
-) {
-    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
-
-    let calls = calls.into_iter().map(|(call, rules)| (call.into(), rules));
-    let filter = SeccompFilter::new(
-        calls.collect(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(errno.unsigned_abs()),
-        std::env::consts::ARCH.try_into().unwrap(),
-    );
-    seccompiler::apply_filter(&BpfProgram::try_from(filter.unwrap()).unwrap()).unwrap();
 }

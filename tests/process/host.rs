@@ -27,9 +27,9 @@ use nix::unistd::{ForkResult, Pid, pause};
 
 use crate::harness::{
     LeasedProgram, Log, SIGNALS, cluster, for_both_policies, in_background, note_events,
-    note_messages, of, refuse_calls, run_until_killed, scaled, stop, wait_for_state, wait_until,
-    with_env,
+    note_messages, of, run_until_killed, scaled, stop, wait_for_state, wait_until, with_env,
 };
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     master_reaps_no_child_of_the_host

@@ -10,7 +10,8 @@ use std::sync::atomic::Ordering;
 
 use cluster::{Error, Master, Role, Sent, Settings, Signal, SpawnOptions, WorkerState};
 
-use crate::harness::{Log, SIGNALS, cluster, is_alive, note_messages, refuse_calls};
+use crate::harness::{Log, SIGNALS, cluster, is_alive, note_messages};
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     events_are_emitted_once_and_in_order

@@ -11,7 +11,7 @@ use crate::harness::{
 crate::scenarios! {
     port_zero_is_the_same_port_in_every_worker
     second_listen_on_port_zero_gets_another_port
-    ipv6_listener_serves
+    ipv6_listener_serves: IPV6
     failed_listen_leaves_the_address_free
     unresolvable_address_is_an_error
     closing_a_listener_does_not_affect_other_workers

@@ -26,8 +26,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{ForkResult, Pid, Uid, close, fork, mkfifo, pipe, setresuid, setsid, ttyname};
 
 use crate::harness::{
-    Group, NOBODY, cluster, example, in_background, refuse_calls, reserve_port, talk, wait_until,
+    Group, NOBODY, cluster, example, in_background, reserve_port, talk, wait_until,
 };
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     log_is_written_by_the_loop_when_its_reader_catches_up

@@ -64,6 +64,7 @@ mod pool_limits;
 mod privileges;
 mod program_path;
 mod public_api;
+mod refused;
 mod retained;
 mod round_robin;
 mod running;

@@ -16,7 +16,8 @@ use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::harness::{Log, SIGNALS, Scenario, is_root, refuse_calls, run_with};
+use crate::harness::{Log, ROOT, SIGNALS, Scenario, run_with};
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     workers_serve_and_exit
@@ -143,8 +144,7 @@ pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {
     // Also play this scenario without `clone3`: `fork` then waits until the child reports whether a
     // step has failed.
     trials.push(play(&SYSTEMS[0], "missing_program_is_an_error_of_fork"));
-    let without_proc =
-        |system| play(system, "workers_serve_and_exit").with_ignored_flag(!is_root());
+    let without_proc = |system| ROOT.of(play(system, "workers_serve_and_exit"));
     trials.extend(WITHOUT_PROC.iter().map(without_proc));
     trials
 }

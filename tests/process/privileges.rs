@@ -21,9 +21,10 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 
 use crate::harness::{
     LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, is_alive,
-    note_messages, open_fds, refuse_calls, scaled, wait_for_state, wait_until, with_env,
+    note_messages, open_fds, scaled, wait_for_state, wait_until, with_env,
 };
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     worker_of_another_user_keeps_no_privileges_of_root: ROOT

@@ -32,7 +32,7 @@ crate::scenarios! {
     clients_of_a_killed_worker_are_reset_at_a_stop
     shards_receive_equal_shares
     shards_have_one_port
-    shards_have_one_port_with_ipv6
+    shards_have_one_port_with_ipv6: IPV6
     unix_socket_is_shared_under_the_sharded_policy
     sharded_port_of_another_cluster_is_an_error
     sharded_port_serves_again_while_an_old_worker_disconnects

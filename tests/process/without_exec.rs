@@ -23,8 +23,9 @@ use nix::unistd::{Gid, Uid};
 
 use crate::harness::{
     Log, NOBODY, SIGNALS, cluster, in_background, is_watched, note_events, note_messages, of,
-    refuse_calls, scaled, serve_id, talk, watched, when_listening,
+    scaled, serve_id, talk, watched, when_listening,
 };
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     copy_runs_from_fork_to_exit

@@ -12,9 +12,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
     Log, answer, close_at_exit, cluster, expect_listen_error, for_both_policies, idle_server,
-    note_events, note_messages, open_fds, read_answer, refuse_calls, reserve, reserve_port,
-    serve_id, share_listeners, wait_until, when_listening, with_env,
+    note_events, note_messages, open_fds, read_answer, reserve, reserve_port, serve_id,
+    share_listeners, wait_until, when_listening, with_env,
 };
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     eaddrinuse
@@ -27,9 +28,9 @@ crate::scenarios! {
     net_listen_backlog
     shared_listener_has_the_requested_backlog
     first_listen_call_sets_the_backlog
-    net_listen_ipv6only_false
-    net_listen_ipv6only_rr
-    net_listen_ipv6only_none
+    net_listen_ipv6only_false: IPV6
+    net_listen_ipv6only_rr: IPV6
+    net_listen_ipv6only_none: IPV6
     net_listen
     closing_a_port_zero_listener_leaves_the_other_open
     worker_cannot_listen_on_a_port_twice
