@@ -21,7 +21,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolOptions, SLOT, Status, WorkerPhase, ignore_pool_signals};
-use cluster::{ListenOptions, LogWriter, Role, SendOptions, WorkerId, systemd};
+use cluster::{ListenOptions, LogWriter, Role, SendOptions, Worker, WorkerId, systemd};
 use lexopt::ValueExt as _;
 
 /// Returns the slot in the cookie of the connection's next request, or `None` if there is no such
@@ -90,48 +90,50 @@ fn main() -> Result<(), Box<dyn Error>> {
             });
             Ok(master.run()?)
         }
-        Role::Worker(worker) => {
-            ignore_pool_signals(&worker)?;
-            let slot: usize = std::env::var(SLOT)?.parse()?;
-            let body = format!("slot {slot}, worker {}\n", worker.id());
-            let cookie = format!("Set-Cookie: SLOT={slot}; Path=/; HttpOnly\r\n");
-            // Ignore an error, because a client that disconnects must not stop the worker.
-            let answer = move |connection| drop(hello::answer(connection, &cookie, &body));
-            let sent = Rc::new(RefCell::new(VecDeque::new()));
-            let (answer_passed, replies) = (answer.clone(), Rc::clone(&sent));
-            worker.on_message(move |worker, message| {
-                for fd in message.take_fds() {
-                    answer_passed(worker.adopt(fd.into()));
-                }
-                if [PASSED, KEPT].contains(&message.bytes()) {
-                    let connection = replies.borrow_mut().pop_front();
-                    let kept = connection.filter(|_| message.bytes() == KEPT);
-                    kept.into_iter().for_each(&answer_passed);
-                }
-            });
-            // The slots of new sessions, in rotation. The worker does not keep all new sessions that it
-            // reads, because a busy worker would have fewer than others.
-            let mut rotation = (0..slots).cycle().skip(slot);
-            let options = ListenOptions::from(address).wait_for_data(true);
-            for connection in worker.listen(options)?.incoming() {
-                let connection = connection?;
-                let Ok(owner) = slot_in_cookie(&connection) else {
-                    continue;
-                };
-                let owner = owner.or_else(|| rotation.next()).unwrap_or(slot);
-                if owner == slot {
-                    answer(connection);
-                    continue;
-                }
-                // Keep the connection until the master replies. A worker that disconnects waits for
-                // its connections, and so for the reply.
-                let options = SendOptions::new().keep_open(&connection);
-                let message = owner.to_string();
-                if worker.send_with(message.as_bytes(), options).is_ok() {
-                    sent.borrow_mut().push_back(connection);
-                }
-            }
-            Ok(worker.run()?)
+        Role::Worker(worker) => serve(&worker, &address, slots),
+    }
+}
+
+fn serve(worker: &Worker, address: &str, slots: usize) -> Result<(), Box<dyn Error>> {
+    ignore_pool_signals(worker)?;
+    let slot: usize = std::env::var(SLOT)?.parse()?;
+    let body = format!("slot {slot}, worker {}\n", worker.id());
+    let cookie = format!("Set-Cookie: SLOT={slot}; Path=/; HttpOnly\r\n");
+    // Ignore an error, because a client that disconnects must not stop the worker.
+    let answer = move |connection| drop(hello::answer(connection, &cookie, &body));
+    let sent = Rc::new(RefCell::new(VecDeque::new()));
+    let (answer_passed, replies) = (answer.clone(), Rc::clone(&sent));
+    worker.on_message(move |worker, message| {
+        for fd in message.take_fds() {
+            answer_passed(worker.adopt(fd.into()));
+        }
+        if [PASSED, KEPT].contains(&message.bytes()) {
+            let connection = replies.borrow_mut().pop_front();
+            let kept = connection.filter(|_| message.bytes() == KEPT);
+            kept.into_iter().for_each(&answer_passed);
+        }
+    });
+    // The slots of new sessions, in rotation. The worker does not keep all new sessions that it
+    // reads, because a busy worker would have fewer than others.
+    let mut rotation = (0..slots).cycle().skip(slot);
+    let options = ListenOptions::from(address).wait_for_data(true);
+    for connection in worker.listen(options)?.incoming() {
+        let connection = connection?;
+        let Ok(owner) = slot_in_cookie(&connection) else {
+            continue;
+        };
+        let owner = owner.or_else(|| rotation.next()).unwrap_or(slot);
+        if owner == slot {
+            answer(connection);
+            continue;
+        }
+        // Keep the connection until the master replies. A worker that disconnects waits for
+        // its connections, and so for the reply.
+        let options = SendOptions::new().keep_open(&connection);
+        let message = owner.to_string();
+        if worker.send_with(message.as_bytes(), options).is_ok() {
+            sent.borrow_mut().push_back(connection);
         }
     }
+    Ok(worker.run()?)
 }
