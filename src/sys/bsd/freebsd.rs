@@ -1,4 +1,4 @@
-//! Socket flags and `accept` for FreeBSD, whose socket calls take the same flags as on Linux.
+//! Socket flags and `accept` for the BSDs, whose socket calls take the same flags as on Linux.
 
 use std::os::fd::RawFd;
 

@@ -1,10 +1,10 @@
-//! Implements the items of `linux` for FreeBSD and macOS by portable means. An item that only Linux
+//! Implements the items of `linux` for the BSDs and macOS by portable means. An item that only Linux
 //! can provide does nothing, or reports that it is unsupported.
 //!
 //! The crate is made for Linux first. On other systems the crate works with fewer abilities.
 //! Workers poll instead of blocking in `accept`, and no filter protects a backlog. A worker notices
 //! its master's exit only by its channel. `freebsd` and `apple` contain the differences between the
-//! two systems.
+//! BSDs and macOS.
 
 #[cfg_attr(target_vendor = "apple", path = "apple.rs")]
 #[cfg_attr(not(target_vendor = "apple"), path = "freebsd.rs")]
