@@ -18,6 +18,7 @@ mod spawn;
 pub(crate) use channels::Processed;
 pub(crate) use listeners::RetainedListener;
 pub(crate) use passing::Inbox;
+pub(crate) use spawn::{StartMain, start_main};
 
 use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
