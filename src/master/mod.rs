@@ -129,7 +129,7 @@ pub struct Master {
     /// Whether all workers without a process descriptor must be checked for their exit, because
     /// SIGCHLD has arrived or `watch_children` has been called.
     reap: Cell<bool>,
-    orphans: RefCell<Orphans>,
+    orphans: Orphans,
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
@@ -182,7 +182,7 @@ impl Master {
             selected_policy: Cell::new(selected),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
-            orphans: RefCell::default(),
+            orphans: Orphans::default(),
             last_exit_check: Cell::new(Instant::now()),
             logs: AttachedLogs::default(),
             gave_up: RefCell::default(),
