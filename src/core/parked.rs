@@ -1,8 +1,7 @@
 //! The parts that the master's and the worker's tables of parked connections share.
 
-use std::collections::BTreeSet;
-
 use crate::types::connection_id::ConnectionId;
+use crate::types::ordered_set::{Key, OrderedSet, low_number};
 use crate::types::time::Time;
 
 /// The maximum number of connections in one table, because the poller's keys have 29 bits for a
@@ -85,17 +84,29 @@ impl Expiry {
     }
 }
 
+impl Key for (Expiry, ConnectionId) {
+    fn pack(self) -> u128 {
+        let (Expiry { second, order }, connection) = self;
+        (u128::from(second) << 32 | u128::from(order)) << 32 | connection.pack()
+    }
+
+    fn unpack(packed: u128) -> Self {
+        let (second, order) = (low_number(packed >> 64), low_number(packed >> 32));
+        (Expiry { second, order }, ConnectionId::unpack(packed))
+    }
+}
+
 /// The idle connections, in the order in which they expire.
 #[derive(Debug)]
 pub(super) struct Expiries {
-    idle: BTreeSet<(Expiry, ConnectionId)>,
+    idle: OrderedSet<(Expiry, ConnectionId)>,
     last_order: u32,
 }
 
 impl Expiries {
     pub(super) const fn new() -> Self {
         Self {
-            idle: BTreeSet::new(),
+            idle: OrderedSet::new(),
             last_order: 0,
         }
     }
@@ -116,16 +127,16 @@ impl Expiries {
     }
 
     pub(super) fn remove(&mut self, expiry: Expiry, connection: ConnectionId) {
-        self.idle.remove(&(expiry, connection));
+        self.idle.remove((expiry, connection));
     }
 
     /// Returns the connection that expires first.
     pub(super) fn first(&self) -> Option<(Expiry, ConnectionId)> {
-        self.idle.first().copied()
+        self.idle.first()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = ConnectionId> + '_ {
-        self.idle.iter().map(|(_, connection)| *connection)
+        self.idle.iter().map(|(_, connection)| connection)
     }
 
     pub(super) fn len(&self) -> usize {

@@ -122,13 +122,12 @@ impl Master {
         self.event_loop.check_own()?;
         let SpawnOptions { settings, env } = options;
         let watch_children = || self.watch_children();
-        let abandon_watches = || self.event_loop.abandon_watches();
         let forked = self.shell.fork(
             &settings,
             env,
             &self.launch,
             watch_children,
-            abandon_watches,
+            &self.event_loop,
         );
         let worker_io = forked.map_err(|(step, reason)| Error::Fork {
             program: program_name(&settings),

@@ -21,7 +21,6 @@ pub(crate) mod shell;
 pub(crate) mod worker_process;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
@@ -45,6 +44,7 @@ use crate::types::ledger::Ledger;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
+use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 use crate::worker::Worker;
 
@@ -117,7 +117,7 @@ pub struct Master {
     callbacks: MasterCallbacks,
     scheduler: RefCell<Option<Shared<Scheduler>>>,
     /// The callbacks of each worker and detached process whose last event has not been delivered.
-    worker_callbacks: RefCell<BTreeMap<WorkerId, Rc<WorkerCallbacks>>>,
+    worker_callbacks: RefCell<SortedMap<WorkerId, Rc<WorkerCallbacks>>>,
     settings: RefCell<Settings>,
     launch: Launch,
     /// The policy that `CLUSTER_SCHED_POLICY` or the application has selected. `None` if neither
@@ -129,7 +129,7 @@ pub struct Master {
     /// Whether all workers without a process descriptor must be checked for their exit, because
     /// SIGCHLD has arrived or `watch_children` has been called.
     reap: Cell<bool>,
-    orphans: RefCell<Orphans>,
+    orphans: Orphans,
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
@@ -182,7 +182,7 @@ impl Master {
             selected_policy: Cell::new(selected),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
-            orphans: RefCell::default(),
+            orphans: Orphans::default(),
             last_exit_check: Cell::new(Instant::now()),
             logs: AttachedLogs::default(),
             gave_up: RefCell::default(),

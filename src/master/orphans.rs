@@ -1,12 +1,13 @@
 //! Reaps orphans: children that this process has not started. The kernel gives them to this process
 //! when their parent exits.
 
-use std::collections::BTreeSet;
+use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use crate::error::Error;
 use crate::master::Master;
 use crate::sys::process::Pid;
+use crate::types::ordered_set::OrderedSet;
 
 /// The time for which the master leaves an exited child to the application before it reaps the
 /// child.
@@ -16,16 +17,16 @@ use crate::sys::process::Pid;
 /// value.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Whether the master reaps orphans, and which of them have exited.
-#[derive(Debug, Default)]
-pub(super) enum Orphans {
-    /// The master does not reap orphans.
-    #[default]
-    Ignored,
-    /// No orphan had exited at the last check. The next SIGCHLD triggers another check.
-    Watched,
-    /// These orphans had exited at the last check. A timer triggers the next check.
-    Exited(BTreeSet<Pid>),
+/// The state of the reaping of orphans.
+#[derive(Default)]
+pub(super) struct Orphans {
+    /// Checks for exited orphans after SIGCHLD. `None` if the master does not reap orphans. Only
+    /// this pointer refers to the function, so the linker removes the function from programs that
+    /// never call `reap_orphans`.
+    check: Cell<Option<fn(&Master)>>,
+    /// The orphans that had exited at the last check. If there are any, a timer triggers the next
+    /// check. Otherwise, the next SIGCHLD does.
+    exited: RefCell<OrderedSet<Pid>>,
 }
 
 impl Master {
@@ -65,42 +66,38 @@ impl Master {
             let error = Error::Io { attempt, reason };
             return self.shell.core.borrow_mut().error(None, error);
         }
-        let is_ignored = matches!(*self.orphans.borrow(), Orphans::Ignored);
-        if is_ignored {
-            self.await_orphans();
-        }
+        self.orphans.check.set(Some(Self::await_orphans));
+        self.check_orphans();
     }
 
     /// Checks for exited orphans after SIGCHLD. Does nothing if the master does not reap orphans,
     /// or if a timer will check anyway.
     pub(super) fn check_orphans(&self) {
-        let is_watched = matches!(*self.orphans.borrow(), Orphans::Watched);
-        if is_watched {
-            self.await_orphans();
+        if let Some(check) = self.orphans.check.get() {
+            if self.orphans.exited.borrow().is_empty() {
+                check(self);
+            }
         }
     }
 
     /// Checks for exited orphans. If there are any, schedules the timer that reaps them.
     fn await_orphans(&self) {
-        let exited: BTreeSet<_> = self.shell.exited_orphans().into_iter().collect();
-        if exited.is_empty() {
-            self.orphans.replace(Orphans::Watched);
-            return;
+        let exited: OrderedSet<_> = self.shell.exited_orphans().into_iter().collect();
+        let is_any = !exited.is_empty();
+        self.orphans.exited.replace(exited);
+        if is_any {
+            let timer = self.set_timeout(GRACE, Self::reap_exited_orphans);
+            self.unreference(timer);
         }
-        self.orphans.replace(Orphans::Exited(exited));
-        let timer = self.set_timeout(GRACE, Self::reap_exited_orphans);
-        self.unreference(timer);
     }
 
     /// Reaps the orphans that had already exited at the last check. Orphans that have exited since
     /// then are reaped by the next timer.
     fn reap_exited_orphans(&self) {
-        let Orphans::Exited(earlier) = self.orphans.take() else {
-            return;
-        };
+        let earlier = self.orphans.exited.take();
         let exited = self.shell.exited_orphans().into_iter();
         exited
-            .filter(|pid| earlier.contains(pid))
+            .filter(|pid| earlier.contains(*pid))
             .for_each(Pid::reap);
         self.await_orphans();
     }

@@ -60,14 +60,12 @@ impl<F: ?Sized> Callbacks<F> {
     }
 
     pub(crate) fn remove(&self, id: CallbackId) {
-        // Drop the closures only after the borrow has ended, because the `Drop` of a captured value
+        let mut entries = self.0.borrow_mut();
+        let index = entries.binary_search_by_key(&id.0, |entry| entry.id.0);
+        let removed = index.ok().map(|index| entries.remove(index));
+        // Drop the closure only after the borrow has ended, because the `Drop` of a captured value
         // may change this list.
-        let removed: Vec<_> = {
-            let mut list = self.0.borrow_mut();
-            let (removed, others) = list.drain(..).partition(|entry| entry.id == id);
-            *list = others;
-            removed
-        };
+        drop(entries);
         drop(removed);
     }
 
@@ -80,19 +78,28 @@ impl<F: ?Sized> Callbacks<F> {
         self.0.borrow().iter().map(|entry| entry.id).collect()
     }
 
-    /// Calls the closure `id`. Does nothing if the closure was removed or is already running.
-    pub(crate) fn call(&self, id: CallbackId, call: impl FnOnce(&mut F)) {
-        let entries = self.0.borrow();
-        let Ok(at) = entries.binary_search_by_key(&id.0, |entry| entry.id.0) else {
-            return;
-        };
-        let (once, callback) = (entries[at].once, Rc::clone(&entries[at].callback));
-        drop(entries);
-        if once {
-            self.remove(id);
+    /// Returns the first callback whose id is at least `first` and at most `last`. Removes it from
+    /// the list if it was added for the next event only.
+    // Not inlined, because each call of `each` would contain a copy.
+    #[inline(never)]
+    fn take_next(&self, first: u64, last: u64) -> Option<(CallbackId, Shared<F>)> {
+        let mut entries = self.0.borrow_mut();
+        // The list is sorted, because ids ascend.
+        let index = entries.partition_point(|entry| entry.id.0 < first);
+        let entry = entries.get(index).filter(|entry| entry.id.0 <= last)?;
+        let next = (entry.id, Rc::clone(&entry.callback));
+        if entry.once {
+            entries.remove(index);
         }
-        if let Ok(mut callback) = callback.try_borrow_mut() {
-            call(&mut callback);
+        Some(next)
+    }
+
+    /// Calls the closure `id`. Does nothing if the closure was removed or is already running.
+    pub(crate) fn call(&self, CallbackId(id): CallbackId, call: impl FnOnce(&mut F)) {
+        if let Some((_, callback)) = self.take_next(id, id) {
+            if let Ok(mut callback) = callback.try_borrow_mut() {
+                call(&mut callback);
+            }
         }
     }
 
@@ -102,23 +109,12 @@ impl<F: ?Sized> Callbacks<F> {
     /// Skips a closure that is already running, because an `FnMut` closure cannot be called again
     /// before it has returned.
     pub(crate) fn each(&self, mut call: impl FnMut(&mut F)) {
-        let Some(last) = self.0.borrow().last().map(|entry| entry.id) else {
-            return;
-        };
-        let mut next = 0;
-        loop {
-            let entries = self.0.borrow();
-            // The list is sorted, because ids ascend.
-            let at = entries.partition_point(|entry| entry.id.0 < next);
-            let Some(entry) = entries.get(at).filter(|entry| entry.id.0 <= last.0) else {
-                return;
-            };
-            let id = entry.id;
-            drop(entries);
-            next = id.0 + 1;
-            self.call(id, &mut call);
-            if id == last {
-                return;
+        let last = self.0.borrow().last().map_or(0, |entry| entry.id.0);
+        let mut first = 0;
+        while let Some((id, callback)) = self.take_next(first, last) {
+            first = id.0 + 1;
+            if let Ok(mut callback) = callback.try_borrow_mut() {
+                call(&mut callback);
             }
         }
     }

@@ -5,7 +5,6 @@
 //! reports when the target is writable again.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write as _};
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,6 +16,7 @@ use crate::sys::log::{Target, Unit};
 use crate::sys::owner::Owner;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::errno;
+use crate::types::sorted_map::SortedMap;
 
 /// The maximum number of bytes that wait to be written, including those of the incomplete line.
 ///
@@ -333,7 +333,7 @@ impl Drop for State {
 
 /// The logs that are attached to one master.
 #[derive(Default)]
-pub(crate) struct AttachedLogs(RefCell<BTreeMap<u32, Weak<RefCell<State>>>>);
+pub(crate) struct AttachedLogs(RefCell<SortedMap<u32, Weak<RefCell<State>>>>);
 
 impl AttachedLogs {
     pub(crate) fn add(&self, log: &LogWriter, poller: &Poller) {

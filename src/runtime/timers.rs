@@ -1,9 +1,9 @@
 //! Stores timers and finds those that are due. The module makes no system calls, because the time
 //! is an argument.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::types::ordered_set::{Key, OrderedSet, low_number};
 use crate::types::time::Time;
 
 /// The shortest interval, which is also Node's. A timer with an interval of zero would always be
@@ -15,10 +15,16 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 ///
 /// Node: the result of `setTimeout` and `setInterval`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TimerId(u64);
+pub struct TimerId {
+    /// The number of timers that were created before this one.
+    sequence: u32,
+    /// The index of the timer. Indices are reused.
+    slot: u32,
+}
 
 #[derive(Debug)]
 struct Timer<T> {
+    id: TimerId,
     due: Time,
     interval: Option<Duration>,
     /// Whether the timer keeps `run` from returning.
@@ -26,11 +32,49 @@ struct Timer<T> {
     payload: T,
 }
 
+impl<T> Timer<T> {
+    fn rank(&self) -> Rank {
+        Rank {
+            nanos: u64::try_from(self.due.as_nanos()).unwrap_or(u64::MAX),
+            id: self.id,
+        }
+    }
+}
+
+/// The sort key of a timer. Timers that are due at the same time are sorted by their creation, and
+/// so are those that are due in more than 584 years.
+#[derive(Clone, Copy, Debug)]
+struct Rank {
+    nanos: u64,
+    id: TimerId,
+}
+
+impl Key for Rank {
+    fn pack(self) -> u128 {
+        let TimerId { sequence, slot } = self.id;
+        u128::from(self.nanos) << 64 | u128::from(sequence) << 32 | u128::from(slot)
+    }
+
+    fn unpack(packed: u128) -> Self {
+        Self {
+            nanos: u64::unpack(packed >> 64),
+            id: TimerId {
+                sequence: low_number(packed >> 32),
+                slot: low_number(packed),
+            },
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Timers<T> {
-    last: u64,
-    timers: BTreeMap<TimerId, Timer<T>>,
-    order: BTreeSet<(Time, TimerId)>,
+    /// The sequence number of the next timer. After the highest number, the numbers start at 0
+    /// again.
+    next_sequence: u32,
+    slots: Vec<Option<Timer<T>>>,
+    /// The free slots.
+    free: Vec<u32>,
+    order: OrderedSet<Rank>,
     /// The number of referenced timers.
     referenced: usize,
 }
@@ -38,11 +82,23 @@ pub(crate) struct Timers<T> {
 impl<T: Clone> Timers<T> {
     pub(crate) fn new() -> Self {
         Self {
-            last: 0,
-            timers: BTreeMap::new(),
-            order: BTreeSet::new(),
+            next_sequence: 0,
+            slots: Vec::new(),
+            free: Vec::new(),
+            order: OrderedSet::new(),
             referenced: 0,
         }
+    }
+
+    fn get_mut(&mut self, id: TimerId) -> Option<&mut Timer<T>> {
+        let timer = self.slots.get_mut(id.slot as usize)?.as_mut();
+        timer.filter(|timer| timer.id == id)
+    }
+
+    /// Returns the timer that is due first.
+    fn first(&self) -> Option<&Timer<T>> {
+        let slot = self.order.first()?.id.slot as usize;
+        self.slots.get(slot)?.as_ref()
     }
 
     pub(crate) fn set(
@@ -52,39 +108,42 @@ impl<T: Clone> Timers<T> {
         interval: Option<Duration>,
         payload: T,
     ) -> TimerId {
-        self.last += 1;
-        let id = TimerId(self.last);
-        let due = now.saturating_add(after);
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            u32::try_from(self.slots.len() - 1).expect("fewer timers than bytes of memory")
+        });
+        let sequence = self.next_sequence;
+        self.next_sequence = sequence.wrapping_add(1);
         let timer = Timer {
-            due,
+            id: TimerId { sequence, slot },
+            due: now.saturating_add(after),
             interval: interval.map(|interval| interval.max(SHORTEST_INTERVAL)),
             referenced: true,
             payload,
         };
-        self.timers.insert(id, timer);
-        self.order.insert((due, id));
+        let id = timer.id;
+        self.order.insert(timer.rank());
+        self.slots[slot as usize] = Some(timer);
         self.referenced += 1;
         id
-    }
-
-    fn remove(&mut self, id: TimerId) -> Option<Timer<T>> {
-        let timer = self.timers.remove(&id)?;
-        self.order.remove(&(timer.due, id));
-        self.referenced -= usize::from(timer.referenced);
-        Some(timer)
     }
 
     /// Removes a timer and returns its payload. The caller must end its borrow of the timers before
     /// it drops the payload, because the payload's `Drop` may call the event loop.
     pub(crate) fn clear(&mut self, id: TimerId) -> Option<T> {
-        self.remove(id).map(|timer| timer.payload)
+        self.get_mut(id)?;
+        let timer = self.slots.get_mut(id.slot as usize)?.take()?;
+        self.free.push(id.slot);
+        self.order.remove(timer.rank());
+        self.referenced -= usize::from(timer.referenced);
+        Some(timer.payload)
     }
 
     /// Sets whether the timer keeps `run` from returning.
     pub(crate) fn set_referenced(&mut self, id: TimerId, referenced: bool) {
-        if let Some(timer) = self.timers.get_mut(&id) {
-            self.referenced -= usize::from(timer.referenced);
-            timer.referenced = referenced;
+        if let Some(timer) = self.get_mut(id) {
+            let was_referenced = std::mem::replace(&mut timer.referenced, referenced);
+            self.referenced -= usize::from(was_referenced);
             self.referenced += usize::from(referenced);
         }
     }
@@ -95,7 +154,7 @@ impl<T: Clone> Timers<T> {
     }
 
     pub(crate) fn deadline(&self) -> Option<Time> {
-        self.order.first().map(|(due, _)| *due)
+        self.first().map(|timer| timer.due)
     }
 
     /// Returns the payload of the first timer that is due, or `None` if no timer is due.
@@ -103,20 +162,21 @@ impl<T: Clone> Timers<T> {
     /// Removes the timer if it is a timeout, and schedules it again if it is an interval. If the
     /// event loop is late, an interval skips the calls that it missed.
     pub(crate) fn next_due(&mut self, now: Time) -> Option<T> {
-        let &(due, id) = self.order.first().filter(|(due, _)| *due <= now)?;
-        let timer = self.timers.get_mut(&id)?;
+        let id = self.first().filter(|timer| timer.due <= now)?.id;
+        let timer = self.get_mut(id)?;
         let Some(interval) = timer.interval else {
             return self.clear(id);
         };
-        self.order.remove(&(due, id));
-        let next = due.saturating_add(interval);
+        let old = timer.rank();
+        let next = timer.due.saturating_add(interval);
         timer.due = if next > now {
             next
         } else {
             now.saturating_add(interval)
         };
-        self.order.insert((timer.due, id));
-        Some(timer.payload.clone())
+        let (new, payload) = (timer.rank(), timer.payload.clone());
+        self.order.replace(Some(old), Some(new));
+        Some(payload)
     }
 }
 

@@ -4,7 +4,6 @@
 //! The functions at the end of this file wait for a few descriptors without a poller.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
 use std::io;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::num::NonZeroUsize;
@@ -18,6 +17,7 @@ use polling::{Event, Events, PollMode};
 use super::fd;
 use super::owner::Owner;
 use super::platform::epoll;
+use crate::types::ordered_set::OrderedSet;
 
 /// Maximum number of events of one wait. The next wait returns the remaining events.
 ///
@@ -53,7 +53,7 @@ struct Owned {
     waits_directly: bool,
     /// The descriptors that stay registered although no event is awaited. See
     /// [`Poller::keep_dormant`].
-    dormant: RefCell<BTreeSet<RawFd>>,
+    dormant: RefCell<OrderedSet<RawFd>>,
 }
 
 impl Drop for Owned {
@@ -238,7 +238,7 @@ impl Poller {
         match added {
             Err(error)
                 if error.kind() == io::ErrorKind::AlreadyExists
-                    && self.0.dormant.borrow_mut().remove(&number) =>
+                    && self.0.dormant.borrow_mut().remove(number) =>
             {
                 self.0
                     .poller
@@ -288,7 +288,7 @@ impl Poller {
         let poller = &self.0.poller;
         let event = event(key, Awaited::Once);
         if was_awaited {
-            self.0.dormant.borrow_mut().remove(&fd.as_raw_fd());
+            self.0.dormant.borrow_mut().remove(fd.as_raw_fd());
             match poller.modify_with_mode(fd, event, PollMode::Oneshot) {
                 // A watch of the application has deleted the registration.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -311,7 +311,7 @@ impl Poller {
     /// Deletes the registration of a dormant descriptor, which must be open. Does nothing if
     /// another registration has replaced the dormant one.
     pub(crate) fn delete_dormant(&self, number: RawFd) {
-        if self.0.dormant.borrow().contains(&number) {
+        if self.0.dormant.borrow().contains(number) {
             // SAFETY: the caller knows that the descriptor is open.
             self.delete(unsafe { BorrowedFd::borrow_raw(number) });
         }
@@ -319,13 +319,13 @@ impl Poller {
 
     /// Forgets a dormant descriptor that the application has closed.
     pub(crate) fn forget_dormant(&self, number: RawFd) {
-        self.0.dormant.borrow_mut().remove(&number);
+        self.0.dormant.borrow_mut().remove(number);
     }
 
     /// Deletes the registration that [`await_once`](Self::await_once) has made.
     pub(crate) fn delete(&self, fd: BorrowedFd<'_>) {
         if self.is_own() {
-            self.0.dormant.borrow_mut().remove(&fd.as_raw_fd());
+            self.0.dormant.borrow_mut().remove(fd.as_raw_fd());
             // Ignore an error, because deleting fails only if the registration no longer exists.
             let _ = self.0.poller.delete(fd);
         }

@@ -1,11 +1,23 @@
 //! The ids of connections that a process holds while their clients send nothing.
 
+use super::ordered_set::Id;
+
 /// Identifies a connection of which the master holds a copy: one that is parked, that was parked
 /// before and is now with a worker, or that waits for its first bytes. In a worker, identifies a
 /// connection that the worker holds while it is parked. Numbers are reused, but no two connections
 /// of a process have the same number at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ConnectionId(pub(crate) u32);
+
+impl Id for ConnectionId {
+    fn number(self) -> u32 {
+        self.0
+    }
+
+    fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+}
 
 /// A map for connections, whose ids are small numbers.
 #[derive(Debug)]

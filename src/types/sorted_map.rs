@@ -1,17 +1,17 @@
-//! A map for a few entries, or for many entries that are added and removed in key order.
+//! A map for entries that are few or rarely change, for example one for each worker.
 //!
 //! Each instantiation of `BTreeMap` adds several kilobytes to the size of the program. `SortedMap`
-//! adds much less.
+//! adds much less. Adding or removing an entry moves all later entries.
 
-use std::collections::{VecDeque, vec_deque};
+use std::vec;
 
 /// A map whose entries are sorted by key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SortedMap<K, V>(VecDeque<(K, V)>);
+pub(crate) struct SortedMap<K, V>(Vec<(K, V)>);
 
 impl<K: Ord, V> SortedMap<K, V> {
     pub(crate) const fn new() -> Self {
-        Self(VecDeque::new())
+        Self(Vec::new())
     }
 
     /// Returns the index of the key's entry. If the key has no entry, returns `Err` with the index
@@ -19,7 +19,7 @@ impl<K: Ord, V> SortedMap<K, V> {
     fn search(&self, key: &K) -> Result<usize, usize> {
         // Check both ends first, because most keys are either new and the highest, or the lowest in
         // the map.
-        match (self.0.front(), self.0.back()) {
+        match (self.0.first(), self.0.last()) {
             (_, Some((last, _))) if last < key => Err(self.0.len()),
             (Some((first, _)), _) if first == key => Ok(0),
             _ => self.0.binary_search_by(|(other, _)| other.cmp(key)),
@@ -70,11 +70,7 @@ impl<K: Ord, V> SortedMap<K, V> {
 
     pub(crate) fn remove(&mut self, key: &K) -> Option<V> {
         let index = self.search(key).ok()?;
-        self.0.remove(index).map(|(_, value)| value)
-    }
-
-    pub(crate) fn first_key_value(&self) -> Option<(&K, &V)> {
-        self.0.front().map(|(key, value)| (key, value))
+        Some(self.0.remove(index).1)
     }
 
     pub(crate) fn retain(&mut self, mut is_kept: impl FnMut(&K, &mut V) -> bool) {
@@ -95,6 +91,10 @@ impl<K: Ord, V> SortedMap<K, V> {
 
     pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
         self.0.iter().map(|(_, value)| value)
+    }
+
+    pub(crate) fn into_values(self) -> impl Iterator<Item = V> {
+        self.0.into_iter().map(|(_, value)| value)
     }
 
     pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
@@ -134,7 +134,7 @@ impl<K: Ord, V> FromIterator<(K, V)> for SortedMap<K, V> {
 
 impl<K, V> IntoIterator for SortedMap<K, V> {
     type Item = (K, V);
-    type IntoIter = vec_deque::IntoIter<(K, V)>;
+    type IntoIter = vec::IntoIter<(K, V)>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.0.into_iter()
@@ -168,7 +168,6 @@ mod tests {
                 prop_assert_eq!(map.get_mut(&value), model.get_mut(&value));
                 prop_assert_eq!(map.contains_key(&key), model.contains_key(&key));
                 prop_assert_eq!((map.len(), map.is_empty()), (model.len(), model.is_empty()));
-                prop_assert_eq!(map.first_key_value(), model.first_key_value());
                 prop_assert!(map.keys().eq(model.keys()));
                 prop_assert!(map.values().eq(model.values()));
             }

@@ -1,5 +1,7 @@
 //! Worker ids.
 
+use super::ordered_set::Id;
+
 /// A worker's id: 1 for the first worker. A master never uses an id twice.
 ///
 /// Node: `worker.id`.
@@ -34,6 +36,16 @@ impl WorkerId {
     #[must_use]
     pub const fn get(self) -> u32 {
         self.0
+    }
+}
+
+impl Id for WorkerId {
+    fn number(self) -> u32 {
+        self.0
+    }
+
+    fn from_number(number: u32) -> Self {
+        Self(number)
     }
 }
 

@@ -90,6 +90,7 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+use crate::types::ordered_set::Id;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS, VERSION};
 use crate::types::worker_id::WorkerId;
@@ -134,6 +135,16 @@ mod kind {
 /// Identifies one of the master's bound listeners or UDP sockets in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HandleId(pub(crate) u32);
+
+impl Id for HandleId {
+    fn number(self) -> u32 {
+        self.0
+    }
+
+    fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+}
 
 /// Identifies what a worker listens on. Workers that send equal keys share a listener.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

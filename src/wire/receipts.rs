@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 
 use crate::error::{Error, Result, SendError};
-use crate::types::sorted_map::SortedMap;
+use crate::types::sorted_queue::SortedQueue;
 use crate::types::worker_id::WorkerId;
 
 /// Identifies an application's message until the message is written or lost.
@@ -42,7 +42,7 @@ impl Receipt {
 }
 
 /// The callbacks that wait for receipts, by the id of their receipt.
-pub(crate) struct ReceiptCallbacks<F>(RefCell<SortedMap<ReceiptId, F>>);
+pub(crate) struct ReceiptCallbacks<F>(RefCell<SortedQueue<F>>);
 
 impl<F> ReceiptCallbacks<F> {
     /// Calls `send` with a new receipt id for `callback`, or with `None` if there is no callback.
@@ -56,7 +56,7 @@ impl<F> ReceiptCallbacks<F> {
             return send(None);
         };
         let id = ReceiptId::next();
-        self.0.borrow_mut().insert(id, callback);
+        self.0.borrow_mut().insert(id.0, callback);
         let sent = send(Some(id));
         if sent.is_err() {
             drop(self.take(id));
@@ -66,7 +66,7 @@ impl<F> ReceiptCallbacks<F> {
 
     /// Removes and returns the callback that waits for the receipt `id`.
     pub(crate) fn take(&self, id: ReceiptId) -> Option<F> {
-        self.0.borrow_mut().remove(&id)
+        self.0.borrow_mut().remove(id.0)
     }
 
     /// Drops all callbacks without calling them.

@@ -2,20 +2,29 @@
 
 use std::rc::Rc;
 
+use crate::master::shell::{StartMain, start_main};
 use crate::worker::Worker;
 
 /// The closure of [`Settings::main`](crate::Settings::main).
 #[derive(Clone)]
-pub(crate) struct WorkerMain(Rc<dyn Fn(Worker) -> i32>);
+pub(crate) struct WorkerMain {
+    main: Rc<dyn Fn(Worker) -> i32>,
+    /// Starts a worker that runs the closure. The linker removes this function from programs that
+    /// set no such closure, because nothing else refers to it.
+    pub(crate) start: StartMain,
+}
 
 impl WorkerMain {
     pub(crate) fn new(main: impl Fn(Worker) -> i32 + 'static) -> Self {
-        Self(Rc::new(main))
+        Self {
+            main: Rc::new(main),
+            start: start_main,
+        }
     }
 
     /// Runs the closure and returns its exit code.
     pub(crate) fn run(&self, worker: Worker) -> i32 {
-        (self.0)(worker)
+        (self.main)(worker)
     }
 }
 
@@ -28,7 +37,7 @@ impl std::fmt::Debug for WorkerMain {
 /// Compares by identity: two values are equal if one is a clone of the other.
 impl PartialEq for WorkerMain {
     fn eq(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.0, &other.0)
+        Rc::ptr_eq(&self.main, &other.main)
     }
 }
 

@@ -29,19 +29,23 @@ pub fn memory(table: &mut Table) {
                 continue;
             }
         };
-        let own = memory_of(&serve(&program));
-        let title = format!("{name}: master, {WORKERS} idle workers, resident");
-        let row = table.row(&title, own.0, "KiB");
-        row.goal(Goal::AtMost(2048.0));
-        row.note(&format!("{} KiB anonymous", own.2));
-        let title = format!("{name}: each worker, private");
-        table.row(&title, own.1, "KiB").goal(Goal::AtMost(400.0));
+        for workers in [1, WORKERS, 64] {
+            let own = memory_of(&serve(&program, workers));
+            let title = format!("{name}: master, {workers} idle workers, resident");
+            let row = table.row(&title, own.master, "KiB");
+            row.goal(Goal::AtMost(2048.0));
+            row.note(&format!("{} KiB private", own.master_private));
+            let title = format!("{name}: each of {workers} workers, private");
+            let row = table.row(&title, own.private, "KiB");
+            row.goal(Goal::AtMost(400.0));
+            row.note(&format!("at most {} KiB resident", own.resident));
+        }
     }
     match peers::node("rr", WORKERS) {
         Ok(server) => {
             let node = memory_of(&server);
-            table.row("Node's master, resident", node.0, "KiB");
-            table.row("Node's workers, private, each", node.1, "KiB");
+            table.row("Node's master, resident", node.master, "KiB");
+            table.row("Node's workers, private, each", node.private, "KiB");
         }
         Err(why) => table.skip("Node", &why),
     }
@@ -56,25 +60,34 @@ fn http_server() -> Result<PathBuf, String> {
     Ok(target.join("release/examples/http_server"))
 }
 
-fn serve(program: &Path) -> Server {
+fn serve(program: &Path, workers: usize) -> Server {
     let mut command = Command::new(program);
     command.args(["--policy", "rr", "--addr", "127.0.0.1:0"]);
-    Server::run(command.args(["--workers", &WORKERS.to_string()]))
+    Server::run(command.args(["--workers", &workers.to_string()]))
 }
 
-/// Returns the master's resident memory, each worker's private memory, and the master's anonymous
-/// memory, in KiB.
-fn memory_of(server: &Server) -> (f64, Vec<f64>, f64) {
+/// The memory of a master and of its workers in KiB. The rest of the resident memory is shared with
+/// the other processes, and is mostly the program's code.
+struct Memory {
+    master: f64,
+    master_private: f64,
+    /// The private memory of each worker.
+    private: Vec<f64>,
+    /// The largest resident memory of a worker.
+    resident: f64,
+}
+
+fn memory_of(server: &Server) -> Memory {
     let processes = family(server.group.pid());
-    let private =
-        |worker: &_| mapped(*worker, "Private_Clean:") + mapped(*worker, "Private_Dirty:");
+    let private = |process| mapped(process, "Private_Clean:") + mapped(process, "Private_Dirty:");
     let (master, workers) = (processes[0], &processes[1..]);
-    let own = mapped(master, "Anonymous:");
-    (
-        mapped(master, "Rss:"),
-        workers.iter().map(private).collect(),
-        own,
-    )
+    let resident = workers.iter().map(|worker| mapped(*worker, "Rss:"));
+    Memory {
+        master: mapped(master, "Rss:"),
+        master_private: private(master),
+        private: workers.iter().map(|worker| private(*worker)).collect(),
+        resident: resident.fold(0.0, f64::max),
+    }
 }
 
 pub fn measure(table: &mut Table) {

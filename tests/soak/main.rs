@@ -13,7 +13,7 @@
 //! Then the test measures the master, and the workers that run through all rounds, if there are any
 //! (see `measure`). The first round is the warm-up. After the last round, the processes may hold no
 //! more than after the first round, apart from the small growth that the constants in `measure`
-//! allow.
+//! allow. The scenario `serving` is stricter and short.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -34,6 +34,7 @@ mod r#loop;
 mod measure;
 mod messages;
 mod respawns;
+mod serving;
 
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         messages::SCENARIOS,
         listeners::SCENARIOS,
         r#loop::SCENARIOS,
+        serving::SCENARIOS,
     ]
     .into_iter()
     .flatten();

@@ -57,6 +57,46 @@ unsafe impl GlobalAlloc for CountingHeap {
     }
 }
 
+/// The heap that a process uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heap {
+    pub bytes: i64,
+    pub blocks: i64,
+}
+
+impl Heap {
+    /// The length of the value as bytes.
+    pub const LENGTH: usize = 16;
+
+    pub fn now() -> Self {
+        Self {
+            bytes: BYTES.load(Ordering::Relaxed),
+            blocks: ALLOCATIONS.load(Ordering::Relaxed),
+        }
+    }
+
+    pub fn growth_since(self, earlier: Self) -> Self {
+        Self {
+            bytes: self.bytes - earlier.bytes,
+            blocks: self.blocks - earlier.blocks,
+        }
+    }
+
+    pub fn to_bytes(self) -> [u8; Self::LENGTH] {
+        let number = i128::from(self.bytes) << 64 | i128::from(self.blocks);
+        number.to_le_bytes()
+    }
+
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let number = i128::from_le_bytes(bytes.try_into().unwrap());
+        let low = |number: i128| i64::try_from(number & i128::from(i64::MAX)).unwrap();
+        Self {
+            bytes: low(number >> 64),
+            blocks: low(number),
+        }
+    }
+}
+
 /// A measurement of one process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
@@ -74,16 +114,13 @@ pub struct Sample {
 impl Sample {
     pub fn now() -> Self {
         trim();
-        let (in_use, blocks) = (
-            BYTES.load(Ordering::Relaxed),
-            ALLOCATIONS.load(Ordering::Relaxed),
-        );
+        let heap = Heap::now();
         let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
         Self {
             resident: pages(&rollup, "Rss:"),
             anonymous: pages(&rollup, "Anonymous:"),
-            in_use,
-            blocks,
+            in_use: heap.bytes,
+            blocks: heap.blocks,
             descriptors: as_number(crate::harness::open_fds().len()),
             children: children(),
         }
@@ -223,7 +260,7 @@ impl Series {
 }
 
 /// Sets an alarm that kills this process if the next round does not finish.
-fn set_round_alarm() {
+pub fn set_round_alarm() {
     let seconds = ROUND_DEADLINE.0 + ROUND_DEADLINE.1 * crate::times();
     nix::unistd::alarm::set(u32::try_from(seconds).unwrap());
 }

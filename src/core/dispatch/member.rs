@@ -2,7 +2,7 @@
 
 use super::{MAX_WINDOW, PENALTY_MAX, PENALTY_MIN, QUICK};
 use crate::types::loads::WorkerLoad;
-use crate::types::sorted_map::SortedMap;
+use crate::types::ordered_set::{Key, OrderedSet};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 
@@ -84,7 +84,7 @@ pub(super) struct Member {
     pub(super) recent_load: u64,
     /// The sequence numbers of the waiting connections that the scheduler has assigned to this
     /// worker.
-    pub(super) assigned: SortedMap<u64, ()>,
+    pub(super) assigned: OrderedSet<u64>,
 }
 
 impl Member {
@@ -100,7 +100,7 @@ impl Member {
             busy_since: Time::ZERO,
             last_turn,
             recent_load,
-            assigned: SortedMap::new(),
+            assigned: OrderedSet::new(),
         }
     }
 
@@ -213,7 +213,7 @@ impl Member {
 
     /// Ends the listener for the worker. Returns the sequence numbers of the connections that were
     /// assigned to the worker.
-    pub(super) fn end(&mut self) -> SortedMap<u64, ()> {
+    pub(super) fn end(&mut self) -> OrderedSet<u64> {
         self.state = State::Ended;
         std::mem::take(&mut self.assigned)
     }
@@ -316,11 +316,39 @@ pub(super) struct IdleRank {
     pub(super) worker: WorkerId,
 }
 
+impl Key for IdleRank {
+    fn pack(self) -> u128 {
+        let turn = u128::from(self.is_stalled) << 64 | u128::from(self.last_turn);
+        turn << 32 | self.worker.pack()
+    }
+
+    fn unpack(packed: u128) -> Self {
+        Self {
+            is_stalled: packed >> 96 != 0,
+            last_turn: u64::unpack(packed >> 32),
+            worker: WorkerId::unpack(packed),
+        }
+    }
+}
+
 /// The sort key of a busy worker. The worker with the lowest recent load comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct BusyRank {
     pub(super) recent_load: u64,
     pub(super) worker: WorkerId,
+}
+
+impl Key for BusyRank {
+    fn pack(self) -> u128 {
+        u128::from(self.recent_load) << 32 | self.worker.pack()
+    }
+
+    fn unpack(packed: u128) -> Self {
+        Self {
+            recent_load: u64::unpack(packed >> 32),
+            worker: WorkerId::unpack(packed),
+        }
+    }
 }
 
 /// The sort keys of one worker in the dispatcher's ordered sets. A key is `None` if its set does

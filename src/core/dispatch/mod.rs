@@ -105,13 +105,14 @@ mod member;
 mod tests;
 mod waiting;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::types::loads::WorkerLoad;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::sorted_map::SortedMap;
+use crate::types::sorted_queue::SortedQueue;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use member::{BusyRank, IdleRank, Member};
@@ -197,33 +198,33 @@ pub(crate) struct Dispatched<C> {
 
 #[derive(Debug)]
 pub(crate) struct Dispatcher<C> {
-    members: BTreeMap<WorkerId, Member>,
+    members: SortedMap<WorkerId, Member>,
     /// The idle workers, the next one first.
-    idle: BTreeSet<IdleRank>,
+    idle: OrderedSet<IdleRank>,
     /// The busy workers that are not stalled, the one with the lowest recent load first.
-    busy: BTreeSet<BusyRank>,
+    busy: OrderedSet<BusyRank>,
     /// The workers that may have connections queued behind their current request, sorted by the
     /// time at which each worker became busy.
-    queued_behind: BTreeSet<(Time, WorkerId)>,
+    queued_behind: OrderedSet<(Time, WorkerId)>,
     /// The workers to which connections have been dispatched since their last idle report, but that
     /// are not known to have received any of these connections. They are sorted by the time at
     /// which each worker became busy.
-    unresponsive: BTreeSet<(Time, WorkerId)>,
+    unresponsive: OrderedSet<(Time, WorkerId)>,
     /// The stalled workers that have not ended, sorted by the time at which each penalty ends.
-    penalized: BTreeSet<(Time, WorkerId)>,
+    penalized: OrderedSet<(Time, WorkerId)>,
     /// The maximum number of connections that a worker may have before it reports that it is idle.
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
-    waiting: BTreeMap<u64, Waiting<C>>,
+    waiting: SortedQueue<Waiting<C>>,
     /// The sequence numbers of the waiting connections that are assigned to no worker. Each goes to
     /// the next worker according to the rules of this module.
-    unassigned: SortedMap<u64, ()>,
+    unassigned: OrderedSet<u64>,
     /// The sequence numbers of the waiting connections for which the scheduler has not been called.
-    unscheduled: SortedMap<u64, ()>,
+    unscheduled: OrderedSet<u64>,
     /// Whether the application's scheduler chooses the workers.
     has_scheduler: bool,
     /// The workers that have capacity for a connection that the scheduler has assigned to them.
-    assignable: BTreeSet<WorkerId>,
+    assignable: OrderedSet<WorkerId>,
     /// The number of workers that have reported that they are idle and have not paused or ended
     /// since.
     ready_count: usize,
@@ -249,18 +250,18 @@ pub(crate) struct Dispatcher<C> {
 impl<C> Dispatcher<C> {
     pub(crate) fn new() -> Self {
         Self {
-            members: BTreeMap::new(),
-            idle: BTreeSet::new(),
-            busy: BTreeSet::new(),
-            queued_behind: BTreeSet::new(),
-            unresponsive: BTreeSet::new(),
-            penalized: BTreeSet::new(),
+            members: SortedMap::new(),
+            idle: OrderedSet::new(),
+            busy: OrderedSet::new(),
+            queued_behind: OrderedSet::new(),
+            unresponsive: OrderedSet::new(),
+            penalized: OrderedSet::new(),
             window: 1,
-            waiting: BTreeMap::new(),
-            unassigned: SortedMap::new(),
-            unscheduled: SortedMap::new(),
+            waiting: SortedQueue::new(),
+            unassigned: OrderedSet::new(),
+            unscheduled: OrderedSet::new(),
             has_scheduler: false,
-            assignable: BTreeSet::new(),
+            assignable: OrderedSet::new(),
             ready_count: 0,
             candidate_count: 0,
             last_swept: 0,
@@ -313,16 +314,14 @@ impl<C> Dispatcher<C> {
             self.candidate_count + usize::from(member.is_candidate()) - usize::from(was_candidate);
         let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
         let received = signed(member.received()) - signed(received);
-        replace(&mut self.idle, old.idle, new.idle);
-        replace(&mut self.busy, old.busy, new.busy);
-        replace(
-            &mut self.queued_behind,
-            old.queued_behind,
-            new.queued_behind,
-        );
-        replace(&mut self.unresponsive, old.unresponsive, new.unresponsive);
-        replace(&mut self.penalized, old.penalized, new.penalized);
-        replace(&mut self.assignable, old.assigned, new.assigned);
+        self.idle.replace(old.idle, new.idle);
+        self.busy.replace(old.busy, new.busy);
+        self.queued_behind
+            .replace(old.queued_behind, new.queued_behind);
+        self.unresponsive
+            .replace(old.unresponsive, new.unresponsive);
+        self.penalized.replace(old.penalized, new.penalized);
+        self.assignable.replace(old.assigned, new.assigned);
         Some((result, received))
     }
 
@@ -371,10 +370,13 @@ impl<C> Dispatcher<C> {
     /// worker.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         let ended = self.update(worker, Member::end);
-        for (sequence, ()) in ended.into_iter().flat_map(|(assigned, _)| assigned) {
-            if let Some(waiting) = self.waiting.get_mut(&sequence) {
+        let Some((assigned, _)) = ended else {
+            return;
+        };
+        for sequence in assigned.iter() {
+            if let Some(waiting) = self.waiting.get_mut(sequence) {
                 waiting.target = Target::Unscheduled;
-                self.unscheduled.insert(sequence, ());
+                self.unscheduled.insert(sequence);
             }
         }
     }
@@ -469,8 +471,8 @@ impl<C> Dispatcher<C> {
     /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
     /// Returns `None` if there is no such worker.
     fn next_assigned(&mut self) -> Option<(WorkerId, Sequenced<C>)> {
-        let worker = *self.assignable.first()?;
-        let (&sequence, ()) = self.members.get(&worker)?.assigned.first_key_value()?;
+        let worker = self.assignable.first()?;
+        let sequence = self.members.get(&worker)?.assigned.first()?;
         Some((worker, self.dequeue(sequence)?))
     }
 
@@ -482,7 +484,7 @@ impl<C> Dispatcher<C> {
             None => self.first_with_space(u64::MAX, |_| true)?,
             Some(idle) => self.yields_to(idle.worker, now).unwrap_or(idle.worker),
         };
-        let (&sequence, ()) = self.unassigned.first_key_value()?;
+        let sequence = self.unassigned.first()?;
         Some((worker, self.dequeue(sequence)?))
     }
 
@@ -518,7 +520,7 @@ impl<C> Dispatcher<C> {
 
     /// Ends the penalties that have expired.
     pub(crate) fn end_penalties(&mut self, now: Time) {
-        while let Some(&(_, worker)) = self.penalized.first().filter(|(until, _)| *until <= now) {
+        while let Some((_, worker)) = self.penalized.first().filter(|(until, _)| *until <= now) {
             self.update(worker, Member::end_penalty);
         }
     }
@@ -599,8 +601,8 @@ impl<C> Dispatcher<C> {
         if self.has_scheduler || !self.is_prompt_worker_idle() {
             return [None, None];
         }
-        let first = |order: &BTreeSet<(Time, WorkerId)>, delay| {
-            let &(since, worker) = order.first()?;
+        let first = |order: &OrderedSet<(Time, WorkerId)>, delay| {
+            let (since, worker) = order.first()?;
             Some((since.saturating_add(delay), worker))
         };
         [
@@ -636,14 +638,5 @@ impl<C> Dispatcher<C> {
     /// Returns how many connections have been accepted and are not known to have been received.
     pub(crate) fn in_flight(&self) -> u64 {
         self.waiting_count() + self.queued_total
-    }
-}
-
-fn replace<T: Ord>(set: &mut BTreeSet<T>, old: Option<T>, new: Option<T>) {
-    if old != new {
-        if let Some(old) = old {
-            set.remove(&old);
-        }
-        set.extend(new);
     }
 }

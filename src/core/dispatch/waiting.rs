@@ -1,8 +1,6 @@
 //! The connections that have been accepted and are not in a worker's queue. Each has a target: the
 //! next worker by the dispatcher's rules, or the worker that the application's scheduler chooses.
 
-use std::ops::Bound;
-
 use super::member::Member;
 use super::{Dispatcher, Sequenced};
 use crate::types::worker_id::WorkerId;
@@ -41,7 +39,7 @@ impl<C> Dispatcher<C> {
 
     /// Returns the connections that have been accepted and not been dispatched.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = &C> {
-        self.waiting.values().map(|waiting| &waiting.connection)
+        self.waiting.iter().map(|(_, waiting)| &waiting.connection)
     }
 
     pub(crate) fn has_waiting(&self) -> bool {
@@ -58,11 +56,11 @@ impl<C> Dispatcher<C> {
     ///
     /// Returns `None` if there is no such connection, or no worker to choose from.
     pub(crate) fn unscheduled(&self) -> Option<(u64, &C)> {
-        let (sequence, ()) = self.unscheduled.first_key_value()?;
+        let sequence = self.unscheduled.first()?;
         if self.candidate_count == 0 {
             return None;
         }
-        Some((*sequence, &self.waiting.get(sequence)?.connection))
+        Some((sequence, &self.waiting.get(sequence)?.connection))
     }
 
     /// Assigns an unscheduled connection to the scheduler's choice.
@@ -70,7 +68,7 @@ impl<C> Dispatcher<C> {
     /// If `worker` is `None` or may not be chosen, the connection goes to the next worker according
     /// to the rules.
     pub(crate) fn choose(&mut self, sequence: u64, worker: Option<WorkerId>) {
-        if !self.unscheduled.contains_key(&sequence) {
+        if !self.unscheduled.contains(sequence) {
             return;
         }
         let candidate = worker.filter(|worker| {
@@ -90,13 +88,13 @@ impl<C> Dispatcher<C> {
         } = connection;
         match target {
             Target::Next => {
-                self.unassigned.insert(sequence, ());
+                self.unassigned.insert(sequence);
             }
             Target::Unscheduled => {
-                self.unscheduled.insert(sequence, ());
+                self.unscheduled.insert(sequence);
             }
             Target::Assigned(worker) => {
-                self.update(worker, |member| member.assigned.insert(sequence, ()));
+                self.update(worker, |member| member.assigned.insert(sequence));
             }
         }
         let waiting = Waiting { connection, target };
@@ -104,16 +102,16 @@ impl<C> Dispatcher<C> {
     }
 
     pub(super) fn dequeue(&mut self, sequence: u64) -> Option<Sequenced<C>> {
-        let Waiting { connection, target } = self.waiting.remove(&sequence)?;
+        let Waiting { connection, target } = self.waiting.remove(sequence)?;
         match target {
             Target::Next => {
-                self.unassigned.remove(&sequence);
+                self.unassigned.remove(sequence);
             }
             Target::Unscheduled => {
-                self.unscheduled.remove(&sequence);
+                self.unscheduled.remove(sequence);
             }
             Target::Assigned(worker) => {
-                self.update(worker, |member| member.assigned.remove(&sequence));
+                self.update(worker, |member| member.assigned.remove(sequence));
             }
         }
         Some(Sequenced {
@@ -165,20 +163,18 @@ impl<C> Dispatcher<C> {
     /// true. Each call continues after the connection that the previous call checked last. If no
     /// later connection waits, the call starts again at the first one.
     pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&C) -> bool) -> Swept<C> {
-        let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
-        if self.waiting.range(after).next().is_none() {
+        if self.waiting.after(self.last_swept).next().is_none() {
             self.last_swept = 0;
         }
-        let after = (Bound::Excluded(self.last_swept), Bound::Unbounded);
         let mut swept = Swept {
             checked: 0,
             closed: Vec::new(),
         };
         let mut gone = Vec::new();
-        for (sequence, waiting) in self.waiting.range(after).take(limit) {
+        for (sequence, waiting) in self.waiting.after(self.last_swept).take(limit) {
             swept.checked += 1;
-            self.last_swept = *sequence;
-            gone.extend(is_gone(&waiting.connection).then_some(*sequence));
+            self.last_swept = sequence;
+            gone.extend(is_gone(&waiting.connection).then_some(sequence));
         }
         for sequence in gone {
             let closed = self.dequeue(sequence);
@@ -196,7 +192,7 @@ impl<C> Dispatcher<C> {
     pub(crate) fn take_waiting_if(&mut self, is_wanted: impl Fn(&C) -> bool) -> Vec<C> {
         let wanted = self.waiting.iter();
         let wanted = wanted.filter(|(_, waiting)| is_wanted(&waiting.connection));
-        let sequences: Vec<_> = wanted.map(|(sequence, _)| *sequence).collect();
+        let sequences: Vec<_> = wanted.map(|(sequence, _)| sequence).collect();
         let all = sequences.into_iter();
         let taken = all.filter_map(|sequence| self.dequeue(sequence));
         taken.map(|taken| taken.connection).collect()

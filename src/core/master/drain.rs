@@ -293,7 +293,7 @@ impl<C, F> MasterCore<C, F> {
         self.keep_new_connections_out(handle);
         let shard = None;
         self.actions.push_back(Action::Unblock { handle, shard });
-        for (_, worker) in departing {
+        for (_, worker) in departing.iter() {
             self.send_listener_closed(handle, worker, true);
         }
     }

@@ -36,7 +36,6 @@
 //!
 //! Once the application releases a retained listener, the first table applies.
 
-use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::member::Members;
@@ -44,6 +43,7 @@ use super::parked::{Handoff, ReadyQueue};
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::{Kind, Parking};
+use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
@@ -170,7 +170,7 @@ pub(super) struct Listener<C> {
     pub(super) shards: Vec<Option<WorkerId>>,
     /// The workers whose shards receive no new connections, each with the time at which the master
     /// sends it `ListenerClosed`, so that the worker drains its shard.
-    pub(super) departing: BTreeSet<(Time, WorkerId)>,
+    pub(super) departing: OrderedSet<(Time, WorkerId)>,
     /// The shard that receives new connections while no worker serves a retained listener. The next
     /// worker receives this shard.
     pub(super) spare_shard: Option<usize>,
@@ -210,7 +210,7 @@ impl<C> Listener<C> {
             retained_by: 0,
             is_requested: true,
             shards: Vec::new(),
-            departing: BTreeSet::new(),
+            departing: OrderedSet::new(),
             abandoned_shards: Vec::new(),
             spare_shard: None,
         }
@@ -232,7 +232,7 @@ impl<C> Listener<C> {
             }
             _ => None,
         };
-        let departing = self.departing.first().map(|(time, _)| *time);
+        let departing = self.departing.first().map(|(time, _)| time);
         let rebalance = self.dispatcher.rebalance_deadline();
         let rebalance = rebalance.filter(|_| self.may_dispatch());
         let sweep = self.is_ending_with_waiting();

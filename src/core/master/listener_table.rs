@@ -9,10 +9,10 @@
 //! The index is updated late, because each connection causes several changes to its listener, and
 //! most of them do not alter the index entry.
 
-use std::collections::BTreeSet;
 use std::ops::Bound;
 
 use super::listener::Listener;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::wire::frame::HandleId;
@@ -20,11 +20,11 @@ use crate::wire::frame::HandleId;
 #[derive(Debug)]
 pub(super) struct ListenerTable<C> {
     entries: SortedMap<HandleId, Entry<C>>,
-    deadlines: BTreeSet<(Time, HandleId)>,
+    deadlines: OrderedSet<(Time, HandleId)>,
     /// The listeners whose connections wait in the master.
-    waiting: BTreeSet<HandleId>,
+    waiting: OrderedSet<HandleId>,
     /// The listeners with a connection for which the scheduler has not been called.
-    unscheduled: BTreeSet<HandleId>,
+    unscheduled: OrderedSet<HandleId>,
     /// The number of listeners that delay the end of `disconnect_all`.
     delaying_end: usize,
     /// The listeners whose index entry is stale, and some that have been removed.
@@ -72,9 +72,9 @@ impl<C> ListenerTable<C> {
     pub(super) fn new() -> Self {
         Self {
             entries: SortedMap::new(),
-            deadlines: BTreeSet::new(),
-            waiting: BTreeSet::new(),
-            unscheduled: BTreeSet::new(),
+            deadlines: OrderedSet::new(),
+            waiting: OrderedSet::new(),
+            unscheduled: OrderedSet::new(),
             delaying_end: 0,
             changed: Vec::new(),
         }
@@ -149,18 +149,13 @@ impl<C> ListenerTable<C> {
     }
 
     fn reindex(&mut self, id: HandleId, old: Facts, new: Facts) {
-        if let Some(time) = old.deadline {
-            self.deadlines.remove(&(time, id));
-        }
-        self.deadlines.extend(new.deadline.map(|time| (time, id)));
-        if old.has_waiting {
-            self.waiting.remove(&id);
-        }
-        self.waiting.extend(new.has_waiting.then_some(id));
-        if old.is_unscheduled {
-            self.unscheduled.remove(&id);
-        }
-        self.unscheduled.extend(new.is_unscheduled.then_some(id));
+        let key = |deadline: Option<Time>| deadline.map(|time| (time, id));
+        self.deadlines.replace(key(old.deadline), key(new.deadline));
+        let key = |is_member: bool| is_member.then_some(id);
+        self.waiting
+            .replace(key(old.has_waiting), key(new.has_waiting));
+        self.unscheduled
+            .replace(key(old.is_unscheduled), key(new.is_unscheduled));
         self.delaying_end =
             self.delaying_end + usize::from(new.delays_end) - usize::from(old.delays_end);
     }
@@ -184,18 +179,18 @@ impl<C> ListenerTable<C> {
         let mut indexed = self.deadlines.iter();
         let first = indexed.find(|(_, id)| self.is_current(*id));
         let changed = self.changed().map(|(_, facts)| facts.deadline);
-        changed.fold(first.map(|(time, _)| *time), earlier)
+        changed.fold(first.map(|(time, _)| time), earlier)
     }
 
     /// Returns the listeners whose deadline has expired.
     pub(super) fn due(&mut self, now: Time) -> Vec<HandleId> {
         self.index_changed();
         let due = self.deadlines.iter().take_while(|(time, _)| *time <= now);
-        due.map(|(_, id)| *id).collect()
+        due.map(|(_, id)| id).collect()
     }
 
     pub(super) fn has_waiting(&self) -> bool {
-        self.waiting.iter().any(|id| self.is_current(*id))
+        self.waiting.iter().any(|id| self.is_current(id))
             || self.changed().any(|(_, facts)| facts.has_waiting)
     }
 
@@ -207,14 +202,14 @@ impl<C> ListenerTable<C> {
         let before = (Bound::Unbounded, Bound::Included(last));
         let after = self.waiting.range(after);
         let all = after.chain(self.waiting.range(before));
-        all.take(limit).copied().collect()
+        all.take(limit).collect()
     }
 
     /// Returns the first listener with a connection for which the scheduler has not been called.
     pub(super) fn first_unscheduled(&self) -> Option<HandleId> {
         let changed = self.changed().filter(|(_, facts)| facts.is_unscheduled);
         let changed = changed.map(|(id, _)| id).min();
-        let mut indexed = self.unscheduled.iter().copied();
+        let mut indexed = self.unscheduled.iter();
         let first = indexed.find(|id| self.is_current(*id));
         first.into_iter().chain(changed).min()
     }

@@ -57,7 +57,7 @@ mod shards;
 mod tests;
 mod workers;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
@@ -65,6 +65,7 @@ use crate::error::Error;
 use crate::types::connection_id::ConnectionId;
 use crate::types::ledger::Ledger;
 use crate::types::loads::{ListenerLoad, WorkerLoad};
+use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -92,8 +93,8 @@ pub(crate) struct MasterCore<C, F> {
     now: Time,
     last_worker: u32,
     last_handle: u32,
-    workers: BTreeMap<WorkerId, WorkerEntry>,
-    detached: BTreeMap<WorkerId, DetachedEntry>,
+    workers: SortedMap<WorkerId, WorkerEntry>,
+    detached: SortedMap<WorkerId, DetachedEntry>,
     /// The number of workers and detached processes that [`run`](crate::Master::run) waits for.
     referenced: usize,
     listeners: ListenerTable<C>,
@@ -110,7 +111,7 @@ pub(crate) struct MasterCore<C, F> {
     /// The time at which all workers that have not exited are killed.
     stop_deadline: Option<Time>,
     /// The workers that have a deadline, sorted by its time.
-    deadlines: BTreeSet<(Time, WorkerId)>,
+    deadlines: OrderedSet<(Time, WorkerId)>,
     actions: VecDeque<Action<C>>,
     events: VecDeque<EmittedEvent<F>>,
 }
@@ -124,8 +125,8 @@ impl<C, F> MasterCore<C, F> {
             now: Time::ZERO,
             last_worker: 0,
             last_handle: 0,
-            workers: BTreeMap::new(),
-            detached: BTreeMap::new(),
+            workers: SortedMap::new(),
+            detached: SortedMap::new(),
             referenced: 0,
             listeners: ListenerTable::new(),
             parked: ParkedTable::new(),
@@ -135,7 +136,7 @@ impl<C, F> MasterCore<C, F> {
             ledger: Ledger::default(),
             is_end_awaited: false,
             stop_deadline: None,
-            deadlines: BTreeSet::new(),
+            deadlines: OrderedSet::new(),
             actions: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -313,7 +314,7 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Returns the latest time at which `tick` must be called, or `None` if nothing is due by time.
     pub(crate) fn deadline(&self) -> Option<Time> {
-        let worker = self.deadlines.first().map(|(time, _)| *time);
+        let worker = self.deadlines.first().map(|(time, _)| time);
         let due = earlier(worker, self.stop_deadline);
         let due = earlier(due, self.parked.deadline());
         earlier(due, self.listeners.deadline())
@@ -420,7 +421,7 @@ impl<C, F> MasterCore<C, F> {
     pub(crate) fn loads(&self) -> (Vec<WorkerLoad>, Vec<(HandleId, ListenerLoad)>) {
         let past = self.workers.iter();
         let past = past.map(|(worker, entry)| (*worker, entry.past_load));
-        let mut workers: BTreeMap<_, _> = past.collect();
+        let mut workers: SortedMap<_, _> = past.collect();
         let listeners = self.listeners.values();
         for load in listeners.flat_map(|listener| listener.dispatcher.loads()) {
             if let Some(sum) = workers.get_mut(&load.worker) {

@@ -39,7 +39,7 @@ mod giving;
 mod passing;
 mod ready;
 
-use std::collections::BTreeSet;
+use std::ops::Bound;
 
 use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, MasterCore};
@@ -47,6 +47,7 @@ use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -99,15 +100,15 @@ pub(super) struct ParkedTable {
     /// The idle connections.
     expiries: Expiries,
     /// The connections that workers have, by worker.
-    with: BTreeSet<(WorkerId, ConnectionId)>,
+    with: OrderedSet<(WorkerId, ConnectionId)>,
     /// The connections that wait until the shell has passed them to the other master.
-    passing: BTreeSet<ConnectionId>,
+    passing: OrderedSet<ConnectionId>,
     keeper: Keeper,
     /// The maximum number of connections that the master holds.
     limit: usize,
     /// The listeners from which the master accepts nothing, because it may hold no further
     /// connection.
-    blocked: BTreeSet<HandleId>,
+    blocked: OrderedSet<HandleId>,
 }
 
 impl ParkedTable {
@@ -115,11 +116,11 @@ impl ParkedTable {
         Self {
             entries: Slab::new(),
             expiries: Expiries::new(),
-            with: BTreeSet::new(),
-            passing: BTreeSet::new(),
+            with: OrderedSet::new(),
+            passing: OrderedSet::new(),
             keeper: Keeper::ThisMaster,
             limit: NUMBER_MAX,
-            blocked: BTreeSet::new(),
+            blocked: OrderedSet::new(),
         }
     }
 
@@ -160,8 +161,8 @@ impl ParkedTable {
         match state {
             State::Idle(expiry) => self.expiries.insert(expiry, connection),
             State::Ready => {}
-            State::With(worker) => drop(self.with.insert((worker, connection))),
-            State::Passing => drop(self.passing.insert(connection)),
+            State::With(worker) => self.with.insert((worker, connection)),
+            State::Passing => self.passing.insert(connection),
         }
     }
 
@@ -169,8 +170,8 @@ impl ParkedTable {
         match state {
             State::Idle(expiry) => self.expiries.remove(expiry, connection),
             State::Ready => {}
-            State::With(worker) => drop(self.with.remove(&(worker, connection))),
-            State::Passing => drop(self.passing.remove(&connection)),
+            State::With(worker) => drop(self.with.remove((worker, connection))),
+            State::Passing => drop(self.passing.remove(connection)),
         }
     }
 
@@ -226,8 +227,10 @@ impl ParkedTable {
     fn held_by(&self, worker: WorkerId) -> Vec<ConnectionId> {
         let from = (worker, ConnectionId(0));
         let to = (worker, ConnectionId(u32::MAX));
-        let all = self.with.range(from..=to);
-        all.map(|(_, connection)| *connection).collect()
+        let all = self
+            .with
+            .range((Bound::Included(from), Bound::Included(to)));
+        all.map(|(_, connection)| connection).collect()
     }
 
     /// Returns whether a connection of the listener is idle.
@@ -405,7 +408,7 @@ impl<C, F> MasterCore<C, F> {
     /// Accepts from the listeners that wait until the master may hold another connection.
     fn space_freed(&mut self) {
         if self.parked.space() != Some(0) {
-            for handle in std::mem::take(&mut self.parked.blocked) {
+            for handle in std::mem::take(&mut self.parked.blocked).iter() {
                 self.accept_if_possible(handle);
             }
         }

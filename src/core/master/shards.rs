@@ -124,7 +124,7 @@ impl<C, F> MasterCore<C, F> {
         let spare = free.filter(|_| listener.is_sole()).unwrap_or_default();
         listener.spare_shard = Some(spare);
         if let Some(worker) = listener.shards[spare].take() {
-            listener.departing.retain(|(_, other)| *other != worker);
+            listener.departing.retain(|(_, other)| other != worker);
             self.send_listener_closed(handle, worker, false);
         }
     }
@@ -136,11 +136,11 @@ impl<C, F> MasterCore<C, F> {
             let Some(listener) = self.listeners.get_mut(&handle) else {
                 return;
             };
-            let is_due = |(time, _): &&(Time, WorkerId)| *time <= self.now;
-            let Some(&(time, worker)) = listener.departing.first().filter(is_due) else {
+            let is_due = |(time, _): &(Time, WorkerId)| *time <= self.now;
+            let Some((time, worker)) = listener.departing.first().filter(is_due) else {
                 return;
             };
-            listener.departing.remove(&(time, worker));
+            listener.departing.remove((time, worker));
             let shard = Some(self.shard_index(handle, worker));
             self.actions.push_back(Action::Unblock { handle, shard });
             self.send_listener_closed(handle, worker, true);
@@ -157,7 +157,7 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
-        listener.departing.retain(|(_, other)| *other != worker);
+        listener.departing.retain(|(_, other)| other != worker);
         if let Some(owner) = listener.shards.get_mut(shard) {
             *owner = None;
             listener

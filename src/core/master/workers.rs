@@ -1,6 +1,5 @@
 //! The life of a worker, from fork to exit.
 
-use std::collections::BTreeSet;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
@@ -9,6 +8,7 @@ use super::{Action, Attachment, MasterCore};
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
 use crate::types::loads::WorkerLoad;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
@@ -79,7 +79,7 @@ pub(super) struct WorkerEntry {
     pub(super) past_load: WorkerLoad,
     /// The listeners that the worker has joined, including those that it has left. The worker can
     /// park only their connections.
-    joined: BTreeSet<HandleId>,
+    joined: OrderedSet<HandleId>,
 }
 
 impl WorkerEntry {
@@ -93,7 +93,7 @@ impl WorkerEntry {
             referenced: true,
             late_errors: 0,
             past_load: WorkerLoad::new(worker),
-            joined: BTreeSet::new(),
+            joined: OrderedSet::new(),
         }
     }
 
@@ -101,14 +101,14 @@ impl WorkerEntry {
     /// longer exist, because a worker may listen any number of times.
     pub(super) fn joined(&mut self, handle: HandleId, exists: impl Fn(HandleId) -> bool) {
         if self.joined.len() >= JOINED_MAX {
-            self.joined.retain(|other| exists(*other));
+            self.joined.retain(exists);
         }
         self.joined.insert(handle);
     }
 
     /// Returns whether the worker has, or has had, the listener.
     pub(super) fn has_had(&self, handle: HandleId) -> bool {
-        self.joined.contains(&handle)
+        self.joined.contains(handle)
     }
 
     /// Returns whether the master still processes the worker's frames.
@@ -219,7 +219,7 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         if let Some(deadline) = entry.deadline.take() {
-            self.deadlines.remove(&(deadline, worker));
+            self.deadlines.remove((deadline, worker));
         }
         if entry.is_connected() {
             // Close the channel first. The shell then processes the worker's final frames, and
@@ -273,8 +273,8 @@ impl<C, F> MasterCore<C, F> {
             self.stop_deadline = None;
             overdue.extend(self.workers.keys().copied());
         }
-        while let Some(&(deadline, worker)) = self.deadlines.first().filter(|(d, _)| is_over(d)) {
-            self.deadlines.remove(&(deadline, worker));
+        while let Some((deadline, worker)) = self.deadlines.first().filter(|(d, _)| is_over(d)) {
+            self.deadlines.remove((deadline, worker));
             overdue.push(worker);
         }
         for worker in overdue {
@@ -300,7 +300,7 @@ impl<C, F> MasterCore<C, F> {
             let is_earliest = entry.deadline.is_none_or(|earlier| deadline < earlier);
             if entry.status().is_none() && is_earliest {
                 if let Some(later) = entry.deadline.replace(deadline) {
-                    self.deadlines.remove(&(later, worker));
+                    self.deadlines.remove((later, worker));
                 }
                 self.deadlines.insert((deadline, worker));
             }
@@ -426,7 +426,7 @@ impl<C, F> MasterCore<C, F> {
     /// it drains, so that the connections in its backlog are served. A retained listener stays open
     /// for the next worker.
     pub(super) fn begin_disconnect(&mut self, workers: &[WorkerId]) {
-        let mut disconnecting = BTreeSet::new();
+        let mut disconnecting = OrderedSet::new();
         for &worker in workers {
             if let Some(entry) = self.workers.get_mut(&worker) {
                 if entry.is_connected() && !entry.disconnect_requested {
@@ -436,7 +436,7 @@ impl<C, F> MasterCore<C, F> {
                 }
             }
         }
-        let is_disconnecting = |worker: WorkerId| disconnecting.contains(&worker);
+        let is_disconnecting = |worker: WorkerId| disconnecting.contains(worker);
         let mut handles = self.listeners.ids();
         handles.retain(|handle| {
             let listener = &self.listeners[handle];
@@ -447,7 +447,7 @@ impl<C, F> MasterCore<C, F> {
             if members.serving().all(is_disconnecting) {
                 self.begin_drain(handle);
             } else {
-                for &worker in &disconnecting {
+                for worker in disconnecting.iter() {
                     self.end_for(handle, worker, false);
                 }
             }

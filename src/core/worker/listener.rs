@@ -1,6 +1,6 @@
 //! Opening, draining and closing a worker's listener.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use super::capacity::QueueReport;
@@ -8,6 +8,7 @@ use super::{Action, HandleId, ListenStatus, WorkerCore};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
@@ -188,8 +189,8 @@ impl<F> WorkerCore<F> {
     pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
         let used = self
             .indices
-            .get_or_insert_with(endpoint.clone(), BTreeSet::new);
-        let is_free = |index: &u32| !used.contains(index);
+            .get_or_insert_with(endpoint.clone(), OrderedSet::new);
+        let is_free = |index: &u32| !used.contains(*index);
         let index = (0..).find(is_free).unwrap_or(u32::MAX);
         used.insert(index);
         let kind = endpoint.kind;
@@ -393,7 +394,7 @@ impl<F> WorkerCore<F> {
             return;
         };
         if let Some(used) = self.indices.get_mut(endpoint) {
-            used.remove(index);
+            used.remove(*index);
             if used.is_empty() {
                 self.indices.remove(endpoint);
             }

@@ -16,11 +16,12 @@ mod std_listener;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Endpoint;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
@@ -135,7 +136,7 @@ pub(crate) struct WorkerCore<F> {
     listeners: SortedMap<ListenerId, Entry>,
     /// The indices in use for each requested endpoint. An index distinguishes this worker's
     /// listeners on the same endpoint.
-    indices: SortedMap<Endpoint, BTreeSet<u32>>,
+    indices: SortedMap<Endpoint, OrderedSet<u32>>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,
     /// Whether the application may have connections as plain streams, which it closes without this

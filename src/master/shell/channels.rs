@@ -170,7 +170,7 @@ impl MasterShell {
         if is_writing {
             writing.insert(worker);
         } else {
-            writing.remove(&worker);
+            writing.remove(worker);
         }
     }
 
@@ -301,7 +301,7 @@ impl MasterShell {
 
     /// Returns whether a worker has frames that have been read but not processed.
     pub(crate) fn is_pending(&self, worker: WorkerId) -> bool {
-        self.pending.borrow().contains(&worker)
+        self.pending.borrow().contains(worker)
     }
 
     pub(crate) fn has_pending(&self) -> bool {
@@ -316,12 +316,12 @@ impl MasterShell {
         if pending.is_empty() {
             return Vec::new();
         }
-        pending.iter().copied().collect()
+        pending.iter().collect()
     }
 
     /// Undoes `add_pending`. Returns whether the worker had pending frames.
     pub(crate) fn remove_pending(&self, worker: WorkerId) -> bool {
-        self.pending.borrow_mut().remove(&worker)
+        self.pending.borrow_mut().remove(worker)
     }
 }
 

@@ -18,10 +18,11 @@ mod spawn;
 pub(crate) use channels::Processed;
 pub(crate) use listeners::RetainedListener;
 pub(crate) use passing::Inbox;
+pub(crate) use spawn::{StartMain, start_main};
 
 use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -39,6 +40,7 @@ use crate::sys::process::{Pid, Unreaped, Usage};
 use crate::sys::queue::Queue;
 use crate::sys::shared_number::SharedNumber;
 use crate::sys::signal_mask::SignalSet;
+use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
@@ -113,11 +115,11 @@ pub(crate) struct MasterShell {
     start: Instant,
     /// The signals that were ignored when the master was created. Workers ignore them too.
     pub(crate) ignored_signals: SignalSet,
-    workers: RefCell<BTreeMap<WorkerId, Rc<WorkerIo>>>,
+    workers: RefCell<SortedMap<WorkerId, Rc<WorkerIo>>>,
     unreaped: Unreaped,
     sockets: RefCell<SortedMap<HandleId, MasterSocket>>,
     /// The queues from which workers receive their connections.
-    queues: RefCell<BTreeMap<(HandleId, WorkerId), Queue>>,
+    queues: RefCell<SortedMap<(HandleId, WorkerId), Queue>>,
     held: RefCell<HeldConnections>,
     /// The master that takes over from this one, while connections can be passed to it.
     successor: RefCell<Option<Successor>>,
@@ -131,12 +133,12 @@ pub(crate) struct MasterShell {
     /// The workers with unprocessed frames in memory. Frames stay unprocessed if the worker has
     /// reached `FRAMES_PER_ITERATION`, or if the last processed frame was slow to handle
     /// (`Processed::Yield`).
-    pending: RefCell<BTreeSet<WorkerId>>,
+    pending: RefCell<OrderedSet<WorkerId>>,
     /// The workers whose channels have queued frames that can still be written.
-    writing: RefCell<BTreeSet<WorkerId>>,
+    writing: RefCell<OrderedSet<WorkerId>>,
     /// The processes without a channel and without a process descriptor. Only SIGCHLD reports their
     /// exits.
-    unwatched_exits: RefCell<BTreeSet<WorkerId>>,
+    unwatched_exits: RefCell<OrderedSet<WorkerId>>,
     /// The master's values in a worker that executes no program. The values are never dropped,
     /// because dropping them could affect the master. The values stay reachable, so that a leak
     /// checker reports only real leaks.
@@ -153,7 +155,7 @@ pub(crate) struct MasterShell {
 #[derive(Debug, Default)]
 struct Retries {
     /// The channels that must be flushed.
-    channels: BTreeSet<WorkerId>,
+    channels: OrderedSet<WorkerId>,
     /// The queues that must be closed and may still contain connections.
     queues: Vec<(HandleId, WorkerId)>,
     /// The workers whose process descriptors must be watched again. Either watching has failed, or
@@ -224,7 +226,7 @@ impl MasterShell {
     /// Removes a process from the table after its last event has been delivered, and closes its
     /// pipes.
     pub(crate) fn forget(&self, worker: WorkerId) {
-        self.unwatched_exits.borrow_mut().remove(&worker);
+        self.unwatched_exits.borrow_mut().remove(worker);
         if let Some(worker_io) = self.workers.borrow_mut().remove(&worker) {
             worker_io.stdio.take();
         }
@@ -281,7 +283,7 @@ impl MasterShell {
 
     fn retry(&self) {
         let retries = self.retries.take();
-        self.unflushed.borrow_mut().extend(retries.channels);
+        self.unflushed.borrow_mut().extend(retries.channels.iter());
         for (handle, worker) in retries.queues {
             self.close_queue(handle, worker);
         }

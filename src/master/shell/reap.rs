@@ -1,12 +1,11 @@
 //! Reaps processes that have exited, and lists the workers whose exit the system may not report.
 
-use std::collections::BTreeSet;
-
 use super::{MasterShell, WorkerIo};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::poll::Interest;
 use crate::sys::process::{Exit, Pid, exited_children};
+use crate::types::ordered_set::OrderedSet;
 use crate::types::worker_id::WorkerId;
 
 impl MasterShell {
@@ -38,7 +37,7 @@ impl MasterShell {
             }
         };
         drop(worker_io.process.take());
-        self.unwatched_exits.borrow_mut().remove(&worker);
+        self.unwatched_exits.borrow_mut().remove(worker);
         worker_io.usage.set(end.usage);
         self.core_now().exited(worker, end.status);
     }
@@ -88,14 +87,14 @@ impl MasterShell {
 
     /// Returns the workers without a channel whose exits only SIGCHLD reports.
     pub(crate) fn unwatched_exits(&self) -> Vec<WorkerId> {
-        self.unwatched_exits.borrow().iter().copied().collect()
+        self.unwatched_exits.borrow().iter().collect()
     }
 
     /// Returns the exited children of this process that the master has not started.
     pub(crate) fn exited_orphans(&self) -> Vec<Pid> {
         let workers = self.workers.borrow();
-        let own: BTreeSet<_> = workers.values().map(|worker_io| worker_io.pid).collect();
-        exited_children(|child| own.contains(&child) || self.unreaped.contains(child))
+        let own: OrderedSet<_> = workers.values().map(|worker_io| worker_io.pid).collect();
+        exited_children(|child| own.contains(child) || self.unreaped.contains(child))
     }
 
     /// Returns the workers without a process descriptor.

@@ -14,8 +14,8 @@ use crate::config::env::{CHANNEL_FD, INSPECT_PORT, UNIQUE_ID, WORKER_PID, WRAPPE
 use crate::config::inspect_port::InspectPort;
 use crate::config::settings::Settings;
 use crate::config::stdio::StdioKind;
-use crate::master::Launch;
-use crate::runtime::event_loop::Token;
+use crate::master::{Launch, Master};
+use crate::runtime::event_loop::{EventLoop, Token};
 use crate::sys;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
@@ -46,7 +46,7 @@ impl Drop for Reset<'_> {
 }
 
 /// The inputs and resources that the master prepares before it starts a process.
-struct NewProcess<'a> {
+pub(crate) struct NewProcess<'a> {
     id: WorkerId,
     settings: &'a Settings,
     launch: &'a Launch,
@@ -74,21 +74,20 @@ struct OpenedChannel {
 
 /// The pid of a process that has started, and its process descriptor. The descriptor is readable
 /// once the process has exited. The descriptor is `None` if the kernel has no process descriptors.
-type Started = (Pid, Option<OwnedFd>);
+pub(crate) type Started = (Pid, Option<OwnedFd>);
 
 impl MasterShell {
     /// Starts a worker or a detached process.
     ///
     /// If the kernel has no process descriptors, `watch_children` is called to make SIGCHLD wake up
-    /// the loop. In a worker that executes no program, `abandon_watches` is called to make the loop
-    /// forget its watches. `abandon_watches` returns the descriptors that were watched.
+    /// the loop. A worker that executes no program makes `event_loop` forget its watches.
     pub(crate) fn fork(
         &self,
         settings: &Settings,
         extra: Vec<(OsString, OsString)>,
         launch: &Launch,
         watch_children: impl FnOnce() -> io::Result<()>,
-        abandon_watches: impl FnOnce() -> Vec<RawFd>,
+        event_loop: &EventLoop<Master>,
     ) -> Result<Rc<WorkerIo>, Failure> {
         self.unreaped.reap();
         // Call the application's closure before the worker gets its id: the closure may itself fork
@@ -121,7 +120,7 @@ impl MasterShell {
             worker_end: opened.worker_end,
         };
         let (pid, process) = match settings.get_main() {
-            Some(main) => self.start_closure(&mut new, main, abandon_watches)?,
+            Some(main) => (main.start)(self, &mut new, main, event_loop)?,
             None => self.start_program(&mut new)?,
         };
         let process = match process {
@@ -206,62 +205,6 @@ impl MasterShell {
         })
     }
 
-    /// Forks a worker that runs a closure in a copy of the master's memory.
-    fn start_closure(
-        &self,
-        new: &mut NewProcess<'_>,
-        main: &WorkerMain,
-        abandon_watches: impl FnOnce() -> Vec<RawFd>,
-    ) -> Result<Started, Failure> {
-        let settings = new.settings;
-        let invalid = || io::ErrorKind::InvalidInput;
-        if !settings.passed_fds().is_empty() || settings.is_detached() {
-            let reason = "listen_fds and detached are for programs that are executed";
-            return Err((ForkStep::Prepare, io::Error::new(invalid(), reason)));
-        }
-        if !new.extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
-            return Err((ForkStep::Prepare, invalid().into()));
-        }
-        let mut child = Program::default();
-        apply_cwd_and_ids(&mut child, settings).map_err(failed(ForkStep::Prepare))?;
-        child.ignore(self.ignored_signals);
-        child.stdio(std::mem::take(&mut new.stdio.worker));
-        // Flush standard output first, because the worker would otherwise print the buffered output
-        // a second time.
-        let _ = std::io::stdout().flush();
-        let abandon = || {
-            let inert = sys::fd::inert()?;
-            let mut numbers = self.abandon(inert.as_fd())?;
-            // Replace these descriptors and do not close them, because the application may have
-            // other handles of them. The handles would otherwise use or close whatever descriptor
-            // receives the freed number.
-            for number in abandon_watches() {
-                sys::fd::replace(number, inert.as_fd())?;
-            }
-            // Return these descriptors too, so that the child closes them. Their owners are in
-            // stack frames to which the child does not return, so no destructor closes them.
-            numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
-            numbers.push(new.disconnect_notifier.as_raw_fd());
-            numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
-            numbers.extend(settings.descriptors());
-            Ok(numbers)
-        };
-        let number = new.worker_end.as_raw_fd();
-        let begin = || {
-            systemd::remove_variables();
-            fault::point("begin", || Some(Pid::own()), Some(&new.channel));
-            for (name, value) in &new.extra {
-                sys::env::set(name, value);
-            }
-            let worker =
-                (new.launch.become_worker)(new.id, new.inspect_port, number).map_err(|error| {
-                    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
-                })?;
-            Ok(|| main.run(worker))
-        };
-        child.fork(number, &self.unreaped, abandon, begin)
-    }
-
     /// Spawns a process that executes a program.
     fn start_program(&self, new: &mut NewProcess<'_>) -> Result<Started, Failure> {
         let settings = new.settings;
@@ -299,6 +242,70 @@ impl MasterShell {
         let _choosing = Reset(&self.is_choosing_port);
         Ok(port.next())
     }
+}
+
+/// The type of [`start_main`].
+pub(crate) type StartMain = fn(
+    &MasterShell,
+    &mut NewProcess<'_>,
+    &WorkerMain,
+    &EventLoop<Master>,
+) -> Result<Started, Failure>;
+
+/// Forks a worker that runs a closure in a copy of the master's memory.
+pub(crate) fn start_main(
+    shell: &MasterShell,
+    new: &mut NewProcess<'_>,
+    main: &WorkerMain,
+    event_loop: &EventLoop<Master>,
+) -> Result<Started, Failure> {
+    let settings = new.settings;
+    let invalid = || io::ErrorKind::InvalidInput;
+    if !settings.passed_fds().is_empty() || settings.is_detached() {
+        let reason = "listen_fds and detached are for programs that are executed";
+        return Err((ForkStep::Prepare, io::Error::new(invalid(), reason)));
+    }
+    if !new.extra.iter().all(|(k, v)| sys::env::is_valid(k, v)) {
+        return Err((ForkStep::Prepare, invalid().into()));
+    }
+    let mut child = Program::default();
+    apply_cwd_and_ids(&mut child, settings).map_err(failed(ForkStep::Prepare))?;
+    child.ignore(shell.ignored_signals);
+    child.stdio(std::mem::take(&mut new.stdio.worker));
+    // Flush standard output first, because the worker would otherwise print the buffered output
+    // a second time.
+    let _ = std::io::stdout().flush();
+    let abandon = || {
+        let inert = sys::fd::inert()?;
+        let mut numbers = shell.abandon(inert.as_fd())?;
+        // Replace these descriptors and do not close them, because the application may have
+        // other handles of them. The handles would otherwise use or close whatever descriptor
+        // receives the freed number.
+        for number in event_loop.abandon_watches() {
+            sys::fd::replace(number, inert.as_fd())?;
+        }
+        // Return these descriptors too, so that the child closes them. Their owners are in
+        // stack frames to which the child does not return, so no destructor closes them.
+        numbers.extend(new.channel.descriptors().iter().map(AsRawFd::as_raw_fd));
+        numbers.push(new.disconnect_notifier.as_raw_fd());
+        numbers.extend(new.stdio.master.values().map(AsRawFd::as_raw_fd));
+        numbers.extend(settings.descriptors());
+        Ok(numbers)
+    };
+    let number = new.worker_end.as_raw_fd();
+    let begin = || {
+        systemd::remove_variables();
+        fault::point("begin", || Some(Pid::own()), Some(&new.channel));
+        for (name, value) in &new.extra {
+            sys::env::set(name, value);
+        }
+        let worker =
+            (new.launch.become_worker)(new.id, new.inspect_port, number).map_err(|error| {
+                io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(errno::EINVAL))
+            })?;
+        Ok(|| main.run(worker))
+    };
+    child.fork(number, &shell.unreaped, abandon, begin)
 }
 
 /// Returns the environment of a new process, without the variables that contain its process id.

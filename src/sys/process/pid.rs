@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::sys::platform::{MAX_RSS_UNIT, pidfd};
 use crate::sys::{check, retry};
+use crate::types::ordered_set::Id;
 
 /// Number of attempts to reap a killed child. With [`REAP_INTERVAL`], the attempts take 100 ms in
 /// total.
@@ -75,6 +76,16 @@ pub(in crate::sys) fn max_rss(units: libc::c_long) -> u64 {
 /// The process id of a child. The id is valid until this process has waited for the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Pid(libc::pid_t);
+
+impl Id for Pid {
+    fn number(self) -> u32 {
+        Self::number(self)
+    }
+
+    fn from_number(number: u32) -> Self {
+        Self(libc::pid_t::try_from(number).unwrap_or(libc::pid_t::MAX))
+    }
+}
 
 impl Pid {
     pub(in crate::sys) fn from_raw(number: libc::pid_t) -> Self {

@@ -25,7 +25,10 @@ use crate::types::fork_step::ForkStep;
 /// could block the master by stopping the child. With this limit and the time for reaping, such a
 /// fork takes at most one second. With a shorter limit, a healthy child could be killed while a
 /// busy machine reads the program from a disk. A longer limit would block the master for longer.
-pub(super) const START_TIMEOUT: Duration = Duration::from_millis(900);
+const START_TIMEOUT: Duration = Duration::from_millis(START_TIMEOUT_MS);
+
+/// [`START_TIMEOUT`] in milliseconds.
+pub(super) const START_TIMEOUT_MS: u64 = 900;
 
 /// Everything that `execve` needs, prepared before the fork because the child must not allocate.
 /// For a child that executes no program, path, arguments and environment are empty.

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::program::{Failure, START_TIMEOUT};
+use super::program::{Failure, START_TIMEOUT_MS};
 use crate::sys::poll::wait_readable;
 use crate::sys::socket;
 use crate::types::fork_step::ForkStep;
@@ -146,7 +146,8 @@ pub(super) fn wait_for_start(
             // Return no error, because the worker's exit reports the reason.
             Reading::Pending if has_exited => return Ok(()),
             Reading::Pending if left == Some(Duration::ZERO) => {
-                let reason = format!("it had not started after {START_TIMEOUT:?}, and was killed");
+                let reason =
+                    format!("it had not started after {START_TIMEOUT_MS} ms, and was killed");
                 return Err(waiting(io::Error::new(io::ErrorKind::TimedOut, reason)));
             }
             Reading::Pending => {}

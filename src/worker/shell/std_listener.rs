@@ -21,8 +21,11 @@ use crate::types::time::Time;
 const CHECK_INTERVAL: Time = Time::from_millis(10);
 
 /// The ended listeners on which other code may still accept, and the application's plain streams.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct StdSockets {
+    /// Checks the sockets. `None` if the application has had neither. Only this pointer refers to
+    /// the function, so the linker removes the function from programs that have neither.
+    check: Option<fn(&WorkerShell)>,
     /// The ended listeners for which `accept` calls may still be waiting.
     ending: Vec<StdAccept>,
     /// The names of all listeners whose connections the application may have as plain streams.
@@ -68,6 +71,7 @@ impl WorkerShell {
 
     fn add_name(&self, socket: BorrowedFd<'_>) {
         let mut std_sockets = self.std_sockets.borrow_mut();
+        std_sockets.check = Some(Self::check_now);
         if let Some(name) = LocalName::of(socket.as_raw_fd()) {
             if !std_sockets.names.contains(&name) {
                 std_sockets.names.push(name);
@@ -94,12 +98,14 @@ impl WorkerShell {
 
     /// Carries out the checks that are due.
     pub(super) fn check_std_sockets(&self) {
-        if self
-            .std_deadline()
-            .is_none_or(|deadline| deadline > self.now())
-        {
-            return;
+        let check = self.std_sockets.borrow().check;
+        let is_due = |deadline| deadline <= self.now();
+        if let Some(check) = check.filter(|_| self.std_deadline().is_some_and(is_due)) {
+            check(self);
         }
+    }
+
+    fn check_now(&self) {
         let draining = self.core.borrow().draining_std_listeners();
         for listener in draining {
             if self.is_std_listener_drained(listener) {

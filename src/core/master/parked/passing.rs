@@ -160,7 +160,7 @@ impl<C, F> MasterCore<C, F> {
     /// those whose listeners have closed.
     pub(crate) fn end_passing(&mut self) {
         self.parked.keeper = Keeper::ThisMaster;
-        for connection in std::mem::take(&mut self.parked.passing) {
+        for connection in std::mem::take(&mut self.parked.passing).iter() {
             self.hold_again(connection);
         }
         for handle in self.listeners.ids() {
