@@ -176,6 +176,11 @@ pub const BUSYBOX: Need = Need {
     name: "busybox",
     is_met: || runs("busybox", "--help"),
 };
+/// The program nice(1), which some builds of BusyBox lack.
+pub const NICE: Need = Need {
+    name: "nice",
+    is_met: || runs("nice", "true"),
+};
 pub const KUBECTL: Need = Need {
     name: "kubectl",
     is_met: || runs("kubectl", "--help"),

@@ -21,7 +21,7 @@ crate::scenarios! {
     setup_is_emitted_by_setup_master_and_by_fork
     missing_program_is_an_error_of_fork
     worker_child_is_no_worker
-    worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same
+    worker_behind_a_wrapper_is_a_worker_if_the_process_is_the_same: NICE
     wrappers_cannot_start_the_program_recursively
     unknown_policy_is_an_error
     policy_is_frozen_by_the_first_fork

@@ -69,9 +69,50 @@ pub(in crate::sys) fn is_secure_mode() -> bool {
 }
 
 /// Returns whether the dynamic loader was executed with this program as its argument, as in
-/// `ld.so ./program`. The kernel then reports no address of a loader (`AT_BASE` in getauxval(3)). A
-/// statically linked program has no loader, so the result is `false`.
+/// `ld.so ./program`. The kernel then reports no address of a loader (`AT_BASE` in getauxval(3)),
+/// although the program needs one.
 fn is_run_by_loader() -> bool {
     // SAFETY: getauxval has no preconditions.
-    !cfg!(target_feature = "crt-static") && unsafe { libc::getauxval(libc::AT_BASE) } == 0
+    let has_loader = unsafe { libc::getauxval(libc::AT_BASE) } != 0;
+    !has_loader && names_loader()
+}
+
+/// Returns whether the program's headers name a dynamic loader (`PT_INTERP` in elf(5)). A statically
+/// linked program names none. `target_feature = "crt-static"` does not tell this, because other
+/// linkers than the compiler's own link statically without it.
+fn names_loader() -> bool {
+    unsafe extern "C" fn visit(
+        object: *mut libc::dl_phdr_info,
+        _size: libc::size_t,
+        result: *mut libc::c_void,
+    ) -> libc::c_int {
+        // SAFETY: the pointer is valid for reads during this call.
+        let object = unsafe { &*object };
+        let count = usize::from(object.dlpi_phnum);
+        // SAFETY: the object has this number of headers, which nobody changes.
+        let headers = unsafe { std::slice::from_raw_parts(object.dlpi_phdr, count) };
+        let names_loader = headers
+            .iter()
+            .any(|header| header.p_type == libc::PT_INTERP);
+        // SAFETY: the caller below passes a pointer to a `bool`.
+        unsafe { *result.cast() = names_loader };
+        // Stop, because the first object is the program.
+        1
+    }
+
+    let mut result = false;
+    // SAFETY: `visit` keeps no pointer, and `result` outlives the call.
+    unsafe { libc::dl_iterate_phdr(Some(visit), (&raw mut result).cast()) };
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dynamic_program_names_a_loader() {
+        assert_eq!(names_loader(), !cfg!(target_feature = "crt-static"));
+        assert!(!is_run_by_loader());
+    }
 }
