@@ -289,8 +289,8 @@ impl Master {
         let mut ready = ReadyList::new();
         let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
         let pending = self.shell.pending();
-        // Settle if `tick` may have caused actions or events, or if notifications may have been
-        // pending before the wait. If they were, `limit` is zero, so it is not `None`.
+        // Settle if `tick` may have caused actions or events. Also settle if `limit` is set,
+        // because pending notifications set it to zero before the wait.
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }

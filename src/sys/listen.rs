@@ -147,8 +147,9 @@ pub(crate) fn listen_again(socket: &OwnedFd, address: &SocketAddr, backlog: u32)
     listen(socket, backlog)
 }
 
-/// Clears the mark that a repeated `shutdown` leaves on a socket. Connections that the socket
-/// accepts later would inherit the mark, so reading from them would return end-of-file.
+/// Clears the shutdown flag that the kernel sets when `shutdown` is called a second time on a
+/// listener. Connections that the socket accepts later would inherit the flag, so reading from them
+/// would return end-of-file.
 fn clear_shutdown(socket: &OwnedFd) -> io::Result<()> {
     // SAFETY: all zeroes is a valid `sockaddr`.
     let mut unspecified: libc::sockaddr = unsafe { std::mem::zeroed() };

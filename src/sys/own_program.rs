@@ -48,7 +48,7 @@ pub(crate) fn wrapper_script() -> Option<PathBuf> {
 
 /// Returns whether a file is executable and begins with `#!`.
 fn is_script(path: &Path) -> bool {
-    // Check the kind of the file first, because opening a FIFO waits.
+    // Check the file's type first, because opening a FIFO can block.
     let is_executable = path
         .metadata()
         .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);

@@ -186,8 +186,9 @@ impl Worker {
         self.inner.shell.watch_channel(true)?;
         self.inner.shell.core.borrow_mut().waiting_for_events();
         self.iterate(timeout)?;
-        // If a disconnect request has arrived, now close the listeners that have no callback,
-        // because nothing else may wake the loop.
+        // Close the listeners without a callback if a disconnect request arrived in this iteration.
+        // An application with its own event loop may call `dispatch` again only after another
+        // event, so the listeners could otherwise stay open forever.
         self.inner.shell.core.borrow_mut().close_unused_listeners();
         self.inner.shell.act();
         Ok(())

@@ -114,8 +114,8 @@ fn rate(command: &mut Command) -> f64 {
 /// Restricts this process, and the processes that it starts, to one core until this value is
 /// dropped.
 ///
-/// Two processes that wait for each other cost several times more on two cores than on one. Without
-/// the restriction, the result would depend on the kernel's placement.
+/// Two processes that wait for each other use several times more CPU time on two cores than on one.
+/// Without the restriction, the result would depend on the kernel's placement.
 struct OneCore(CpuSet);
 
 impl OneCore {

@@ -134,7 +134,7 @@ fn hand_off_survives_a_kill_after_processing_a_frame() {
     );
 }
 
-/// Clients that are allowed to receive no answer.
+/// The clients that may remain without an answer after workers have failed.
 #[derive(Clone, Copy)]
 pub enum MayLose {
     Nothing,

@@ -727,7 +727,7 @@ pub fn stop(worker: &WorkerProcess) {
 /// Runs the worker's loop, and then waits for a signal that kills the process.
 ///
 /// Use this function for workers that the master kills. Such a worker never returns from `main`, so
-/// its exit status is certainly the signal.
+/// its exit status always names the signal.
 pub fn run_until_killed(worker: &Worker) -> ! {
     worker.run().unwrap();
     loop {

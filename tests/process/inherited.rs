@@ -235,8 +235,8 @@ fn survives_a_hang_up(server: &Command, workers: usize) -> Result<(), Failed> {
     ready(workers);
     let group = nix::unistd::Pid::from_raw(-pool.pid().as_raw());
     kill(group, Number::SIGHUP)?;
-    // SIGTTIN starts one more worker. Signals are delivered in the order of their numbers, so the
-    // pool would handle SIGHUP first.
+    // SIGTTIN starts one more worker. Pending signals are delivered in the order of their numbers.
+    // If the pool did not ignore SIGHUP, it would therefore reload before it starts this worker.
     kill(pool.pid(), Number::SIGTTIN)?;
     ready(workers + 1);
     kill(pool.pid(), Number::SIGTERM)?;

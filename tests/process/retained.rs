@@ -620,8 +620,9 @@ fn waiting_clients_are_served_at_a_stop(listen: fn(&Master) -> (MasterListener, 
                 worker.on_listening(move |master, _, _| {
                     let (retained, log) = rest.take().unwrap();
                     let clients = connect(address);
-                    // The clients have sent nothing, so the worker can have received at most one of
-                    // them. The others wait.
+                    // The worker reads one byte from each client before it accepts the next one. No
+                    // client has sent a byte, so at most one connection has been received. The
+                    // others wait.
                     drop(retained);
                     master.on_all_disconnected_once(move |_| {
                         let error = TcpStream::connect(address).unwrap_err();

@@ -196,7 +196,7 @@ fn json() -> Result<(), Failed> {
     let (level, text) = &lines[0];
     assert_eq!(level, "info");
     assert!(text.starts_with("listening on 127.0.0.1:"), "{text}");
-    // Check that the reason for which the tool ends is also a JSON object.
+    // Check that the error with which the tool exits is also a JSON object.
     let mut command = cluster_serve();
     command.args([
         "--listen",

@@ -108,7 +108,7 @@ fn play(master: &Master, name: &str) {
     let directory = tempfile::tempdir().unwrap();
     master.setup_master(Settings::default().cwd(directory.path()));
     master.on_error(|_, _, error| panic!("{error}"));
-    let (short_lived, address) = follow(master);
+    let (short_lived, address) = register_callbacks(master);
     let mut clients = Clients::new(master);
     let mut long_lived = LongLived::new(master.fork().unwrap(), name);
     let mut series = Series::new(&format!("{name}, master"));
@@ -136,8 +136,9 @@ fn play(master: &Master, name: &str) {
     master.disconnect();
 }
 
-/// Replaces the short-lived worker when it exits, and records the workers' address.
-fn follow(master: &Master) -> (Rc<ShortLived>, Rc<Cell<Option<SocketAddr>>>) {
+/// Registers callbacks that replace the short-lived worker when it exits, count the listening
+/// workers, and record their TCP address. Returns the values that the callbacks update.
+fn register_callbacks(master: &Master) -> (Rc<ShortLived>, Rc<Cell<Option<SocketAddr>>>) {
     let (short_lived, address) = (Rc::new(ShortLived::default()), Rc::new(Cell::new(None)));
     let replaced = Rc::clone(&short_lived);
     master.on_exit(move |master, _, _| {

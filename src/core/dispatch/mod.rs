@@ -534,8 +534,8 @@ impl<C> Dispatcher<C> {
         self.end_penalties(now);
         let assigned = self.next_assigned();
         let Some((worker, connection)) = assigned.or_else(|| self.next_unassigned(now)) else {
-            // Do not mark connections as having waited while the scheduler has not been called for
-            // all of them, because they have not waited for a worker yet.
+            // Treat the connections as having waited only if the scheduler has been called for each
+            // of them. An unscheduled connection has not waited for a worker.
             if self.unscheduled.is_empty() {
                 self.last_delayed = self.last_sequence;
             }

@@ -409,8 +409,8 @@ impl<C, F> MasterCore<C, F> {
                 self.close_handoff(closed);
             }
             if is_any_closed {
-                // The closed connections free capacity and may have been the last ones of a drain,
-                // so accept more and continue the drain.
+                // The closed connections free capacity, so accept more. They may also have been the
+                // last ones for which a drain or the end of a pause has waited.
                 self.accept_if_possible(handle);
                 self.check_backlog_if_draining(handle);
             }

@@ -278,8 +278,8 @@ impl<C, F> MasterCore<C, F> {
         let has_had = entry.is_some_and(|entry| entry.is_online() && entry.has_had(handle));
         let listener = self.listeners.get(&handle);
         let is_datagram = |own: &Listener<C>| own.key.endpoint.kind == Kind::Udp;
-        // Report no violation if the listener no longer exists. The worker may have had it, because
-        // `WorkerEntry::joined` forgets listeners that no longer exist.
+        // Report no violation if the listener no longer exists. The worker may have joined it, but
+        // `WorkerEntry::joined` forgets such listeners, so the master cannot check this.
         if listener.is_some_and(|own| !has_had || is_datagram(own)) {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }

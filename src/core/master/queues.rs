@@ -198,8 +198,8 @@ impl<C, F> MasterCore<C, F> {
         });
     }
 
-    /// Dispatches waiting connections to other workers, or closes the connections if the listener
-    /// is closed.
+    /// Dispatches waiting connections to other workers, accepts more, and continues a drain or ends
+    /// a pause. If the listener is closed, closes the waiting connections instead.
     pub(super) fn redistribute(&mut self, handle: HandleId) {
         self.pass_waiting(handle);
         let Some(listener) = self.listeners.get_mut(&handle) else {

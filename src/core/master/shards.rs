@@ -52,7 +52,8 @@ impl<C, F> MasterCore<C, F> {
             (Ok(()), Some(listener)) => {
                 listener.shards.push(None);
                 self.actions.push_back(Action::WatchHangUp { handle });
-                // Search again, because an earlier shard may have become free in the meantime.
+                // Search all shards for a free one, because an earlier shard may have become free
+                // while this one was being bound.
                 self.assign_shard(handle, worker);
                 self.join(worker, request, handle);
             }

@@ -38,9 +38,9 @@ impl Core {
             WorkerState::Ready { last_heartbeat, .. } => {
                 let timeout = self.options.heartbeat_timeout;
                 let silent_at = timeout.map(|timeout| last_heartbeat.saturating_add(timeout));
-                // Ignore the maximum age if the worker already waits for a recycling. Also ignore
-                // the maximum age during a rollout, because the next rollout begins only after the
-                // current one has ended.
+                // Ignore the maximum age if the worker is already scheduled for the next recycling.
+                // Also ignore this age during a rollout, because the next rollout begins only after
+                // the current one has ended.
                 let is_blocked =
                     self.limits_reached.contains_key(&worker.slot) || self.rollout.is_some();
                 let slot = self.slots.get(worker.slot);

@@ -223,7 +223,8 @@ impl StatusServer {
             match self.socket.accept() {
                 Ok(stream) => self.add(master, pool, stream),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // Continue with the next client: this one has hung up, or a signal has arrived.
+                // Try again. The client hung up before it was accepted, or a signal interrupted the
+                // call.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => {

@@ -306,8 +306,9 @@ impl Script {
                 received: input.long(),
                 open: input.number(),
             },
-            // Add the input's number to the true number, because the master accepts any sum up to
-            // the number of dispatched connections. The master rejects most arbitrary numbers.
+            // Add the input's number to the real count of received connections. The master accepts
+            // any sum up to the number of dispatched connections, and would reject most arbitrary
+            // numbers.
             4 => ToMaster::Idle {
                 handle,
                 received: received.saturating_add(input.long()),
@@ -693,8 +694,8 @@ impl Script {
 // The end of a script.
 impl Script {
     /// Makes the hostile worker exit and the well-behaved worker serve all clients, and then ends
-    /// all processes. If the well-behaved worker is dismissed, kills it without the last check of
-    /// its clients.
+    /// all processes. If the master's application has disconnected the well-behaved worker or
+    /// closed its channel, kills all workers and does not check that the clients are served.
     fn finish(&mut self) {
         self.world.failing.clear();
         self.reaction = 0;

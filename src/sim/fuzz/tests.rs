@@ -172,8 +172,8 @@ fn reopening() -> Scene {
     both(both(lack.boxed(), closing.boxed()), service())
 }
 
-/// Generates steps in which the idle hostile worker reports a connection that a client has resumed,
-/// and that is still in the worker's queue.
+/// Generates steps in which a client resumes a connection, and the idle hostile worker sends
+/// `ParkAgain` or `Detach` for the connection while it is still in the worker's queue.
 fn early_report() -> Scene {
     (0..16u8, prop_oneof![Just(23), Just(31)])
         .prop_map(|(client, report)| {

@@ -118,9 +118,10 @@ pub(crate) struct World {
     pub(crate) master: Master,
     /// The workers whose queued frames the master must try to write.
     unflushed: BTreeSet<WorkerId>,
-    /// The worker and the kind of the last event, if the event was delivered on the worker's level.
-    /// The next event must be the same event on the cluster's level. `None` after the exit of a
-    /// detached process, because no event on the cluster's level follows it.
+    /// The worker and the kind of the last event, if the event was delivered to the worker's
+    /// callbacks (`Level::Worker`). The next event must be the same event for the master's
+    /// callbacks (`Level::Cluster`). `None` after the exit of a detached process, because the
+    /// master's callbacks do not receive that event.
     second: Option<(WorkerId, Discriminant<Event<Vec<NoLingerFd>>>)>,
     pub(crate) processes: BTreeMap<WorkerId, Process>,
     pub(crate) detached: BTreeMap<WorkerId, Detached>,
@@ -159,7 +160,8 @@ pub(crate) struct World {
     pub(crate) last_port: u32,
     /// The listeners that the application retains.
     pub(crate) retained: Vec<HandleId>,
-    /// The listeners that the application has adopted instead of opening them.
+    /// The listeners that the application has adopted. Another process opened them and may still
+    /// have copies, so the master must not filter them.
     adopted: BTreeSet<HandleId>,
     pub(crate) fates: Vec<Fate>,
     /// The clients whose connections have closed since the last check.

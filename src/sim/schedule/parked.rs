@@ -66,8 +66,9 @@ fn is_any_pending(schedule: &Schedule) -> bool {
 
 /// Checks that parked connections outlive the workers that have served or held them, and that all
 /// requests are answered. Clients send many requests on each connection, and workers are forked and
-/// disconnected at random. With half of the seeds, workers are also killed. This closes only the
-/// connections that these workers have.
+/// disconnected at random. With half of the seeds, workers are also killed. A kill may close only
+/// the connections that the killed worker has, and those that the master gives to it after its
+/// exit.
 #[test]
 fn idle_connections_outlive_their_workers() {
     for policy in [SchedulingPolicy::RoundRobin, SchedulingPolicy::Shared] {

@@ -1,4 +1,4 @@
-//! The paths that may lead to this process's program.
+//! Finds the file of this process's program.
 
 use std::fs::Metadata;
 use std::io;
@@ -9,7 +9,7 @@ pub(in crate::sys) fn status() -> io::Result<Metadata> {
     std::env::current_exe().and_then(std::fs::metadata)
 }
 
-/// Returns the paths that may lead to this process's program, the preferred one first.
+/// Returns the paths at which this process's program may be, the preferred one first.
 pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
     let name = std::env::args_os().next().map(PathBuf::from);
     let paths = [name.and_then(find), std::env::current_exe().ok()];

@@ -84,12 +84,12 @@ pub(crate) fn select_sockets(listener: &OwnedFd, indexes: &[usize]) -> io::Resul
     attach(listener, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
 }
 
-/// Returns the program that draws one of these indexes. The indexes must ascend.
+/// Returns the BPF program that selects one of these indexes at random. The indexes must ascend.
 ///
 /// The program's length depends on the number of gaps between the indexes, not on the number of
-/// indexes. Before Linux 6.8, the kernel by default rejects a program whose translation takes more
-/// than 20,480 bytes (`net.core.optmem_max`). The translation makes at most 4 instructions of 8
-/// bytes for a run of consecutive indexes.
+/// indexes. The kernel translates the program to eBPF. Before Linux 6.8, the kernel by default
+/// rejects a program whose translation takes more than 20,480 bytes (`net.core.optmem_max`). The
+/// translation has at most 4 instructions of 8 bytes for each run of consecutive indexes.
 fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
     let number = |n: usize| u32::try_from(n).map_err(|_| io::ErrorKind::InvalidInput);
     let random = uapi::SKF_AD_RANDOM as u32;

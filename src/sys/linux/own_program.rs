@@ -18,7 +18,7 @@ pub(in crate::sys) fn status() -> io::Result<Metadata> {
     linked.or_else(|_| std::fs::metadata("/proc/self/exe"))
 }
 
-/// Returns the paths that may lead to this process's program, the preferred one first.
+/// Returns the paths at which this process's program may be, the preferred one first.
 pub(in crate::sys) fn candidates() -> Vec<PathBuf> {
     // If the kernel has executed the loader, both paths below lead to the loader instead of the
     // program.

@@ -37,8 +37,8 @@ pub(in crate::sys) fn defer_accept(listener: &OwnedFd, seconds: libc::c_int) -> 
     option::set(listener.as_fd(), level, name, &seconds)
 }
 
-/// Returns the number of connections in a TCP listener's backlog. Returns `None` for any other
-/// socket.
+/// Returns the number of connections in a TCP listener's backlog. Returns `None` if the listener
+/// does not use TCP.
 pub(in crate::sys) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
     // SAFETY: every bit pattern is a valid `TcpInfo`.
     let info: io::Result<TcpInfo> =

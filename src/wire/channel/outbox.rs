@@ -15,7 +15,8 @@ use crate::wire::receipts::ReceiptId;
 /// The maximum number of queued bytes that a single system call writes. With a smaller value, many
 /// frames take more system calls. With a larger value, more memory stays allocated after a burst.
 const WRITE_SIZE: usize = 64 << 10;
-// One frame must have fewer descriptors than a batch may have. `batch_size` depends on this.
+// A batch must have space for more descriptors than one frame can carry. `batch_size` depends on
+// this.
 const _: () = assert!(MAX_FDS < MAX_BATCH);
 
 /// A descriptor that has not been written.

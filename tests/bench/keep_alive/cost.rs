@@ -12,7 +12,8 @@ use crate::usage::{allow_many_descriptors, calls, cpu_time, family, mapped};
 
 /// Numbers of busy clients.
 const BUSY: [usize; 2] = [2, 32];
-/// Number of busy clients of workers that watch their connections.
+/// Number of busy clients in the benchmark of `Mode::Watch`, in which the workers' event loops
+/// watch the connections.
 const WATCHED: usize = 50;
 /// Numbers of idle clients.
 const IDLE: [usize; 4] = [10, 100, 1_000, 10_000];

@@ -100,7 +100,7 @@ fn eaccess() {
             let error = expect_listen_error(&worker, socket(), nix::libc::EADDRINUSE);
             let text = error.to_string();
             assert!(text.contains(socket().to_str().unwrap()), "{text}");
-            // Check that the file still exists and still leads to the other process.
+            // Check that the file still exists, and that the other process still listens on it.
             drop(UnixStream::connect(socket()).unwrap());
             drop(other.stdin.take());
             assert!(other.wait().unwrap().success());

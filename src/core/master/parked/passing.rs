@@ -57,8 +57,8 @@ impl ParkedTable {
 
 // The master that passes connections.
 impl<C, F> MasterCore<C, F> {
-    /// Passes all connections that no worker has, and all that workers park from now on, to the
-    /// other master.
+    /// Passes all parked connections that no worker has, and all that workers park from now on, to
+    /// the other master.
     pub(crate) fn pass_parked(&mut self) {
         self.parked.keeper = Keeper::OtherMaster;
         for handle in self.listeners.ids() {
@@ -67,7 +67,9 @@ impl<C, F> MasterCore<C, F> {
             for resumed in ready.into_iter().flatten() {
                 self.pass(resumed.connection);
             }
-            // Also continue a drain or a pause that has waited for these connections.
+            // These connections may have delayed the listener's drain. `redistribute` also passes
+            // the waiting connections of which the master has a copy, and then continues the drain
+            // or ends a pause.
             self.redistribute(handle);
         }
         for connection in self.parked.idle() {

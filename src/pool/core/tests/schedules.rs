@@ -270,8 +270,8 @@ proptest! {
         world.fork_failure = None;
         world.step(&stop);
         if let Step::DuringFork(_) = stop {
-            // Fork one more worker, because the chosen function is called only during a fork, and
-            // possibly no other fork is pending.
+            // Fork one more worker. The step's function is called during the next fork, and there
+            // may be no other fork.
             let slots = world.core.slots.len();
             world.input(|core, now| core.scale(slots + 1, now));
         }
