@@ -36,8 +36,8 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-/// Returns the test that compares the names of tests in the guide and the README with `names`, the names of all
-/// trials.
+/// Returns the test that compares the names of tests in the guide and the README with `names`, the
+/// names of all trials.
 pub fn names_trial(names: BTreeSet<String>) -> Trial {
     SOURCES.of(Trial::test("guide_names_existing_tests", move || {
         named_tests(&names)
