@@ -283,3 +283,148 @@ impl fmt::Display for PoolEvent {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use super::super::failure::FailureCause;
+    use super::*;
+
+    const OPERATING: &str = include_str!("../guide/operating.md");
+    const QUICK_START: &str = include_str!("../guide/quick_start.md");
+
+    /// Returns the lines of the first block after `text`, without comments, without the line that
+    /// the example itself prints, and without the ellipsis.
+    fn block_after<'a>(page: &'a str, text: &str) -> Vec<&'a str> {
+        let (_, rest) = page.split_once(text).unwrap();
+        let lines = rest.split("```").nth(1).unwrap().lines().skip(1);
+        let lines = lines.map(|line| line.split('#').next().unwrap().trim_end());
+        let is_event = |line: &&str| !line.starts_with("listening on ") && *line != "...";
+        lines.filter(is_event).collect()
+    }
+
+    fn ready(slot: usize, worker: u32) -> PoolEvent {
+        let worker = crate::worker_id(worker);
+        PoolEvent::WorkerReady { slot, worker }
+    }
+
+    fn disconnecting(slot: usize, worker: u32) -> PoolEvent {
+        let worker = crate::worker_id(worker);
+        PoolEvent::WorkerDisconnecting { slot, worker }
+    }
+
+    fn shut_down(slot: usize, worker: u32, killed: bool) -> PoolEvent {
+        PoolEvent::WorkerShutDown {
+            slot,
+            worker: crate::worker_id(worker),
+            killed,
+        }
+    }
+
+    fn failure(cause: FailureCause) -> WorkerFailure {
+        WorkerFailure {
+            slot: 0,
+            worker: Some(crate::worker_id(1)),
+            pid: Some(23749),
+            generation: 0,
+            cause,
+            error: None,
+            status: Some(ExitStatus::from_raw(9)),
+            age: Duration::from_millis(1300),
+            usage: None,
+        }
+    }
+
+    #[test]
+    fn guide_shows_the_lines_of_pool_events() {
+        let (generation, exited) = (1, failure(FailureCause::Exited));
+        let reload = [
+            PoolEvent::Reloading { generation },
+            ready(0, 3),
+            disconnecting(0, 1),
+            shut_down(0, 1, false),
+            ready(1, 4),
+            disconnecting(1, 2),
+            shut_down(1, 2, false),
+            PoolEvent::Reloaded { generation },
+        ];
+        let start = [ready(0, 1), ready(1, 2), PoolEvent::QuorumReached];
+        let events = start.iter().chain(&reload).map(PoolEvent::to_string);
+        let shown = block_after(QUICK_START, "The log shows what happened");
+        assert_eq!(shown, events.collect::<Vec<_>>());
+
+        let rest = [
+            PoolEvent::WorkerFailed(exited),
+            PoolEvent::QuorumLost,
+            ready(0, 3),
+            PoolEvent::QuorumReached,
+            PoolEvent::Reloading { generation },
+            ready(0, 4),
+            disconnecting(0, 3),
+            shut_down(0, 3, false),
+            PoolEvent::Reloaded { generation },
+            PoolEvent::TookOver,
+            PoolEvent::Upgraded,
+            shut_down(1, 2, true),
+        ];
+        let events = start.iter().chain(&rest).map(PoolEvent::to_string);
+        let shown = block_after(OPERATING, "prints these lines");
+        assert_eq!(shown, events.collect::<Vec<_>>());
+    }
+
+    /// Returns whether `line` has the form of a row, in which `…` stands for any text, and `N` and
+    /// `M` stand for the numbers 0 and 1.
+    fn has_form(line: &str, form: &str) -> bool {
+        let form = form.replace(" N", " 0").replace(" M ", " 1 ");
+        let (begin, end) = form.rsplit_once('…').unwrap_or((&form, &form));
+        let mut parts = begin.split('…');
+        let rest = line.strip_prefix(parts.next().unwrap_or_default());
+        let rest =
+            rest.and_then(|rest| parts.try_fold(rest, |rest, part| Some(rest.split_once(part)?.1)));
+        rest.is_some() && line.ends_with(end)
+    }
+
+    #[test]
+    fn guide_explains_lines_that_pool_events_have() {
+        let not_forked = WorkerFailure {
+            worker: None,
+            error: Some("cannot execute".to_owned()),
+            status: None,
+            ..failure(FailureCause::ForkFailed)
+        };
+        let events = [
+            PoolEvent::WorkerFailed(failure(FailureCause::ExitedBeforeReady)),
+            PoolEvent::WorkerFailed(failure(FailureCause::StartupTimeout)),
+            PoolEvent::WorkerFailed(failure(FailureCause::HeartbeatTimeout)),
+            PoolEvent::WorkerFailed(not_forked),
+            PoolEvent::FailureLimitReached { slot: 0 },
+            PoolEvent::ReloadFailed {
+                generation: 0,
+                replaced: 1,
+                reason: ReloadFailure::Cancelled,
+            },
+            PoolEvent::UpgradeFailed {
+                reason: UpgradeFailure::Timeout,
+            },
+            PoolEvent::RecyclingPostponed {
+                slot: 0,
+                worker: crate::worker_id(1),
+                limit: Limit::Memory,
+                by: Duration::from_secs(1),
+            },
+        ];
+        let (_, table) = OPERATING.split_once("| line | what to do |\n").unwrap();
+        let rows = table
+            .lines()
+            .skip(1)
+            .map_while(|line| line.strip_prefix("| `"));
+        let forms: Vec<_> = rows.map(|row| row.split('`').next().unwrap()).collect();
+        // The last row is about a line of `LogWriter`.
+        assert_eq!(forms.len(), events.len() + 1);
+        for (event, form) in events.iter().zip(forms) {
+            let line = event.to_string();
+            assert!(has_form(&line, form), "{line:?} is not {form:?}");
+        }
+    }
+}

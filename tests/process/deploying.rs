@@ -1,5 +1,5 @@
-//! Tests the guide. The programs that read its files must accept them, its init scripts must run a
-//! server, and its pages must agree with the code.
+//! Tests the files of the guide. The programs that read them must accept them, and the init scripts
+//! must run a server.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,9 +15,10 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::guide::page;
 use crate::harness::{
-    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, PID_NAMESPACE, SOURCES, STRACE, SYSTEMD_ANALYZE,
-    example, reserve_port, talk, wait_until,
+    BUSYBOX, Group, HAPROXY, KUBECTL, NGINX, PID_NAMESPACE, STRACE, SYSTEMD_ANALYZE, example,
+    reserve_port, talk, wait_until,
 };
 
 /// Returns the names and contents of files of the guide.
@@ -27,24 +28,10 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str); 11] = files! {
+pub const FILES: [(&str, &str); 11] = files! {
     "app.service" "app.socket" "Dockerfile" "compose.yaml" "kubernetes.yaml"
     "app.openrc" "app.procd" "S50app" "haproxy.cfg" "haproxy-slots.cfg" "nginx.conf"
 };
-
-/// Returns the names and contents of pages of the guide.
-macro_rules! pages {
-    ($($name:literal)*) => {
-        [$(($name, include_str!(concat!("../../src/guide/", $name, ".md")))),*]
-    };
-}
-
-const PAGES: [(&str, &str); 14] = pages! {
-    "index" "quick_start" "how_it_works" "writing_workers" "servers" "pools" "deploying" "operating"
-    "from_node" "guarantees" "costs" "limits" "design" "glossary"
-};
-
-const FRAME: &str = include_str!("../../src/wire/frame.rs");
 
 pub fn trials() -> Vec<Trial> {
     let test = |name: &str, run: fn() -> Result<(), Failed>| Trial::test(name, run);
@@ -70,27 +57,12 @@ pub fn trials() -> Vec<Trial> {
             init_script,
         )),
         NGINX.of(test("nginx_keeps_connections_to_a_pool_open", nginx)),
-        test("guide_shows_its_files", shown_files),
-        test("guide_shows_the_wire_format_of_the_code", wire_format),
     ]
-}
-
-/// Returns the test that compares the names of tests in the guide with `names`, the names of all
-/// trials.
-pub fn names_trial(names: BTreeSet<String>) -> Trial {
-    SOURCES.of(Trial::test("guide_names_existing_tests", move || {
-        named_tests(&names)
-    }))
 }
 
 pub fn file(name: &str) -> &'static str {
     let found = FILES.iter().find(|(other, _)| *other == name);
     found.expect("a file of the guide").1
-}
-
-fn page(name: &str) -> &'static str {
-    let found = PAGES.iter().find(|(other, _)| *other == name);
-    found.expect("a page of the guide").1
 }
 
 /// Returns `text` with `new` in place of `old`, which must occur exactly `count` times.
@@ -111,22 +83,48 @@ fn output_of(command: &mut Command) -> String {
 }
 
 fn units() -> Result<(), Failed> {
-    let directory = TempDir::new()?;
     // Name a program that exists, because `systemd-analyze verify` looks for it.
     let service = replace(file("app.service"), 1, "=/usr/bin/app", "=/bin/true");
-    for (name, text) in [
-        ("app.service", service.as_str()),
-        ("app.socket", file("app.socket")),
-    ] {
-        fs::write(directory.path().join(name), text)?;
+    let serve = replace(
+        &serve_unit()?,
+        1,
+        "=/usr/local/bin/cluster-serve",
+        "=/bin/true",
+    );
+    for service in [service, serve] {
+        let directory = TempDir::new()?;
+        let units = [
+            ("app.service", service.as_str()),
+            ("app.socket", file("app.socket")),
+        ];
+        let mut verify = Command::new("systemd-analyze");
+        verify.args(["verify", "--man=no", "--recursive-errors=no"]);
+        for (name, text) in units {
+            let path = directory.path().join(name);
+            fs::write(&path, text)?;
+            verify.arg(path);
+        }
+        // Accept no output. For an unknown setting, the command prints a warning, but succeeds.
+        assert_eq!(output_of(&mut verify), "");
     }
-    let mut verify = Command::new("systemd-analyze");
-    verify.args(["verify", "--man=no", "--recursive-errors=no"]);
-    let paths = ["app.service", "app.socket"].map(|name| directory.path().join(name));
-    let said = output_of(verify.args(paths));
-    // Accept no output. For an unknown setting, the command prints a warning, but succeeds.
-    assert_eq!(said, "");
     Ok(())
+}
+
+/// Returns the unit `app.service` with the lines for `cluster-serve` in place of its own.
+fn serve_unit() -> Result<String, Failed> {
+    let (_, block) = page("servers").split_once("```ini\n").ok_or("no lines")?;
+    let (lines, _) = block.split_once("```").ok_or("no end")?;
+    let lines = lines.replace("\\\n", "");
+    let mut unit = file("app.service").to_owned();
+    for line in lines.lines() {
+        let (setting, _) = line.split_once('=').ok_or(line)?;
+        let own = unit
+            .lines()
+            .find(|own| own.starts_with(&format!("{setting}=")));
+        let own = own.ok_or(setting)?.to_owned();
+        unit = replace(&unit, 1, &own, line);
+    }
+    Ok(unit)
 }
 
 /// Checks that a pool that serves, reloads and stops makes only system calls of the set that the
@@ -483,93 +481,4 @@ fn nginx() -> Result<(), Failed> {
         assert!(status.success(), "{status}");
     }
     Ok(())
-}
-
-/// Checks that the guide shows each file exactly as it is, and no other file.
-fn shown_files() -> Result<(), Failed> {
-    const PREFIX: &str = "`src/guide/files/";
-    let mut shown = BTreeSet::new();
-    for (page, text) in PAGES {
-        for (index, _) in text.match_indices(PREFIX) {
-            let rest = &text[index + PREFIX.len()..];
-            let (name, rest) = rest.split_once('`').ok_or(page)?;
-            // Skip names that no block follows. Only a line with a name and then a block shows a
-            // file.
-            let Some((line, rest)) = rest.split_once("\n\n```") else {
-                continue;
-            };
-            if line.contains('\n') {
-                continue;
-            }
-            let (_, block) = rest.split_once('\n').ok_or(name)?;
-            let (block, _) = block.split_once("```\n").ok_or(name)?;
-            assert_eq!(block, file(name), "{name} in {page}");
-            shown.insert(name);
-        }
-    }
-    let all: BTreeSet<_> = FILES.iter().map(|(name, _)| *name).collect();
-    assert_eq!(shown, all);
-    Ok(())
-}
-
-/// Checks that the page `design` has the tables in the header of `src/wire/frame.rs`.
-fn wire_format() -> Result<(), Failed> {
-    let lines = FRAME.lines().map_while(|line| line.strip_prefix("//!"));
-    let lines = lines.map(|line| line.strip_prefix(' ').unwrap_or(line));
-    let documentation: String = lines.flat_map(|line| [line, "\n"]).collect();
-    let tables: Vec<_> = documentation.split("```text\n").skip(1).collect();
-    assert_eq!(tables.len(), 2);
-    for table in tables {
-        let (table, _) = table.split_once("```").ok_or("the end of a table")?;
-        assert!(page("design").contains(table), "{table}");
-    }
-    Ok(())
-}
-
-/// Prefixes of names in the guide that look like names of tests but are not.
-const OTHER_NAMES: [&str; 2] = ["cluster_", "exp_backoff_"];
-
-/// Checks that each name of a test in the guide is the name of a trial or of a unit test. Text in
-/// backquotes is such a name if it consists of at least four words. A name that ends with `_…` is a
-/// prefix of other names.
-fn named_tests(trials: &BTreeSet<String>) -> Result<(), Failed> {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut roots = package.ancestors();
-    let root = roots.find(|root| root.join("src/wire/frame.rs").exists());
-    let sources = sources(&root.ok_or("no sources")?.join("src"))?;
-    let is_name = |name: &&str| {
-        let is_word = |word: &str| {
-            let mut bytes = word.bytes();
-            !word.is_empty() && bytes.all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
-        };
-        let words = || name.strip_suffix("_…").unwrap_or(name).split('_');
-        let is_other = OTHER_NAMES.iter().any(|other| name.starts_with(other));
-        words().count() >= 4 && words().all(is_word) && !is_other
-    };
-    let exists = |name: &str| match name.strip_suffix('…') {
-        Some(prefix) => trials.iter().any(|trial| trial.starts_with(prefix)),
-        None => trials.contains(name) || sources.contains(&format!("fn {name}(")),
-    };
-    let code = PAGES
-        .iter()
-        .flat_map(|(_, text)| text.split('`').skip(1).step_by(2));
-    let names: Vec<_> = code.filter(is_name).collect();
-    assert!(names.len() > 100, "{} names", names.len());
-    let unknown: Vec<_> = names.iter().filter(|name| !exists(name)).collect();
-    assert!(unknown.is_empty(), "no tests with these names: {unknown:?}");
-    Ok(())
-}
-
-/// Returns all Rust files of a directory as one text.
-fn sources(directory: &Path) -> std::io::Result<String> {
-    let mut text = String::new();
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            text += &sources(&path)?;
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            text += &fs::read_to_string(path)?;
-        }
-    }
-    Ok(text)
 }

@@ -35,6 +35,7 @@ crate::scenarios! {
     handles_of_a_worker_are_inert_in_a_forked_child_none
     handles_of_a_master_are_inert_in_a_forked_child
     pool_is_inert_in_a_forked_child
+    signal_with_a_callback_does_nothing_in_a_forked_child_that_has_the_handle
     loop_ends_in_a_child_forked_by_a_callback
 }
 
@@ -741,4 +742,41 @@ fn loop_ends_in_a_child_forked_by_a_callback() {
             }
         },
     );
+}
+
+/// Raises a signal, for which this process has a callback, in a child that has a copy of the handle,
+/// and in a child that drops the copy.
+fn raise_in_children<T>(handle: T) -> T {
+    in_child(|| raise(Number::SIGUSR1).unwrap());
+    match fork() {
+        ForkResult::Child => {
+            drop(handle);
+            raise(Number::SIGUSR1).unwrap();
+            std::process::exit(0);
+        }
+        ForkResult::Parent { child } => {
+            let killed = WaitStatus::Signaled(child, Number::SIGUSR1, false);
+            assert_eq!(waitpid(child, None), Ok(killed));
+            handle
+        }
+    }
+}
+
+fn signal_with_a_callback_does_nothing_in_a_forked_child_that_has_the_handle() {
+    match cluster::init().unwrap() {
+        Role::Master(master) => {
+            let own = |_: &Master, _| panic!("the signal was for a child");
+            master.on_signal(Signal::USR1, own).unwrap();
+            let master = raise_in_children(master);
+            master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+            master.fork().unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            let own = |_: &Worker, _| panic!("the signal was for a child");
+            worker.on_signal(Signal::USR1, own).unwrap();
+            let worker = raise_in_children(worker);
+            worker.dispatch(Some(Duration::ZERO)).unwrap();
+        }
+    }
 }

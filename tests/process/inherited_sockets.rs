@@ -28,6 +28,7 @@ crate::scenarios! {
     sockets_that_only_workers_opened_pass_to_the_new_master_rr
     sockets_that_only_workers_opened_pass_to_the_new_master_none
     sockets_that_only_workers_opened_pass_to_the_new_master_sharded
+    private_socket_does_not_pass_to_the_new_master
     failed_upgrade_leaves_sockets_of_workers_to_the_workers
     stop_after_upgrades_resets_no_client_rr
     stop_after_upgrades_resets_no_client_none
@@ -44,6 +45,7 @@ const MS: Duration = Duration::from_millis(1);
 ///
 /// - `pool`: the pool and the workers listen on the address.
 /// - `listen`: only the workers listen on the address.
+/// - `private`: each worker has its own listener on the address, with a port that the kernel chooses.
 /// - `bind`: only the workers bind a datagram socket to the address.
 /// - `unix`: only the workers listen on the address, which is an abstract name.
 /// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
@@ -59,6 +61,7 @@ pub fn service() {
     let config = std::fs::read_to_string(&path).unwrap();
     match cluster::init().unwrap() {
         Role::Master(master) => {
+            println!("{} sockets were passed", passed.len());
             let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
             let mut options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
             if config.lines().any(|line| line == "online") {
@@ -118,6 +121,7 @@ fn configure_worker(worker: &Worker, line: &str, go: &Path) {
             serve(worker, address);
         }
         "slow" | "online" => {}
+        "private" => serve_with(worker, ListenOptions::from(address).exclusive(true)),
         "late" => {
             wait_until("the file", || go.exists().then_some(()));
             serve(worker, address);
@@ -136,7 +140,11 @@ fn serve_path(worker: &Worker, path: &str) {
 }
 
 fn serve(worker: &Worker, address: &str) {
-    let listener = worker.listen(ListenOptions::from(address)).unwrap();
+    serve_with(worker, ListenOptions::from(address));
+}
+
+fn serve_with(worker: &Worker, options: ListenOptions) {
+    let listener = worker.listen(options).unwrap();
     // A worker that is already disconnecting receives a listener without an address.
     if let Some(address) = listener.local_addr() {
         println!("listens on {address}");
@@ -349,6 +357,22 @@ fn port_that_the_new_release_does_not_use_closes_after_an_upgrade() {
         }
         wait_until("the removal of the file", || (!path.exists()).then_some(()));
         assert_served(used, service.master());
+        let master = service.master();
+        service.stop(master);
+    }
+}
+
+fn private_socket_does_not_pass_to_the_new_master() {
+    if is_watched() {
+        return service();
+    }
+    // Two of the sockets are the pool's listener and the channel between the masters.
+    for (verb, passed) in [("listen", 3), ("private", 2)] {
+        let (_reserved, address) = reserve_port();
+        let service = Service::start("rr", &format!("pool {address}\n{verb} 127.0.0.1:0"));
+        service.upgrade();
+        service.wait_for(&format!("{passed} sockets were passed"), 1);
+        assert_served(address, service.master());
         let master = service.master();
         service.stop(master);
     }

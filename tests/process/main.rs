@@ -30,6 +30,7 @@ mod fleet;
 mod forked;
 mod giving_up;
 mod groups;
+mod guide;
 mod hand_off;
 mod hand_off_parked;
 mod harness;
@@ -200,6 +201,7 @@ fn main() -> ExitCode {
     trials.extend(logs::trials());
     trials.extend(giving_up::trials());
     trials.extend(deploying::trials());
+    trials.extend(guide::trials());
     trials.push(Trial::test(
         "conformance_list_and_tests_agree",
         conformance::list_and_tests_agree,
@@ -212,6 +214,6 @@ fn main() -> ExitCode {
         assert!(names.insert(name), "the name {name} is not unique");
     }
     let names = names.into_iter().map(str::to_owned).collect();
-    trials.push(deploying::names_trial(names));
+    trials.push(guide::names_trial(names));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

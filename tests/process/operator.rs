@@ -23,6 +23,7 @@ crate::scenarios! {
     scaled_size_survives_an_upgrade
     process_1_refuses_an_upgrade: PID_NAMESPACE
     signals_that_arrive_together_are_all_handled
+    worker_of_a_pool_ignores_the_signals_of_the_pool
 }
 
 /// A client that keeps a worker busy until [`BusyClient::finish`] is called.
@@ -253,4 +254,30 @@ fn signals_that_arrive_together_are_all_handled() {
             assert_eq!(server.count(&format!("{master}: {outcome}")), 1);
         }
     });
+}
+
+/// Sends the pool's signals to both workers, and then keeps both busy with a client each.
+fn worker_of_a_pool_ignores_the_signals_of_the_pool() {
+    if is_watched() {
+        return server(quick());
+    }
+    let server = Server::start("rr");
+    let workers = server.workers();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGHUP,
+        Signal::SIGUSR2,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+    ] {
+        for worker in &workers {
+            kill(*worker, signal).unwrap();
+        }
+        let clients = [(); 2].map(|()| BusyClient::connect(&server));
+        assert_eq!(server.workers(), workers, "{signal}");
+        clients.into_iter().for_each(BusyClient::finish);
+    }
+    server.stop();
 }

@@ -9,12 +9,14 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use cluster::{Master, Role, Settings, Signal, Worker};
+use cluster::{ListenOptions, Master, Role, Settings, Signal, Worker};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, pause};
 use tempfile::TempDir;
 
-use crate::harness::{NOBODY, OWN_PROGRAM, is_alive, scaled, wait_for_state, wait_until};
+use crate::harness::{
+    NOBODY, OWN_PROGRAM, cluster, is_alive, is_watched, scaled, wait_for_state, wait_until, watched,
+};
 
 crate::scenarios! {
     orphans_exit_within_a_second
@@ -23,6 +25,7 @@ crate::scenarios! {
     orphans_with_file_capabilities_exit_within_a_second: FILE_CAPABILITIES
     orphans_with_a_set_user_id_bit_exit_within_a_second: SET_USER_ID
     worker_with_file_capabilities_exits_if_its_master_exited_before_init: FILE_CAPABILITIES
+    unix_socket_file_stays_if_its_owner_is_killed
 }
 
 /// Maximum time that a worker may outlive its master.
@@ -415,4 +418,65 @@ fn worker_with_file_capabilities_exits_if_its_master_exited_before_init() {
             println!("no event");
         }
     }
+}
+
+/// Environment variable with the role of the process that owns a socket file and is killed.
+const OWNER: &str = "OWNER";
+const OWNERS: [&str; 2] = ["master", "worker"];
+
+/// Listens on the path of the owner, and prints the process id.
+fn own_a_socket_file(owner: &str) {
+    let path = std::env::temp_dir().join(owner);
+    let wait = || {
+        println!("{}", std::process::id());
+        loop {
+            pause();
+        }
+    };
+    match cluster::init().unwrap() {
+        Role::Master(master) if owner == "master" => {
+            let _listener = master.listen(path.as_path()).unwrap();
+            wait();
+        }
+        Role::Master(master) => {
+            master.fork().unwrap();
+            master.run().unwrap();
+        }
+        Role::Worker(worker) => {
+            let options = ListenOptions::from(path.as_path()).exclusive(true);
+            let _listener = worker.listen(options).unwrap();
+            wait();
+        }
+    }
+}
+
+fn unix_socket_file_stays_if_its_owner_is_killed() {
+    if is_watched() {
+        return own_a_socket_file(&std::env::var(OWNER).unwrap());
+    }
+    for owner in OWNERS {
+        let mut command = watched();
+        let mut master = command
+            .env(OWNER, owner)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut output = BufReader::new(master.stdout.take().unwrap());
+        output.read_line(&mut line).unwrap();
+        let process = Pid::from_raw(line.trim().parse().unwrap());
+        nix::sys::signal::kill(process, nix::sys::signal::SIGKILL).unwrap();
+        master.wait().unwrap();
+    }
+    cluster(
+        |master| {
+            for path in OWNERS.map(|owner| std::env::temp_dir().join(owner)) {
+                let error = master.listen(path.as_path()).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(nix::libc::EADDRINUSE), "{error}");
+                std::fs::remove_file(&path).unwrap();
+                drop(master.listen(path.as_path()).unwrap());
+            }
+        },
+        |_| unreachable!("no worker is forked"),
+    );
 }

@@ -1,9 +1,17 @@
-//! Tests of `Settings::uid` and `Settings::gid` in a master that may not change its groups.
+//! Tests of `Settings::uid` and `Settings::gid`, most of them in a master that may not change its
+//! groups.
 
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::process::Command;
 
-use cluster::{Error, ForkStep, Master, Settings, Worker};
+use cluster::{Error, ForkStep, Master, SchedulingPolicy, Settings, Worker};
 use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket,
+    sockopt::ReusePort,
+};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use crate::harness::{Log, NOBODY, OWN_PROGRAM, cluster, note_messages, with_env};
@@ -13,6 +21,8 @@ crate::scenarios! {
     unprivileged_master_forks_workers_of_its_own_user: ROOT
     groups_that_cannot_be_dropped_refuse_another_identity: ROOT
     fork_in_a_user_namespace_accepts_its_own_user: USER_NAMESPACE
+    master_with_no_new_privs_forks_workers_of_another_user: ROOT
+    worker_of_another_user_cannot_join_a_sharded_port: ROOT
 }
 
 /// Makes this process run as `nobody` with these supplementary groups. `saved` becomes the saved
@@ -150,4 +160,53 @@ fn fork_in_a_user_namespace_accepts_its_own_user() {
         credentials.starts_with("1 Uid: 0 0 0 0, Gid: 0 0 0 0, "),
         "{credentials}"
     );
+}
+
+fn master_with_no_new_privs_forks_workers_of_another_user() {
+    let forbid = || {
+        setgroups(&[]).unwrap();
+        nix::sys::prctl::set_no_new_privs().unwrap();
+    };
+    let nobody = Settings::default().uid(NOBODY).gid(NOBODY);
+    assert_eq!(outcome(forbid, nobody), of_nobody(""));
+}
+
+/// Binds a socket with SO_REUSEPORT to the address of other sockets.
+fn join(address: SocketAddr) -> nix::Result<()> {
+    let family = AddressFamily::Inet;
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, ReusePort, &true)?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))
+}
+
+/// Checks that only a process of the master's user can join the port of a sharded listener.
+fn worker_of_another_user_cannot_join_a_sharded_port() {
+    const PORT: &str = "SHARDED_PORT";
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            note_messages(master, &log);
+            let policy = SchedulingPolicy::Sharded;
+            master.set_scheduling_policy(policy).unwrap();
+            let listener = master.listen("127.0.0.1:0").unwrap();
+            let address: SocketAddr = listener.address().to_string().parse().unwrap();
+            assert_eq!(join(address), Ok(()));
+            let nobody = Settings::default()
+                .exec(OWN_PROGRAM)
+                .uid(NOBODY)
+                .gid(NOBODY);
+            master.setup_master(nobody);
+            master.fork_with([(PORT, address.to_string())]).unwrap();
+            // Keep the port open until the worker has exited.
+            let listener = Cell::new(Some(listener));
+            master.on_exit(move |_, _, _| drop(listener.take()));
+        },
+        |worker| {
+            let address = std::env::var(PORT).unwrap().parse().unwrap();
+            let joined = format!("{:?}", join(address));
+            let _ = worker.send(joined.as_bytes()).unwrap();
+        },
+    );
+    assert_eq!(entries.take(), ["1 Err(EADDRINUSE)"]);
 }

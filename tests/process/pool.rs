@@ -28,6 +28,7 @@ crate::scenarios! {
     crash_loop_ends_when_the_pool_gives_up
     crash_loop_forks_at_the_configured_times
     failed_fork_is_treated_as_a_death
+    disconnect_by_the_application_is_treated_as_a_failure
     worker_that_is_never_ready_is_killed
     worker_without_heartbeat_is_killed
     worker_reports_its_own_readiness
@@ -225,6 +226,29 @@ fn failed_fork_is_treated_as_a_death() {
         },
         |_| unreachable!(),
     );
+}
+
+fn disconnect_by_the_application_is_treated_as_a_failure() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(1));
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::QuorumReached => {
+                    master.workers()[0].disconnect();
+                }
+                PoolEvent::WorkerFailed(failure) => {
+                    assert_eq!(failure.cause, FailureCause::Exited);
+                    log.add(failure.status.unwrap().to_string());
+                    pool.stop(master);
+                }
+                _ => {}
+            });
+        },
+        |worker| serve_slot(&worker),
+    );
+    assert_eq!(entries.take(), ["exit status: 0"]);
 }
 
 fn worker_that_is_never_ready_is_killed() {

@@ -459,7 +459,7 @@ fn context_switches(pid: u32) -> u64 {
 fn idle_processes_sleep() {
     const IS_OBSERVED: &str = "IDLE";
     if std::env::var_os(IS_OBSERVED).is_none() {
-        for policy in ["rr", "none"] {
+        for policy in ["rr", "none", "sharded"] {
             let mut command = std::process::Command::new(std::env::current_exe().unwrap());
             command
                 .env(IS_OBSERVED, "1")

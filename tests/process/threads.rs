@@ -21,6 +21,7 @@ crate::scenarios! {
     disconnect_waits_for_connections_on_threads
     dropped_guard_frees_its_place_at_the_connection_limit
     master_sees_guards_dropped_while_the_worker_waits
+    panic_on_a_thread_drops_the_guard_and_spares_the_worker
     guard_dropped_in_a_forked_child_or_after_the_worker_has_no_effect
 }
 
@@ -235,6 +236,43 @@ fn dropped_guard_frees_its_place_at_the_connection_limit() {
                 listener.set_max_connections(Some(1));
                 for connection in listener.incoming() {
                     serve_on_thread(&worker, connection.unwrap());
+                }
+                worker.run().unwrap();
+            },
+        );
+    });
+}
+
+/// Checks a worker that serves one client at a time. The thread of the first client panics.
+fn panic_on_a_thread_drops_the_guard_and_spares_the_worker() {
+    const PANIC: [u8; 1] = *b"!";
+    let clients = |address| {
+        let [mut first, second] = [(); 2].map(|()| TcpStream::connect(address).unwrap());
+        first.write_all(&PANIC).unwrap();
+        assert_eq!(first.read(&mut [0]).unwrap(), 0);
+        assert_eq!(ask(&second).unwrap(), KEEP);
+    };
+    for_both_policies(|| {
+        cluster(
+            |master| {
+                master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+                when_listening(master, 1, move |master, address| {
+                    in_background(master, move || clients(address), disconnect_master);
+                });
+                master.fork().unwrap();
+            },
+            |worker| {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                listener.set_max_connections(Some(1));
+                for connection in listener.incoming() {
+                    let (mut stream, guard) = connection.unwrap().into_parts();
+                    std::thread::spawn(move || {
+                        let _guard = guard;
+                        let mut request = [0];
+                        stream.read_exact(&mut request).unwrap();
+                        assert_ne!(request, PANIC, "this panic is expected");
+                        stream.write_all(&KEEP).unwrap();
+                    });
                 }
                 worker.run().unwrap();
             },

@@ -145,6 +145,13 @@ fn status_is_printed_as_a_table() {
 }
 
 #[test]
+fn guide_shows_the_table_of_a_status() {
+    let guide = include_str!("../../guide/operating.md");
+    let block = format!("```text\n{}```\n", status());
+    assert!(guide.contains(&block), "{block}");
+}
+
+#[test]
 fn remaining_stop_delay_is_rendered_in_all_formats() {
     let stopping = Status {
         is_ready: false,

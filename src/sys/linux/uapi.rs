@@ -42,5 +42,6 @@ pub(super) struct TcpInfo {
 pub(super) unsafe fn dup3(from: RawFd, to: RawFd) -> libc::c_int {
     // SAFETY: the caller owns the descriptor that the call replaces.
     let result = unsafe { libc::syscall(libc::SYS_dup3, from, to, libc::O_CLOEXEC) };
+    // A descriptor number or -1 always fits.
     libc::c_int::try_from(result).unwrap_or(-1)
 }

@@ -429,6 +429,49 @@ fn reload_with_surge_replaces_several_workers_together() {
 }
 
 #[test]
+fn failed_reload_with_surge_for_all_slots_replaces_no_worker() {
+    for is_last_ready in [false, true] {
+        let mut world = World::serving(options(3).surge(3));
+        world.input(Core::reload);
+        world.ready(4);
+        world.ready(5);
+        if is_last_ready {
+            world.ready(6);
+            world.advance(999 * MS);
+        }
+        world.exit(6);
+        let Some(PoolEvent::ReloadFailed { replaced: 0, .. }) = world.events.last() else {
+            panic!("{:?}", world.events)
+        };
+        assert_eq!(world.disconnected, [4, 5]);
+        world.exit(4);
+        world.exit(5);
+        assert_eq!(world.slot_workers(), [Some(1), Some(2), Some(3)]);
+    }
+}
+
+/// Checks a new worker that fails after the old workers have been disconnected. The pool replaces
+/// it by a worker of the new generation, and the reload succeeds.
+#[test]
+fn reload_with_surge_for_all_slots_survives_a_failure_after_the_replacement() {
+    let mut world = World::serving(options(3).surge(3));
+    world.input(Core::reload);
+    (4..=6).for_each(|worker| world.ready(worker));
+    world.advance(SECOND);
+    assert_eq!(world.disconnected, [1, 2, 3]);
+    world.exit(5);
+    (1..=3).for_each(|worker| world.exit(worker));
+    world.ready(7);
+    world.advance(SECOND);
+    assert_eq!(world.slot_workers(), [Some(4), Some(7), Some(6)]);
+    assert!(
+        world
+            .events
+            .contains(&PoolEvent::Reloaded { generation: 1 })
+    );
+}
+
+#[test]
 fn failed_reload_leaves_the_old_workers() {
     for is_ready in [false, true] {
         let mut world = World::serving(options(2));
