@@ -27,9 +27,10 @@ macro_rules! files {
     };
 }
 
-const FILES: [(&str, &str); 11] = files! {
+const FILES: [(&str, &str); 15] = files! {
     "app.service" "app.socket" "Dockerfile" "compose.yaml" "kubernetes.yaml"
     "app.openrc" "app.procd" "S50app" "haproxy.cfg" "haproxy-slots.cfg" "nginx.conf"
+    "Config.in" "app.mk" "app_1.0.bb" "openwrt.mk"
 };
 
 /// Returns the names and contents of pages of the guide.
@@ -39,9 +40,9 @@ macro_rules! pages {
     };
 }
 
-const PAGES: [(&str, &str); 14] = pages! {
-    "index" "quick_start" "how_it_works" "writing_workers" "servers" "pools" "deploying" "operating"
-    "from_node" "guarantees" "costs" "limits" "design" "glossary"
+const PAGES: [(&str, &str); 15] = pages! {
+    "index" "quick_start" "how_it_works" "writing_workers" "servers" "pools" "deploying" "devices"
+    "operating" "from_node" "guarantees" "costs" "limits" "design" "glossary"
 };
 
 const FRAME: &str = include_str!("../../src/wire/frame.rs");
