@@ -1,8 +1,8 @@
 //! A hardware watchdog that reboots the machine when too few workers can serve.
 //!
 //! The master feeds the watchdog while the pool has a quorum, and while the pool stops. A worker
-//! that is stuck sends no heartbeat and is killed. If it cannot be replaced, the quorum is lost, and
-//! the machine reboots when the watchdog's timeout has passed.
+//! that is stuck sends no heartbeat and is killed. If the pool cannot replace enough workers, the
+//! quorum is lost, and the machine reboots when the watchdog's timeout has passed.
 //!
 //! Usage:     cargo run --release --example watchdog
 //! stop:      kill -TERM, which also stops the watchdog
