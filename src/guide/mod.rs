@@ -4,6 +4,7 @@
 //! [servers]: crate::guide::servers
 //! [pools]: crate::guide::pools
 //! [deploying]: crate::guide::deploying
+//! [devices]: crate::guide::devices
 //! [operating]: crate::guide::operating
 //! [from_node]: crate::guide::from_node
 //! [guarantees]: crate::guide::guarantees
@@ -35,6 +36,8 @@
 //! [kubernetes]: crate::guide::deploying#kubernetes
 //! [users]: crate::guide::deploying#users-and-groups
 //! [ports]: crate::guide::deploying#privileged-ports
+//! [device_packages]: crate::guide::devices
+//! [watchdog]: crate::guide::devices#hardware-watchdog
 //! [client_address]: crate::guide::deploying#the-proxy-protocol
 //! [security]: crate::guide::limits#security
 //!
@@ -68,6 +71,9 @@ pub mod pools {}
 
 #[doc = include_str!("deploying.md")]
 pub mod deploying {}
+
+#[doc = include_str!("devices.md")]
+pub mod devices {}
 
 #[doc = include_str!("operating.md")]
 pub mod operating {}

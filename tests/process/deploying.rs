@@ -28,9 +28,10 @@ macro_rules! files {
     };
 }
 
-pub const FILES: [(&str, &str); 11] = files! {
+pub const FILES: [(&str, &str); 15] = files! {
     "app.service" "app.socket" "Dockerfile" "compose.yaml" "kubernetes.yaml"
     "app.openrc" "app.procd" "S50app" "haproxy.cfg" "haproxy-slots.cfg" "nginx.conf"
+    "Config.in" "app.mk" "app_1.0.bb" "openwrt.mk"
 };
 
 pub fn trials() -> Vec<Trial> {

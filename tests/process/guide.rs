@@ -17,9 +17,9 @@ macro_rules! pages {
     };
 }
 
-const PAGES: [(&str, &str); 14] = pages! {
-    "index" "quick_start" "how_it_works" "writing_workers" "servers" "pools" "deploying" "operating"
-    "from_node" "guarantees" "costs" "limits" "design" "glossary"
+const PAGES: [(&str, &str); 15] = pages! {
+    "index" "quick_start" "how_it_works" "writing_workers" "servers" "pools" "deploying" "devices"
+    "operating" "from_node" "guarantees" "costs" "limits" "design" "glossary"
 };
 
 const FRAME: &str = include_str!("../../src/wire/frame.rs");

@@ -81,6 +81,7 @@ mod sticky;
 mod systemd;
 mod threads;
 mod usage;
+mod watchdog;
 mod without_exec;
 
 /// Stands in for `cluster::worker_id`, which is private, in the pool's unit tests. Their modules
@@ -191,6 +192,7 @@ fn main() -> ExitCode {
     trials.extend(examples::trials());
     trials.extend(clients::trials());
     trials.extend(usage::trials());
+    trials.extend(watchdog::trials());
     trials.extend(serve::trials());
     trials.extend(serve_options::trials());
     trials.extend(serve_operation::trials());
