@@ -6,6 +6,7 @@
 //! [servers]: crate::guide::servers
 //! [pools]: crate::guide::pools
 //! [deploying]: crate::guide::deploying
+//! [devices]: crate::guide::devices
 //! [operating]: crate::guide::operating
 //! [from_node]: crate::guide::from_node
 //! [guarantees]: crate::guide::guarantees
