@@ -54,7 +54,11 @@ pub fn scaled(limit: Duration) -> Duration {
 }
 
 /// Maximum time that a descendant may outlive the process that the test started.
-const GRACE: Duration = Duration::from_secs(1);
+///
+/// A descendant that nobody ends lives for longer. The promise that orphans exit within a second has
+/// its own tests. Here, 1 s is too short: on a machine with two cores and a load of 20, a process
+/// that was killed got no core for more than a second.
+const GRACE: Duration = Duration::from_secs(10);
 
 pub struct Scenario {
     pub name: &'static str,
