@@ -280,17 +280,58 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// descriptors nor makes the kernel set close-on-exec. If a thread forked before a later call set
 /// the flag, its child would inherit the descriptors.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
-    receive_into(socket, &mut Vec::new(), 0, buffer)
+    receive_vectored(socket, &mut [vector(buffer.as_mut_ptr(), buffer.len())])
 }
 
-/// Receives like [`receive`], but appends the first `missing` bytes to `body`. `buffer` receives
-/// the rest. `bytes` of the result counts both.
+/// The space for received bytes.
+pub(crate) struct Space<'a> {
+    /// The buffer to which the bytes are appended.
+    pub(crate) buffer: &'a mut Vec<u8>,
+    /// The maximum number of bytes.
+    pub(crate) max: usize,
+}
+
+impl Space<'_> {
+    fn reserve(&mut self) -> libc::iovec {
+        self.buffer.reserve_exact(self.max);
+        let spare = &mut self.buffer.spare_capacity_mut()[..self.max];
+        vector(spare.as_mut_ptr().cast(), spare.len())
+    }
+}
+
+/// Receives like [`receive`], but appends the bytes to `first`, and the rest to `second`. `bytes`
+/// of the result counts both.
+///
+/// The spaces need not be initialized, so a large buffer occupies only the memory that received
+/// bytes have filled.
 pub(crate) fn receive_into(
     socket: BorrowedFd<'_>,
-    body: &mut Vec<u8>,
-    missing: usize,
-    buffer: &mut [u8],
+    mut first: Space<'_>,
+    mut second: Space<'_>,
 ) -> io::Result<Piece> {
+    let mut vectors = [first.reserve(), second.reserve()];
+    // If `first` has no space, pass only one vector to save work in the kernel.
+    let unused = usize::from(first.max == 0);
+    let piece = receive_vectored(socket, &mut vectors[unused..])?;
+    let in_first = piece.bytes.min(first.max);
+    // SAFETY: the kernel fills the first vector before the second, so these bytes of the reserved
+    // space are initialized.
+    unsafe { first.buffer.set_len(first.buffer.len() + in_first) };
+    let in_second = piece.bytes - in_first;
+    // SAFETY: the kernel has put the other bytes into the second vector.
+    unsafe { second.buffer.set_len(second.buffer.len() + in_second) };
+    Ok(piece)
+}
+
+fn vector(start: *mut u8, length: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: start.cast(),
+        iov_len: length,
+    }
+}
+
+/// Receives into vectors that are valid for writes.
+fn receive_vectored(socket: BorrowedFd<'_>, vectors: &mut [libc::iovec]) -> io::Result<Piece> {
     // Set MSG_DONTWAIT, because another process that shares the socket may have cleared O_NONBLOCK.
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
     // The space for the descriptors and a header, in elements of `u64`. This element type aligns
@@ -301,26 +342,8 @@ pub(crate) fn receive_into(
     // SAFETY: CMSG_SPACE only computes a length.
     let space = unsafe { libc::CMSG_SPACE(u32::try_from(fds).unwrap_or(0)) };
     debug_assert!(space as usize <= size_of_val(&control));
-    body.reserve_exact(missing);
-    let spare = &mut body.spare_capacity_mut()[..missing];
-    let mut vectors = [
-        libc::iovec {
-            iov_base: spare.as_mut_ptr().cast(),
-            iov_len: spare.len(),
-        },
-        libc::iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        },
-    ];
     // SAFETY: all zeroes is a valid, empty `msghdr`.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    // If no bytes of a body are missing, pass only one vector to save work in the kernel.
-    let vectors = if missing > 0 {
-        &mut vectors[..]
-    } else {
-        &mut vectors[1..]
-    };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
     message.msg_control = control.as_mut_ptr().cast();
@@ -331,9 +354,6 @@ pub(crate) fn receive_into(
         let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, FLAGS) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     })?;
-    // SAFETY: the kernel fills the first vector before the second, so the new bytes of `body` are
-    // initialized.
-    unsafe { body.set_len(body.len() + bytes.min(missing)) };
     let fds = adopt_all(&message);
     if MSG_CMSG_CLOEXEC == 0 {
         for fd in &fds {

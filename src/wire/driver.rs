@@ -144,7 +144,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
     }
 
     /// Reads from the socket once. Returns `Received::Nothing` if the channel is closed.
-    pub(crate) fn receive(&self, scratch: &mut [u8]) -> io::Result<Received> {
+    pub(crate) fn receive(&self, scratch: &mut Vec<u8>) -> io::Result<Received> {
         let received = self.with(|channel| channel.receive(scratch));
         received.unwrap_or(Ok(Received::Nothing))
     }

@@ -47,7 +47,6 @@ use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
-use crate::wire::channel::inbox::READ_SIZE;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
 use crate::wire::frame::{HandleId, ToMaster, ToWorker};
@@ -195,7 +194,7 @@ impl MasterShell {
             abandoned: RefCell::default(),
             is_choosing_port: Cell::new(false),
             delivering_fds: RefCell::default(),
-            scratch: RefCell::new(vec![0; READ_SIZE]),
+            scratch: RefCell::default(),
         }
     }
 

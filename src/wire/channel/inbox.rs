@@ -7,11 +7,10 @@ use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
 use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
 
-/// The length in bytes of the buffer for reading. The rest of a large body (`LARGE_BODY`) is not
-/// read into this buffer.
+/// The maximum number of bytes of one read, besides the rest of a large body (`LARGE_BODY`).
 ///
-/// With a smaller value, a burst of frames takes more system calls. With a larger value, the buffer
-/// takes more memory in each process, and each inbox keeps more memory after a burst.
+/// With a smaller value, a burst of frames takes more system calls. With a larger value, each process
+/// and each inbox keep more memory after a burst.
 pub(crate) const READ_SIZE: usize = 64 << 10;
 /// The maximum number of descriptors that may arrive before their frames.
 ///

@@ -46,11 +46,11 @@ use std::time::{Duration, Instant};
 use crate::error::SendError;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Poller, Registered};
-use crate::sys::socket::{self, Piece};
+use crate::sys::socket::{self, Piece, Space};
 use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::wire::frame::{Frame, Header};
 use crate::wire::receipts::{Receipt, ReceiptId};
-use inbox::{Arrival, EXTRA_READ, Inbox};
+use inbox::{Arrival, EXTRA_READ, Inbox, READ_SIZE};
 use outbox::{Batch, Outbox};
 
 /// The number of bytes above which `has_capacity` advises the application to pause. The channel
@@ -186,9 +186,6 @@ impl<In, Out> Channel<In, Out> {
 /// The result of one system call that reads.
 struct Read {
     result: io::Result<Piece>,
-    /// The number of bytes that the call read into a large message's body. The other bytes are in
-    /// the scratch buffer.
-    into_body: usize,
     /// The maximum number of bytes that the call could read.
     capacity: usize,
 }
@@ -481,15 +478,14 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Reads from the socket once. Afterwards, `next` returns the frames.
-    pub(crate) fn receive(&mut self, scratch: &mut [u8]) -> io::Result<Received> {
+    ///
+    /// `scratch` is only used during the call, and keeps its capacity.
+    pub(crate) fn receive(&mut self, scratch: &mut Vec<u8>) -> io::Result<Received> {
         if !self.socket.is_own() {
             return Ok(Received::Nothing);
         }
-        let Read {
-            result,
-            into_body,
-            capacity,
-        } = self.read(scratch);
+        scratch.clear();
+        let Read { result, capacity } = self.read(scratch);
         match result {
             Ok(Piece { bytes: 0, .. }) => Ok(Received::EndOfFile),
             Ok(piece) => {
@@ -497,7 +493,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
                     true => LastRead::Full,
                     false => LastRead::Partial,
                 };
-                self.inbox.push(&scratch[..piece.bytes - into_body]);
+                self.inbox.push(scratch);
                 self.inbox.push_fds(piece.fds, piece.lost_fds);
                 Ok(Received::Data)
             }
@@ -509,28 +505,29 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
     }
 
-    fn read(&mut self, scratch: &mut [u8]) -> Read {
-        let socket = self.socket.as_fd();
-        let Some(large) = self.inbox.unfinished_body() else {
-            // If another large message is likely, read little more than its header now. The next
-            // call can then read the body directly into its final buffer.
-            let capacity = match self.inbox.expects_large_body() {
-                true => EXTRA_READ,
-                false => scratch.len(),
-            };
-            return Read {
-                result: socket::receive(socket, &mut scratch[..capacity]),
-                into_body: 0,
-                capacity,
-            };
+    fn read(&mut self, scratch: &mut Vec<u8>) -> Read {
+        let mut no_body = Vec::new();
+        // If another large message is likely, read little more than its header now. The next call
+        // can then read the body directly into its final buffer.
+        let without_body = match self.inbox.expects_large_body() {
+            true => EXTRA_READ,
+            false => READ_SIZE,
         };
-        let before = large.body.len();
-        let extra = &mut scratch[..EXTRA_READ];
-        let result = socket::receive_into(socket, large.body, large.missing, extra);
+        let (body, missing, beyond) = match self.inbox.unfinished_body() {
+            Some(large) => (large.body, large.missing, EXTRA_READ),
+            None => (&mut no_body, 0, without_body),
+        };
+        let first = Space {
+            buffer: body,
+            max: missing,
+        };
+        let second = Space {
+            buffer: scratch,
+            max: beyond,
+        };
         Read {
-            result,
-            into_body: large.body.len() - before,
-            capacity: large.missing + EXTRA_READ,
+            result: socket::receive_into(self.socket.as_fd(), first, second),
+            capacity: missing + beyond,
         }
     }
 

@@ -24,7 +24,7 @@ fn pair_in(poller: &Poller) -> (MasterEnd, WorkerEnd) {
 /// Reads all frames that are in the socket.
 fn drain(end: &mut WorkerEnd) -> Vec<(ToWorker, Vec<OwnedFd>)> {
     let mut frames = Vec::new();
-    let mut scratch = vec![0; READ_SIZE];
+    let mut scratch = Vec::new();
     while end.receive(&mut scratch).unwrap() == Received::Data {
         while let Some(arrival) = end.next().unwrap() {
             assert!(!arrival.lost_fds);
@@ -210,7 +210,7 @@ fn messages_of_all_lengths_arrive_whole_in_any_pieces() {
 #[test]
 fn successive_large_messages_are_read_into_their_final_buffers() {
     let (mut master, mut worker) = pair();
-    let mut scratch = vec![0; READ_SIZE];
+    let mut scratch = Vec::new();
     // Sends a message. Returns each read's length in bytes, and whether the read filled its buffer.
     let mut read = |length: usize| {
         master.send(&vec![7; length], Vec::new(), None).unwrap();
@@ -339,7 +339,7 @@ fn unannounced_descriptors_are_an_error() {
         // A header of zeroes has version 0, which is invalid. Send one byte per call, so that the
         // header stays incomplete and only the descriptors can cause the error.
         socket::send(&worker.socket, &junk[..1], &fds).unwrap();
-        let mut scratch = [0; 64];
+        let mut scratch = Vec::new();
         assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
         outcome = master.next();
         if outcome.is_err() {
@@ -359,7 +359,7 @@ fn frames_written_before_end_of_file_are_read_first() {
     master.flush().unwrap();
     worker.flush().unwrap();
     drop(worker);
-    let mut scratch = [0; 64];
+    let mut scratch = Vec::new();
     assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
     let frame = master.next().unwrap().unwrap().frame;
     assert_eq!(frame, ToMaster::Message(b"goodbye".to_vec()));
@@ -396,7 +396,7 @@ fn frames_queued_before_close_are_written() {
     assert!(worker.is_flushed());
     worker.queue(&ToMaster::Online, None);
     assert!(!worker.is_flushed(), "the later frame is lost");
-    let mut scratch = [0; 64];
+    let mut scratch = Vec::new();
     assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
     assert_eq!(
         master.next().unwrap().unwrap().frame,
@@ -418,7 +418,7 @@ fn peer_cannot_write_after_shut_down() {
         !worker.is_flushed(),
         "the worker knows that the frame is lost"
     );
-    let mut scratch = [0; 64];
+    let mut scratch = Vec::new();
     assert_eq!(master.receive(&mut scratch).unwrap(), Received::Data);
     assert_eq!(
         master.next().unwrap().unwrap().frame,

@@ -380,8 +380,11 @@ impl WorkerShell {
         &self,
         listener: ListenerId,
     ) -> Result<Option<(Vec<u8>, SocketAddr)>> {
-        let mut scratch = self.scratch.borrow_mut();
-        let received = self.try_receive(listener, &mut scratch)?;
-        Ok(received.map(|(length, from)| (scratch[..length].to_vec(), from)))
+        /// The maximum length of a datagram in bytes, rounded up (udp(7)).
+        const DATAGRAM_MAX: usize = 64 << 10;
+        let mut buffer = self.datagram.borrow_mut();
+        buffer.resize(DATAGRAM_MAX, 0);
+        let received = self.try_receive(listener, &mut buffer)?;
+        Ok(received.map(|(length, from)| (buffer[..length].to_vec(), from)))
     }
 }

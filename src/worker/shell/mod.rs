@@ -32,7 +32,6 @@ use crate::types::connection_id::ConnectionMap;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::wire::channel::Channel;
-use crate::wire::channel::inbox::READ_SIZE;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::Receipt;
@@ -80,8 +79,10 @@ pub(crate) struct WorkerShell {
     errors: RefCell<VecDeque<Error>>,
     /// Receipts that have not been delivered to the application.
     receipts: RefCell<VecDeque<Receipt>>,
-    /// The buffer into which the channel and UDP sockets read.
+    /// The buffer into which the channel reads.
     scratch: RefCell<Vec<u8>>,
+    /// The buffer into which UDP sockets read, empty until the first datagram.
+    datagram: RefCell<Vec<u8>>,
 }
 
 impl std::fmt::Debug for WorkerShell {
@@ -121,7 +122,8 @@ impl WorkerShell {
             is_unchecked: Cell::new(false),
             errors: RefCell::default(),
             receipts: RefCell::default(),
-            scratch: RefCell::new(vec![0; READ_SIZE]),
+            scratch: RefCell::default(),
+            datagram: RefCell::default(),
         };
         shell.publish_held();
         shell.act();
