@@ -439,13 +439,20 @@ const QUEUED: usize = 5;
 ///
 /// The master dispatches `QUEUED` connections ahead of time only to a worker that answers quickly.
 /// Therefore this function first sends a burst of quick requests, and starts again if fewer
-/// connections were dispatched.
+/// connections were dispatched. All clients connect before the first request is sent. Otherwise, a
+/// worker on a machine with one core answers each request before the next client connects, and never
+/// has a queue.
 fn with_a_queue(
     master: &Master,
     address: SocketAddr,
     then: impl FnOnce(&Master, WorkerProcess, Vec<TcpStream>) + 'static,
 ) {
-    let burst = move || read_all((0..60).map(|_| request(address)).collect());
+    let burst = move || {
+        let connect = |_| TcpStream::connect(address).unwrap();
+        let mut clients: Vec<_> = (0..60).map(connect).collect();
+        ask(&mut clients, b"x");
+        read_all(clients)
+    };
     in_background(master, burst, move |master, _| {
         when_all_wait(master, move |master| {
             let worker = master.workers().remove(0);
