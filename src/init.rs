@@ -12,7 +12,7 @@ use crate::sys::fd::AdoptedChannel;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{PREAMBLE_LENGTH, preamble, preamble_version};
+use crate::wire::frame::preamble::{PREAMBLE_LENGTH, preamble, preamble_version};
 use crate::worker::Worker;
 
 const UNKNOWN: u8 = 0;

@@ -28,7 +28,8 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
-use crate::wire::frame::{ToMaster, ToWorker, preamble};
+use crate::wire::frame::preamble::preamble;
+use crate::wire::frame::{ToMaster, ToWorker};
 use crate::worker::worker_main::WorkerMain;
 
 /// Returns a function that adds the failed step to a system error.

@@ -25,9 +25,8 @@ use crate::types::protocol::MAX_BODY;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{MAX_EARLY_FDS, READ_SIZE};
-use crate::wire::frame::{
-    BATCH_OFFSET, Bound, Frame, HEADER, HandleId, HandleKey, MAX_BATCH, ToMaster, ToWorker,
-};
+use crate::wire::frame::header::{BATCH_OFFSET, HEADER, MAX_BATCH};
+use crate::wire::frame::{Bound, Frame, HandleId, HandleKey, ToMaster, ToWorker};
 
 /// The number of times that each case occurred.
 pub(super) type Reached = BTreeMap<&'static str, usize>;

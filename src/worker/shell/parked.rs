@@ -11,7 +11,8 @@ use crate::runtime::event_loop::Token;
 use crate::sys;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
-use crate::wire::frame::{HandleId, MAX_BATCH, ToMaster};
+use crate::wire::frame::header::MAX_BATCH;
+use crate::wire::frame::{HandleId, ToMaster};
 
 /// The source of a connection, and its destination when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]
