@@ -199,7 +199,7 @@ enum Identity {
 }
 
 /// Reads a variable whose value is a number that a master has set.
-fn number(variable: &'static str) -> Result<u32> {
+fn parse_variable(variable: &'static str) -> Result<u32> {
     let value = std::env::var_os(variable).unwrap_or_default();
     let value = value.to_string_lossy().into_owned();
     match value.parse() {
@@ -221,12 +221,12 @@ fn identity() -> Result<Identity> {
     if std::env::var_os(WORKER_PID).is_none() {
         return Ok(Identity::Master);
     }
-    let pid = number(WORKER_PID)?;
+    let pid = parse_variable(WORKER_PID)?;
     // A value that is too large for a descriptor number becomes `RawFd::MAX`. No descriptor has
     // that number, so `peek_preamble` finds nothing.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
-    let id = number(UNIQUE_ID).map(WorkerId::new);
-    let channel = number(CHANNEL_FD).map(descriptor);
+    let id = parse_variable(UNIQUE_ID).map(WorkerId::new);
+    let channel = parse_variable(CHANNEL_FD).map(descriptor);
     // A worker that calls `init` removes the preamble from its channel and makes the channel
     // close-on-exec. If the preamble is still there, but another process owns the channel, then the
     // owner is only a wrapper, such as a shell, that has started this program. `None` means that

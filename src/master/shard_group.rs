@@ -15,7 +15,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::endpoint::BindFlags;

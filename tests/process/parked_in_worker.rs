@@ -265,7 +265,7 @@ fn clients_of_both(address: SocketAddr) -> Vec<(Client, u32)> {
     }
 }
 
-fn assert_handed_over(serve: fn(Worker)) {
+fn assert_given_to_the_remaining_worker(serve: fn(Worker)) {
     let then = |master: &Master, clients: Vec<(Client, u32)>| {
         only(master, 1).disconnect();
         let clients = Cell::new(Some(clients));
@@ -294,11 +294,11 @@ fn assert_handed_over(serve: fn(Worker)) {
 }
 
 fn remaining_worker_receives_parked_connections_of_a_disconnecting_one() {
-    assert_handed_over(serve);
+    assert_given_to_the_remaining_worker(serve);
 }
 
 fn remaining_worker_receives_parked_connections_with_its_callback() {
-    assert_handed_over(serve_with_callback);
+    assert_given_to_the_remaining_worker(serve_with_callback);
 }
 
 fn master_holds_parked_connections_until_a_worker_listens() {

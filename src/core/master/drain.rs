@@ -244,7 +244,7 @@ impl<C, F> MasterCore<C, F> {
                 listener.accept_state = AcceptState::Ready;
                 let waiting = listener.dispatcher.take_waiting();
                 let master_accepts = listener.master_accepts();
-                self.drop_handoffs(waiting);
+                self.drop_hand_offs(waiting);
                 self.drop_ready(handle);
                 self.close_idle(handle);
                 self.remove_key(handle);

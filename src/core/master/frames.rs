@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::{Handoff, MasterCore, workers::WorkerEntry};
+use super::{HandOff, MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
 use crate::types::protocol::FrameError;
@@ -121,7 +121,7 @@ impl<C, F: Default> MasterCore<C, F> {
     ///
     /// Returns `None` for any other listener. Its workers accept connections themselves, so their
     /// frames must not make the master accept.
-    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<Handoff<C>>> {
+    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<HandOff<C>>> {
         let listener = self.listeners.get_mut(&handle)?;
         listener
             .master_accepts()

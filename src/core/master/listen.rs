@@ -290,14 +290,14 @@ impl<C, F> MasterCore<C, F> {
         for worker in relieved {
             self.end_for(handle, worker, false);
         }
-        let with = match bound.policy {
+        let attachment = match bound.policy {
             SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
             SchedulingPolicy::Shared => Attachment::Listener(handle),
             SchedulingPolicy::Sharded => {
                 Attachment::Shard(handle, self.shard_index(handle, worker))
             }
         };
-        self.reply(worker, request, Ok(bound), with);
+        self.reply(worker, request, Ok(bound), attachment);
         self.select_shards(handle);
         self.give_held(handle);
     }

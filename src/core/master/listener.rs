@@ -39,7 +39,7 @@
 use std::net::SocketAddr;
 
 use super::member::Members;
-use super::parked::{Handoff, ReadyQueue};
+use super::parked::{HandOff, ReadyQueue};
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::{Kind, Parking};
@@ -141,7 +141,7 @@ pub(super) struct Listener<C> {
     /// Whether the poller watches the listener.
     pub(super) watched: bool,
     pub(super) members: Members,
-    pub(super) dispatcher: Dispatcher<Handoff<C>>,
+    pub(super) dispatcher: Dispatcher<HandOff<C>>,
     /// The connections whose clients have sent something while the master held them, and that the
     /// dispatcher does not have yet.
     pub(super) ready: ReadyQueue,

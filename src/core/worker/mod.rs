@@ -42,7 +42,7 @@ pub(crate) enum Action {
     CloseParked(ConnectionId),
     /// Sends to the master the connections that `next_leaving` returns, as far as the channel has
     /// space. The shell continues when the channel has space again.
-    HandOver,
+    SendLeaving,
     /// Closes the channel once all queued frames are written.
     CloseChannel,
     /// Makes the disconnect tokens report that this worker is disconnecting.

@@ -36,7 +36,7 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
         Action::CloseListener(_)
         | Action::AttachSynFilter(_)
         | Action::CloseParked(_)
-        | Action::HandOver
+        | Action::SendLeaving
         | Action::CloseChannel
         | Action::MarkDisconnecting => None,
     });

@@ -9,7 +9,7 @@ use super::MasterShell;
 use crate::core::master::{ACCEPT_BATCH, Ownership};
 use crate::master::passed_name;
 use crate::master::shard_group::ShardGroup;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::bind::{BoundSocket, adopt_socket, bind};
 use crate::sys::listen::PortSharing;

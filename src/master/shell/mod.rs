@@ -295,7 +295,7 @@ impl MasterShell {
     /// Carries out all actions and flushes the channels. The method calls no callbacks.
     pub(crate) fn act(&self) {
         if self.core.borrow().has_actions() || !self.unflushed.borrow().is_empty() {
-            self.carry_all_out();
+            self.carry_out_actions();
         }
     }
 
@@ -303,7 +303,7 @@ impl MasterShell {
     /// inlined, so that `act` stays small. `act` is called several times for each message and
     /// usually finds nothing to do.
     #[inline(never)]
-    fn carry_all_out(&self) {
+    fn carry_out_actions(&self) {
         // Carry nothing out in a forked child, because all actions concern the process that created
         // the master.
         while self.poller.is_own() {
@@ -321,8 +321,8 @@ impl MasterShell {
             Action::Send {
                 worker,
                 frame,
-                with,
-            } => self.send_frame(worker, &frame, with),
+                attachment,
+            } => self.send_frame(worker, &frame, attachment),
             Action::Dispatch {
                 handle,
                 worker,

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use super::MasterShell;
-use crate::core::master::Handoff;
+use crate::core::master::HandOff;
 use crate::error::Error;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::Registered;
@@ -23,11 +23,11 @@ pub(super) type HeldConnections = ConnectionMap<Registered<NoLingerFd>>;
 /// longer holds the connection.
 pub(super) fn descriptor_of<'a>(
     held: &'a HeldConnections,
-    handoff: &'a Handoff<NoLingerFd>,
+    hand_off: &'a HandOff<NoLingerFd>,
 ) -> Option<BorrowedFd<'a>> {
-    match handoff {
-        Handoff::New(connection) => Some(connection.as_fd()),
-        Handoff::Held(resumed) => held.get(resumed.connection).map(|held| held.as_fd()),
+    match hand_off {
+        HandOff::New(connection) => Some(connection.as_fd()),
+        HandOff::Held(resumed) => held.get(resumed.connection).map(|held| held.as_fd()),
     }
 }
 
@@ -73,12 +73,12 @@ impl MasterShell {
         &self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Handoff<NoLingerFd>,
+        connection: HandOff<NoLingerFd>,
         parked: u32,
     ) {
         let connection = match connection {
-            Handoff::New(connection) => Some(connection),
-            Handoff::Held(resumed) => {
+            HandOff::New(connection) => Some(connection),
+            HandOff::Held(resumed) => {
                 let held = self.held.borrow_mut().remove(resumed.connection);
                 held.map(Registered::into_source)
             }
@@ -131,15 +131,15 @@ impl MasterShell {
     }
 
     /// Returns the address of the client of a connection on its way to a worker.
-    pub(crate) fn peer_addr(&self, handoff: &Handoff<NoLingerFd>) -> Option<SocketAddr> {
+    pub(crate) fn peer_addr(&self, hand_off: &HandOff<NoLingerFd>) -> Option<SocketAddr> {
         let held = self.held.borrow();
-        descriptor_of(&held, handoff).and_then(sys::listen::peer_addr)
+        descriptor_of(&held, hand_off).and_then(sys::listen::peer_addr)
     }
 
     /// Returns whether the client of a connection on its way to a worker is gone.
-    pub(super) fn is_gone(&self, handoff: &Handoff<NoLingerFd>) -> bool {
+    pub(super) fn is_gone(&self, hand_off: &HandOff<NoLingerFd>) -> bool {
         let held = self.held.borrow();
-        let descriptor = descriptor_of(&held, handoff);
+        let descriptor = descriptor_of(&held, hand_off);
         descriptor.is_none_or(sys::fd::is_closed_by_peer)
     }
 }

@@ -8,7 +8,7 @@ use fastrand::Rng;
 use super::Schedule;
 use super::preemption::Runner;
 use crate::sim::kernel::process::Detached;
-use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
+use crate::sim::kernel::worker::application::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::BindFlags;
@@ -276,7 +276,7 @@ impl Schedule {
         } else {
             None
         };
-        if let Some(time) = self.preemption.instead(runner) {
+        if let Some(time) = self.preemption.step_preempted(runner) {
             return world.pass(time);
         }
         match step.kind {

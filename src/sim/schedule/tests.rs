@@ -10,7 +10,7 @@ use super::{Ending, Schedule, replay};
 use crate::core::dispatch::STALL_TIMEOUT;
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::QUEUE_CAPACITY;
-use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
+use crate::sim::kernel::worker::application::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World};
 use crate::types::endpoint::BindFlags;
 use crate::types::policy::SchedulingPolicy;

@@ -18,7 +18,7 @@ type Core = MasterCore<u32, ()>;
 /// A worker that receives connections from its queue.
 #[derive(Default)]
 struct Worker {
-    queue: VecDeque<Sequenced<Handoff<u32>>>,
+    queue: VecDeque<Sequenced<HandOff<u32>>>,
     received: u64,
     /// The connections that the application has.
     new: Vec<u32>,
@@ -156,7 +156,7 @@ impl World {
         if self.core.parked.keeper == Keeper::OtherMaster {
             assert_eq!(self.core.parked.count_idle(), 0, "idle and not passed");
             let mut waiting = self.core.waiting();
-            assert!(waiting.all(|handoff| matches!(handoff, Handoff::New(_))));
+            assert!(waiting.all(|hand_off| matches!(hand_off, HandOff::New(_))));
         }
     }
 
@@ -177,8 +177,8 @@ impl World {
                     Some(Sequenced { connection, .. }) => {
                         worker.received += 1;
                         match connection {
-                            Handoff::New(client) => worker.new.push(client),
-                            Handoff::Held(Resumed { connection, .. }) => {
+                            HandOff::New(client) => worker.new.push(client),
+                            HandOff::Held(Resumed { connection, .. }) => {
                                 worker.held.push(connection);
                             }
                         }

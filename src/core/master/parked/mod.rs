@@ -57,7 +57,7 @@ pub(super) use ready::ReadyQueue;
 
 /// A connection on its way to a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Handoff<C> {
+pub(crate) enum HandOff<C> {
     /// A new connection, of which the master keeps no copy.
     New(C),
     /// A copy of a connection that the master holds.
@@ -191,8 +191,8 @@ impl ParkedTable {
     }
 
     /// Records that a connection is dispatched to the worker.
-    pub(super) fn dispatched<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) {
-        if let Handoff::Held(resumed) = connection {
+    pub(super) fn dispatched<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) {
+        if let HandOff::Held(resumed) = connection {
             self.set(resumed.connection, State::With(worker));
         }
     }
@@ -200,8 +200,8 @@ impl ParkedTable {
     /// Takes back a connection that the worker has not received, so that the connection waits
     /// again. Returns `false` if the master must ignore the copy on its way to the worker, because
     /// the worker has already reported the connection as parked or detached.
-    pub(super) fn take_back<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) -> bool {
-        let Handoff::Held(Resumed { connection, .. }) = connection else {
+    pub(super) fn take_back<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) -> bool {
+        let HandOff::Held(Resumed { connection, .. }) = connection else {
             return true;
         };
         let is_with = self.state(*connection) == Some(State::With(worker));
@@ -298,7 +298,7 @@ impl<C, F> MasterCore<C, F> {
     ) {
         let listener = self.listeners.get(&handle);
         match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, from, Handoff::New(connection), parked),
+            true => self.give(handle, from, HandOff::New(connection), parked),
             false => self.hold(handle, connection, parked),
         }
     }
@@ -545,7 +545,7 @@ impl<C, F> MasterCore<C, F> {
                 break;
             };
             passed += 1;
-            listener.dispatcher.push_resumed(Handoff::Held(resumed));
+            listener.dispatcher.push_resumed(HandOff::Held(resumed));
         }
         self.dispatch_waiting(handle);
         passed
@@ -558,8 +558,8 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<Handoff<C>>>,
-    ) -> Vec<Sequenced<Handoff<C>>> {
+        connections: Vec<Sequenced<HandOff<C>>>,
+    ) -> Vec<Sequenced<HandOff<C>>> {
         let count = connections.len();
         let mut kept = connections;
         kept.retain(|sequenced| self.parked.take_back(&sequenced.connection, worker));
@@ -573,19 +573,19 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Closes a connection that no worker receives.
-    pub(super) fn close_handoff(&mut self, handoff: Handoff<C>) {
-        match handoff {
-            Handoff::New(connection) => drop(connection),
-            Handoff::Held(resumed) => self.close_held(resumed.connection),
+    pub(super) fn close_hand_off(&mut self, hand_off: HandOff<C>) {
+        match hand_off {
+            HandOff::New(connection) => drop(connection),
+            HandOff::Held(resumed) => self.close_held(resumed.connection),
         }
     }
 
     /// Closes connections that no worker can serve, except those that go to the other master.
-    pub(super) fn drop_handoffs(&mut self, dropped: Vec<Handoff<C>>) {
+    pub(super) fn drop_hand_offs(&mut self, dropped: Vec<HandOff<C>>) {
         let dropped = self.pass_held(dropped);
         self.ledger.dropped += dropped.len() as u64;
-        for handoff in dropped {
-            self.close_handoff(handoff);
+        for hand_off in dropped {
+            self.close_hand_off(hand_off);
         }
     }
 
@@ -595,8 +595,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         let ready = std::mem::take(&mut listener.ready.connections);
-        let dropped = ready.into_iter().map(Handoff::Held).collect();
-        self.drop_handoffs(dropped);
+        let dropped = ready.into_iter().map(HandOff::Held).collect();
+        self.drop_hand_offs(dropped);
     }
 }
 
