@@ -411,6 +411,7 @@ fn requests_at_the_takeover_are_answered(policy: &str) {
         for client in clients.by_ref().take(20) {
             client.send("ask");
             sent.push(client);
+            // The pauses spread the requests over the takeover.
             std::thread::sleep(3 * MS);
         }
         server.wait_for("this master has taken over", round);

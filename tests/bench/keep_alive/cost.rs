@@ -227,6 +227,7 @@ fn measure_one(variant: &Variant, busy: usize) -> Result<f64, String> {
     let before = cpu_time(&processes);
     let start = |_| Clients::start(variant.server.address, plan);
     let clients: Vec<_> = (0..threads).map(start).collect();
+    // This is the duration of the measurement.
     std::thread::sleep(Duration::from_millis(share(1_000) as u64));
     let outcomes: Vec<_> = clients.into_iter().map(Clients::stop).collect();
     let time = (cpu_time(&processes) - before).as_secs_f64() * 1e6;
