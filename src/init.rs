@@ -8,7 +8,7 @@ use crate::config::env::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, UNIQUE_ID, WORK
 use crate::error::{Error, Result};
 use crate::master::{Launch, Master};
 use crate::sys;
-use crate::sys::fd::AdoptedChannel;
+use crate::sys::channel::AdoptedChannel;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
@@ -165,7 +165,7 @@ fn channel(id: WorkerId, number: RawFd) -> Result<AdoptedChannel> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
         let attempt = "take over the channel to the master";
-        let adopted = sys::fd::adopt_channel(number, &mut found);
+        let adopted = sys::channel::adopt(number, &mut found);
         return adopted.map_err(Error::io(attempt));
     }
     let version = found.and_then(preamble_version);
@@ -234,7 +234,7 @@ fn identity() -> Result<Identity> {
     let owns_unread = match channel {
         Ok(number) => peek_preamble(number)
             .and_then(preamble_version)
-            .map(|_| sys::fd::is_owned(number)),
+            .map(|_| sys::channel::is_owned(number)),
         Err(_) => None,
     };
     // A worker that has lost its channel still has the request for SIGKILL at its master's exit.

@@ -15,9 +15,9 @@ use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
+use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 use crate::wire::message::Message;
 use crate::wire::receipts::Receipt;
 

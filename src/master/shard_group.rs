@@ -19,7 +19,7 @@ use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::endpoint::BindFlags;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 
 /// A socket of the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

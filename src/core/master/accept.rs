@@ -6,8 +6,8 @@ use super::listener::{AcceptState, Stage};
 use super::{Action, HandOff, MasterCore};
 use crate::error::Error;
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
-use crate::wire::frame::HandleId;
 
 /// The maximum number of connections that are accepted from one listener before the event loop
 /// serves other descriptors.

@@ -1,13 +1,14 @@
 //! The actions that the shell carries out, in order, without calling the application.
 
-use super::parked::HandOff;
+use super::hand_off::HandOff;
 use crate::core::dispatch::Sequenced;
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint};
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToWorker};
+use crate::wire::frame::ToWorker;
 
 #[derive(Debug)]
 pub(crate) enum Action<C> {

@@ -3,10 +3,10 @@
 use super::listener::{AcceptState, Stage};
 use super::{Action, MasterCore};
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The time between keeping new connections out of a backlog and treating the empty backlog as
 /// final. It applies to draining listeners that may have served connections, and to the shards of

@@ -5,10 +5,11 @@ use std::rc::Rc;
 use super::{HandOff, MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
+use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToMaster};
+use crate::wire::frame::ToMaster;
 
 const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 

@@ -9,11 +9,12 @@ use crate::error::Error;
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, HandleId, HandleKey};
+use crate::wire::frame::Bound;
 
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.

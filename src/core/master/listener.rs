@@ -38,16 +38,17 @@
 
 use std::net::SocketAddr;
 
+use super::hand_off::HandOff;
 use super::member::Members;
-use super::parked::{HandOff, ReadyQueue};
+use super::parked::ReadyQueue;
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::{Kind, Parking};
+use crate::types::handle::HandleKey;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleKey;
 
 /// The interval between two sweeps of a draining or pausing listener's waiting connections. The
 /// poller does not watch these connections, so it does not report when their clients hang up. While

@@ -43,6 +43,7 @@ mod action;
 mod detached;
 mod drain;
 mod frames;
+mod hand_off;
 mod leave;
 mod listen;
 mod listener;
@@ -63,6 +64,7 @@ use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 #[cfg(any(test, fuzzing))]
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::ledger::Ledger;
 use crate::types::loads::{ListenerLoad, WorkerLoad};
 use crate::types::ordered_set::OrderedSet;
@@ -70,16 +72,16 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, HandleId, HandleKey, ToWorker};
+use crate::wire::frame::{Bound, ToWorker};
 pub(crate) use accept::ACCEPT_BATCH;
 pub(crate) use action::{Action, Attachment};
 use detached::DetachedEntry;
+pub(crate) use hand_off::{HandOff, Resumed};
 use listen::PendingBind;
 pub(crate) use listener::Ownership;
 use listener::{AcceptState, Listener, Stage};
 use listener_table::ListenerTable;
 use parked::ParkedTable;
-pub(crate) use parked::{HandOff, Resumed};
 use workers::WorkerEntry;
 
 #[derive(Debug)]

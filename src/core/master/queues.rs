@@ -4,8 +4,8 @@ use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
 use super::{Action, HandOff, MasterCore};
 use crate::core::dispatch::{Dispatched, Sequenced};
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 // Reports from the shell about queues.
 impl<C, F> MasterCore<C, F> {

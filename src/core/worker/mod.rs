@@ -21,10 +21,11 @@ use std::net::SocketAddr;
 
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Endpoint;
+use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
 use listener::{Entry, Receiver, Stage};
 use parked::ParkedTable;

@@ -28,8 +28,8 @@ use super::listener::{Entry as ListenerEntry, Stage};
 use super::{Action, Disconnect, ListenerId, WorkerCore};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
-use crate::wire::frame::HandleId;
 
 /// Stands for the listener of a connection that the master has sent, if this worker does not have
 /// that listener. No listener has this number.

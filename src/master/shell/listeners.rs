@@ -18,9 +18,9 @@ use crate::sys::socket_file::SocketFile;
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// A socket that is bound for workers, or all shards of a sharded listener.
 #[derive(Debug)]

@@ -12,9 +12,10 @@ use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::Registered;
 use crate::types::connection_id::{ConnectionId, ConnectionMap};
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
+use crate::wire::frame::ToWorker;
 use crate::wire::frame::header::MAX_BATCH;
-use crate::wire::frame::{HandleId, ToWorker};
 
 /// The connections that the master holds.
 pub(super) type HeldConnections = ConnectionMap<Registered<NoLingerFd>>;

@@ -19,10 +19,10 @@ use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Registered};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::socket_id::SocketId;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
-use crate::wire::frame::HandleId;
 use crate::wire::parked_message::{MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage, Parsed};
 
 /// The requested size of the stream's send buffer, in bytes.

@@ -11,9 +11,9 @@ use crate::error::Error;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::queue::{Dequeued, Label, Queue};
+use crate::types::handle::HandleId;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The state of a queue after connections were reclaimed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,11 +7,12 @@ use super::socket::{Client, Port};
 use crate::core::master::{Attachment, Resumed};
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::wire::channel::inbox::Inbox;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 
 /// The number of written and unread frames that fit into one direction of a channel. The number is
 /// small, so that channels are often full.

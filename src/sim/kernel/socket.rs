@@ -8,9 +8,9 @@ use std::rc::Rc;
 use crate::core::dispatch::Sequenced;
 use crate::core::master::{HandOff, Resumed};
 use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The number of connections that fit into a queue.
 pub(crate) const QUEUE_CAPACITY: usize = 40;

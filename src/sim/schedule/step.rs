@@ -12,10 +12,11 @@ use crate::sim::kernel::worker::application::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::BindFlags;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::protocol::FrameError;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, HandleKey, ToMaster};
+use crate::wire::frame::ToMaster;
 
 /// An action that a worker takes without the knowledge of its library, as a broken or hostile
 /// worker does. Variants without a description write the frame of the same name.

@@ -4,9 +4,10 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use super::{Bound, HandleId, HandleKey, ToMaster, ToWorker, kind};
+use super::{Bound, ToMaster, ToWorker, kind};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::header::HEADER;
-use super::{HandleId, ToMaster, ToWorker, kind};
+use super::{ToMaster, ToWorker, kind};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{MAX_FDS, VERSION};
 

@@ -97,8 +97,8 @@ mod tests;
 use std::net::SocketAddr;
 
 use crate::types::connection_id::ConnectionId;
-use crate::types::endpoint::{BindFlags, Endpoint};
-use crate::types::ordered_set::Id;
+use crate::types::endpoint::BindFlags;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 
@@ -123,29 +123,6 @@ mod kind {
     pub(super) const ADOPT: u8 = 68;
     // Frames in both directions.
     pub(super) const MESSAGE: u8 = 127;
-}
-
-/// Identifies one of the master's bound listeners or UDP sockets in frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct HandleId(pub(crate) u32);
-
-impl Id for HandleId {
-    fn number(self) -> u32 {
-        self.0
-    }
-
-    fn from_number(number: u32) -> Self {
-        Self(number)
-    }
-}
-
-/// Identifies what a worker listens on. Workers that send equal keys share a listener.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct HandleKey {
-    pub(crate) endpoint: Endpoint,
-    /// The lowest index that no other listener of the worker on the same endpoint uses. On port 0,
-    /// equal indexes get the same port in every worker, and different indexes get different ports.
-    pub(crate) index: u32,
 }
 
 /// The result of a successful `Listen`.

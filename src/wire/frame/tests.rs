@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::header::{BATCH_OFFSET, HEADER, Header};
 use super::preamble::{PREAMBLE_LENGTH, preamble, preamble_version};
 use super::*;
-use crate::types::endpoint::{Kind, Parking, Place};
+use crate::types::endpoint::{Endpoint, Kind, Parking, Place};
 use crate::types::protocol::{MAX_BODY, VERSION};
 use crate::types::worker_id::WorkerId;
 

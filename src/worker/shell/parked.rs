@@ -11,8 +11,9 @@ use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
+use crate::wire::frame::ToMaster;
 use crate::wire::frame::header::MAX_BATCH;
-use crate::wire::frame::{HandleId, ToMaster};
 
 /// The source of a connection, and its destination when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]

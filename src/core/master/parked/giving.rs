@@ -8,9 +8,9 @@ use crate::core::master::accept::RETRY_DELAY;
 use crate::core::master::listener::Listener;
 use crate::core::master::workers::WorkerEntry;
 use crate::core::master::{Action, MasterCore};
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The maximum number of idle connections that one call of `give_held` gives to workers. The next
 /// iteration of the event loop gives the next ones.

@@ -42,35 +42,18 @@ mod ready;
 use std::ops::Bound;
 
 use super::listener::{AcceptState, Listener, Stage};
-use super::{Action, MasterCore};
+use super::{Action, HandOff, MasterCore, Resumed};
 use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 use passing::Keeper;
 pub(super) use ready::ReadyQueue;
-
-/// A connection on its way to a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum HandOff<C> {
-    /// A new connection, of which the master keeps no copy.
-    New(C),
-    /// A copy of a connection that the master holds.
-    Held(Resumed),
-}
-
-/// A connection that the master holds, and that goes to a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Resumed {
-    pub(crate) connection: ConnectionId,
-    /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
-}
 
 #[derive(Debug)]
 struct Entry {
@@ -565,28 +548,11 @@ impl<C, F> MasterCore<C, F> {
         kept.retain(|sequenced| self.parked.take_back(&sequenced.connection, worker));
         let left_out = (count - kept.len()) as u64;
         if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
-            let received = listener.dispatcher.reclaimed_in_vain(worker, left_out);
+            let received = listener.dispatcher.drop_reclaimed(worker, left_out);
             self.count_received(received);
             self.ledger.dropped += left_out;
         }
         kept
-    }
-
-    /// Closes a connection that no worker receives.
-    pub(super) fn close_hand_off(&mut self, hand_off: HandOff<C>) {
-        match hand_off {
-            HandOff::New(connection) => drop(connection),
-            HandOff::Held(resumed) => self.close_held(resumed.connection),
-        }
-    }
-
-    /// Closes connections that no worker can serve, except those that go to the other master.
-    pub(super) fn drop_hand_offs(&mut self, dropped: Vec<HandOff<C>>) {
-        let dropped = self.pass_held(dropped);
-        self.ledger.dropped += dropped.len() as u64;
-        for hand_off in dropped {
-            self.close_hand_off(hand_off);
-        }
     }
 
     /// Drops the listener's resumed connections that the dispatcher does not have.

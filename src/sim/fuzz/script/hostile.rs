@@ -11,11 +11,12 @@ use crate::sim::kernel::{MasterInput, nth};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::BindFlags;
 use crate::types::errno;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::protocol::MAX_BODY;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::{MAX_EARLY_FDS, READ_SIZE};
 use crate::wire::frame::header::{BATCH_OFFSET, HEADER, MAX_BATCH};
-use crate::wire::frame::{Bound, Frame, HandleId, HandleKey, ToMaster, ToWorker};
+use crate::wire::frame::{Bound, Frame, ToMaster, ToWorker};
 
 /// The state of the hostile worker.
 pub(super) struct Hostile {

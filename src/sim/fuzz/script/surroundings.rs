@@ -7,8 +7,8 @@ use super::Script;
 use crate::error::Error;
 use crate::sim::kernel::socket::Port;
 use crate::sim::kernel::{Call, Failure, Master, MasterInput};
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
-use crate::wire::frame::HandleId;
 
 impl Script {
     pub(super) fn call(&mut self, choice: u8) {

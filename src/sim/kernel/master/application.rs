@@ -79,12 +79,7 @@ impl World {
             // Retain a listener on any port, on a fixed port, or at a path.
             (Call::Retain, _) => self.retain(&endpoint([0, 8, 4][usize::from(n % 3)])),
             (Call::Adopt, _) => self.adopt(endpoint([8, 4][usize::from(n % 2)])),
-            (Call::Release, _) => {
-                if let Some(at) = usize::from(n).checked_rem(self.retained.len()) {
-                    let handle = self.retained.swap_remove(at);
-                    self.report(|core| core.release(handle));
-                }
-            }
+            (Call::Release, _) => self.release(n),
             (Call::LimitParked, _) => self.limit_parked(usize::from(n % 8) * 3),
             (Call::UseScheduler, _) => self.report(Master::use_scheduler),
             // Pass only while no action is pending, because the shell first carries out the actions
@@ -101,14 +96,7 @@ impl World {
             }
             (Call::EndSuccessor, _) => {}
             (_, None) => {}
-            (Call::Ref, Some(id)) => {
-                let is_known = match self.detached.get(&id) {
-                    Some(detached) => matches!(detached, Detached::Running | Detached::Zombie(_)),
-                    None => self.master.is_worker(id),
-                };
-                self.referenced.extend(is_known.then_some(id));
-                self.report(|core| core.reference(id, true));
-            }
+            (Call::Ref, Some(id)) => self.reference(id),
             (Call::Unref, Some(id)) => {
                 self.referenced.remove(&id);
                 self.report(|core| core.reference(id, false));
@@ -132,6 +120,16 @@ impl World {
             (Call::CloseChannel, Some(id)) => self.report(|core| core.close_channel(id)),
             (Call::Send, Some(id)) => self.send_message(id),
         }
+    }
+
+    /// Makes `run` wait for the exit of a process.
+    fn reference(&mut self, id: WorkerId) {
+        let is_known = match self.detached.get(&id) {
+            Some(detached) => matches!(detached, Detached::Running | Detached::Zombie(_)),
+            None => self.master.is_worker(id),
+        };
+        self.referenced.extend(is_known.then_some(id));
+        self.report(|core| core.reference(id, true));
     }
 
     pub(crate) fn disconnect_all(&mut self, awaited: bool) {
@@ -171,6 +169,14 @@ impl World {
             self.report(|core| core.adopted(handle, endpoint, address));
             self.retained.push(handle);
             self.adopted.insert(handle);
+        }
+    }
+
+    /// Releases the retained listener with the index `n` modulo the number of retained listeners.
+    fn release(&mut self, n: u8) {
+        if let Some(at) = usize::from(n).checked_rem(self.retained.len()) {
+            let handle = self.retained.swap_remove(at);
+            self.report(|core| core.release(handle));
         }
     }
 

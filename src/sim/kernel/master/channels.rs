@@ -10,10 +10,11 @@ use crate::sim::kernel::process::{Detached, Parcel, ProcessState};
 use crate::sim::kernel::socket::{Client, Connection, Fate, Location, Queue};
 use crate::sim::kernel::{BACKOFF, Failure, KNOWN, MasterInput, World};
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 
 impl World {
     pub(super) fn send(&mut self, worker: WorkerId, frame: ToWorker, attachment: Attachment) {

@@ -9,7 +9,7 @@ use crate::sim::kernel::socket::{Connection, Port, PortState};
 use crate::sim::kernel::{Failure, World};
 use crate::types::endpoint::Endpoint;
 use crate::types::errno;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 
 impl World {
     pub(super) fn port(&mut self, handle: HandleId) -> &mut Port {

@@ -11,7 +11,7 @@ use super::socket::{Client, PortState};
 use super::{Master, World};
 use crate::core::master::{Action, Attachment};
 use crate::types::endpoint::Kind;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 pub(crate) use application::Call;
 
 /// The maximum number of connections that a single `Accept` action accepts.

@@ -5,8 +5,9 @@ use crate::core::master::{HandOff, Resumed};
 use crate::sim::kernel::socket::{Client, Connection, Fate, Held, Location};
 use crate::sim::kernel::{Failure, KNOWN, World};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToWorker};
+use crate::wire::frame::ToWorker;
 
 impl World {
     /// Returns whether the client of a connection on its way to a worker has hung up.

@@ -4,8 +4,8 @@ use crate::core::dispatch::{MAX_WINDOW, Sequenced};
 use crate::core::master::HandOff;
 use crate::sim::kernel::socket::{Client, Location, QUEUE_CAPACITY, Queue, Queued};
 use crate::sim::kernel::{BACKOFF, Failure, KNOWN, World};
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The connections that the master has reclaimed from a queue.
 type Reclaimed = Vec<Sequenced<HandOff<Client>>>;

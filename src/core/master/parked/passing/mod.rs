@@ -25,7 +25,7 @@ mod tests;
 use super::{Entry, HandOff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 
 /// The master that keeps connections until their clients send something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +126,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Passes those of the connections of which the master has a copy, and returns the others.
     /// Returns all connections while this master keeps its connections.
-    pub(super) fn pass_held(&mut self, hand_offs: Vec<HandOff<C>>) -> Vec<HandOff<C>> {
+    pub(in super::super) fn pass_held(&mut self, hand_offs: Vec<HandOff<C>>) -> Vec<HandOff<C>> {
         if self.parked.keeper == Keeper::ThisMaster {
             return hand_offs;
         }
