@@ -21,7 +21,6 @@ use std::net::SocketAddr;
 
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Endpoint;
-use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;

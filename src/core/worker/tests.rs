@@ -2,6 +2,7 @@ use super::listener::MAX_LISTENER;
 use super::*;
 use crate::types::endpoint::{BindFlags, Kind, Parking, Place};
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::Bound;
 
