@@ -51,7 +51,7 @@ fn master(master: &Master, workers: usize) -> cluster::Result<()> {
     master.on_exit(|master, worker, status| {
         // No worker is replaced. When all workers have exited, `run` returns the first failure.
         if !status.success() {
-            master.give_up(format!("worker {} died ({status})", worker.id()));
+            master.give_up(format!("worker {} exited ({status})", worker.id()));
         }
     });
     // Start the workers. Each message `notifyRequest` counts as one request.

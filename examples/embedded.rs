@@ -55,7 +55,7 @@ fn host(master: &Master, status: &str) -> Outcome {
         if worker.exited_after_disconnect() != Some(true) {
             // No worker is replaced. When all workers have exited, `dispatch` or `run` returns this
             // error.
-            master.give_up(format!("worker {} died ({status})", worker.id()));
+            master.give_up(format!("worker {} exited ({status})", worker.id()));
         }
     });
     for signal in [Signal::INT, Signal::TERM] {

@@ -78,13 +78,14 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
         if worker.exited_after_disconnect() == Some(true) {
             return;
         }
-        errors.line(format_args!("worker {} died ({status})", worker.id()));
+        errors.line(format_args!("worker {} exited ({status})", worker.id()));
         // Do not replace a worker that exited with a code before it listened. Its replacement would
         // probably fail too.
-        let is_hopeless = status.code().is_some() && !listening.borrow().contains(&worker.id());
-        if is_hopeless {
+        let failed_at_startup =
+            status.code().is_some() && !listening.borrow().contains(&worker.id());
+        if failed_at_startup {
             // After the other workers have exited, `run` returns this error.
-            master.give_up(format!("worker {} died ({status})", worker.id()));
+            master.give_up(format!("worker {} exited ({status})", worker.id()));
             master.disconnect();
         } else if let Err(error) = master.fork() {
             errors.line(&error);

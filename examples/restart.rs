@@ -14,10 +14,12 @@ fn main() -> cluster::Result<()> {
             master.on_exit(move |master, worker, status| {
                 let pid = worker.process().id();
                 if worker.id().get() < 5 {
-                    log.line(format_args!("worker {pid} died ({status}). restarting..."));
+                    log.line(format_args!(
+                        "worker {pid} exited ({status}). restarting..."
+                    ));
                     let _ = master.fork();
                 } else {
-                    log.line(format_args!("worker {pid} died ({status}). enough."));
+                    log.line(format_args!("worker {pid} exited ({status}). enough."));
                 }
             });
             master.fork()?;

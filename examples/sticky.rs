@@ -49,10 +49,10 @@ fn main() -> cluster::Result<()> {
                 log.line(format_args!("worker {id} {pid} listening on {address}"));
             });
             master.on_exit(move |master, worker, status| {
-                at_exit.line(format_args!("worker {} died ({status})", worker.id()));
+                at_exit.line(format_args!("worker {} exited ({status})", worker.id()));
                 // No worker is replaced. When all workers have exited, `run` returns the first of
                 // these errors.
-                master.give_up(format!("worker {} died ({status})", worker.id()));
+                master.give_up(format!("worker {} exited ({status})", worker.id()));
             });
             for _ in 0..workers {
                 master.fork()?;

@@ -8,11 +8,11 @@ use crate::config::env::{CHANNEL_FD, INSPECT_PORT, SCHED_POLICY, UNIQUE_ID, WORK
 use crate::error::{Error, Result};
 use crate::master::{Launch, Master};
 use crate::sys;
-use crate::sys::fd::AdoptedChannel;
+use crate::sys::channel::AdoptedChannel;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{FrameError, VERSION};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{PREAMBLE_LENGTH, preamble, preamble_version};
+use crate::wire::frame::preamble::{PREAMBLE_LENGTH, preamble, preamble_version};
 use crate::worker::Worker;
 
 const UNKNOWN: u8 = 0;
@@ -165,7 +165,7 @@ fn channel(id: WorkerId, number: RawFd) -> Result<AdoptedChannel> {
     let found = peek_preamble(number);
     if let Some(mut found) = found.filter(|found| *found == preamble(id)) {
         let attempt = "take over the channel to the master";
-        let adopted = sys::fd::adopt_channel(number, &mut found);
+        let adopted = sys::channel::adopt(number, &mut found);
         return adopted.map_err(Error::io(attempt));
     }
     let version = found.and_then(preamble_version);
@@ -199,7 +199,7 @@ enum Identity {
 }
 
 /// Reads a variable whose value is a number that a master has set.
-fn number(variable: &'static str) -> Result<u32> {
+fn parse_variable(variable: &'static str) -> Result<u32> {
     let value = std::env::var_os(variable).unwrap_or_default();
     let value = value.to_string_lossy().into_owned();
     match value.parse() {
@@ -221,12 +221,12 @@ fn identity() -> Result<Identity> {
     if std::env::var_os(WORKER_PID).is_none() {
         return Ok(Identity::Master);
     }
-    let pid = number(WORKER_PID)?;
+    let pid = parse_variable(WORKER_PID)?;
     // A value that is too large for a descriptor number becomes `RawFd::MAX`. No descriptor has
     // that number, so `peek_preamble` finds nothing.
     let descriptor = |channel| RawFd::try_from(channel).unwrap_or(RawFd::MAX);
-    let id = number(UNIQUE_ID).map(WorkerId::new);
-    let channel = number(CHANNEL_FD).map(descriptor);
+    let id = parse_variable(UNIQUE_ID).map(WorkerId::new);
+    let channel = parse_variable(CHANNEL_FD).map(descriptor);
     // A worker that calls `init` removes the preamble from its channel and makes the channel
     // close-on-exec. If the preamble is still there, but another process owns the channel, then the
     // owner is only a wrapper, such as a shell, that has started this program. `None` means that
@@ -234,7 +234,7 @@ fn identity() -> Result<Identity> {
     let owns_unread = match channel {
         Ok(number) => peek_preamble(number)
             .and_then(preamble_version)
-            .map(|_| sys::fd::is_owned(number)),
+            .map(|_| sys::channel::is_owned(number)),
         Err(_) => None,
     };
     // A worker that has lost its channel still has the request for SIGKILL at its master's exit.

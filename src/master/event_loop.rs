@@ -8,15 +8,16 @@ use crate::error::{Error, Result, WatchError};
 use crate::master::Master;
 use crate::master::shell::{Processed, WorkerIo};
 use crate::master::worker_process::WorkerProcess;
-use crate::runtime::event_loop::{LoopId, Token, WatchId};
+use crate::runtime::event_loop::{LoopId, WatchId};
 use crate::runtime::log::{AttachedLogs, LogWriter};
 use crate::runtime::timers::TimerId;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
+use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 use crate::wire::message::Message;
 use crate::wire::receipts::Receipt;
 
@@ -420,7 +421,7 @@ impl Master {
                 return;
             };
             let core = self.shell.core.borrow();
-            let Some((handle, place, connection)) = core.unscheduled() else {
+            let Some((handle, sequence, connection)) = core.unscheduled() else {
                 return;
             };
             let peer = self.shell.peer_addr(connection);
@@ -431,7 +432,10 @@ impl Master {
             // goes to the next worker by round robin.
             let chosen = scheduler.try_borrow_mut();
             let chosen = chosen.ok().and_then(|mut choose| choose(peer, &candidates));
-            self.shell.core.borrow_mut().choose(handle, place, chosen);
+            self.shell
+                .core
+                .borrow_mut()
+                .choose(handle, sequence, chosen);
             self.shell.act();
         }
     }

@@ -32,7 +32,7 @@ use crate::config::env::DEBUG;
 use crate::config::settings::Settings;
 use crate::error::Result;
 use crate::master::callbacks::{MasterCallbacks, WorkerCallbacks};
-use crate::master::orphans::Orphans;
+use crate::master::orphans::OrphanCheck;
 use crate::master::shell::MasterShell;
 use crate::master::worker_process::WorkerProcess;
 use crate::runtime::callbacks::Shared;
@@ -129,7 +129,7 @@ pub struct Master {
     /// Whether all workers without a process descriptor must be checked for their exit, because
     /// SIGCHLD has arrived or `watch_children` has been called.
     reap: Cell<bool>,
-    orphans: Orphans,
+    orphan_check: RefCell<OrphanCheck>,
     /// The time of the last check for exits that the system does not report.
     last_exit_check: Cell<Instant>,
     logs: AttachedLogs,
@@ -182,7 +182,7 @@ impl Master {
             selected_policy: Cell::new(selected),
             child_signal: RefCell::default(),
             reap: Cell::new(false),
-            orphans: Orphans::default(),
+            orphan_check: RefCell::default(),
             last_exit_check: Cell::new(Instant::now()),
             logs: AttachedLogs::default(),
             gave_up: RefCell::default(),

@@ -1,7 +1,6 @@
 //! Reaps orphans: children that this process has not started. The kernel gives them to this process
 //! when their parent exits.
 
-use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use crate::error::Error;
@@ -17,16 +16,18 @@ use crate::types::ordered_set::OrderedSet;
 /// value.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The state of the reaping of orphans.
+/// The event after which the master next checks for exited orphans.
 #[derive(Default)]
-pub(super) struct Orphans {
-    /// Checks for exited orphans after SIGCHLD. `None` if the master does not reap orphans. Only
-    /// this pointer refers to the function, so the linker removes the function from programs that
-    /// never call `reap_orphans`.
-    check: Cell<Option<fn(&Master)>>,
-    /// The orphans that had exited at the last check. If there are any, a timer triggers the next
-    /// check. Otherwise, the next SIGCHLD does.
-    exited: RefCell<OrderedSet<Pid>>,
+pub(super) enum OrphanCheck {
+    /// No event. The master does not reap orphans.
+    #[default]
+    Never,
+    /// SIGCHLD, because no orphan had exited at the last check. The function checks. Only this
+    /// pointer refers to it, so the linker removes the function from programs that never call
+    /// `reap_orphans`.
+    AtSignal(fn(&Master)),
+    /// A timer, because these orphans had exited at the last check.
+    AtTimer(OrderedSet<Pid>),
 }
 
 impl Master {
@@ -66,39 +67,44 @@ impl Master {
             let error = Error::Io { attempt, reason };
             return self.shell.core.borrow_mut().error(None, error);
         }
-        self.orphans.check.set(Some(Self::await_orphans));
-        self.check_orphans();
+        let has_timer = matches!(*self.orphan_check.borrow(), OrphanCheck::AtTimer(_));
+        if !has_timer {
+            self.await_orphans();
+        }
     }
 
     /// Checks for exited orphans after SIGCHLD. Does nothing if the master does not reap orphans,
     /// or if a timer will check anyway.
     pub(super) fn check_orphans(&self) {
-        if let Some(check) = self.orphans.check.get() {
-            if self.orphans.exited.borrow().is_empty() {
-                check(self);
-            }
-        }
+        let check = match *self.orphan_check.borrow() {
+            OrphanCheck::AtSignal(check) => check,
+            OrphanCheck::Never | OrphanCheck::AtTimer(_) => return,
+        };
+        check(self);
     }
 
     /// Checks for exited orphans. If there are any, schedules the timer that reaps them.
     fn await_orphans(&self) {
         let exited: OrderedSet<_> = self.shell.exited_orphans().into_iter().collect();
-        let is_any = !exited.is_empty();
-        self.orphans.exited.replace(exited);
-        if is_any {
+        let next = if exited.is_empty() {
+            OrphanCheck::AtSignal(Self::await_orphans)
+        } else {
             let timer = self.set_timeout(GRACE, Self::reap_exited_orphans);
             self.unreference(timer);
-        }
+            OrphanCheck::AtTimer(exited)
+        };
+        self.orphan_check.replace(next);
     }
 
     /// Reaps the orphans that had already exited at the last check. Orphans that have exited since
     /// then are reaped by the next timer.
     fn reap_exited_orphans(&self) {
-        let earlier = self.orphans.exited.take();
-        let exited = self.shell.exited_orphans().into_iter();
-        exited
-            .filter(|pid| earlier.contains(*pid))
-            .for_each(Pid::reap);
+        if let OrphanCheck::AtTimer(earlier) = self.orphan_check.take() {
+            let exited = self.shell.exited_orphans().into_iter();
+            exited
+                .filter(|pid| earlier.contains(*pid))
+                .for_each(Pid::reap);
+        }
         self.await_orphans();
     }
 }

@@ -15,11 +15,11 @@
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Poller, Registered};
 use crate::types::endpoint::BindFlags;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 
 /// A socket of the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -50,7 +50,7 @@ impl PassedSocket {
 pub(super) struct SocketCopy {
     pub(super) name: String,
     pub(super) fd: OwnedFd,
-    pub(super) facts: PassedSocket,
+    pub(super) properties: PassedSocket,
 }
 
 impl Pool {
@@ -75,7 +75,7 @@ impl Pool {
         let has_taken_over = self.0.old_master.borrow().is_none();
         let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
             let PoolListener { listener, is_own } = socket;
-            let facts = PassedSocket {
+            let properties = PassedSocket {
                 removes_file: listener.removes_file(),
                 is_own: *is_own && has_taken_over,
                 is_status: false,
@@ -84,7 +84,7 @@ impl Pool {
             Ok(SocketCopy {
                 name: listener.name(),
                 fd: fd.map_err(Error::io("copy a socket for a new master"))?,
-                facts,
+                properties,
             })
         });
         let servers = self.0.status_servers.borrow();
@@ -93,7 +93,7 @@ impl Pool {
             Ok(SocketCopy {
                 name: "cluster-status".to_owned(),
                 fd: fd.map_err(Error::io("copy a socket for a new master"))?,
-                facts: PassedSocket {
+                properties: PassedSocket {
                     removes_file: false,
                     is_own: has_taken_over,
                     is_status: true,
@@ -187,12 +187,12 @@ mod tests {
     #[test]
     fn decode_returns_the_encoded_properties_of_a_socket() {
         for bits in 0..8 {
-            let facts = PassedSocket {
+            let properties = PassedSocket {
                 removes_file: bits & 1 != 0,
                 is_own: bits & 2 != 0,
                 is_status: bits & 4 != 0,
             };
-            assert_eq!(PassedSocket::decode(facts.encode()), facts);
+            assert_eq!(PassedSocket::decode(properties.encode()), properties);
         }
         assert_eq!(PassedSocket::default().encode(), 0);
     }

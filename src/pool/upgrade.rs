@@ -21,7 +21,7 @@ use cluster::{
 };
 
 use super::event::PoolEvent;
-use super::handover::Handover;
+use super::passed_values::PassedValues;
 use super::sockets::PassedSocket;
 use super::status::StatusSocket;
 use super::systemd::NOTIFY_SOCKET;
@@ -30,7 +30,7 @@ use super::{Pool, PoolListener};
 /// The descriptor name of the channel to the old master.
 ///
 /// The old master writes one byte for each socket to the channel (see [`PassedSocket`]), and then
-/// the fields of a [`Handover`]. Once the new master has taken over, the old master passes its
+/// the fields of a [`PassedValues`]. Once the new master has taken over, the old master passes its
 /// parked connections ([`Master::pass_parked`]). The old master keeps its end open until it exits,
 /// or until its pool is stopped at once.
 const CHANNEL: &str = "cluster-predecessor";
@@ -108,18 +108,18 @@ impl Pool {
     pub fn adopt(&self, master: &Master, mut passed: Vec<ListenFd>) -> Result<()> {
         let is_channel = |passed: &ListenFd| passed.name() == Some(CHANNEL);
         let channel = passed.iter().position(is_channel);
-        let mut facts = Vec::new();
+        let mut encoded = Vec::new();
         if let Some(channel) = channel.map(|index| passed.remove(index)) {
-            facts = self.connect_to_old_master(channel, passed.len())?;
+            encoded = self.connect_to_old_master(channel, passed.len())?;
         }
         let mut result = Ok(());
         for (index, passed) in passed.into_iter().enumerate() {
-            let facts = facts.get(index).copied().map(PassedSocket::decode);
+            let socket = encoded.get(index).copied().map(PassedSocket::decode);
             let PassedSocket {
                 removes_file,
                 is_own,
                 is_status,
-            } = facts.unwrap_or_default();
+            } = socket.unwrap_or_default();
             if is_status {
                 let socket = StatusSocket::passed(passed.into());
                 match socket.map_err(Error::io("take over a status socket")) {
@@ -149,15 +149,15 @@ impl Pool {
     /// takeover. Returns the encoded properties of the sockets, one byte for each socket.
     fn connect_to_old_master(&self, channel: ListenFd, sockets: usize) -> Result<Vec<u8>> {
         let mut channel = UnixStream::from(OwnedFd::from(channel));
-        let mut facts = vec![0; sockets];
+        let mut encoded = vec![0; sockets];
         // A non-blocking read is enough, because the old master wrote these bytes before it started
         // this process.
         let read = channel.set_nonblocking(true);
-        let read = read.and_then(|()| channel.read_exact(&mut facts));
-        let handover = read.and_then(|()| read_handover(&mut channel));
-        let handover = handover.map_err(Error::io("read from the old master"))?;
+        let read = read.and_then(|()| channel.read_exact(&mut encoded));
+        let passed = read.and_then(|()| read_passed_values(&mut channel));
+        let passed = passed.map_err(Error::io("read from the old master"))?;
         self.0.core.borrow_mut().await_takeover();
-        if let Some(slots) = handover.slots {
+        if let Some(slots) = passed.slots {
             // Change only the core and do not carry out its actions, because `adopt` must not fork.
             // The loop forks the workers in its next iteration.
             let now = self.now();
@@ -168,7 +168,7 @@ impl Pool {
             inherits_files: Vec::new(),
             takeover_timer: None,
         }));
-        Ok(facts)
+        Ok(encoded)
     }
 
     /// Restarts the takeover timer after the pool has reached its quorum. This process takes over
@@ -236,11 +236,11 @@ impl Pool {
 }
 
 /// Reads the fields from the channel, which must be non-blocking.
-fn read_handover(channel: &mut UnixStream) -> io::Result<Handover> {
+fn read_passed_values(channel: &mut UnixStream) -> io::Result<PassedValues> {
     let mut bytes = Vec::new();
     match channel.read_to_end(&mut bytes) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Handover::decode(&bytes),
+        _ => PassedValues::decode(&bytes),
     }
 }
 
@@ -333,9 +333,12 @@ impl Pool {
         let created = created.map_err(Error::io("create a channel to a new master"))?;
         let (mut ours, passing, theirs) = created;
         let sockets = self.copy_sockets(master)?;
-        let mut bytes: Vec<u8> = sockets.iter().map(|socket| socket.facts.encode()).collect();
+        let mut bytes: Vec<u8> = sockets
+            .iter()
+            .map(|socket| socket.properties.encode())
+            .collect();
         let slots = self.0.core.borrow().handed_over_slots();
-        bytes.extend(Handover { slots }.encode());
+        bytes.extend(PassedValues { slots }.encode());
         ours.write_all(&bytes)
             .map_err(Error::io("write to a new master"))?;
         let sockets = sockets.into_iter().map(|socket| (socket.name, socket.fd));

@@ -16,8 +16,9 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(1);
 /// Node: the result of `setTimeout` and `setInterval`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TimerId {
-    /// The number of timers that were created before this one.
-    sequence: u32,
+    /// The number of timers that were created before this one. It never repeats: 64 bits are enough
+    /// for one timer per nanosecond for 584 years.
+    sequence: u64,
     /// The index of the timer. Indices are reused.
     slot: u32,
 }
@@ -36,41 +37,41 @@ impl<T> Timer<T> {
     fn rank(&self) -> Rank {
         Rank {
             nanos: u64::try_from(self.due.as_nanos()).unwrap_or(u64::MAX),
-            id: self.id,
+            sequence: low_number(self.id.sequence.into()),
+            slot: self.id.slot,
         }
     }
 }
 
-/// The sort key of a timer. Timers that are due at the same time are sorted by their creation, and
-/// so are those that are due in more than 584 years.
+/// The sort key of a timer. Timers that are due in the same nanosecond are sorted by their creation,
+/// and so are those that are due in more than 584 years.
 #[derive(Clone, Copy, Debug)]
 struct Rank {
     nanos: u64,
-    id: TimerId,
+    /// The lowest 32 bits of the timer's sequence number. They decide the order only, so they may
+    /// repeat: `slot` still distinguishes the timers.
+    sequence: u32,
+    slot: u32,
 }
 
 impl Key for Rank {
     fn pack(self) -> u128 {
-        let TimerId { sequence, slot } = self.id;
-        u128::from(self.nanos) << 64 | u128::from(sequence) << 32 | u128::from(slot)
+        u128::from(self.nanos) << 64 | u128::from(self.sequence) << 32 | u128::from(self.slot)
     }
 
     fn unpack(packed: u128) -> Self {
         Self {
             nanos: u64::unpack(packed >> 64),
-            id: TimerId {
-                sequence: low_number(packed >> 32),
-                slot: low_number(packed),
-            },
+            sequence: low_number(packed >> 32),
+            slot: low_number(packed),
         }
     }
 }
 
 #[derive(Debug)]
 pub(crate) struct Timers<T> {
-    /// The sequence number of the next timer. After the highest number, the numbers start at 0
-    /// again.
-    next_sequence: u32,
+    /// The sequence number of the next timer.
+    next_sequence: u64,
     slots: Vec<Option<Timer<T>>>,
     /// The free slots.
     free: Vec<u32>,
@@ -97,7 +98,7 @@ impl<T: Clone> Timers<T> {
 
     /// Returns the timer that is due first.
     fn first(&self) -> Option<&Timer<T>> {
-        let slot = self.order.first()?.id.slot as usize;
+        let slot = self.order.first()?.slot as usize;
         self.slots.get(slot)?.as_ref()
     }
 
@@ -110,10 +111,12 @@ impl<T: Clone> Timers<T> {
     ) -> TimerId {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
-            u32::try_from(self.slots.len() - 1).expect("fewer timers than bytes of memory")
+            // A panic needs 4 billion timers at once. Each timer takes more than 100 bytes here, in
+            // `order` and for its closure, so these timers would take more than 400 GB.
+            u32::try_from(self.slots.len() - 1).expect("fewer than 4 billion timers")
         });
         let sequence = self.next_sequence;
-        self.next_sequence = sequence.wrapping_add(1);
+        self.next_sequence += 1;
         let timer = Timer {
             id: TimerId { sequence, slot },
             due: now.saturating_add(after),
@@ -222,6 +225,17 @@ mod tests {
         assert_eq!(timers.clear(id), Some("tick"));
         assert!(!timers.has_referenced());
         assert_eq!(timers.deadline(), None);
+    }
+
+    #[test]
+    fn old_id_does_not_clear_the_next_timer_in_its_slot() {
+        let mut timers = Timers::new();
+        let old = timers.set(ms(0), ms(1), None, "old");
+        timers.clear(old);
+        timers.next_sequence = 1 << 32;
+        let new = timers.set(ms(0), ms(1), None, "new");
+        assert_eq!((new.slot, timers.clear(old)), (old.slot, None));
+        assert_eq!(fire(&mut timers, ms(1)), ["new"]);
     }
 
     #[test]

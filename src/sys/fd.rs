@@ -5,10 +5,10 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 
 use super::owner::Owner;
-use super::{check, option, socket};
+use super::{check, option};
 
 /// The first number after standard input, output and error. The descriptors that systemd passes
 /// begin at this number (`SD_LISTEN_FDS_START` in sd_listen_fds(3)).
@@ -25,52 +25,6 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the pointer is valid for writes of the buffer's length.
     let read = unsafe { libc::recv(number, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
-}
-
-/// Returns whether this process is the socket's owner (`F_SETOWN` in fcntl(2)).
-///
-/// The owner stays the same when it executes another program, and when other processes inherit the
-/// socket. Linux stores a reference to the process instead of its id. A process in another PID
-/// namespace is therefore not the owner, even if its process id is the same.
-pub(crate) fn is_owned(number: RawFd) -> bool {
-    // SAFETY: F_GETOWN changes no memory and accepts any number.
-    let owner = unsafe { libc::fcntl(number, libc::F_GETOWN) };
-    u32::try_from(owner) == Ok(std::process::id())
-}
-
-/// Takes ownership of the channel that the master left open for this process, and removes the
-/// preamble from it. Also returns the descriptors that came with the preamble. The caller has
-/// already found the preamble with [`peek`], so this read does not wait.
-///
-/// # Errors
-///
-/// Returns EMFILE if no descriptor is free for the preamble's first descriptor. Also returns the
-/// system's other errors.
-pub(crate) fn adopt_channel(number: RawFd, preamble: &mut [u8]) -> io::Result<AdoptedChannel> {
-    // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
-    // process. `init` runs once, so nothing else in this process owns it.
-    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
-    close_on_exec(number)?;
-    stream.set_nonblocking(true)?;
-    let received = socket::receive(stream.as_fd(), preamble)?;
-    let mut fds = received.fds.into_iter().map(NoLingerFd::into_owned_fd);
-    let token = fds.next();
-    Ok(AdoptedChannel {
-        stream,
-        token: token.ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?,
-        shared_number: fds.next(),
-    })
-}
-
-/// A worker's channel, and the descriptors that came with its preamble.
-#[derive(Debug)]
-pub(crate) struct AdoptedChannel {
-    pub(crate) stream: UnixStream,
-    /// The worker's end of its disconnect token.
-    pub(crate) token: OwnedFd,
-    /// The file for [`shared_number::Writer`](super::shared_number::Writer), if the master has sent
-    /// one.
-    pub(crate) shared_number: Option<OwnedFd>,
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed
@@ -270,6 +224,7 @@ mod tests {
     use super::*;
     use std::io::Write as _;
     use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn connection_with_unread_bytes_is_not_closed_by_peer() {

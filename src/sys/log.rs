@@ -4,7 +4,7 @@
 //! shared open file description, because the writes of the other processes would then fail with
 //! EAGAIN. The kind of file decides how this module writes without blocking:
 //!
-//! | target | way | may wait |
+//! | target | method | may wait |
 //! |---|---|---|
 //! | socket | `send` with `MSG_DONTWAIT` | never |
 //! | file | `write` | for the disk only |
@@ -41,17 +41,17 @@ pub(crate) enum Target {
     /// non-blocking open file description.
     Own(Rc<File>),
     /// A pipe, terminal or other device whose open file description other processes may share.
-    Shared(Rc<File>, Way),
+    Shared(Rc<File>, WriteMethod),
 }
 
 /// How to write without blocking to an open file description that other processes may share.
 ///
 /// The variants are in the order in which they are tried. On Linux, `Reopen` is tried first for a
 /// pipe, and for a terminal if opening its device again leads to the same terminal. For any other
-/// file, only `Poll` is used. A way that turns out to be unsupported is replaced by the next one
-/// for all later writes.
+/// file, only `Poll` is used. A method that turns out to be unsupported is replaced by the next
+/// one for all later writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum WriteMethod {
     /// Open the file again through `/proc/self/fd`, with a non-blocking open file description. If
     /// this succeeds, the target becomes `Target::Own`.
     Reopen,
@@ -64,7 +64,7 @@ pub(crate) enum Way {
 
 /// The maximum size of one write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unit {
+pub(crate) enum WriteLimit {
     /// One line of any length.
     Line,
     /// This number of bytes.
@@ -118,12 +118,13 @@ impl Target {
             return Self::File(Rc::new(file));
         }
         let is_same_when_opened = kind.is_fifo() || file.is_terminal() && is_own_device(&metadata);
-        let way = if is_same_when_opened && cfg!(any(target_os = "linux", target_os = "android")) {
-            Way::Reopen
+        let method = if is_same_when_opened && cfg!(any(target_os = "linux", target_os = "android"))
+        {
+            WriteMethod::Reopen
         } else {
-            Way::Poll
+            WriteMethod::Poll
         };
-        Self::Shared(Rc::new(file), way)
+        Self::Shared(Rc::new(file), method)
     }
 
     /// Returns the file to wait for when a write would block. Returns `None` if no file is open.
@@ -145,20 +146,20 @@ impl Target {
     }
 
     /// Returns the maximum size of one [`write`](Self::write).
-    pub(crate) fn unit(&self) -> Unit {
+    pub(crate) fn write_limit(&self) -> WriteLimit {
         match self {
             // Treat a descriptor that is not duplicated yet as a message socket, because it may be
             // one.
-            Self::Datagrams(_) | Self::NotDuplicated(_) => Unit::Line,
-            Self::Closed | Self::Stream(_) | Self::File(_) => Unit::Bytes(usize::MAX),
+            Self::Datagrams(_) | Self::NotDuplicated(_) => WriteLimit::Line,
+            Self::Closed | Self::Stream(_) | Self::File(_) => WriteLimit::Bytes(usize::MAX),
             // The kernel writes up to this length to a pipe in one piece, so the lines of several
             // processes do not mix (pipe(7)).
-            Self::Own(_) | Self::Shared(..) => Unit::Bytes(libc::PIPE_BUF),
+            Self::Own(_) | Self::Shared(..) => WriteLimit::Bytes(libc::PIPE_BUF),
         }
     }
 
     /// Writes as many of `bytes` as the file takes without blocking, and returns their number. The
-    /// caller passes at most one [`unit`](Self::unit). Raises no signal.
+    /// caller passes at most one [`write_limit`](Self::write_limit). Raises no signal.
     ///
     /// # Errors
     ///
@@ -177,37 +178,37 @@ impl Target {
                 if let Self::NotDuplicated(_) = self {
                     return Err(io::Error::from_raw_os_error(libc::EMFILE));
                 }
-                let length = match self.unit() {
-                    Unit::Line => bytes.len(),
-                    Unit::Bytes(most) => most.min(bytes.len()),
+                let length = match self.write_limit() {
+                    WriteLimit::Line => bytes.len(),
+                    WriteLimit::Bytes(most) => most.min(bytes.len()),
                 };
                 self.write_once(&bytes[..length])
             }
             Self::Stream(file) | Self::Datagrams(file) => send(file.as_fd(), bytes),
             Self::File(file) | Self::Own(file) => (&**file).write(bytes),
-            Self::Shared(file, Way::Reopen) => match reopen(file) {
+            Self::Shared(file, WriteMethod::Reopen) => match reopen(file) {
                 Ok(own) => {
                     let written = (&own).write(bytes);
                     *self = Self::Own(Rc::new(own));
                     written
                 }
-                // The pipe has no reader at present. Keep `Way::Reopen`, because a reader may open
-                // the pipe later.
+                // The pipe has no reader at present. Keep `WriteMethod::Reopen`, because a reader
+                // may open the pipe later.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Err(error),
                 Err(error) if is_lack(&error) => write_shared(file, bytes),
                 Err(_) => {
-                    *self = Self::Shared(Rc::clone(file), Way::NoWait);
+                    *self = Self::Shared(Rc::clone(file), WriteMethod::NoWait);
                     self.write_once(bytes)
                 }
             },
-            Self::Shared(file, Way::NoWait) => match no_wait::write(file.as_fd(), bytes) {
+            Self::Shared(file, WriteMethod::NoWait) => match no_wait::write(file.as_fd(), bytes) {
                 Err(error) if no_wait::is_missing(&error) => {
-                    *self = Self::Shared(Rc::clone(file), Way::Poll);
+                    *self = Self::Shared(Rc::clone(file), WriteMethod::Poll);
                     self.write_once(bytes)
                 }
                 written => written,
             },
-            Self::Shared(file, Way::Poll) => write_if_ready(file, bytes),
+            Self::Shared(file, WriteMethod::Poll) => write_if_ready(file, bytes),
         }
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! - descriptors: `fd` (by number), `file` (relative to a directory), `owner` (which process owns a
 //!   handle after a fork)
-//! - sockets: `listen`, `socket` (bytes and descriptors), `option`, `queue`, `bind`, `socket_file`,
-//!   `std_accept`
+//! - sockets: `listen`, `socket` (bytes and descriptors), `channel` (which a worker inherits),
+//!   `option`, `queue`, `bind`, `socket_file`, `std_accept`
 //! - processes: `process`, `threads`, `env`, `own_program` (the path of this program)
 //! - signals: `signal` (as a readable descriptor), `signal_mask`, `errno` (which a handler preserves)
 //! - waiting: `poll`
@@ -20,6 +20,7 @@
 //! writes.
 
 pub(crate) mod bind;
+pub(crate) mod channel;
 pub(crate) mod env;
 mod errno;
 pub(crate) mod fd;

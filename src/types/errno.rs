@@ -1,6 +1,6 @@
 //! The error numbers that the crate produces or recognizes outside `sys`.
 //!
-//! This module and `signal` only name constants of `libc`. Calls of `libc` belong to `sys`.
+//! The numbers are constants of `libc`, as in `signal`, which says why they are not in `sys`.
 
 pub(crate) use libc::{
     EADDRINUSE, EAGAIN, EBADF, EINVAL, EMFILE, EMSGSIZE, ENAMETOOLONG, ENFILE, ENOBUFS, ENOMEM,

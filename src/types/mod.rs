@@ -7,6 +7,7 @@ pub(crate) mod connection_id;
 pub(crate) mod endpoint;
 pub(crate) mod errno;
 pub(crate) mod fork_step;
+pub(crate) mod handle;
 pub(crate) mod ledger;
 pub(crate) mod loads;
 pub(crate) mod ordered_set;

@@ -1,6 +1,8 @@
 //! Signals and their names.
 //!
-//! Only the constants come from `libc`. Calls of `libc` belong to `sys`.
+//! The numbers are constants of `libc`, because they differ between systems and processors. Only
+//! this module and `errno` may name `libc` outside `sys`: a constant is plain data, and `types`
+//! depends on no other module, so it cannot take the constants from `sys`.
 
 /// A signal, for [`kill`](crate::WorkerProcess::kill) and [`on_signal`](crate::Master::on_signal).
 ///

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::core::worker::{Event, ListenerId};
 use crate::error::{Error, Result, WatchError};
-use crate::runtime::event_loop::{LoopId, Token, WatchId};
+use crate::runtime::event_loop::{LoopId, WatchId};
 use crate::runtime::timers::TimerId;
+use crate::runtime::token::Token;
 use crate::sys::poll::{Interest, Ready, ReadyList};
 use crate::types::time::earlier;
 use crate::wire::message::Message;

@@ -30,7 +30,7 @@ use crate::config::send::{SendOptions, Sent, Written};
 use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
 use crate::runtime::event_loop::EventLoop;
-use crate::sys::fd::AdoptedChannel;
+use crate::sys::channel::AdoptedChannel;
 use crate::types::sorted_map::SortedMap;
 use crate::types::worker_id::WorkerId;
 use crate::wire::receipts::ReceiptCallbacks;

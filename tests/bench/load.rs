@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeVal;
 
-use crate::peers::has;
+use crate::peers::check_installed;
 use crate::server::{GET, now};
 
 /// Milliseconds without any answer after which the benchmark panics.
@@ -237,7 +237,7 @@ pub fn short_connections(address: SocketAddr, clients: usize) -> Load {
 }
 
 pub fn has_wrk() -> bool {
-    has("wrk", "-v").is_ok()
+    check_installed("wrk", "-v").is_ok()
 }
 
 fn own_clients(address: SocketAddr, clients: usize, threads: usize) -> u64 {

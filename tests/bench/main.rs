@@ -76,7 +76,7 @@ const PARTS: [(&str, Part); 21] = [
     ("size", size::measure),
     ("keep_alive/cost", keep_alive::cost),
     ("keep_alive/watch", keep_alive::watch),
-    ("keep_alive/idle", keep_alive::idle),
+    ("keep_alive/idle", keep_alive::measure_parked),
     ("keep_alive/latency", keep_alive::latency),
     ("keep_alive/rivals", keep_alive::rivals),
     ("keep_alive/reloads", keep_alive::reloads),

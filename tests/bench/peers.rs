@@ -40,14 +40,14 @@ pub fn exec_peer() {
 
 /// Returns an error if `program` is not installed. With the argument `version`, the program prints
 /// its version and exits.
-pub fn has(program: &str, version: &str) -> Result<(), String> {
+pub fn check_installed(program: &str, version: &str) -> Result<(), String> {
     let output = Command::new(program).arg(version).output();
     output.map(drop).map_err(|_| format!("no {program}"))
 }
 
 /// Returns a command for one of the Node programs in `peers`.
 pub fn node_program(name: &str, args: &[&str]) -> Result<Command, String> {
-    has("node", "--version")?;
+    check_installed("node", "--version")?;
     let mut command = peer_command("node");
     command.arg(peers_dir().join(name)).args(args);
     Ok(command)
@@ -101,7 +101,7 @@ pub fn build(manifest: &Path, target: &Path, args: &[&str]) -> Result<(), String
 
 /// Starts nginx, which closes a connection that is idle for longer than `keep_alive`.
 pub fn nginx(workers: usize, keep_alive: &str) -> Result<Server, String> {
-    has("nginx", "-v")?;
+    check_installed("nginx", "-v")?;
     let port = free_port();
     let values = [
         ("PORT", port.to_string()),
@@ -116,7 +116,7 @@ pub fn nginx(workers: usize, keep_alive: &str) -> Result<Server, String> {
 
 /// Starts HAProxy as a master with one worker.
 pub fn haproxy() -> Result<Server, String> {
-    has("haproxy", "-v")?;
+    check_installed("haproxy", "-v")?;
     let port = free_port();
     let directory = configure("haproxy.cfg", &[("PORT", port.to_string())]);
     let mut command = peer_command("haproxy");
@@ -151,7 +151,7 @@ pub fn gunicorn_threads(workers: usize) -> Result<Server, String> {
 }
 
 fn start_gunicorn(workers: usize, options: &[&str]) -> Result<Server, String> {
-    has("gunicorn", "--version")?;
+    check_installed("gunicorn", "--version")?;
     let port = free_port();
     let mut command = peer_command("gunicorn");
     command

@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
-use crate::peers::has;
+use crate::peers::check_installed;
 
 /// Returns a process and all its descendants. Ignores descendants that exit in the meantime.
 pub fn family(root: Pid) -> Vec<Pid> {
@@ -77,7 +77,7 @@ const SETTLING: Duration = Duration::from_millis(200);
 
 /// Counts, by name, the system calls that these processes start while `meanwhile` runs.
 pub fn calls(processes: &[Pid], meanwhile: impl FnOnce()) -> Result<BTreeMap<String, u64>, String> {
-    has("strace", "-V")?;
+    check_installed("strace", "-V")?;
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut command = Command::new("strace");
     command.args(["-f", "-s0", "-o"]).arg(file.path());

@@ -479,7 +479,7 @@ fn sticky() -> Result<(), Failed> {
         assert_eq!(sticky_owners(address), before);
     }
     kill(Pid::from_raw(worker.parse()?), Signal::SIGKILL)?;
-    server.line("worker 3 died ");
+    server.line("worker 3 exited ");
     let after = sticky_owners(address);
     let both = before.iter().zip(&after);
     let (orphaned, rest): (Vec<_>, Vec<_>) = both.partition(|(before, _)| *before == "3");
@@ -561,11 +561,11 @@ const PRINTS: &[Prints] = &[
     Prints {
         command: "restart",
         lines: &[
-            "worker N died (exit status: 1). restarting...",
-            "worker N died (exit status: 2). restarting...",
-            "worker N died (exit status: 3). restarting...",
-            "worker N died (exit status: 4). restarting...",
-            "worker N died (exit status: 5). enough.",
+            "worker N exited (exit status: 1). restarting...",
+            "worker N exited (exit status: 2). restarting...",
+            "worker N exited (exit status: 3). restarting...",
+            "worker N exited (exit status: 4). restarting...",
+            "worker N exited (exit status: 5). enough.",
         ],
     },
     Prints {

@@ -117,6 +117,7 @@ fn finish_disconnects_a_client_that_sends_slowly() {
     let send_slowly = |address| {
         let mut client = connect_and_read(address);
         while client.write_all(b"x").is_ok() {
+            // The pause is what makes the client slow.
             std::thread::sleep(Duration::from_millis(50));
         }
         assert_eq!(talk(address, b"").unwrap(), ANSWER);

@@ -22,7 +22,7 @@ const PAGES: [(&str, &str); 15] = pages! {
     "operating" "from_node" "guarantees" "costs" "limits" "design" "glossary"
 };
 
-const FRAME: &str = include_str!("../../src/wire/frame.rs");
+const FRAME: &str = include_str!("../../src/wire/frame/mod.rs");
 
 const README: &str = include_str!("../../README.md");
 
@@ -53,7 +53,7 @@ pub fn page(name: &str) -> &'static str {
 fn sources() -> Result<PathBuf, Failed> {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut roots = package.ancestors();
-    let root = roots.find(|root| root.join("src/wire/frame.rs").exists());
+    let root = roots.find(|root| root.join("src/wire/frame/mod.rs").exists());
     Ok(root.ok_or("no sources")?.join("src"))
 }
 
@@ -264,7 +264,7 @@ fn shown_files() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Checks that the page `design` has the tables in the header of `src/wire/frame.rs`.
+/// Checks that the page `design` has the tables in the header of `src/wire/frame/mod.rs`.
 fn wire_format() -> Result<(), Failed> {
     let lines = FRAME.lines().map_while(|line| line.strip_prefix("//!"));
     let lines = lines.map(|line| line.strip_prefix(' ').unwrap_or(line));

@@ -439,6 +439,8 @@ fn step_until_failure(clients: &mut dyn Clients, pid: u32, kills: bool) -> Outco
                     // reuse its process ID this soon.
                     let _ = kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal);
                 }
+                // Check again, because only `waitpid` reports the stop, and the master may call it
+                // first.
                 std::thread::sleep(Duration::from_micros(300));
             }
         });

@@ -471,6 +471,7 @@ impl Group {
             match waitpid(group, Some(WaitPidFlag::WNOHANG)) {
                 Err(nix::Error::ECHILD) => return Ok(()),
                 Ok(WaitStatus::StillAlive) if Instant::now() < end => {
+                    // Check again, because `waitpid` has no time limit.
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 Ok(WaitStatus::StillAlive) => {

@@ -245,7 +245,7 @@ impl Service {
 
     /// Upgrades the service to a release whose workers exit at once, and waits until the old master
     /// has reaped the new one.
-    fn upgrade_in_vain(&self) {
+    fn fail_to_upgrade(&self) {
         let config = std::fs::read_to_string(&self.config).unwrap();
         std::fs::write(&self.config, "exit").unwrap();
         let old = self.master();
@@ -540,7 +540,7 @@ fn failed_upgrade_leaves_sockets_of_workers_to_the_workers() {
     let service = Service::start("rr", &config);
     service.wait_for_both_workers();
     let master = service.master();
-    service.upgrade_in_vain();
+    service.fail_to_upgrade();
     assert_served(port.1, master);
     // Reload to a release that does not use the sockets.
     std::fs::write(&service.config, "listen 127.0.0.1:0").unwrap();
@@ -597,7 +597,7 @@ fn stop_after_a_failed_upgrade_resets_no_client() {
     for _ in 0..3 {
         let (_reserved, address) = reserve_port();
         let service = Service::start("rr", &format!("pool {address}"));
-        service.upgrade_in_vain();
+        service.fail_to_upgrade();
         let master = service.group.pid();
         stop_under_load(service, master, address);
     }

@@ -524,6 +524,7 @@ fn slow_callback_does_not_shorten_the_time_for_handshakes() {
             when_listening(master, 1, move |master, address| {
                 let work = move || talk(address, b"").unwrap();
                 in_background(master, work, move |master, _| {
+                    // This is the slow callback.
                     std::thread::sleep(Duration::from_millis(200));
                     let began = Instant::now();
                     master.on_all_disconnected_once(move |_| {

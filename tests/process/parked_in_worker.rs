@@ -8,7 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolEvent};
@@ -19,7 +19,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::harness::{
-    cluster, for_policies_without_dispatch, in_background, open_fds, scaled, when_listening,
+    cluster, for_policies_without_dispatch, in_background, open_fds, scaled, wait_for_state,
+    wait_until, when_listening,
 };
 use crate::parked::{CLOSE, Client, PARK, TAKE, answer, serve, serve_with, with_clients};
 use crate::pool::quick;
@@ -85,16 +86,25 @@ fn parked_client_returns_to_its_worker() {
 }
 
 fn blocking_worker_is_woken_by_a_parked_client() {
-    let clients = |address| {
+    let clients = |address, worker| {
         let mut client = Client::connect(address);
         for requests in 1..=20 {
             assert_eq!(client.ask(PARK), (1, requests));
-            // Let the worker wait in `accept`.
-            std::thread::sleep(5 * MS);
+            // Send the next request while the worker waits in `accept`.
+            wait_for_state(worker, ") S ");
         }
     };
     for_policies_without_dispatch(|| {
-        cluster(|master| with_clients(master, 1, clients, disconnect), serve);
+        cluster(
+            |master| {
+                when_listening(master, 1, move |master, address| {
+                    let worker = only(master, 1).process().id();
+                    in_background(master, move || clients(address, worker), disconnect);
+                });
+                drop(master.fork().unwrap());
+            },
+            serve,
+        );
     });
 }
 
@@ -121,34 +131,49 @@ fn pipelined_request_is_found_after_parking() {
     });
 }
 
-/// Runs `load` on 8 threads until `work` has returned.
-fn under_load(address: SocketAddr, load: fn(SocketAddr, &AtomicBool), work: impl FnOnce()) {
-    let ended = Arc::new(AtomicBool::new(false));
+/// The state of the threads of `under_load`.
+#[derive(Default)]
+struct Load {
+    answers: AtomicUsize,
+    is_over: AtomicBool,
+}
+
+impl Load {
+    /// Calls `ask` until the load is over, and counts the answers.
+    fn repeat(&self, mut ask: impl FnMut() -> (u32, u64)) {
+        while !self.is_over.load(Ordering::SeqCst) {
+            let _ = ask();
+            self.answers.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Runs `load` on 8 threads until `work` has returned. Begins `work` after 8 answers.
+fn under_load(address: SocketAddr, load: fn(SocketAddr, &Load), work: impl FnOnce()) {
+    let state = Arc::new(Load::default());
     let threads: Vec<_> = (0..8)
         .map(|_| {
-            let ended = Arc::clone(&ended);
-            std::thread::spawn(move || load(address, &ended))
+            let state = Arc::clone(&state);
+            std::thread::spawn(move || load(address, &state))
         })
         .collect();
-    std::thread::sleep(50 * MS);
+    wait_until("8 answers", || {
+        (state.answers.load(Ordering::SeqCst) >= 8).then_some(())
+    });
     work();
-    ended.store(true, Ordering::SeqCst);
+    state.is_over.store(true, Ordering::SeqCst);
     threads
         .into_iter()
         .for_each(|thread| thread.join().unwrap());
 }
 
 fn parked_and_new_connections_take_turns() {
-    let parked = |address, ended: &AtomicBool| {
+    let parked = |address, load: &Load| {
         let mut client = Client::connect(address);
-        while !ended.load(Ordering::SeqCst) {
-            client.ask(PARK);
-        }
+        load.repeat(|| client.ask(PARK));
     };
-    let new = |address, ended: &AtomicBool| {
-        while !ended.load(Ordering::SeqCst) {
-            Client::connect(address).ask(CLOSE);
-        }
+    let new = |address, load: &Load| {
+        load.repeat(|| Client::connect(address).ask(CLOSE));
     };
     let clients = move |address| {
         let mut client = Client::connect(address);
@@ -178,13 +203,15 @@ fn parked_and_new_connections_take_turns() {
     });
 }
 
-/// Request that makes the worker keep the connection for 200 ms, and then send a line.
+/// Request that makes the worker send a line, keep the connection for 200 ms, and then send another
+/// line.
 const HOLD: u8 = b'h';
 
 fn answer_or_hold(worker: &Worker, mut connection: Connection) {
     let mut request = [0];
     match connection.read(&mut request) {
         Ok(1) if request[0] == HOLD => {
+            connection.write_all(b"holding\n").unwrap();
             let held = Cell::new(Some(connection));
             worker.set_timeout(200 * MS, move |_| {
                 let _ = held.take().unwrap().write_all(b"held\n");
@@ -204,7 +231,7 @@ fn hold_and_park(address: SocketAddr) {
     parked.ask(PARK);
     let mut held = Client::connect(address);
     held.send(HOLD);
-    std::thread::sleep(50 * MS);
+    assert_eq!(held.line(), "holding");
     let start = Instant::now();
     assert_eq!(parked.ask(PARK).1, 2);
     assert!(start.elapsed() > 50 * MS, "{:?}", start.elapsed());
@@ -265,7 +292,7 @@ fn clients_of_both(address: SocketAddr) -> Vec<(Client, u32)> {
     }
 }
 
-fn assert_handed_over(serve: fn(Worker)) {
+fn assert_given_to_the_remaining_worker(serve: fn(Worker)) {
     let then = |master: &Master, clients: Vec<(Client, u32)>| {
         only(master, 1).disconnect();
         let clients = Cell::new(Some(clients));
@@ -294,11 +321,11 @@ fn assert_handed_over(serve: fn(Worker)) {
 }
 
 fn remaining_worker_receives_parked_connections_of_a_disconnecting_one() {
-    assert_handed_over(serve);
+    assert_given_to_the_remaining_worker(serve);
 }
 
 fn remaining_worker_receives_parked_connections_with_its_callback() {
-    assert_handed_over(serve_with_callback);
+    assert_given_to_the_remaining_worker(serve_with_callback);
 }
 
 fn master_holds_parked_connections_until_a_worker_listens() {
@@ -315,7 +342,6 @@ fn master_holds_parked_connections_until_a_worker_listens() {
             assert_eq!(master.ledger().in_flight(), 20);
             // Send a request while no worker runs. The next worker must answer it.
             clients[0].send(PARK);
-            std::thread::sleep(10 * MS);
             drop(master.fork().unwrap());
             let ask = move || {
                 assert_eq!(clients[0].line(), "2 2");
@@ -444,6 +470,7 @@ fn when_sockets(
             master.remove_callback(id.get().unwrap());
             then.take().unwrap()(master, sockets);
         } else {
+            // Ask again, because the worker cannot report the moment at which a socket closes.
             std::thread::sleep(MS);
             let _ = worker.send(b"count").unwrap();
         }

@@ -411,6 +411,7 @@ fn requests_at_the_takeover_are_answered(policy: &str) {
         for client in clients.by_ref().take(20) {
             client.send("ask");
             sent.push(client);
+            // The pauses spread the requests over the takeover.
             std::thread::sleep(3 * MS);
         }
         server.wait_for("this master has taken over", round);
@@ -632,7 +633,7 @@ fn passed_connection_keeps_its_number_of_requests(policy: SchedulingPolicy) {
         move |master| {
             master.set_scheduling_policy(policy).unwrap();
             let socket = TcpListener::bind("127.0.0.1:0").unwrap();
-            let (first, of_first) = connect_pair(&socket);
+            let (first, server_end) = connect_pair(&socket);
             let copy = socket.try_clone().unwrap();
             let address = copy.local_addr().unwrap().to_string();
             let listener = master.listen(socket).unwrap();
@@ -644,11 +645,11 @@ fn passed_connection_keeps_its_number_of_requests(policy: SchedulingPolicy) {
                 .unwrap();
             // Send the bytes one by one, as a stream may deliver them.
             let bytes = message(1, 1, &copy, &[6]);
-            send(&theirs, &bytes[..1], &[of_first.as_raw_fd()]);
+            send(&theirs, &bytes[..1], &[server_end.as_raw_fd()]);
             bytes[1..]
                 .iter()
                 .for_each(|byte| send(&theirs, &[*byte], &[]));
-            drop((of_first, copy));
+            drop((server_end, copy));
             let mut client = Client(BufReader::new(first));
             client.send("ask");
             let ask = move || (client.receive().1, client.ask().1);

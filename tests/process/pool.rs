@@ -807,6 +807,7 @@ impl Server {
                 "{}",
                 output()
             );
+            // Check again, because the output is a file, and nothing reports its growth.
             std::thread::sleep(MS);
         }
     }
@@ -1217,6 +1218,7 @@ fn new_master_that_stops_does_not_take_over() {
             pool.adopt(&master, passed).unwrap();
             pool.on_event(|pool, master, event| {
                 if let PoolEvent::QuorumReached = event {
+                    // Let the minimum ready time, which is 1 ms, end during this callback.
                     std::thread::sleep(5 * MS);
                     pool.stop(master);
                 }
@@ -1294,6 +1296,7 @@ fn killed_workers_lose_only_received_connections() {
         if rounds % 50 == 0 || test_duration() < Duration::from_secs(10) && rounds % 10 == 0 {
             server.signal(Signal::SIGHUP);
         }
+        // The pause is the rate of the kills.
         std::thread::sleep(100 * MS);
     }
     load.wait_for_requests(500);
@@ -1314,6 +1317,7 @@ fn killed_workers_lose_only_received_connections() {
         if all_alive && after.0 <= before.0 || Instant::now() > deadline {
             break (all_alive, after);
         }
+        // Check again, because nothing reports that the master has closed a descriptor.
         std::thread::sleep(MS);
     };
     println!("before {before:?}, after {:?}", (fds, kib));

@@ -129,7 +129,7 @@ fn connection_callback_that_removes_itself_loses_no_connection_none() {
 }
 
 /// Returns the first six bytes of an answer, without waiting for its end.
-fn served(mut client: &TcpStream) -> String {
+fn read_answer_start(mut client: &TcpStream) -> String {
     let mut answer = [0; 6];
     client.read_exact(&mut answer).unwrap();
     String::from_utf8_lossy(&answer).into_owned()
@@ -143,7 +143,7 @@ fn connections_beyond_the_limit_wait_after_the_drop_callback_is_removed() {
             when_listening(master, 1, move |master, address| {
                 let with_callback = move || {
                     let held = TcpStream::connect(address).unwrap();
-                    let answers = [served(&held), talk(address, b"").unwrap()];
+                    let answers = [read_answer_start(&held), talk(address, b"").unwrap()];
                     (held, answers)
                 };
                 in_background(master, with_callback, move |master, (held, answers)| {
@@ -153,7 +153,7 @@ fn connections_beyond_the_limit_wait_after_the_drop_callback_is_removed() {
                     worker.on_message_once(move |master, worker, _| {
                         let waiting = TcpStream::connect(address).unwrap();
                         let _ = worker.send(b"release").unwrap();
-                        let without_callback = move || served(&waiting);
+                        let without_callback = move || read_answer_start(&waiting);
                         let worker = worker.clone();
                         in_background(master, without_callback, move |master, answer| {
                             log.add(answer);

@@ -517,6 +517,7 @@ fn worker_is_replaced_during_the_stop_delay_and_a_second_signal_ends_it() {
     server.signal(Signal::SIGUSR2);
     wait_until("the end of the delay", || {
         server.signal(Signal::SIGINT);
+        // Send few signals, because the pool ignores those in the first second.
         std::thread::sleep(50 * MS);
         (server.count("is disconnecting") == 2).then_some(())
     });

@@ -19,7 +19,7 @@ use crate::harness::{Log, cluster, for_both_policies, in_background, scaled, whe
 crate::scenarios! {
     reloads_of_threaded_workers_lose_no_request
     disconnect_waits_for_connections_on_threads
-    dropped_guard_frees_its_place_at_the_connection_limit
+    dropped_guard_frees_capacity_at_the_connection_limit
     master_sees_guards_dropped_while_the_worker_waits
     panic_on_a_thread_drops_the_guard_and_spares_the_worker
     guard_dropped_in_a_forked_child_or_after_the_worker_has_no_effect
@@ -215,7 +215,7 @@ fn disconnect_master(master: &Master, (): ()) {
     master.disconnect();
 }
 
-fn dropped_guard_frees_its_place_at_the_connection_limit() {
+fn dropped_guard_frees_capacity_at_the_connection_limit() {
     let clients = |address| {
         let clients = [(); 3].map(|()| TcpStream::connect(address).unwrap());
         // The worker accepts the next client only when the previous client's thread has ended.

@@ -118,7 +118,7 @@ fn play(master: &Master, name: &str) {
     for _ in 0..crate::ROUNDS {
         start(master, &short_lived);
         let tcp = address.get().unwrap();
-        let times = crate::share(25_000);
+        let times = crate::work_per_round(25_000);
         let failures = clients.connect(master, (tcp, &unix), times);
         assert_eq!(failures, 0, "of {times}");
         played += times;

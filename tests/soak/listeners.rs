@@ -86,7 +86,7 @@ fn play(master: &Master, name: &str) {
     let mut series = Series::new(&format!("{name}, master"));
     for _ in 0..crate::ROUNDS {
         for worker in &workers {
-            worker.order(crate::share(500));
+            worker.order(crate::work_per_round(500));
         }
         for worker in &workers {
             worker.wait(master);

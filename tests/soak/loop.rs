@@ -99,7 +99,7 @@ fn play(master: &Master) {
     SIGNALS.store(true, Ordering::SeqCst);
     let mut long_lived = LongLived::new(master.fork().unwrap(), "loop");
     let mut series = Series::new("loop, master");
-    let repetitions = crate::share(2000);
+    let repetitions = crate::work_per_round(2000);
     for _ in 0..crate::ROUNDS {
         long_lived.order(repetitions);
         for number in 0..repetitions {

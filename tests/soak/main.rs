@@ -50,15 +50,15 @@ static HEAP: measure::CountingHeap = measure::CountingHeap;
 const ROUNDS: u64 = 20;
 
 /// Returns the factor by which the work of a plain `cargo test` is multiplied.
-fn times() -> u64 {
+fn work_factor() -> u64 {
     let times = std::env::var("CLUSTER_TEST_SOAK");
     times.map_or(1, |times| times.parse().expect("a number"))
 }
 
 /// Returns the amount of work for one round. `usual` is the amount for all rounds of a plain `cargo
 /// test`.
-fn share(usual: u64) -> u64 {
-    usual * times() / ROUNDS
+fn work_per_round(usual: u64) -> u64 {
+    usual * work_factor() / ROUNDS
 }
 
 fn main() -> ExitCode {

@@ -17,7 +17,8 @@ const IN_USE: i64 = 64 * 1024;
 /// allocate its first block, or use one more node for the same contents. A leak for each worker,
 /// connection, message or listener exceeds this limit, because each round has more than 10 of them.
 const BLOCKS: i64 = 10;
-/// Deadline of a round in seconds: a constant part, and a part that is multiplied by `times()`.
+/// Deadline of a round in seconds: a constant part, and a part that is multiplied by
+/// `work_factor()`.
 const ROUND_DEADLINE: (u64, u64) = (60, 5);
 
 static BYTES: AtomicI64 = AtomicI64::new(0);
@@ -261,6 +262,6 @@ impl Series {
 
 /// Sets an alarm that kills this process if the next round does not finish.
 pub fn set_round_alarm() {
-    let seconds = ROUND_DEADLINE.0 + ROUND_DEADLINE.1 * crate::times();
+    let seconds = ROUND_DEADLINE.0 + ROUND_DEADLINE.1 * crate::work_factor();
     nix::unistd::alarm::set(u32::try_from(seconds).unwrap());
 }

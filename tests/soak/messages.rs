@@ -68,7 +68,7 @@ fn exchange(master: &Master) {
     let mut series = Series::new("messages, master");
     let null = File::open("/dev/null").unwrap();
     for round in 1..=crate::ROUNDS {
-        let last = round * crate::share(50_000);
+        let last = round * crate::work_per_round(50_000);
         while counters.sent.get() < last {
             let batch = AT_ONCE.min(last - counters.sent.get());
             for _ in 0..batch {

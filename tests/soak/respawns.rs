@@ -137,7 +137,7 @@ fn respawn(master: &Master) {
     count_events(master, &tally);
     let mut series = Series::new("respawns, master");
     for _ in 0..crate::ROUNDS {
-        tally.left.set(crate::share(500));
+        tally.left.set(crate::work_per_round(500));
         for _ in 0..AT_ONCE {
             start_one(master, &tally);
         }

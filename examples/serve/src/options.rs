@@ -180,16 +180,16 @@ impl Options {
     /// Sets an option to a value, or returns what is wrong with the value.
     fn set(&mut self, name: &'static str, value: &OsStr) -> Result<(), String> {
         match name {
-            "listen" => self.listen.push(text(value)?.to_owned()),
-            "env" => self.env.push(variable(value)?),
+            "listen" => self.listen.push(as_utf8(value)?.to_owned()),
+            "env" => self.env.push(parse_variable(value)?),
             "directory" => self.directory = Some(value.into()),
-            "user" => self.user = Some(text(value)?.to_owned()),
-            "group" => self.group = Some(text(value)?.to_owned()),
+            "user" => self.user = Some(as_utf8(value)?.to_owned()),
+            "group" => self.group = Some(as_utf8(value)?.to_owned()),
             "pid-file" => self.pid_file = Some(value.into()),
             "status" => self.status = Some(status_address(value)?),
             "log" => self.log = Some(value.into()),
-            "log-format" => self.log_format = text(value)?.parse()?,
-            _ => self.pool = set_limit(mem::take(&mut self.pool), name, text(value)?)?,
+            "log-format" => self.log_format = as_utf8(value)?.parse()?,
+            _ => self.pool = set_limit(mem::take(&mut self.pool), name, as_utf8(value)?)?,
         }
         Ok(())
     }
@@ -201,17 +201,17 @@ fn set_limit(pool: PoolOptions, name: &str, value: &str) -> Result<PoolOptions, 
     Ok(match name {
         "workers" => pool.workers(value.parse::<NonZeroU16>().map_err(error)?.get().into()),
         "readiness" => {
-            let readiness = time(value)?;
+            let readiness = parse_time(value)?;
             pool.readiness(Readiness::Alive(readiness))
                 .startup_timeout(readiness.saturating_add(STARTUP_TIMEOUT))
         }
-        "max-age" => pool.max_age(Some(time(value)?)),
+        "max-age" => pool.max_age(Some(parse_time(value)?)),
         "max-memory" => pool.max_memory(Some(
-            amount(value, BYTES).ok_or("not a size, such as 512K, 100M or 2G")?,
+            parse_amount(value, BYTES).ok_or("not a size, such as 512K, 100M or 2G")?,
         )),
         "max-failures" => pool.max_failures(value.parse().map_err(error)?),
-        "stop-delay" => pool.stop_delay(time(value)?),
-        "drain" => pool.drain_timeout(time(value)?),
+        "stop-delay" => pool.stop_delay(parse_time(value)?),
+        "drain" => pool.drain_timeout(parse_time(value)?),
         _ => return Err("unknown option".to_owned()),
     })
 }
@@ -220,19 +220,19 @@ fn invalid(option: &str, value: &OsStr, reason: &str) -> String {
     format!("{option}: invalid value {value:?}: {reason}")
 }
 
-fn text(value: &OsStr) -> Result<&str, String> {
+fn as_utf8(value: &OsStr) -> Result<&str, String> {
     value.to_str().ok_or_else(|| "not valid UTF-8".to_owned())
 }
 
-fn time(value: &str) -> Result<Duration, String> {
-    let milliseconds = amount(value, MILLISECONDS);
+fn parse_time(value: &str) -> Result<Duration, String> {
+    let milliseconds = parse_amount(value, MILLISECONDS);
     let time = milliseconds.map(Duration::from_millis);
     time.ok_or_else(|| "not a time, such as 500ms, 10s, 5m or 2h".to_owned())
 }
 
 /// Parses a number with a unit, and multiplies it by the unit's factor. Returns `None` if the text
 /// is not such a number or the product overflows.
-fn amount(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+fn parse_amount(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     units.iter().find_map(|(unit, factor)| {
         let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
         number.checked_mul(*factor)
@@ -240,7 +240,7 @@ fn amount(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 }
 
 /// Splits `NAME=VALUE`.
-fn variable(value: &OsStr) -> Result<(OsString, OsString), String> {
+fn parse_variable(value: &OsStr) -> Result<(OsString, OsString), String> {
     let bytes = value.as_bytes();
     let at = bytes.iter().position(|byte| *byte == b'=');
     let at = at.filter(|at| *at > 0).ok_or("not NAME=VALUE")?;
@@ -252,7 +252,7 @@ fn status_address(value: &OsStr) -> Result<StatusAddress, String> {
     if value.as_bytes().contains(&b'/') {
         return Ok(StatusAddress::Unix(value.into()));
     }
-    let address = text(value)?.parse::<SocketAddr>();
+    let address = as_utf8(value)?.parse::<SocketAddr>();
     let address = address.map_err(|_| "neither IP:PORT nor a path with a slash")?;
     match address.ip().is_loopback() {
         true => Ok(StatusAddress::Tcp(address)),

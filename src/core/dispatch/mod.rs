@@ -436,7 +436,7 @@ impl<C> Dispatcher<C> {
     ///
     /// Returns how many more connections are now known to have been received. The number is zero or
     /// negative.
-    pub(crate) fn reclaimed_in_vain(&mut self, worker: WorkerId, count: u64) -> i64 {
+    pub(crate) fn drop_reclaimed(&mut self, worker: WorkerId, count: u64) -> i64 {
         let reclaimed = self.update(worker, |member| member.reclaimed(count, None));
         reclaimed.map_or(0, |((), received)| received)
     }

@@ -3,11 +3,11 @@
 use std::io;
 
 use super::listener::{AcceptState, Stage};
-use super::{Action, Handoff, MasterCore};
+use super::{Action, HandOff, MasterCore};
 use crate::error::Error;
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
-use crate::wire::frame::HandleId;
 
 /// The maximum number of connections that are accepted from one listener before the event loop
 /// serves other descriptors.
@@ -46,7 +46,7 @@ impl<C, F> MasterCore<C, F> {
                     return self.hold(handle, connection, 0);
                 }
                 listener.ready.use_reserved();
-                listener.dispatcher.push(Handoff::New(connection));
+                listener.dispatcher.push(HandOff::New(connection));
                 self.dispatch_waiting(handle);
             }
             _ => self.ledger.dropped += 1,

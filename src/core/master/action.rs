@@ -1,27 +1,28 @@
 //! The actions that the shell carries out, in order, without calling the application.
 
-use super::parked::Handoff;
+use super::hand_off::HandOff;
 use crate::core::dispatch::Sequenced;
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint};
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToWorker};
+use crate::wire::frame::ToWorker;
 
 #[derive(Debug)]
 pub(crate) enum Action<C> {
     Send {
         worker: WorkerId,
         frame: ToWorker,
-        with: Attachment,
+        attachment: Attachment,
     },
     /// Puts a connection into a worker's queue. The shell answers with `not_dispatched` if this
     /// fails.
     Dispatch {
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<Handoff<C>>,
+        connection: Sequenced<HandOff<C>>,
         /// Whether the connection has waited for a worker or has been reclaimed. If its client has
         /// hung up in the meantime, the shell does not dispatch it and answers with `hung_up`.
         has_waited: bool,
@@ -59,7 +60,7 @@ pub(crate) enum Action<C> {
     Adopt {
         handle: HandleId,
         worker: WorkerId,
-        connection: Handoff<C>,
+        connection: HandOff<C>,
         /// The number of times that the connection has been parked.
         parked: u32,
     },

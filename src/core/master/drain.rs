@@ -3,10 +3,10 @@
 use super::listener::{AcceptState, Stage};
 use super::{Action, MasterCore};
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The time between keeping new connections out of a backlog and treating the empty backlog as
 /// final. It applies to draining listeners that may have served connections, and to the shards of
@@ -244,7 +244,7 @@ impl<C, F> MasterCore<C, F> {
                 listener.accept_state = AcceptState::Ready;
                 let waiting = listener.dispatcher.take_waiting();
                 let master_accepts = listener.master_accepts();
-                self.drop_handoffs(waiting);
+                self.drop_hand_offs(waiting);
                 self.drop_ready(handle);
                 self.close_idle(handle);
                 self.remove_key(handle);

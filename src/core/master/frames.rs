@@ -2,13 +2,14 @@
 
 use std::rc::Rc;
 
-use super::{Handoff, MasterCore, workers::WorkerEntry};
+use super::{HandOff, MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
 use crate::core::event::{Event, Level};
+use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToMaster};
+use crate::wire::frame::ToMaster;
 
 const NOT_ONLINE: FrameError = FrameError::Violation(Violation::NotOnline);
 
@@ -121,7 +122,7 @@ impl<C, F: Default> MasterCore<C, F> {
     ///
     /// Returns `None` for any other listener. Its workers accept connections themselves, so their
     /// frames must not make the master accept.
-    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<Handoff<C>>> {
+    fn dispatcher(&mut self, handle: HandleId) -> Option<&mut Dispatcher<HandOff<C>>> {
         let listener = self.listeners.get_mut(&handle)?;
         listener
             .master_accepts()

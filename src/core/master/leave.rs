@@ -2,9 +2,9 @@
 
 use super::listener::Stage;
 use super::{Action, MasterCore};
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
     /// Removes the worker from a listener, because the worker released it, the worker's channel

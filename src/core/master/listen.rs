@@ -9,11 +9,12 @@ use crate::error::Error;
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, HandleId, HandleKey};
+use crate::wire::frame::Bound;
 
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.
@@ -290,14 +291,14 @@ impl<C, F> MasterCore<C, F> {
         for worker in relieved {
             self.end_for(handle, worker, false);
         }
-        let with = match bound.policy {
+        let attachment = match bound.policy {
             SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
             SchedulingPolicy::Shared => Attachment::Listener(handle),
             SchedulingPolicy::Sharded => {
                 Attachment::Shard(handle, self.shard_index(handle, worker))
             }
         };
-        self.reply(worker, request, Ok(bound), with);
+        self.reply(worker, request, Ok(bound), attachment);
         self.select_shards(handle);
         self.give_held(handle);
     }

@@ -38,16 +38,17 @@
 
 use std::net::SocketAddr;
 
+use super::hand_off::HandOff;
 use super::member::Members;
-use super::parked::{Handoff, ReadyQueue};
+use super::parked::ReadyQueue;
 use crate::core::dispatch::Dispatcher;
 use crate::types::address::Address;
 use crate::types::endpoint::{Kind, Parking};
+use crate::types::handle::HandleKey;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleKey;
 
 /// The interval between two sweeps of a draining or pausing listener's waiting connections. The
 /// poller does not watch these connections, so it does not report when their clients hang up. While
@@ -141,7 +142,7 @@ pub(super) struct Listener<C> {
     /// Whether the poller watches the listener.
     pub(super) watched: bool,
     pub(super) members: Members,
-    pub(super) dispatcher: Dispatcher<Handoff<C>>,
+    pub(super) dispatcher: Dispatcher<HandOff<C>>,
     /// The connections whose clients have sent something while the master held them, and that the
     /// dispatcher does not have yet.
     pub(super) ready: ReadyQueue,

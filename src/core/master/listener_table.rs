@@ -12,10 +12,10 @@
 use std::ops::Bound;
 
 use super::listener::Listener;
+use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
-use crate::wire::frame::HandleId;
 
 #[derive(Debug)]
 pub(super) struct ListenerTable<C> {

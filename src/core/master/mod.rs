@@ -43,6 +43,7 @@ mod action;
 mod detached;
 mod drain;
 mod frames;
+mod hand_off;
 mod leave;
 mod listen;
 mod listener;
@@ -63,6 +64,7 @@ use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 #[cfg(any(test, fuzzing))]
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::ledger::Ledger;
 use crate::types::loads::{ListenerLoad, WorkerLoad};
 use crate::types::ordered_set::OrderedSet;
@@ -70,16 +72,16 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, HandleId, HandleKey, ToWorker};
+use crate::wire::frame::{Bound, ToWorker};
 pub(crate) use accept::ACCEPT_BATCH;
 pub(crate) use action::{Action, Attachment};
 use detached::DetachedEntry;
+pub(crate) use hand_off::{HandOff, Resumed};
 use listen::PendingBind;
 pub(crate) use listener::Ownership;
 use listener::{AcceptState, Listener, Stage};
 use listener_table::ListenerTable;
 use parked::ParkedTable;
-pub(crate) use parked::{Handoff, Resumed};
 use workers::WorkerEntry;
 
 #[derive(Debug)]
@@ -165,12 +167,12 @@ impl<C, F> MasterCore<C, F> {
         self.emit(Level::Cluster, None, Event::Setup);
     }
 
-    fn send(&mut self, worker: WorkerId, frame: ToWorker, with: Attachment) {
+    fn send(&mut self, worker: WorkerId, frame: ToWorker, attachment: Attachment) {
         if self.is_writable(worker) {
             self.actions.push_back(Action::Send {
                 worker,
                 frame,
-                with,
+                attachment,
             });
         }
     }
@@ -181,9 +183,9 @@ impl<C, F> MasterCore<C, F> {
         worker: WorkerId,
         request: u32,
         result: Result<Bound, i32>,
-        with: Attachment,
+        attachment: Attachment,
     ) {
-        self.send(worker, ToWorker::Reply { request, result }, with);
+        self.send(worker, ToWorker::Reply { request, result }, attachment);
     }
 
     /// Rejects a worker's request to listen.
@@ -381,7 +383,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns all connections that wait in the master. Call it only after all actions have been
     /// carried out, because pending actions also own connections.
-    pub(crate) fn waiting(&self) -> impl Iterator<Item = &Handoff<C>> {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = &HandOff<C>> {
         let listeners = self.listeners.values();
         listeners.flat_map(|listener| listener.dispatcher.waiting())
     }
@@ -390,7 +392,7 @@ impl<C, F> MasterCore<C, F> {
     /// true because their client has hung up. Each call starts at the listener after the one that
     /// the previous call checked last. Within a listener, a call continues after the connection
     /// that was checked last. While a listener drains or pauses, `deadline` schedules its sweeps.
-    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&Handoff<C>) -> bool) {
+    pub(crate) fn sweep(&mut self, limit: usize, mut is_gone: impl FnMut(&HandOff<C>) -> bool) {
         let mut left = limit;
         for handle in self.listeners.waiting_after(self.last_swept, limit) {
             if left == 0 {
@@ -406,7 +408,7 @@ impl<C, F> MasterCore<C, F> {
             let is_any_closed = !swept.closed.is_empty();
             self.ledger.closed_by_peer += swept.closed.len() as u64;
             for closed in swept.closed {
-                self.close_handoff(closed);
+                self.close_hand_off(closed);
             }
             if is_any_closed {
                 // The closed connections free capacity, so accept more. They may also have been the
@@ -460,7 +462,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns the next connection for which the scheduler has not been called, with its listener
     /// and its sequence number.
-    pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &Handoff<C>)> {
+    pub(crate) fn unscheduled(&self) -> Option<(HandleId, u64, &HandOff<C>)> {
         let handle = self.listeners.first_unscheduled()?;
         let (sequence, connection) = self.listeners.get(&handle)?.dispatcher.unscheduled()?;
         Some((handle, sequence, connection))

@@ -2,10 +2,10 @@
 
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
-use super::{Action, Handoff, MasterCore};
+use super::{Action, HandOff, MasterCore};
 use crate::core::dispatch::{Dispatched, Sequenced};
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 // Reports from the shell about queues.
 impl<C, F> MasterCore<C, F> {
@@ -18,13 +18,13 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<Handoff<C>>,
+        connection: Sequenced<HandOff<C>>,
         is_exhausted: bool,
     ) {
         let is_left = self.parked.take_back(&connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             let left = is_left.then_some(connection.connection);
-            return self.drop_handoffs(left.into_iter().collect());
+            return self.drop_hand_offs(left.into_iter().collect());
         };
         let is_full = !is_exhausted;
         self.ledger.dropped += u64::from(!is_left);
@@ -39,10 +39,10 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Records that a client hung up before its connection reached the worker's queue.
-    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId, connection: Handoff<C>) {
+    pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId, connection: HandOff<C>) {
         self.ledger.closed_by_peer += 1;
         if self.parked.take_back(&connection, worker) {
-            self.close_handoff(connection);
+            self.close_hand_off(connection);
         }
         if let Some(listener) = self.listeners.get_mut(&handle) {
             listener.dispatcher.hung_up(worker);
@@ -74,7 +74,7 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<Handoff<C>>>,
+        connections: Vec<Sequenced<HandOff<C>>>,
         is_empty: bool,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
@@ -107,7 +107,7 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<Handoff<C>>>,
+        connections: Vec<Sequenced<HandOff<C>>>,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
         let queued = self.count_undelivered(handle, worker);
@@ -207,7 +207,7 @@ impl<C, F> MasterCore<C, F> {
         };
         if listener.stage == Stage::Unbound {
             let waiting = listener.dispatcher.take_waiting();
-            self.drop_handoffs(waiting);
+            self.drop_hand_offs(waiting);
         } else {
             self.dispatch_waiting(handle);
             self.accept_if_possible(handle);

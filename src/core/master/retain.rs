@@ -7,8 +7,8 @@ use super::MasterCore;
 use super::listener::{AcceptState, Ownership, Stage};
 use crate::types::address::Address;
 use crate::types::endpoint::{Endpoint, Kind, Place, abstract_name};
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
-use crate::wire::frame::{HandleId, HandleKey};
 
 impl<C, F> MasterCore<C, F> {
     /// Retains an existing listener on this endpoint, and returns it.

@@ -4,10 +4,10 @@ use super::listener::{Listener, Stage};
 use super::{Action, MasterCore};
 use crate::error::Error;
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
     /// Assigns a free shard to the worker. Returns `false` if another shard must be bound first.

@@ -7,13 +7,14 @@ use super::listener::Stage;
 use super::{Action, Attachment, MasterCore};
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
+use crate::types::handle::HandleId;
 use crate::types::loads::WorkerLoad;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToWorker};
+use crate::wire::frame::ToWorker;
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///

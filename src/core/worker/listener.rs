@@ -4,16 +4,18 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use super::capacity::QueueReport;
-use super::{Action, HandleId, ListenStatus, WorkerCore};
+use super::{Action, ListenStatus, WorkerCore};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
+use crate::types::handle::HandleId;
+use crate::types::handle::HandleKey;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::time::Time;
-use crate::wire::frame::{Bound, HandleKey, ToMaster};
+use crate::wire::frame::{Bound, ToMaster};
 
 /// Identifies a listener of this worker. The number is reused only after the listener's entry has
 /// been removed.

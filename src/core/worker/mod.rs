@@ -24,7 +24,7 @@ use crate::types::endpoint::Endpoint;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
 use listener::{Entry, Receiver, Stage};
 use parked::ParkedTable;
@@ -42,7 +42,7 @@ pub(crate) enum Action {
     CloseParked(ConnectionId),
     /// Sends to the master the connections that `next_leaving` returns, as far as the channel has
     /// space. The shell continues when the channel has space again.
-    HandOver,
+    SendLeaving,
     /// Closes the channel once all queued frames are written.
     CloseChannel,
     /// Makes the disconnect tokens report that this worker is disconnecting.

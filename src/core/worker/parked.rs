@@ -28,8 +28,8 @@ use super::listener::{Entry as ListenerEntry, Stage};
 use super::{Action, Disconnect, ListenerId, WorkerCore};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
-use crate::wire::frame::HandleId;
 
 /// Stands for the listener of a connection that the master has sent, if this worker does not have
 /// that listener. No listener has this number.
@@ -185,7 +185,7 @@ impl<F> WorkerCore<F> {
             return Held::Closed;
         };
         if state == State::Leaving {
-            self.actions.push_back(Action::HandOver);
+            self.actions.push_back(Action::SendLeaving);
             return Held::Leaving(id);
         }
         // Close the connection after the insertion, so that the new connection has another number.
@@ -326,7 +326,7 @@ impl<F> WorkerCore<F> {
             }
         }
         if self.has_leaving() {
-            self.actions.push_back(Action::HandOver);
+            self.actions.push_back(Action::SendLeaving);
         }
     }
 
@@ -472,7 +472,7 @@ mod tests {
         core.frame(ToWorker::Disconnect).unwrap();
         let all = actions(&mut core);
         assert!(all.contains(&Action::CloseParked(private_one)), "{all:?}");
-        assert!(all.contains(&Action::HandOver), "{all:?}");
+        assert!(all.contains(&Action::SendLeaving), "{all:?}");
         assert!(core.has_leaving());
         assert_eq!(leaving(&mut core), [(idle_one, 2)]);
         assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
@@ -496,7 +496,7 @@ mod tests {
         core.forget(listener);
         let release = Action::Send(ToMaster::Release { handle: HANDLE });
         let close = Action::CloseListener(listener);
-        assert_eq!(actions(&mut core), [Action::HandOver, release, close]);
+        assert_eq!(actions(&mut core), [Action::SendLeaving, release, close]);
         assert_eq!(leaving(&mut core), [(resumed, 1), (idle_one, 2)]);
         assert!(!core.has_resumed(listener));
         let held = core.hold(listener, Some(HANDLE), 3, NOW);

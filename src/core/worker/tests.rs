@@ -2,6 +2,7 @@ use super::listener::MAX_LISTENER;
 use super::*;
 use crate::types::endpoint::{BindFlags, Kind, Parking, Place};
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::wire::frame::Bound;
 
@@ -36,7 +37,7 @@ fn sent(core: &mut Core) -> Vec<ToMaster> {
         Action::CloseListener(_)
         | Action::AttachSynFilter(_)
         | Action::CloseParked(_)
-        | Action::HandOver
+        | Action::SendLeaving
         | Action::CloseChannel
         | Action::MarkDisconnecting => None,
     });

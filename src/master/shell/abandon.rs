@@ -10,7 +10,7 @@ use std::rc::Rc;
 use super::MasterShell;
 use super::listeners::MasterSocket;
 use super::passing::Successor;
-use crate::core::master::{Handoff, MasterCore};
+use crate::core::master::{HandOff, MasterCore};
 use crate::master::shard_group::ShardGroup;
 use crate::sys;
 use crate::sys::queue::Queue;
@@ -98,9 +98,9 @@ impl MasterShell {
         let core = self.core.replace(MasterCore::new(policy));
         let held = self.held.take();
         numbers.extend(held.values().map(|fd| fd.as_fd().as_raw_fd()));
-        let waiting = core.waiting().filter_map(|handoff| match handoff {
-            Handoff::New(connection) => Some(connection),
-            Handoff::Held(_) => None,
+        let waiting = core.waiting().filter_map(|hand_off| match hand_off {
+            HandOff::New(connection) => Some(connection),
+            HandOff::Held(_) => None,
         });
         numbers.extend(waiting.map(|fd| fd.as_fd().as_raw_fd()));
         let undelivered = core.message_fds().flatten();

@@ -9,7 +9,7 @@ use super::MasterShell;
 use crate::core::master::{ACCEPT_BATCH, Ownership};
 use crate::master::passed_name;
 use crate::master::shard_group::ShardGroup;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::bind::{BoundSocket, adopt_socket, bind};
 use crate::sys::listen::PortSharing;
@@ -18,9 +18,9 @@ use crate::sys::socket_file::SocketFile;
 use crate::types::address::Address;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// A socket that is bound for workers, or all shards of a sharded listener.
 #[derive(Debug)]

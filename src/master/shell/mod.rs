@@ -40,6 +40,7 @@ use crate::sys::process::{Pid, Unreaped, Usage};
 use crate::sys::queue::Queue;
 use crate::sys::shared_number::SharedNumber;
 use crate::sys::signal_mask::SignalSet;
+use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
@@ -49,7 +50,7 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::message::UnclaimedFds;
 use crate::wire::receipts::Receipt;
 use group::GroupState;
@@ -294,7 +295,7 @@ impl MasterShell {
     /// Carries out all actions and flushes the channels. The method calls no callbacks.
     pub(crate) fn act(&self) {
         if self.core.borrow().has_actions() || !self.unflushed.borrow().is_empty() {
-            self.carry_all_out();
+            self.carry_out_actions();
         }
     }
 
@@ -302,7 +303,7 @@ impl MasterShell {
     /// inlined, so that `act` stays small. `act` is called several times for each message and
     /// usually finds nothing to do.
     #[inline(never)]
-    fn carry_all_out(&self) {
+    fn carry_out_actions(&self) {
         // Carry nothing out in a forked child, because all actions concern the process that created
         // the master.
         while self.poller.is_own() {
@@ -320,8 +321,8 @@ impl MasterShell {
             Action::Send {
                 worker,
                 frame,
-                with,
-            } => self.send_frame(worker, &frame, with),
+                attachment,
+            } => self.send_frame(worker, &frame, attachment),
             Action::Dispatch {
                 handle,
                 worker,

@@ -5,15 +5,17 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use super::MasterShell;
-use crate::core::master::Handoff;
+use crate::core::master::HandOff;
 use crate::error::Error;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::Registered;
 use crate::types::connection_id::{ConnectionId, ConnectionMap};
+use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, MAX_BATCH, ToWorker};
+use crate::wire::frame::ToWorker;
+use crate::wire::frame::header::MAX_BATCH;
 
 /// The connections that the master holds.
 pub(super) type HeldConnections = ConnectionMap<Registered<NoLingerFd>>;
@@ -22,11 +24,11 @@ pub(super) type HeldConnections = ConnectionMap<Registered<NoLingerFd>>;
 /// longer holds the connection.
 pub(super) fn descriptor_of<'a>(
     held: &'a HeldConnections,
-    handoff: &'a Handoff<NoLingerFd>,
+    hand_off: &'a HandOff<NoLingerFd>,
 ) -> Option<BorrowedFd<'a>> {
-    match handoff {
-        Handoff::New(connection) => Some(connection.as_fd()),
-        Handoff::Held(resumed) => held.get(resumed.connection).map(|held| held.as_fd()),
+    match hand_off {
+        HandOff::New(connection) => Some(connection.as_fd()),
+        HandOff::Held(resumed) => held.get(resumed.connection).map(|held| held.as_fd()),
     }
 }
 
@@ -72,12 +74,12 @@ impl MasterShell {
         &self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Handoff<NoLingerFd>,
+        connection: HandOff<NoLingerFd>,
         parked: u32,
     ) {
         let connection = match connection {
-            Handoff::New(connection) => Some(connection),
-            Handoff::Held(resumed) => {
+            HandOff::New(connection) => Some(connection),
+            HandOff::Held(resumed) => {
                 let held = self.held.borrow_mut().remove(resumed.connection);
                 held.map(Registered::into_source)
             }
@@ -130,15 +132,15 @@ impl MasterShell {
     }
 
     /// Returns the address of the client of a connection on its way to a worker.
-    pub(crate) fn peer_addr(&self, handoff: &Handoff<NoLingerFd>) -> Option<SocketAddr> {
+    pub(crate) fn peer_addr(&self, hand_off: &HandOff<NoLingerFd>) -> Option<SocketAddr> {
         let held = self.held.borrow();
-        descriptor_of(&held, handoff).and_then(sys::listen::peer_addr)
+        descriptor_of(&held, hand_off).and_then(sys::listen::peer_addr)
     }
 
     /// Returns whether the client of a connection on its way to a worker is gone.
-    pub(super) fn is_gone(&self, handoff: &Handoff<NoLingerFd>) -> bool {
+    pub(super) fn is_gone(&self, hand_off: &HandOff<NoLingerFd>) -> bool {
         let held = self.held.borrow();
-        let descriptor = descriptor_of(&held, handoff);
+        let descriptor = descriptor_of(&held, hand_off);
         descriptor.is_none_or(sys::fd::is_closed_by_peer)
     }
 }

@@ -14,15 +14,15 @@ use super::MasterShell;
 use super::parked::HeldConnections;
 use crate::error::{Error, Result};
 use crate::runtime::backoff::BACKOFF;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Registered};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::socket_id::SocketId;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
-use crate::wire::frame::HandleId;
 use crate::wire::parked_message::{MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage, Parsed};
 
 /// The requested size of the stream's send buffer, in bytes.
@@ -276,7 +276,7 @@ impl MasterShell {
         if let Err(reason) = result {
             self.end_passing(Some(reason));
         }
-        self.carry_all_out();
+        self.carry_out_actions();
     }
 
     /// Returns the time by which `tick_passing` must be called.
@@ -303,7 +303,7 @@ impl MasterShell {
         if matches!(due.state, SendState::BackingOff(until) if until <= now) {
             due.state = SendState::Ready;
             drop(successor);
-            self.carry_all_out();
+            self.carry_out_actions();
         }
     }
 

@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 use super::MasterShell;
 use super::parked::descriptor_of;
 use crate::core::dispatch::Sequenced;
-use crate::core::master::{Handoff, Resumed};
+use crate::core::master::{HandOff, Resumed};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
 use crate::sys::queue::{Dequeued, Label, Queue};
+use crate::types::handle::HandleId;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The state of a queue after connections were reclaimed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ enum QueueState {
 
 /// The result of reclaiming connections from a queue.
 struct Reclaimed {
-    connections: Vec<Sequenced<Handoff<NoLingerFd>>>,
+    connections: Vec<Sequenced<HandOff<NoLingerFd>>>,
     state: QueueState,
 }
 
@@ -56,8 +56,8 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
         } = label;
         let connection = match (held, copy) {
             // The master still has its own copy.
-            (Some(connection), _) => Handoff::Held(Resumed { connection, parked }),
-            (None, Some(copy)) => Handoff::New(copy),
+            (Some(connection), _) => HandOff::Held(Resumed { connection, parked }),
+            (None, Some(copy)) => HandOff::New(copy),
             (None, None) => break QueueState::Unknown,
         };
         connections.push(Sequenced {
@@ -83,7 +83,7 @@ impl MasterShell {
         &self,
         handle: HandleId,
         worker: WorkerId,
-        connection: Sequenced<Handoff<NoLingerFd>>,
+        connection: Sequenced<HandOff<NoLingerFd>>,
         has_waited: bool,
     ) {
         if has_waited && self.is_gone(&connection.connection) {
@@ -112,16 +112,16 @@ impl MasterShell {
         &self,
         handle: HandleId,
         worker: WorkerId,
-        connection: &Sequenced<Handoff<NoLingerFd>>,
+        connection: &Sequenced<HandOff<NoLingerFd>>,
     ) -> io::Result<()> {
         let (queues, held) = (self.queues.borrow(), self.held.borrow());
         let queue = queues.get(&(handle, worker));
         let queue = queue.ok_or(io::ErrorKind::NotFound)?;
-        let handoff = &connection.connection;
-        let fd = descriptor_of(&held, handoff).ok_or(io::ErrorKind::NotFound)?;
-        let (held, parked) = match handoff {
-            Handoff::New(_) => (None, 0),
-            Handoff::Held(resumed) => (Some(resumed.connection), resumed.parked),
+        let hand_off = &connection.connection;
+        let fd = descriptor_of(&held, hand_off).ok_or(io::ErrorKind::NotFound)?;
+        let (held, parked) = match hand_off {
+            HandOff::New(_) => (None, 0),
+            HandOff::Held(resumed) => (Some(resumed.connection), resumed.parked),
         };
         let label = Label {
             sequence: connection.sequence,

@@ -15,7 +15,8 @@ use crate::config::inspect_port::InspectPort;
 use crate::config::settings::Settings;
 use crate::config::stdio::StdioKind;
 use crate::master::{Launch, Master};
-use crate::runtime::event_loop::{EventLoop, Token};
+use crate::runtime::event_loop::EventLoop;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
@@ -28,7 +29,8 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
 use crate::wire::driver::ChannelDriver;
 use crate::wire::fault;
-use crate::wire::frame::{ToMaster, ToWorker, preamble};
+use crate::wire::frame::preamble::preamble;
+use crate::wire::frame::{ToMaster, ToWorker};
 use crate::worker::worker_main::WorkerMain;
 
 /// Returns a function that adds the failed step to a system error.

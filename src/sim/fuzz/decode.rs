@@ -3,7 +3,8 @@
 use super::{Input, descriptors};
 use crate::types::protocol::{FrameError, MAX_BODY, MAX_FDS};
 use crate::wire::channel::inbox::{Arrival, Inbox};
-use crate::wire::frame::{BATCH_OFFSET, Frame, HEADER, Header, ToMaster, ToWorker};
+use crate::wire::frame::header::{BATCH_OFFSET, HEADER, Header};
+use crate::wire::frame::{Frame, ToMaster, ToWorker};
 
 /// Decodes the input both as frames to the master and as frames to a worker. Checks that decoded
 /// frames encode to the same bytes.

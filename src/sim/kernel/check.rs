@@ -6,10 +6,10 @@ use super::{KNOWN, World};
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::earlier;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The maximum number of listeners of one worker, as documented in the guide (`guide/limits.md`).
 pub(crate) const MAX_LISTENERS: usize = 64;

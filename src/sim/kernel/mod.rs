@@ -12,7 +12,6 @@
 pub(crate) mod check;
 mod ending;
 mod master;
-mod parked;
 pub(crate) mod process;
 pub(crate) mod socket;
 pub(crate) mod worker;
@@ -25,14 +24,14 @@ use std::process::ExitStatus;
 use std::rc::Rc;
 
 use crate::core::event::{EmittedEvent, Event};
-use crate::core::master::{Handoff, MasterCore};
+use crate::core::master::{HandOff, MasterCore};
 use crate::sys::fd::NoLingerFd;
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Inbox;
-use crate::wire::frame::HandleId;
 pub(crate) use ending::{Ending, ROUNDS};
 pub(crate) use master::Call;
 use process::{Detached, Process, ProcessState};
@@ -73,7 +72,7 @@ pub(crate) enum Failure {
 
 /// An input that is ready for the master.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Fact {
+pub(crate) enum MasterInput {
     /// Connections are in the listener's backlog.
     Readable(HandleId),
     /// A frame of the worker can be read.
@@ -173,7 +172,7 @@ pub(crate) struct World {
     /// given to workers (`Action::Adopt`).
     received: u64,
     /// The number of connections that the master has given to workers that had already exited.
-    pub(crate) given_in_vain: usize,
+    pub(crate) given_to_exited: usize,
     /// Whether a worker has reported more connections than it received, so that the ledger may be
     /// wrong.
     pub(crate) has_false_claims: bool,
@@ -185,7 +184,7 @@ pub(crate) struct World {
     /// The time by which all workers must have exited, after `disconnect_all_within`.
     stop_by: Option<Time>,
     /// A buffer that `ready` reuses.
-    facts: Vec<Fact>,
+    inputs: Vec<MasterInput>,
 }
 
 impl Default for Master {
@@ -376,7 +375,7 @@ impl World {
     pub(crate) fn exit(&mut self, worker: WorkerId, status: ExitStatus) {
         let process = self.process(worker);
         let mut handles: Vec<_> = process.shared.values().copied().collect();
-        let travelling = process.down.parcels().map(|parcel| parcel.with);
+        let travelling = process.down.parcels().map(|parcel| parcel.attachment);
         handles.extend(travelling.filter_map(master::listener_of));
         process.exit(status);
         for handle in handles {
@@ -394,10 +393,10 @@ impl World {
             return None;
         }
         if n % 8 != 7 && self.master.has_events() {
-            return self.deliver_next();
+            return self.next_checked_event();
         }
-        if let Some(fact) = self.ready(n / 8) {
-            self.handle(fact);
+        if let Some(input) = self.ready(n / 8) {
+            self.handle(input);
         }
         None
     }
@@ -433,7 +432,7 @@ impl World {
     }
 
     /// Takes the next event from the master's core, checks the event and returns it.
-    pub(crate) fn deliver_next(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
+    pub(crate) fn next_checked_event(&mut self) -> Option<EmittedEvent<Vec<NoLingerFd>>> {
         let emit = self.master.next_event()?;
         self.check_emit(&emit);
         Some(emit)
@@ -441,46 +440,46 @@ impl World {
 
     /// Returns the input with the index `n` modulo the number of inputs that are ready for the
     /// master.
-    fn ready(&mut self, n: u8) -> Option<Fact> {
-        let mut facts = std::mem::take(&mut self.facts);
-        facts.clear();
+    fn ready(&mut self, n: u8) -> Option<MasterInput> {
+        let mut inputs = std::mem::take(&mut self.inputs);
+        inputs.clear();
         let ready = self.ports.iter().filter(|(_, port)| port.is_ready());
-        facts.extend(ready.map(|(handle, _)| Fact::Readable(*handle)));
-        facts.extend(self.reported_held().map(Fact::Held));
+        inputs.extend(ready.map(|(handle, _)| MasterInput::Readable(*handle)));
+        inputs.extend(self.reported_held().map(MasterInput::Held));
         if !self.passing.is_empty() {
-            facts.push(Fact::Successor);
+            inputs.push(MasterInput::Successor);
         }
         for (worker, process) in &self.processes {
             if process.master_end {
                 if !process.up.wire.is_empty() {
-                    facts.push(Fact::Frame(*worker));
+                    inputs.push(MasterInput::Frame(*worker));
                 } else if !process.worker_end || process.is_shut {
-                    facts.push(Fact::End(*worker));
+                    inputs.push(MasterInput::End(*worker));
                 }
                 if process.down.can_write() && process.master_backoff <= self.now {
-                    facts.push(Fact::Writable(*worker));
+                    inputs.push(MasterInput::Writable(*worker));
                 }
             }
             if let ProcessState::Zombie(_) = process.state {
-                facts.push(Fact::Exit(*worker));
+                inputs.push(MasterInput::Exit(*worker));
             }
         }
         for (process, state) in &self.detached {
             if let Detached::Zombie(_) = state {
-                facts.push(Fact::Exit(*process));
+                inputs.push(MasterInput::Exit(*process));
             }
         }
         if self.master.has_unscheduled() {
-            facts.push(Fact::Unscheduled);
+            inputs.push(MasterInput::Unscheduled);
         }
         let is_due = |deadline| deadline <= self.now;
         let closes = self.closes_at.is_some_and(is_due);
         if self.master.deadline().is_some_and(is_due) || closes {
-            facts.push(Fact::Time);
+            inputs.push(MasterInput::Time);
         }
-        let fact = nth(facts.iter().copied(), n);
-        self.facts = facts;
-        fact
+        let input = nth(inputs.iter().copied(), n);
+        self.inputs = inputs;
+        input
     }
 
     /// Returns the held connections that the master's poller reports.
@@ -494,18 +493,18 @@ impl World {
     }
 
     /// Reports an input to the master.
-    pub(crate) fn handle(&mut self, fact: Fact) {
+    pub(crate) fn handle(&mut self, input: MasterInput) {
         self.master.set_time(self.now);
-        match fact {
-            Fact::Readable(handle) => self.report(|core| core.readable(handle)),
-            Fact::Frame(worker) => drop(self.master_reads(worker)),
-            Fact::End(worker) => self.master_reads_end(worker),
-            Fact::Held(id) => self.held_ready(id),
-            Fact::Successor => self.successor_reads(),
-            Fact::Exit(process) => self.reap(process),
-            Fact::Writable(worker) => drop(self.unflushed.insert(worker)),
-            Fact::Unscheduled => drop(self.schedule_next()),
-            Fact::Time => self.tick(),
+        match input {
+            MasterInput::Readable(handle) => self.report(|core| core.readable(handle)),
+            MasterInput::Frame(worker) => drop(self.master_reads(worker)),
+            MasterInput::End(worker) => self.master_reads_end(worker),
+            MasterInput::Held(id) => self.held_ready(id),
+            MasterInput::Successor => self.successor_reads(),
+            MasterInput::Exit(process) => self.reap(process),
+            MasterInput::Writable(worker) => drop(self.unflushed.insert(worker)),
+            MasterInput::Unscheduled => drop(self.schedule_next()),
+            MasterInput::Time => self.tick(),
         }
     }
 
@@ -570,10 +569,10 @@ impl World {
         let mut fates = std::mem::take(&mut self.fates);
         let held = std::mem::take(&mut self.held);
         self.report(|core| {
-            core.sweep(limit, |handoff| {
-                let client = match handoff {
-                    Handoff::New(connection) => Some(connection.client),
-                    Handoff::Held(resumed) => held.get(&resumed.connection).and_then(Held::client),
+            core.sweep(limit, |hand_off| {
+                let client = match hand_off {
+                    HandOff::New(connection) => Some(connection.client),
+                    HandOff::Held(resumed) => held.get(&resumed.connection).and_then(Held::client),
                 };
                 client.is_none_or(|client| {
                     let fate = &mut fates[client as usize];

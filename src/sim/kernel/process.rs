@@ -7,11 +7,12 @@ use super::socket::{Client, Port};
 use crate::core::master::{Attachment, Resumed};
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::wire::channel::inbox::Inbox;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::{ToMaster, ToWorker};
 
 /// The number of written and unread frames that fit into one direction of a channel. The number is
 /// small, so that channels are often full.
@@ -36,7 +37,7 @@ pub(crate) struct Received {
 #[derive(Debug)]
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
-    pub(crate) with: Attachment,
+    pub(crate) attachment: Attachment,
     /// The connection that a worker parks with this frame, or that the master gives to a worker.
     pub(crate) connection: Option<Client>,
     /// Whether the kernel dropped the attached descriptor, because the receiver's descriptors were
@@ -45,10 +46,10 @@ pub(crate) struct Parcel<F> {
 }
 
 impl<F> Parcel<F> {
-    pub(crate) fn new(frame: Result<F, FrameError>, with: Attachment) -> Self {
+    pub(crate) fn new(frame: Result<F, FrameError>, attachment: Attachment) -> Self {
         Self {
             frame,
-            with,
+            attachment,
             connection: None,
             lost_fd: false,
         }
@@ -77,9 +78,9 @@ impl<F> Default for Pipe<F> {
 }
 
 impl<F> Pipe<F> {
-    pub(crate) fn queue(&mut self, frame: F, with: Attachment) {
+    pub(crate) fn queue(&mut self, frame: F, attachment: Attachment) {
         if !self.is_broken {
-            self.outbox.push_back(Parcel::new(Ok(frame), with));
+            self.outbox.push_back(Parcel::new(Ok(frame), attachment));
         }
     }
 
@@ -94,7 +95,7 @@ impl<F> Pipe<F> {
 
     /// Stops the writer, and drops its unwritten frames. The reader can still read frames that have
     /// been written.
-    pub(crate) fn break_off(&mut self) {
+    pub(crate) fn close_writer(&mut self) {
         self.is_broken = true;
         self.outbox.clear();
     }
@@ -293,13 +294,13 @@ impl Process {
     /// worker has written.
     pub(crate) fn close_end(&mut self) {
         self.worker_end = false;
-        self.up.break_off();
+        self.up.close_writer();
         self.down.wire.clear();
     }
 
     /// Closes the master's descriptor of the channel. The master reads no more frames.
     pub(crate) fn close_master_end(&mut self) {
-        self.down.break_off();
+        self.down.close_writer();
         self.up.wire.clear();
         self.is_shut = true;
         self.master_end = false;

@@ -6,11 +6,11 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use crate::core::dispatch::Sequenced;
-use crate::core::master::{Handoff, Resumed};
+use crate::core::master::{HandOff, Resumed};
 use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The number of connections that fit into a queue.
 pub(crate) const QUEUE_CAPACITY: usize = 40;
@@ -72,7 +72,7 @@ pub(crate) enum PortState {
     Open,
     /// No new connections arrive, because the socket has a SYN filter, its file is gone or it was
     /// shut down.
-    Filtered,
+    Closing,
     /// The master has closed its descriptor. A shared listener stays open while a worker has a
     /// copy.
     Unbound,
@@ -105,7 +105,7 @@ impl Port {
     pub(crate) fn occupies(&self, endpoint: &Endpoint) -> bool {
         let has_address = match self.state {
             PortState::Open => true,
-            PortState::Filtered => self.kind() == Kind::Tcp,
+            PortState::Closing => self.kind() == Kind::Tcp,
             PortState::Unbound => false,
         };
         let is_fixed = !endpoint.is_any_port() && !endpoint.is_borrowed();
@@ -173,10 +173,10 @@ pub(crate) struct Queued {
 
 impl Queued {
     /// Returns the connection in the form in which the master reclaims it.
-    pub(crate) fn reclaim(self) -> Sequenced<Handoff<Client>> {
+    pub(crate) fn reclaim(self) -> Sequenced<HandOff<Client>> {
         let connection = match self.resumed {
-            Some(resumed) => Handoff::Held(resumed),
-            None => Handoff::New(self.connection),
+            Some(resumed) => HandOff::Held(resumed),
+            None => HandOff::New(self.connection),
         };
         Sequenced {
             sequence: self.sequence,

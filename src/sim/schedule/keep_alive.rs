@@ -15,7 +15,7 @@ use super::Schedule;
 use super::preemption::Runner;
 use super::step::{StepKind, step};
 use crate::core::worker::ListenStatus;
-use crate::sim::kernel::worker::WorkerCall;
+use crate::sim::kernel::worker::application::WorkerCall;
 use crate::sim::kernel::{Call, World};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
@@ -141,7 +141,7 @@ impl Scene {
             (9..=14, Some(worker)) => self.world().close_connection(worker, 0),
             (15..=130, Some(worker)) => {
                 let runner = Some(Runner::Worker(worker));
-                match self.schedule.preemption.instead(runner) {
+                match self.schedule.preemption.step_preempted(runner) {
                     Some(time) => self.world().pass(time),
                     None => self.worker_step(worker, n),
                 }

@@ -6,7 +6,7 @@ use super::step::{StepKind, step};
 use super::{Ending, Schedule};
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::Call;
-use crate::sim::kernel::worker::WorkerCall;
+use crate::sim::kernel::worker::application::WorkerCall;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -117,7 +117,7 @@ fn outlive_their_workers(policy: SchedulingPolicy) {
         let world = &schedule.world;
         let ledger = world.master.ledger();
         let closed = world.fates.iter().filter(|fate| fate.is_closed).count();
-        let killed_with = killed_with + world.given_in_vain;
+        let killed_with = killed_with + world.given_to_exited;
         let is_explained = closed <= killed_with;
         assert!(
             is_explained,

@@ -29,7 +29,7 @@ impl Preemption {
 
     /// Counts a step of `runner` if the process is preempted. Returns the time that passes instead
     /// of the step, or `None` if the process can run.
-    pub(super) fn instead(&mut self, runner: Option<Runner>) -> Option<Time> {
+    pub(super) fn step_preempted(&mut self, runner: Option<Runner>) -> Option<Time> {
         if runner.is_none() || self.preempted != runner {
             return None;
         }

@@ -8,14 +8,15 @@ use fastrand::Rng;
 use super::Schedule;
 use super::preemption::Runner;
 use crate::sim::kernel::process::Detached;
-use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
+use crate::sim::kernel::worker::application::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World, nth};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::BindFlags;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::protocol::FrameError;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, HandleKey, ToMaster};
+use crate::wire::frame::ToMaster;
 
 /// An action that a worker takes without the knowledge of its library, as a broken or hostile
 /// worker does. Variants without a description write the frame of the same name.
@@ -276,7 +277,7 @@ impl Schedule {
         } else {
             None
         };
-        if let Some(time) = self.preemption.instead(runner) {
+        if let Some(time) = self.preemption.step_preempted(runner) {
             return world.pass(time);
         }
         match step.kind {

@@ -10,13 +10,14 @@ use super::{Ending, Schedule, replay};
 use crate::core::dispatch::STALL_TIMEOUT;
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::QUEUE_CAPACITY;
-use crate::sim::kernel::worker::{WorkerCall, requested_endpoint};
+use crate::sim::kernel::worker::application::{WorkerCall, requested_endpoint};
 use crate::sim::kernel::{Call, Failure, World};
 use crate::types::endpoint::BindFlags;
+use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, HandleKey, ToMaster};
+use crate::wire::frame::ToMaster;
 
 /// The handle of the first listener that a worker opens.
 const HANDLE: HandleId = HandleId(1);

@@ -98,19 +98,19 @@ fn selection(indexes: &[usize]) -> io::Result<Vec<libc::sock_filter>> {
         statement(uapi::BPF_LD | uapi::BPF_W | uapi::BPF_ABS, random, 0, 0),
         statement(uapi::BPF_ALU | uapi::BPF_MOD | uapi::BPF_K, count, 0, 0),
     ];
-    let mut drawn = 0;
+    let mut first = 0;
     for run in indexes.chunk_by(|one, next| one + 1 == *next) {
-        let next = drawn + run.len();
-        // Skip this run if the random number is at least `next`, because the number then belongs to
+        let end = first + run.len();
+        // Skip this run if the random number is at least `end`, because the number then belongs to
         // a later run.
         let is_later = uapi::BPF_JMP | uapi::BPF_JGE | uapi::BPF_K;
-        program.push(statement(is_later, number(next)?, 2, 0));
-        // `drawn` never exceeds the run's first index, because the indexes ascend.
-        let shift = number(run[0].saturating_sub(drawn))?;
+        program.push(statement(is_later, number(end)?, 2, 0));
+        // `first` never exceeds the run's first index, because the indexes ascend.
+        let shift = number(run[0].saturating_sub(first))?;
         let add = uapi::BPF_ALU | uapi::BPF_ADD | uapi::BPF_K;
         program.push(statement(add, shift, 0, 0));
         program.push(statement(uapi::BPF_RET | uapi::BPF_A, 0, 0, 0));
-        drawn = next;
+        first = end;
     }
     // The kernel requires a return at the end. The program never reaches this return, because the
     // random number is below `count`.

@@ -301,7 +301,7 @@ impl Child<'_> {
             // moment.
             // SAFETY: F_SETFD changes no memory.
             check(unsafe { libc::fcntl(self.channel, libc::F_SETFD, 0) })?;
-            // Let `fd::is_owned` distinguish the worker from the processes that inherit its channel
+            // Let `channel::is_owned` distinguish the worker from the processes that inherit its channel
             // and its environment.
             // SAFETY: getpid has no preconditions.
             let own = unsafe { libc::getpid() };

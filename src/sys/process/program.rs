@@ -230,7 +230,7 @@ impl Program {
         // successful `execve` closes this end.
         let (reports, low) = UnixStream::pair().map_err(forking)?;
         let beyond = RawFd::try_from(self.stdio.len()).unwrap_or(RawFd::MAX);
-        let childs_end = duplicate(low.as_raw_fd(), beyond).map_err(forking)?;
+        let child_end = duplicate(low.as_raw_fd(), beyond).map_err(forking)?;
         drop(low);
         let child = Child {
             path: self.path.as_ptr(),
@@ -245,7 +245,7 @@ impl Program {
             is_detached: self.is_detached,
             leads: self.leads,
             ignored: self.ignored,
-            reports: Cell::new(childs_end.as_raw_fd()),
+            reports: Cell::new(child_end.as_raw_fd()),
             parent: std::process::id(),
         };
 
@@ -256,7 +256,7 @@ impl Program {
         mask.set_as_mask();
         // Close the parent's copy of the child's end, because the stream would not end while this
         // copy is open.
-        drop(childs_end);
+        drop(child_end);
         let Started { pid, process, wait } = started.map_err(forking)?;
 
         let outcome = match wait {

@@ -5,7 +5,8 @@ use std::collections::VecDeque;
 
 use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
-use crate::wire::frame::{Frame, HEADER, Header, MAX_BATCH};
+use crate::wire::frame::Frame;
+use crate::wire::frame::header::{HEADER, Header, MAX_BATCH};
 
 /// The maximum number of bytes of one read, besides the rest of a large body (`LARGE_BODY`).
 ///

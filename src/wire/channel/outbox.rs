@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::MAX_FDS;
-use crate::wire::frame::{BATCH_OFFSET, MAX_BATCH};
+use crate::wire::frame::header::{BATCH_OFFSET, MAX_BATCH};
 use crate::wire::receipts::ReceiptId;
 
 /// The maximum number of queued bytes that a single system call writes. With a smaller value, many

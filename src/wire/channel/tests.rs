@@ -1,7 +1,8 @@
 use super::inbox::{LARGE_BODY, READ_SIZE};
 use super::*;
 use crate::sys::poll::ReadyList;
-use crate::wire::frame::{HEADER, MAX_BATCH, ToMaster, ToWorker};
+use crate::wire::frame::header::{HEADER, MAX_BATCH};
+use crate::wire::frame::{ToMaster, ToWorker};
 use proptest::prelude::*;
 use std::fs::File;
 use std::io::{Read as _, Write as _};

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use super::WorkerShell;
-use super::parked::{Home, Origin, Registration, Turn};
+use super::parked::{Holder, Origin, Registration, Turn};
 use super::sockets::{AcceptMode, Socket, SocketOwner};
 use crate::core::worker::{ListenerId, WorkerCore};
 use crate::error::{Error, Result};
@@ -118,13 +118,13 @@ impl WorkerShell {
         } = arrived;
         let mut core = self.core.borrow_mut();
         let handle = core.handle(listener);
-        let home = match core.has_queue(listener) {
-            true => handle.map_or(Home::Nowhere, Home::Master),
-            false => Home::Worker(listener, handle),
+        let holder = match core.has_queue(listener) {
+            true => handle.map_or(Holder::None, Holder::Master),
+            false => Holder::Worker(listener, handle),
         };
         let origin = Origin {
             listener: Some(listener),
-            home,
+            holder,
             held,
             parked,
             registration,

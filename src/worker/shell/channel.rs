@@ -63,7 +63,7 @@ impl WorkerShell {
         loop {
             self.flush_once();
             // Send the connections for which the channel had no space before.
-            if !self.core.borrow().has_leaving() || !self.hand_over() {
+            if !self.core.borrow().has_leaving() || !self.send_leaving() {
                 return;
             }
         }

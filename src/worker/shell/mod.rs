@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 use crate::core::worker::{Action, ListenerId, WorkerCore};
 use crate::error::Error;
 use crate::runtime::backoff::Backoff;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
-use crate::sys::fd::{AdoptedChannel, NoLingerFd};
+use crate::sys::channel::AdoptedChannel;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::sys::poll::Poller;
 use crate::sys::shared_number::Writer;
@@ -198,7 +199,7 @@ impl WorkerShell {
     /// Carries out all actions and flushes the channel. The method calls no callbacks.
     pub(crate) fn act(&self) {
         if self.core.borrow().has_actions() {
-            self.carry_all_out();
+            self.carry_out_actions();
         }
     }
 
@@ -206,7 +207,7 @@ impl WorkerShell {
     /// inlined, so that `act` stays small. `act` is called several times for each message and
     /// usually finds nothing to do.
     #[inline(never)]
-    fn carry_all_out(&self) {
+    fn carry_out_actions(&self) {
         let mut must_flush = false;
         let is_own = self.poller.is_own();
         loop {
@@ -217,7 +218,7 @@ impl WorkerShell {
                 Some(
                     Action::Send(_)
                     | Action::AttachSynFilter(_)
-                    | Action::HandOver
+                    | Action::SendLeaving
                     | Action::CloseChannel
                     | Action::MarkDisconnecting,
                 ) if !is_own => {}
@@ -228,7 +229,7 @@ impl WorkerShell {
                 Some(Action::CloseListener(listener)) => self.close_socket(listener),
                 Some(Action::AttachSynFilter(listener)) => self.attach_syn_filter(listener),
                 Some(Action::CloseParked(id)) => self.close_parked(id),
-                Some(Action::HandOver) => must_flush |= self.hand_over(),
+                Some(Action::SendLeaving) => must_flush |= self.send_leaving(),
                 Some(Action::CloseChannel) => {
                     must_flush = true;
                     self.channel.with(Channel::close);
@@ -250,7 +251,7 @@ impl Drop for WorkerShell {
         }
         let start = Instant::now();
         loop {
-            let has_more = self.hand_over();
+            let has_more = self.send_leaving();
             let left = SHUTDOWN_FLUSH.saturating_sub(start.elapsed());
             self.channel.with(|channel| channel.flush_blocking(left));
             if !has_more || left.is_zero() {

@@ -7,18 +7,20 @@ use super::WorkerShell;
 use super::accept::{Accepted, Arrived};
 use super::sockets::Socket;
 use crate::core::worker::{Held, Leaving, ListenerId};
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
-use crate::wire::frame::{HandleId, MAX_BATCH, ToMaster};
+use crate::types::handle::HandleId;
+use crate::wire::frame::ToMaster;
+use crate::wire::frame::header::MAX_BATCH;
 
 /// The source of a connection, and its destination when the application parks it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Origin {
     /// The listener that counts the connection.
     pub(crate) listener: Option<ListenerId>,
-    pub(crate) home: Home,
+    pub(crate) holder: Holder,
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
     /// The number of times that the connection has been parked.
@@ -30,10 +32,10 @@ pub(crate) struct Origin {
 /// The process that holds a connection while it is parked. The master's handle of the listener
 /// stays valid after the listener has closed.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) enum Home {
+pub(crate) enum Holder {
     /// The connection comes from no listener, and is closed instead of being parked.
     #[default]
-    Nowhere,
+    None,
     Master(HandleId),
     /// This worker. The handle is `None` for a private listener.
     Worker(ListenerId, Option<HandleId>),
@@ -98,18 +100,18 @@ impl WorkerShell {
 
     /// Returns whether the connection would be held if the application parked it now.
     pub(crate) fn can_park(&self, origin: &Origin) -> bool {
-        let has_home = !matches!(origin.home, Home::Nowhere) || origin.held.is_some();
-        has_home && self.core.borrow().is_writable() && self.poller.is_own()
+        let has_holder = !matches!(origin.holder, Holder::None) || origin.held.is_some();
+        has_holder && self.core.borrow().is_writable() && self.poller.is_own()
     }
 
     /// Holds a connection until its client sends something, or gives the connection to the master,
     /// which then holds it.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
         self.fault("worker.before_park");
-        match origin.home {
-            Home::Worker(listener, handle) => self.park_here(fd, origin, listener, handle),
-            Home::Master(handle) => self.park_in_master(fd, origin, Some(handle)),
-            Home::Nowhere => self.park_in_master(fd, origin, None),
+        match origin.holder {
+            Holder::Worker(listener, handle) => self.park_here(fd, origin, listener, handle),
+            Holder::Master(handle) => self.park_in_master(fd, origin, Some(handle)),
+            Holder::None => self.park_in_master(fd, origin, None),
         }
         self.fault("worker.after_park");
     }
@@ -338,7 +340,7 @@ impl WorkerShell {
 impl WorkerShell {
     /// Sends connections to the master for other workers, as far as the channel has space. Returns
     /// whether any connection was queued.
-    pub(super) fn hand_over(&self) -> bool {
+    pub(super) fn send_leaving(&self) -> bool {
         let mut has_queued = false;
         while self.channel.queued_fds().is_some_and(|fds| fds < MAX_BATCH) {
             let Some(leaving) = self.core.borrow_mut().next_leaving() else {

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use super::WorkerShell;
 use crate::core::worker::ListenerId;
 use crate::error::{Error, Result};
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::bind::BoundSocket;
 use crate::sys::poll::{Interest, Registered};

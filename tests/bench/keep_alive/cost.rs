@@ -119,7 +119,7 @@ pub fn watch(table: &mut Table) {
 }
 
 /// Measures the cost of parked connections, and of requests beside them.
-pub fn idle(table: &mut Table) {
+pub fn measure_parked(table: &mut Table) {
     allow_many_descriptors();
     for (policy, name) in POLICIES {
         let variants = IDLE.map(|idle| {
@@ -127,14 +127,14 @@ pub fn idle(table: &mut Table) {
             let service = Service::start(policy, WORKERS, Mode::Park);
             Variant::new(title, service.server, GET)
         });
-        idle_beside(table, name, &variants);
+        measure_beside_parked(table, name, &variants);
     }
 }
 
 /// Measures, for one policy, the memory of a parked connection, the system calls while all clients
 /// are idle, and the cost of a request beside parked connections. `variants` contains one pool for
 /// each number in [`IDLE`].
-fn idle_beside(table: &mut Table, name: &str, variants: &[Variant]) {
+fn measure_beside_parked(table: &mut Table, name: &str, variants: &[Variant]) {
     let most = IDLE[IDLE.len() - 1];
     let processes = family(variants[IDLE.len() - 1].server.group.pid());
     let memory = || {
@@ -227,6 +227,7 @@ fn measure_one(variant: &Variant, busy: usize) -> Result<f64, String> {
     let before = cpu_time(&processes);
     let start = |_| Clients::start(variant.server.address, plan);
     let clients: Vec<_> = (0..threads).map(start).collect();
+    // This is the duration of the measurement.
     std::thread::sleep(Duration::from_millis(share(1_000) as u64));
     let outcomes: Vec<_> = clients.into_iter().map(Clients::stop).collect();
     let time = (cpu_time(&processes) - before).as_secs_f64() * 1e6;

@@ -48,6 +48,7 @@ fn measure_one(service: &Service) -> Outcome {
         ..NONE
     };
     let clients = Clients::start(service.server.address, plan);
+    // This is the duration of the measurement.
     std::thread::sleep(Duration::from_millis(share(2_000) as u64));
     clients.stop()
 }

@@ -9,7 +9,7 @@ pub mod server;
 
 use clients::Plan;
 
-pub use cost::{idle, measure as cost, watch};
+pub use cost::{measure as cost, measure_parked, watch};
 pub use latency::measure as latency;
 pub use operation::{kills, reloads, threads, upgrades};
 pub use rivals::measure as rivals;

@@ -46,6 +46,7 @@ pub fn measure(table: &mut Table) {
 /// a reload.
 fn reload(server: &Server, signal: Signal) -> Result<Outcome, String> {
     let control = Clients::start(server.address, Plan { idle: 1, ..NONE });
+    // Observe an idle connection for this time.
     std::thread::sleep(PAUSE);
     if control.stop().idle_lost > 0 {
         return Err("closes idle connections without a reload".to_owned());

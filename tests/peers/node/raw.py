@@ -1,6 +1,6 @@
 """A worker that uses the channel in ways that a Node program cannot.
 
-    raw.py hand-over STEP FAULT   listens, and fails at this step of the first hand-off
+    raw.py hand-off STEP FAULT   listens, and fails at this step of the first hand-off
     raw.py send KIND              sends the data of KIND, and prints `attacks` and `sent`
     raw.py listen                 listens only
     raw.py wait                   does nothing, and reads nothing
@@ -70,7 +70,7 @@ def listen(channel):
     channel.send({**LISTEN, "act": "listening", "port": reply["sockname"]["port"]})
 
 
-def hand_over(channel, step, kind):
+def hand_off(channel, step, kind):
     listen(channel)
     select.select([channel.socket], [], [])
     if step == "sent":
@@ -139,8 +139,8 @@ def main():
     action, *rest = sys.argv[1:]
     channel = Channel()
     channel.send({"cmd": "NODE_CLUSTER", "act": "online"})
-    if action == "hand-over":
-        hand_over(channel, *rest)
+    if action == "hand-off":
+        hand_off(channel, *rest)
     elif action == "listen":
         listen(channel)
     elif action == "send":

@@ -108,6 +108,7 @@ impl Load {
         let (begin, end) = (Instant::now(), self.answered.load(Ordering::SeqCst) + count);
         while self.answered.load(Ordering::SeqCst) < end {
             assert!(begin.elapsed() < 3 * TIMEOUT, "no answers");
+            // Check again, because many threads count the answers, and none reports them.
             std::thread::sleep(Duration::from_millis(1));
         }
     }

@@ -3,14 +3,14 @@
 //! another worker serves the listener.
 
 use super::passing::Keeper;
-use super::{Handoff, Resumed};
+use super::{HandOff, Resumed};
 use crate::core::master::accept::RETRY_DELAY;
 use crate::core::master::listener::Listener;
 use crate::core::master::workers::WorkerEntry;
 use crate::core::master::{Action, MasterCore};
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 
 /// The maximum number of idle connections that one call of `give_held` gives to workers. The next
 /// iteration of the event loop gives the next ones.
@@ -26,12 +26,12 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         from: Option<WorkerId>,
-        connection: Handoff<C>,
+        connection: HandOff<C>,
         parked: u32,
     ) {
         match (self.next_adopter(handle, from), connection) {
             (Some(worker), connection) => {
-                if let Handoff::Held(resumed) = &connection {
+                if let HandOff::Held(resumed) = &connection {
                     self.parked.remove(resumed.connection);
                 }
                 self.ledger.received += 1;
@@ -42,8 +42,8 @@ impl<C, F> MasterCore<C, F> {
                     parked,
                 });
             }
-            (None, Handoff::New(connection)) => self.hold(handle, connection, parked),
-            (None, Handoff::Held(_)) => {}
+            (None, HandOff::New(connection)) => self.hold(handle, connection, parked),
+            (None, HandOff::Held(_)) => {}
         }
     }
 
@@ -80,7 +80,7 @@ impl<C, F> MasterCore<C, F> {
         for connection in held {
             let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
             let resumed = Resumed { connection, parked };
-            self.give(handle, None, Handoff::Held(resumed), parked);
+            self.give(handle, None, HandOff::Held(resumed), parked);
         }
         if is_more {
             let now = self.now;

@@ -69,7 +69,7 @@ fn closed(actions: &[Action<u32>]) -> Vec<ConnectionId> {
 }
 
 /// Returns the connections that these actions dispatch, each with its worker.
-fn handoffs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<Handoff<u32>>)> {
+fn hand_offs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<HandOff<u32>>)> {
     let dispatched = actions.into_iter().filter_map(|action| match action {
         Action::Dispatch {
             worker, connection, ..
@@ -81,9 +81,9 @@ fn handoffs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<Handoff<u32>>
 
 /// Makes the client of an idle connection send something. Returns the worker to which the
 /// connection is dispatched, and the connection in its queue.
-fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<Handoff<u32>>) {
+fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<HandOff<u32>>) {
     core.data_arrived(id);
-    let mut dispatched = handoffs(actions(core));
+    let mut dispatched = hand_offs(actions(core));
     assert_eq!(dispatched.len(), 1, "{dispatched:?}");
     dispatched.remove(0)
 }
@@ -112,7 +112,7 @@ fn parked_connection_goes_to_an_idle_worker_when_its_client_sends_something() {
         parked: 1,
     };
     assert_eq!(worker, workers[0]);
-    assert_eq!(connection.connection, Handoff::Held(resumed));
+    assert_eq!(connection.connection, HandOff::Held(resumed));
     check(&core);
     report_idle(&mut core, worker, handle, 1);
     let ledger = core.ledger();
@@ -130,7 +130,7 @@ fn new_connection_waits_for_data_and_does_not_count_as_resumed() {
     check(&core);
     let (worker, connection) = dispatch(&mut core, id);
     assert_eq!(worker, workers[0]);
-    let is_new = matches!(connection.connection, Handoff::Held(resumed) if resumed.parked == 0);
+    let is_new = matches!(connection.connection, HandOff::Held(resumed) if resumed.parked == 0);
     assert!(is_new, "{connection:?}");
     let ledger = core.ledger();
     assert_eq!((ledger.accepted, ledger.parked, ledger.resumed), (1, 0, 0));
@@ -150,10 +150,13 @@ fn master_accepts_connections_that_wait_for_data_while_no_worker_is_idle() {
     core.drained(handle);
     let id = held(&actions(&mut core));
     core.data_arrived(id);
-    assert!(handoffs(actions(&mut core)).is_empty(), "no worker is idle");
+    assert!(
+        hand_offs(actions(&mut core)).is_empty(),
+        "no worker is idle"
+    );
     check(&core);
     report_idle(&mut core, workers[0], handle, 0);
-    assert_eq!(handoffs(actions(&mut core)).len(), 1);
+    assert_eq!(hand_offs(actions(&mut core)).len(), 1);
     check(&core);
 }
 
@@ -165,7 +168,7 @@ fn reclaimed_connection_goes_to_another_worker() {
     core.frame(first, ToMaster::Pause { handle });
     actions(&mut core);
     core.reclaimed(handle, first, vec![connection], true);
-    let again = handoffs(actions(&mut core));
+    let again = hand_offs(actions(&mut core));
     assert_eq!(again.len(), 1);
     assert_ne!(again[0].0, first);
     assert_eq!(again[0].1, connection, "the sequence number stays");
@@ -241,9 +244,9 @@ fn connections_that_an_exited_worker_has_received_close_and_the_others_stay() {
         core.data_arrived(ids[2]);
         report_idle(&mut core, next, handle, 0);
         core.drained(handle);
-        let first = handoffs(actions(&mut core));
+        let first = hand_offs(actions(&mut core));
         report_idle(&mut core, next, handle, first.len() as u64);
-        let all = [first, handoffs(actions(&mut core))].concat();
+        let all = [first, hand_offs(actions(&mut core))].concat();
         assert_eq!(all.len(), 2, "{all:?}");
         check(&core);
         let ledger = core.ledger();
@@ -460,8 +463,8 @@ fn new_and_resumed_connections_take_turns() {
                     Action::Dispatch { connection, .. } => {
                         received += 1;
                         match connection.connection {
-                            Handoff::New(_) => accepted += 1,
-                            Handoff::Held(_) => resumed += 1,
+                            HandOff::New(_) => accepted += 1,
+                            HandOff::Held(_) => resumed += 1,
                         }
                     }
                     _ => {}
@@ -492,19 +495,19 @@ fn resumed_connections_use_all_capacity_if_the_backlog_is_empty_or_accepting_fai
         ids.iter().for_each(|id| core.data_arrived(*id));
         core.readable(handle);
         report_idle(&mut core, workers[0], handle, received);
-        let mut all = handoffs(actions(&mut core));
+        let mut all = hand_offs(actions(&mut core));
         if fails {
             core.accept_failed(handle, std::io::Error::from_raw_os_error(errno::EMFILE));
         } else {
             core.drained(handle);
         }
-        all.extend(handoffs(actions(&mut core)));
+        all.extend(hand_offs(actions(&mut core)));
         let queued = all.len();
         // If the worker was no longer idle when accepting ended, it receives the rest after its
         // next report.
         report_idle(&mut core, workers[0], handle, received + queued as u64);
         core.drained(handle);
-        all.extend(handoffs(actions(&mut core)));
+        all.extend(hand_offs(actions(&mut core)));
         assert_eq!(all.len(), 4, "{all:?}");
         check(&core);
     }
@@ -534,13 +537,13 @@ fn drain_dispatches_what_is_readable_and_closes_the_rest() {
         assert!(!core.is_bound(handle) || core.is_idle(silent));
         // The poller reports the second connection only now.
         core.data_arrived(readable);
-        let dispatched = handoffs(actions(&mut core));
+        let dispatched = hand_offs(actions(&mut core));
         assert_eq!(dispatched.len(), 1, "{kind:?}");
         // A connection in the backlog goes to the worker at once, because its client may have sent
         // something that the poller has not reported.
         core.accepted(handle, 3);
         report_idle(&mut core, worker, handle, 1);
-        assert_eq!(handoffs(actions(&mut core)).len(), 1, "{kind:?}");
+        assert_eq!(hand_offs(actions(&mut core)).len(), 1, "{kind:?}");
         core.tick(super::super::drain::DRAIN_GRACE);
         report_idle(&mut core, worker, handle, 2);
         core.drained(handle);
@@ -578,7 +581,7 @@ fn connection_that_is_reported_while_it_is_in_the_queue_counts_once() {
             check(&core);
             assert_eq!(core.is_idle(id), parks, "outcome {outcome}");
             assert_eq!(core.in_flight(), u64::from(parks), "outcome {outcome}");
-            let again = handoffs(actions(&mut core));
+            let again = hand_offs(actions(&mut core));
             assert!(again.is_empty(), "outcome {outcome}: {again:?}");
         }
     }

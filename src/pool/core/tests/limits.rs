@@ -1,130 +1,88 @@
-//! Tests of the quorum while a pool is scaled, of forks that fail for lack of resources, and of the
-//! memory limit.
+//! Tests of the limits of a worker: its age, its connections, its memory and its heartbeats.
 
 use super::*;
 
-impl World {
-    fn quorum_events(&self) -> Vec<&PoolEvent> {
-        let is_quorum =
-            |event: &&PoolEvent| matches!(event, PoolEvent::QuorumReached | PoolEvent::QuorumLost);
-        self.events.iter().filter(is_quorum).collect()
-    }
-}
-
 #[test]
-fn growing_pool_keeps_its_quorum() {
-    let mut world = World::serving(options(2));
-    world.input(|core, now| core.scale(3, now));
-    world.input(|core, now| core.scale(4, now));
-    assert!(world.core.has_quorum());
-    world.ready(3);
-    world.ready(4);
-    assert_eq!(world.quorum_events(), [] as [&PoolEvent; 0]);
-    // All four slots now count, so two ready workers are too few.
-    world.exit(3);
-    world.exit(4);
-    assert_eq!(world.quorum_events(), [&PoolEvent::QuorumLost]);
-}
-
-#[test]
-fn added_slots_do_not_count_towards_the_quorum_before_they_are_ready() {
-    let mut world = World::serving(options(2).max_failures(0));
-    world.input(|core, now| core.scale(4, now));
-    world.exit(3);
-    world.exit(4);
-    world.choose(FailureAction::GiveUp);
+fn worker_at_its_maximum_age_stays_until_its_successor_is_ready() {
+    let mut world = World::serving(options(2).max_age(Some(60 * SECOND)));
     world.advance(60 * SECOND);
-    assert!(world.core.has_quorum());
-    world.exit(1);
-    assert!(!world.core.has_quorum());
-}
-
-#[test]
-fn first_quorum_needs_slots_that_were_added_before_it() {
-    let mut world = World::new(options(2));
-    world.ready(1);
-    world.input(|core, now| core.scale(4, now));
-    world.ready(2);
-    assert!(!world.core.has_quorum());
-    world.ready(4);
-    assert!(world.core.has_quorum());
-}
-
-#[test]
-fn pool_that_shrinks_and_grows_keeps_its_quorum() {
-    let mut world = World::serving(options(4));
-    world.input(|core, now| core.scale(1, now));
-    world.input(|core, now| core.scale(6, now));
-    assert!(world.core.has_quorum());
-    assert_eq!(world.quorum_events(), [] as [&PoolEvent; 0]);
-}
-
-#[test]
-fn growing_pool_stays_ready_with_a_configured_quorum() {
-    let mut world = World::serving(options(2).quorum(Some(4)));
-    world.input(|core, now| core.scale(4, now));
-    assert!(world.core.has_quorum());
+    assert_eq!(world.forks.len(), 1, "the surge is 1");
+    assert!(world.events.contains(&PoolEvent::Recycling {
+        slot: 0,
+        worker: id(1),
+        limit: Limit::Age
+    }));
+    assert!(world.disconnected.is_empty());
     world.all_ready();
-    world.exit(4);
-    assert_eq!(world.quorum_events(), [&PoolEvent::QuorumLost]);
-}
-
-/// Returns the times of the forks, in milliseconds.
-fn fork_times(world: &World) -> Vec<u128> {
-    let forks = world.forks.iter();
-    forks.map(|(at, _, _)| at.as_millis()).collect()
-}
-
-#[test]
-fn forks_that_lack_resources_do_not_count_towards_the_failure_limit() {
-    let mut world = World::new(options(0).max_failures(0));
-    world.fork_failure = Some(FailureCause::OutOfResources);
-    world.input(|core, now| core.scale(1, now));
-    world.advance(40 * SECOND);
-    assert_eq!(
-        fork_times(&world),
-        [0, 100, 300, 700, 1500, 3100, 6300, 12700, 25500]
-    );
-    world.fork_failure = None;
-    world.advance(30 * SECOND);
-    assert_eq!(world.slot_workers(), [Some(1)]);
-    assert_eq!(world.limits_reached, []);
-    assert_eq!(world.core.failures(), 9);
-}
-
-#[test]
-fn lack_of_resources_leaves_the_back_off_of_failures_unchanged() {
-    let mut world = World::new(options(1).max_failures(2));
-    world.fork_failure = Some(FailureCause::OutOfResources);
+    world.advance(SECOND);
+    assert_eq!(world.disconnected, [1]);
     world.exit(1);
-    world.advance(10 * SECOND);
-    world.fork_failure = None;
-    world.advance(10 * SECOND);
-    let [Some(worker)] = world.slot_workers()[..] else {
-        panic!("{:?}", world.core)
-    };
-    // The worker's exit is the slot's second failure, after which the pause is 100 ms.
-    world.exit(worker);
-    assert_eq!(world.limits_reached, []);
-    assert_eq!(world.core.slots[0].restart_at(), Some(world.now + 100 * MS));
-    // The next lack of resources also begins with the first pause.
-    world.fork_failure = Some(FailureCause::OutOfResources);
-    world.advance(100 * MS);
-    assert_eq!(world.core.slots[0].restart_at(), Some(world.now + 100 * MS));
+    assert_eq!(world.forks.len(), 2);
+    world.exit(4);
+    assert!(matches!(
+        world.events.last(),
+        Some(PoolEvent::RecyclingFailed(_))
+    ));
+    assert_eq!(world.slot_workers(), [Some(3), Some(2)]);
+    world.advance(29 * SECOND);
+    assert_eq!(
+        world.forks.len(),
+        2,
+        "the next try waits for the back-off cap"
+    );
+    world.advance(SECOND);
+    assert_eq!(world.forks.len(), 3);
 }
 
 #[test]
-fn reload_that_lacks_resources_fails_and_leaves_the_old_workers() {
-    let mut world = World::serving(options(1).max_failures(0));
-    world.fork_failure = Some(FailureCause::OutOfResources);
-    world.input(Core::reload);
-    assert!(matches!(
-        &world.events[..],
-        [PoolEvent::Reloading { .. }, PoolEvent::ReloadFailed { reason: ReloadFailure::WorkerFailed(failure), .. }]
-            if failure.cause == FailureCause::OutOfResources
-    ));
-    assert_eq!(world.slot_workers(), [Some(1)]);
-    assert!(world.core.has_quorum() && world.limits_reached.is_empty());
+fn connections_and_memory_limits_replace_workers() {
+    let limits = options(2).max_connections(Some(100)).max_memory(Some(1000));
+    let mut world = World::serving(limits);
+    world.advance(5 * SECOND);
+    assert_eq!(world.measurements, 1);
+    world.input(|core, now| core.measured(id(1), Some(99), Some(999), now));
+    assert!(world.forks.is_empty());
+    world.input(|core, now| core.measured(id(1), Some(100), None, now));
+    assert_eq!(world.forks.len(), 1);
+    world.input(|core, now| core.measured(id(2), None, Some(1000), now));
+    world.all_ready();
+    world.advance(SECOND);
+    world.exit(1);
+    let limits: Vec<_> = world
+        .events
+        .iter()
+        .filter_map(|event| {
+            let PoolEvent::Recycling { slot, limit, .. } = event else {
+                return None;
+            };
+            Some((*slot, *limit))
+        })
+        .collect();
+    assert_eq!(limits, [(0, Limit::Connections), (1, Limit::Memory)]);
+}
+
+#[test]
+fn silent_worker_is_killed_at_the_heartbeat_timeout() {
+    let mut world = World::serving(options(2).heartbeat_timeout(Some(10 * SECOND)));
+    world.advance(9 * SECOND);
+    world.input(|core, now| core.heartbeat_received(id(1), now));
+    world.advance(SECOND);
+    assert_eq!(world.killed, [2]);
+    world.exit(2);
+    assert!(
+        world
+            .events
+            .iter()
+            .any(|event| matches!(event, PoolEvent::WorkerFailed(failure) if failure.cause == FailureCause::HeartbeatTimeout))
+    );
+    // Simulate a master that was stopped for an hour and could not read heartbeats in that time.
+    // The master must give each worker another full timeout before it kills the worker.
+    world.core.next_deadline();
+    world.now += 3600 * SECOND;
+    world.input(Core::tick);
+    assert_eq!(world.killed, [2]);
+    world.advance(10 * SECOND);
+    assert_eq!(world.killed.len(), 2);
 }
 
 /// Runs a pool of one worker for this time. The worker's memory reaches the limit in each check.

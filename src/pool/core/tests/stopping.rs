@@ -1,6 +1,76 @@
-//! Tests of stop signals, of pools that give up, and of the number of slots that an upgrade keeps.
+//! Tests of stops: stop signals, the drain timeout, the stop delay, and pools that give up.
 
 use super::*;
+
+#[test]
+fn stop_kills_workers_at_the_drain_timeout() {
+    let mut world = World::serving(options(2));
+    world.exit(1);
+    world.input(Core::reload);
+    world.input(Core::stop);
+    let workers: Vec<_> = world.workers().into_iter().map(id).collect();
+    let disconnected = disconnecting(&world).into_iter().map(|(_, worker)| worker);
+    assert_eq!(disconnected.collect::<Vec<_>>(), workers);
+    world.advance(29 * SECOND);
+    assert!(world.killed.is_empty());
+    world.exit(2);
+    world.input(Core::reload);
+    world.input(|core, now| core.scale(9, now));
+    world.advance(SECOND);
+    let remaining = world.workers();
+    assert_eq!(world.killed, remaining);
+    let forks = world.forks.len();
+    remaining.into_iter().for_each(|worker| world.exit(worker));
+    assert!(world.core.is_over());
+    assert_eq!(world.core.next_deadline(), None);
+    assert_eq!(world.forks.len(), forks);
+}
+
+#[test]
+fn stop_at_once_after_a_stop_kills_all_workers() {
+    let mut world = World::serving(options(2));
+    world.input(Core::stop);
+    world.input(Core::stop_at_once);
+    assert_eq!(world.killed, [1, 2]);
+}
+
+#[test]
+fn stop_at_once_kills_every_new_master() {
+    for is_second in [false, true] {
+        let mut world = World::serving(options(1));
+        let failed = world.upgrade();
+        world.advance(32 * SECOND);
+        assert_eq!(world.upgrade_failures(), [UpgradeFailure::Timeout]);
+        let pending = world.upgrade();
+        if is_second {
+            world.input(Core::stop);
+            assert_eq!(world.killed, []);
+        }
+        world.input(Core::stop_at_once);
+        assert_eq!(world.terminated, [failed, pending]);
+        assert_eq!(world.killed, [1, failed, pending]);
+        assert_eq!(world.core.next_deadline(), None);
+        world.exit_killed();
+        assert!(world.core.is_over());
+    }
+}
+
+#[test]
+fn worker_forked_during_a_stop_gets_its_deadline() {
+    for (stop, killed) in [
+        (Core::stop as fn(&mut Core, Time), false),
+        (Core::stop_at_once, true),
+    ] {
+        let mut world = World::serving(options(1));
+        world.during_fork = Some(stop);
+        world.input(|core, now| core.scale(3, now));
+        assert_eq!(world.workers(), [1, 2], "no third worker is forked");
+        assert_eq!(world.disconnected.contains(&2), !killed);
+        assert_eq!(world.killed, if killed { &[1, 2][..] } else { &[] });
+        world.advance(30 * SECOND);
+        assert_eq!(world.killed, [1, 2]);
+    }
+}
 
 #[test]
 fn second_stop_signal_kills_workers_only_after_one_second() {
@@ -18,20 +88,6 @@ fn second_stop_signal_kills_workers_only_after_one_second() {
 }
 
 #[test]
-fn stop_signal_after_an_upgrade_has_no_effect() {
-    let mut world = World::serving(options(2));
-    let new_master = world.upgrade();
-    world.input(|core, now| core.new_master_took_over(id(new_master), now));
-    for _ in 0..3 {
-        world.advance(2 * SECOND);
-        world.input(Core::stop_signal_received);
-    }
-    assert!(world.killed.is_empty());
-    world.input(Core::stop_at_once);
-    assert_eq!(world.killed, [1, 2]);
-}
-
-#[test]
 fn second_call_of_stop_has_no_effect() {
     let mut world = World::serving(options(2));
     world.input(Core::stop);
@@ -40,10 +96,6 @@ fn second_call_of_stop_has_no_effect() {
     assert!(world.killed.is_empty());
     world.advance(28 * SECOND);
     assert_eq!(world.killed, [1, 2], "the first call sets the deadline");
-}
-
-fn limited(workers: usize) -> PoolOptions {
-    options(workers).max_failures(0).failure_window(SECOND)
 }
 
 #[test]
@@ -90,36 +142,6 @@ fn pool_that_gives_up_one_slot_keeps_running() {
     world.choose(FailureAction::GiveUp);
     assert_eq!(world.slot_workers(), [None, Some(2)]);
     assert!(world.gave_up.is_empty() && !world.core.is_stopping());
-}
-
-#[test]
-fn scaling_down_to_given_up_slots_retries_them() {
-    let mut world = World::serving(limited(2));
-    world.exit(1);
-    world.choose(FailureAction::GiveUp);
-    world.input(|core, now| core.scale(1, now));
-    assert_eq!(world.disconnected, [2]);
-    assert_eq!(world.slot_workers(), [Some(3)]);
-}
-
-#[test]
-fn scaling_down_cancels_forks_that_have_not_begun() {
-    let mut core = Core::new(options(4), Time::ZERO, 7);
-    core.scale(1, Time::ZERO);
-    let actions = std::iter::from_fn(|| core.next_action());
-    let (slot, generation) = (0, 0);
-    assert!(actions.eq([Action::Fork { slot, generation }]));
-}
-
-#[test]
-fn number_of_slots_is_handed_over_if_it_differs_from_the_options() {
-    let mut world = World::serving(options(2));
-    let handed_over = |world: &World| world.core.handed_over_slots().map(usize::from);
-    assert_eq!(handed_over(&world), None);
-    for (size, expected) in [(3, Some(3)), (1, Some(1)), (2, None), (0, None)] {
-        world.input(|core, now| core.scale(size, now));
-        assert_eq!(handed_over(&world), expected, "{size}");
-    }
 }
 
 fn delayed(workers: usize) -> PoolOptions {

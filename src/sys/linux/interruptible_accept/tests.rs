@@ -319,6 +319,7 @@ fn deadline_interrupts_accept() {
         assert!(fixture.accept_until(later).unwrap().is_some());
         let address = fixture.address();
         let client = thread::spawn(move || {
+            // Let the call wait, so that an armed timer would interrupt it.
             thread::sleep(Duration::from_millis(100));
             TcpStream::connect(address).unwrap();
         });
@@ -338,6 +339,7 @@ fn calls_of_the_application_are_not_interrupted() {
         let writer = once_this_thread_sleeps(move || {
             for _ in 0..50 {
                 peer.write_all(b"a").unwrap();
+                // The pauses spread the arrivals over the call.
                 thread::sleep(Duration::from_millis(1));
             }
         });

@@ -9,16 +9,17 @@ use super::super::Resumed;
 use super::*;
 use crate::core::dispatch::Sequenced;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleKey, ToMaster};
+use crate::wire::frame::ToMaster;
 
 type Core = MasterCore<u32, ()>;
 
 /// A worker that receives connections from its queue.
 #[derive(Default)]
 struct Worker {
-    queue: VecDeque<Sequenced<Handoff<u32>>>,
+    queue: VecDeque<Sequenced<HandOff<u32>>>,
     received: u64,
     /// The connections that the application has.
     new: Vec<u32>,
@@ -156,7 +157,7 @@ impl World {
         if self.core.parked.keeper == Keeper::OtherMaster {
             assert_eq!(self.core.parked.count_idle(), 0, "idle and not passed");
             let mut waiting = self.core.waiting();
-            assert!(waiting.all(|handoff| matches!(handoff, Handoff::New(_))));
+            assert!(waiting.all(|hand_off| matches!(hand_off, HandOff::New(_))));
         }
     }
 
@@ -170,22 +171,7 @@ impl World {
                 self.backlog += 1;
                 self.core.readable(self.handle);
             }
-            // A worker receives a connection, or reports that its queue is empty.
-            (3..9, Some(id), _) => {
-                let worker = self.workers.get_mut(&id).unwrap();
-                match worker.queue.pop_front() {
-                    Some(Sequenced { connection, .. }) => {
-                        worker.received += 1;
-                        match connection {
-                            Handoff::New(client) => worker.new.push(client),
-                            Handoff::Held(Resumed { connection, .. }) => {
-                                worker.held.push(connection);
-                            }
-                        }
-                    }
-                    None => self.report_idle(id),
-                }
-            }
+            (3..9, Some(id), _) => self.receive(id),
             (9..12, Some(id), _) => {
                 let worker = self.workers.get_mut(&id).unwrap();
                 if let Some(client) = worker.new.pop() {
@@ -221,10 +207,7 @@ impl World {
                 self.core.receive_parked(handle, client, 3);
             }
             (26, Some(id), _) if pick % 4 == 0 => {
-                self.core.exited(id, ExitStatus::from_raw(9));
-                self.act();
-                self.workers.remove(&id);
-                self.fork();
+                self.replace(id);
             }
             (27, Some(id), _) if pick % 4 == 0 => {
                 self.core.frame(
@@ -234,14 +217,32 @@ impl World {
                     },
                 );
                 self.act();
-                self.core.exited(id, ExitStatus::from_raw(9));
-                self.act();
-                self.workers.remove(&id);
-                self.fork();
+                self.replace(id);
             }
             _ => {}
         }
         self.act();
+    }
+
+    /// Makes a worker receive a connection, or report that its queue is empty.
+    fn receive(&mut self, id: WorkerId) {
+        let worker = self.workers.get_mut(&id).unwrap();
+        let Some(Sequenced { connection, .. }) = worker.queue.pop_front() else {
+            return self.report_idle(id);
+        };
+        worker.received += 1;
+        match connection {
+            HandOff::New(client) => worker.new.push(client),
+            HandOff::Held(Resumed { connection, .. }) => worker.held.push(connection),
+        }
+    }
+
+    /// Kills a worker, and forks another one.
+    fn replace(&mut self, id: WorkerId) {
+        self.core.exited(id, ExitStatus::from_raw(9));
+        self.act();
+        self.workers.remove(&id);
+        self.fork();
     }
 }
 

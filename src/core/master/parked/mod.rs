@@ -42,35 +42,18 @@ mod ready;
 use std::ops::Bound;
 
 use super::listener::{AcceptState, Listener, Stage};
-use super::{Action, MasterCore};
+use super::{Action, HandOff, MasterCore, Resumed};
 use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
+use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::HandleId;
 use passing::Keeper;
 pub(super) use ready::ReadyQueue;
-
-/// A connection on its way to a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Handoff<C> {
-    /// A new connection, of which the master keeps no copy.
-    New(C),
-    /// A copy of a connection that the master holds.
-    Held(Resumed),
-}
-
-/// A connection that the master holds, and that goes to a worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Resumed {
-    pub(crate) connection: ConnectionId,
-    /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
-}
 
 #[derive(Debug)]
 struct Entry {
@@ -191,8 +174,8 @@ impl ParkedTable {
     }
 
     /// Records that a connection is dispatched to the worker.
-    pub(super) fn dispatched<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) {
-        if let Handoff::Held(resumed) = connection {
+    pub(super) fn dispatched<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) {
+        if let HandOff::Held(resumed) = connection {
             self.set(resumed.connection, State::With(worker));
         }
     }
@@ -200,8 +183,8 @@ impl ParkedTable {
     /// Takes back a connection that the worker has not received, so that the connection waits
     /// again. Returns `false` if the master must ignore the copy on its way to the worker, because
     /// the worker has already reported the connection as parked or detached.
-    pub(super) fn take_back<C>(&mut self, connection: &Handoff<C>, worker: WorkerId) -> bool {
-        let Handoff::Held(Resumed { connection, .. }) = connection else {
+    pub(super) fn take_back<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) -> bool {
+        let HandOff::Held(Resumed { connection, .. }) = connection else {
             return true;
         };
         let is_with = self.state(*connection) == Some(State::With(worker));
@@ -298,7 +281,7 @@ impl<C, F> MasterCore<C, F> {
     ) {
         let listener = self.listeners.get(&handle);
         match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, from, Handoff::New(connection), parked),
+            true => self.give(handle, from, HandOff::New(connection), parked),
             false => self.hold(handle, connection, parked),
         }
     }
@@ -545,7 +528,7 @@ impl<C, F> MasterCore<C, F> {
                 break;
             };
             passed += 1;
-            listener.dispatcher.push_resumed(Handoff::Held(resumed));
+            listener.dispatcher.push_resumed(HandOff::Held(resumed));
         }
         self.dispatch_waiting(handle);
         passed
@@ -558,35 +541,18 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: HandleId,
         worker: WorkerId,
-        connections: Vec<Sequenced<Handoff<C>>>,
-    ) -> Vec<Sequenced<Handoff<C>>> {
+        connections: Vec<Sequenced<HandOff<C>>>,
+    ) -> Vec<Sequenced<HandOff<C>>> {
         let count = connections.len();
         let mut kept = connections;
         kept.retain(|sequenced| self.parked.take_back(&sequenced.connection, worker));
         let left_out = (count - kept.len()) as u64;
         if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
-            let received = listener.dispatcher.reclaimed_in_vain(worker, left_out);
+            let received = listener.dispatcher.drop_reclaimed(worker, left_out);
             self.count_received(received);
             self.ledger.dropped += left_out;
         }
         kept
-    }
-
-    /// Closes a connection that no worker receives.
-    pub(super) fn close_handoff(&mut self, handoff: Handoff<C>) {
-        match handoff {
-            Handoff::New(connection) => drop(connection),
-            Handoff::Held(resumed) => self.close_held(resumed.connection),
-        }
-    }
-
-    /// Closes connections that no worker can serve, except those that go to the other master.
-    pub(super) fn drop_handoffs(&mut self, dropped: Vec<Handoff<C>>) {
-        let dropped = self.pass_held(dropped);
-        self.ledger.dropped += dropped.len() as u64;
-        for handoff in dropped {
-            self.close_handoff(handoff);
-        }
     }
 
     /// Drops the listener's resumed connections that the dispatcher does not have.
@@ -595,8 +561,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         let ready = std::mem::take(&mut listener.ready.connections);
-        let dropped = ready.into_iter().map(Handoff::Held).collect();
-        self.drop_handoffs(dropped);
+        let dropped = ready.into_iter().map(HandOff::Held).collect();
+        self.drop_hand_offs(dropped);
     }
 }
 

@@ -22,10 +22,10 @@
 #[allow(clippy::wildcard_enum_match_arm)]
 mod tests;
 
-use super::{Entry, Handoff, MasterCore, ParkedTable, State};
+use super::{Entry, HandOff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
-use crate::wire::frame::HandleId;
+use crate::types::handle::HandleId;
 
 /// The master that keeps connections until their clients send something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,24 +119,24 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
-        let is_held = |handoff: &Handoff<C>| matches!(handoff, Handoff::Held(_));
+        let is_held = |hand_off: &HandOff<C>| matches!(hand_off, HandOff::Held(_));
         let held = listener.dispatcher.take_waiting_if(is_held);
-        self.drop_handoffs(held);
+        self.drop_hand_offs(held);
     }
 
     /// Passes those of the connections of which the master has a copy, and returns the others.
     /// Returns all connections while this master keeps its connections.
-    pub(super) fn pass_held(&mut self, handoffs: Vec<Handoff<C>>) -> Vec<Handoff<C>> {
+    pub(in super::super) fn pass_held(&mut self, hand_offs: Vec<HandOff<C>>) -> Vec<HandOff<C>> {
         if self.parked.keeper == Keeper::ThisMaster {
-            return handoffs;
+            return hand_offs;
         }
         let mut others = Vec::new();
-        for handoff in handoffs {
-            match handoff {
-                Handoff::Held(resumed) if self.parked.get(resumed.connection).is_some() => {
+        for hand_off in hand_offs {
+            match hand_off {
+                HandOff::Held(resumed) if self.parked.get(resumed.connection).is_some() => {
                     self.pass(resumed.connection);
                 }
-                other @ (Handoff::Held(_) | Handoff::New(_)) => others.push(other),
+                other @ (HandOff::Held(_) | HandOff::New(_)) => others.push(other),
             }
         }
         others

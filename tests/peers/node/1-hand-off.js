@@ -44,7 +44,7 @@ function master([log]) {
   cluster.on('disconnect', () => console.log('disconnected'));
   ask.fork(__filename, log ? [log] : []);
   ask.obey((word, step, fault) => {
-    if (word === 'hand-over') ask.fork(ask.RAW, ['hand-over', step, fault]);
+    if (word === 'hand-off') ask.fork(ask.RAW, ['hand-off', step, fault]);
     else ask.fork(__filename, [log]);
   });
 }
@@ -69,7 +69,7 @@ async function cell(step, fault) {
       server.port = +(await server.expect('listening'));
       server.descriptors = ask.descriptors(server.pid);
     }
-    server.say(`hand-over ${step} ${fault}`);
+    server.say(`hand-off ${step} ${fault}`);
     await server.expect('listening');
     clients.push(new ask.Client(server.port), new ask.Client(server.port));
     await failed(server, fault);

@@ -14,12 +14,12 @@ const SLOTS: u8 = 1;
 
 /// The values that an old master passes to a new master.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Handover {
+pub(super) struct PassedValues {
     /// The number of slots, or `None` if the new master uses the number in its own options.
     pub(super) slots: Option<NonZeroUsize>,
 }
 
-impl Handover {
+impl PassedValues {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         if let Some(slots) = self.slots {
@@ -34,15 +34,15 @@ impl Handover {
     ///
     /// Returns an error of the kind `InvalidData` if a field is incomplete or its value is invalid.
     pub(super) fn decode(mut bytes: &[u8]) -> io::Result<Self> {
-        let mut handover = Self::default();
+        let mut passed = Self::default();
         while !bytes.is_empty() {
             let (number, value, rest) = split_field(bytes).ok_or_else(invalid)?;
             if number == SLOTS {
-                handover.slots = Some(parse_slots(value).ok_or_else(invalid)?);
+                passed.slots = Some(parse_slots(value).ok_or_else(invalid)?);
             }
             bytes = rest;
         }
-        Ok(handover)
+        Ok(passed)
     }
 }
 
@@ -81,41 +81,44 @@ mod tests {
         let slots = NonZeroUsize::new(3);
         let mut bytes = Vec::new();
         push_field(&mut bytes, 200, b"of a later release");
-        bytes.extend(Handover { slots }.encode());
+        bytes.extend(PassedValues { slots }.encode());
         push_field(&mut bytes, 201, b"");
-        assert_eq!(Handover::decode(&bytes).unwrap(), Handover { slots });
+        assert_eq!(
+            PassedValues::decode(&bytes).unwrap(),
+            PassedValues { slots }
+        );
     }
 
     #[test]
     fn older_release_passes_no_fields() {
-        assert_eq!(Handover::decode(b"").unwrap(), Handover::default());
-        assert!(Handover::default().encode().is_empty());
+        assert_eq!(PassedValues::decode(b"").unwrap(), PassedValues::default());
+        assert!(PassedValues::default().encode().is_empty());
     }
 
     #[test]
     fn incomplete_and_invalid_fields_are_errors() {
         let slots = NonZeroUsize::new(3);
-        let bytes = Handover { slots }.encode();
+        let bytes = PassedValues { slots }.encode();
         for length in 1..bytes.len() {
-            assert!(Handover::decode(&bytes[..length]).is_err(), "{length}");
+            assert!(PassedValues::decode(&bytes[..length]).is_err(), "{length}");
         }
         for value in [&[0; 8][..], &[1; 7], &[1; 9], &[]] {
             let mut bytes = Vec::new();
             push_field(&mut bytes, SLOTS, value);
-            assert!(Handover::decode(&bytes).is_err(), "{value:?}");
+            assert!(PassedValues::decode(&bytes).is_err(), "{value:?}");
         }
     }
 
     proptest! {
         #[test]
         fn no_input_panics(bytes: Vec<u8>) {
-            let _ = Handover::decode(&bytes);
+            let _ = PassedValues::decode(&bytes);
         }
 
         #[test]
         fn decode_returns_what_encode_was_given(slots: Option<NonZeroUsize>) {
-            let handover = Handover { slots };
-            prop_assert_eq!(Handover::decode(&handover.encode()).unwrap(), handover);
+            let passed = PassedValues { slots };
+            prop_assert_eq!(PassedValues::decode(&passed.encode()).unwrap(), passed);
         }
     }
 }

@@ -1,14 +1,13 @@
-//! Simulates the idle connections that workers hold, and how the master gives them to workers.
+//! Simulates the idle connections that a worker holds.
 
-use super::process::Received;
-use super::socket::{Client, Connection, Fate};
-use super::{Failure, KNOWN, World};
-use crate::core::master::Handoff;
+use super::World;
 use crate::core::worker::{Held, ListenerId};
+use crate::sim::kernel::KNOWN;
+use crate::sim::kernel::process::Received;
+use crate::sim::kernel::socket::Client;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{HandleId, ToMaster, ToWorker};
+use crate::wire::frame::ToMaster;
 
-// The connections that a worker holds while their clients send nothing.
 impl World {
     /// Keeps a connection that the application has parked, or that the master has given to the
     /// worker.
@@ -58,7 +57,7 @@ impl World {
     }
 
     /// Sends the connections that leave the worker to the master.
-    pub(super) fn hand_over(&mut self, worker: WorkerId) {
+    pub(super) fn send_leaving(&mut self, worker: WorkerId) {
         let process = self.process(worker);
         while let Some(leaving) = process.core.next_leaving() {
             let client = process.parked.remove(&leaving.id);
@@ -70,56 +69,5 @@ impl World {
             process.up.queue_connection(frame, client);
             process.is_unflushed = true;
         }
-    }
-}
-
-// The master's side.
-impl World {
-    /// Gives an idle connection to a worker. If `failing` contains `Send`, the worker's channel has
-    /// no space for the connection.
-    pub(super) fn give(
-        &mut self,
-        handle: HandleId,
-        worker: WorkerId,
-        connection: Handoff<Client>,
-        parked: u32,
-    ) {
-        let client = match connection {
-            Handoff::New(client) => Some(client),
-            Handoff::Held(resumed) => {
-                let held = self.held.remove(&resumed.connection);
-                held.and_then(|held| held.copy)
-            }
-        };
-        let is_full = self.failing.remove(&Failure::Send);
-        let process = self.processes.get_mut(&worker).expect(KNOWN);
-        match client {
-            Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, client, parked));
-            }
-            Some(client) => {
-                let frame = ToWorker::Adopt { handle, parked };
-                process.down.queue_connection(frame, client);
-                self.given_in_vain += usize::from(!process.worker_end);
-                self.unflushed.insert(worker);
-                self.received += 1;
-            }
-            None => self.received += 1,
-        }
-    }
-
-    /// Receives a connection that another master has passed for the listener. `fate` describes the
-    /// client.
-    pub(crate) fn receive_passed(&mut self, handle: HandleId, fate: Fate) {
-        let client = u32::try_from(self.fates.len()).expect("few clients");
-        self.fates.push(Fate {
-            port: Some(handle),
-            is_closed: false,
-            ..fate
-        });
-        let connection = Connection::new(client, &self.closed);
-        let parked = u32::from(fate.served);
-        self.served += u64::from(fate.served);
-        self.report(|core| core.receive_parked(Some(handle), connection, parked));
     }
 }

@@ -1,0 +1,77 @@
+//! Tests of idle connections that a worker of a shared listener gives to the master.
+
+use super::*;
+
+#[test]
+fn remaining_workers_take_turns_with_the_idle_connections_of_another() {
+    let (mut core, handle, [leaving, second, third]) = shared_by_three();
+    core.disconnect(leaving);
+    for connection in 0..3 {
+        core.park(leaving, handle, connection, 5);
+    }
+    let expected = [(second, 0, 5), (third, 1, 5), (second, 2, 5)];
+    assert_eq!(adopted(&mut core), expected);
+    // A worker that closes its listener parks its connections before the master knows of the close.
+    // It does not get them back.
+    core.park(third, handle, 3, 1);
+    assert_eq!(adopted(&mut core), [(second, 3, 1)]);
+    let ledger = core.ledger();
+    assert_eq!((ledger.parked, ledger.received), (4, 4));
+    assert_eq!(ledger.in_flight(), 0);
+}
+
+#[test]
+fn idle_connections_wait_in_the_master_while_no_worker_serves() {
+    let (mut core, handle, workers) = shared_by_three();
+    for worker in workers {
+        core.disconnect(worker);
+    }
+    core.park(workers[0], handle, 0, 5);
+    core.park(workers[1], handle, 1, 6);
+    let all = actions(&mut core);
+    let held = all.iter().filter_map(|action| match action {
+        Action::Hold { id, .. } => Some(*id),
+        _ => None,
+    });
+    let held: Vec<_> = held.collect();
+    assert_eq!(held.len(), 2, "{all:?}");
+    assert_eq!(core.ledger().in_flight(), 2);
+    // Data does not make the master dispatch, but a hang-up closes the connection.
+    core.data_arrived(held[0]);
+    core.idle_hung_up(held[1]);
+    assert_eq!(core.ledger().closed_by_peer, 1);
+    let next = online(&mut core);
+    core.frame(next, listen_frame(port(80)));
+    assert_eq!(adopted(&mut core), [(next, u32::MAX, 5)]);
+    assert_eq!(core.ledger().in_flight(), 0);
+}
+
+#[test]
+fn connection_for_a_worker_that_does_not_read_is_offered_again() {
+    let (mut core, handle, [leaving, second, _]) = shared_by_three();
+    core.park(leaving, handle, 0, 5);
+    assert_eq!(adopted(&mut core), [(second, 0, 5)]);
+    core.not_adopted(handle, 0, 5);
+    assert_eq!(core.ledger().in_flight(), 1);
+    let retry = core.deadline().unwrap();
+    core.tick(retry);
+    assert_eq!(adopted(&mut core).len(), 1);
+    assert_eq!((core.ledger().received, core.ledger().in_flight()), (1, 0));
+}
+
+#[test]
+fn idle_connections_close_with_their_shared_listener() {
+    let mut core = Core::new(SchedulingPolicy::Shared);
+    let worker = online(&mut core);
+    let handle = listen(&mut core, worker, 80);
+    core.park(worker, handle, 0, 1);
+    assert_eq!(core.ledger().in_flight(), 1);
+    core.frame(worker, ToMaster::Release { handle });
+    let closed = |action: &Action<u32>| matches!(action, Action::CloseHeld { .. });
+    assert!(actions(&mut core).iter().any(closed));
+    assert_eq!(core.ledger().idle_closed, 1);
+    // The listener does not exist any more.
+    core.park(worker, handle, 1, 1);
+    assert_eq!(core.ledger().idle_closed, 2);
+    assert_eq!(core.ledger().in_flight(), 0);
+}

@@ -1,0 +1,75 @@
+//! Tests of upgrades: new masters, and what the old master passes to them.
+
+use super::*;
+
+#[test]
+fn new_master_that_serves_outlives_the_stop() {
+    let mut world = World::serving(options(1));
+    let new_master = world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
+    assert_eq!(world.events.last(), Some(&PoolEvent::Upgraded));
+    assert!(world.core.is_upgraded());
+    world.input(Core::stop_at_once);
+    assert_eq!(
+        (&world.killed[..], &world.terminated[..]),
+        (&[1][..], &[][..])
+    );
+    world.exit_killed();
+    assert!(world.core.is_over());
+}
+
+#[test]
+fn new_master_whose_upgrade_has_failed_cannot_take_over() {
+    let mut world = World::serving(options(1));
+    let failed = world.upgrade();
+    world.advance(32 * SECOND);
+    world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(failed), now));
+    assert!(!world.core.is_upgraded() && !world.core.is_stopping());
+}
+
+#[test]
+fn failed_upgrade_allows_the_next_one() {
+    let mut world = World::serving(options(1).drain_timeout(5 * SECOND));
+    let first = world.upgrade();
+    world.exit_new_master(first);
+    let status = ExitStatus::from_raw(0);
+    assert_eq!(world.upgrade_failures(), [UpgradeFailure::Exited(status)]);
+    assert_eq!(world.terminated, []);
+    assert_eq!(world.core.next_deadline(), None);
+    let second = world.upgrade();
+    world.advance(32 * SECOND);
+    assert_eq!(world.terminated, [second]);
+    let third = world.upgrade();
+    world.advance(5 * SECOND);
+    assert_eq!(world.killed, [second], "the drain timeout has passed");
+    world.exit_killed();
+    world.exit_new_master(third);
+    assert_eq!(world.slot_workers(), [Some(1)]);
+    assert_eq!(world.core.next_deadline(), None);
+}
+
+#[test]
+fn stop_signal_after_an_upgrade_has_no_effect() {
+    let mut world = World::serving(options(2));
+    let new_master = world.upgrade();
+    world.input(|core, now| core.new_master_took_over(id(new_master), now));
+    for _ in 0..3 {
+        world.advance(2 * SECOND);
+        world.input(Core::stop_signal_received);
+    }
+    assert!(world.killed.is_empty());
+    world.input(Core::stop_at_once);
+    assert_eq!(world.killed, [1, 2]);
+}
+
+#[test]
+fn number_of_slots_is_passed_on_if_it_differs_from_the_options() {
+    let mut world = World::serving(options(2));
+    let handed_over = |world: &World| world.core.handed_over_slots().map(usize::from);
+    assert_eq!(handed_over(&world), None);
+    for (size, expected) in [(3, Some(3)), (1, Some(1)), (2, None), (0, None)] {
+        world.input(|core, now| core.scale(size, now));
+        assert_eq!(handed_over(&world), expected, "{size}");
+    }
+}
