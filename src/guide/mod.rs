@@ -40,6 +40,8 @@
 //! [watchdog]: crate::guide::devices#hardware-watchdog
 //! [client_address]: crate::guide::deploying#the-proxy-protocol
 //! [security]: crate::guide::limits#security
+//! [pm2]: crate::guide::from_node#from-pm2
+//! [others]: crate::guide::from_node#from-gunicorn-puma-and-nginx
 //!
 #![doc = include_str!("index.md")]
 // The rendered documentation uses the first definition of each link. The definitions above therefore

@@ -6,7 +6,7 @@
 //! cargo bench -- NAME…            # only the named benchmarks
 //! cargo bench -- keep_alive       # all benchmarks of a group
 //! cargo bench -- keep_alive/cost
-//! CLUSTER_BENCH_PERCENT=10 cargo bench -- keep_alive   # a short run of this group
+//! CLUSTER_BENCH_PERCENT=10 cargo bench -- mixed keep_alive   # a short run; only for these parts
 //! ```
 //!
 //! Prints one table, and writes the same figures to `bench.json` in cargo's target directory. If
@@ -133,6 +133,14 @@ fn main() -> ExitCode {
     note_environment(&mut table);
     table.end();
     code
+}
+
+/// Returns a percentage of `usual`, at least 1. The environment variable `CLUSTER_BENCH_PERCENT`
+/// sets the percentage for short runs. The default is 100.
+fn share(usual: usize) -> usize {
+    let percent = std::env::var("CLUSTER_BENCH_PERCENT");
+    let percent = percent.map_or(100, |percent| percent.parse().expect("a number"));
+    (usual * percent / 100).max(1)
 }
 
 /// Returns whether `name` selects a part: the name of the part, or the name of its group.

@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use crate::ROUNDS;
 use crate::load::{Answered, drive, drive_on_time};
 use crate::server::{BARE, GET_SLOW, GET_TIMES, Server, now};
 use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::allow_many_descriptors;
+use crate::{ROUNDS, share};
 
 const WORKERS: usize = 8;
 const CLIENTS: usize = 32;
-const TIME: Duration = Duration::from_secs(3);
+/// Time of each round in milliseconds.
+const TIME: usize = 3_000;
 /// Mean number of connections per second in the open loop. The gaps between connections are random.
 const RATE: f64 = 8_000.0;
 /// One request in `SLOW` is slow.
@@ -127,7 +128,7 @@ fn each(outcomes: &[Outcome], value: impl Fn(&Outcome) -> f64) -> Vec<f64> {
 fn open_loop(server: &Server, round: usize) -> Outcome {
     let mut random = fastrand::Rng::with_seed(round as u64);
     let mut time = now() as f64;
-    let end = time + TIME.as_nanos() as f64;
+    let end = time + share(TIME) as f64 * 1e6;
     let requests = std::iter::from_fn(|| {
         time -= (1.0 - random.f64()).ln() * 1e9 / RATE;
         let request = match random.usize(0..SLOW) {
@@ -147,7 +148,7 @@ fn open_loop(server: &Server, round: usize) -> Outcome {
 /// with a slow request, because a slow request takes longer than all other requests between two
 /// slow ones.
 fn closed_loop(server: &Server, _: usize) -> Outcome {
-    let end = Instant::now() + TIME;
+    let end = Instant::now() + Duration::from_millis(share(TIME) as u64);
     let mut count = 0;
     let next = || {
         count += 1;

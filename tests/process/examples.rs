@@ -13,6 +13,7 @@ use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::guide::row_of;
 use crate::harness::{Group, SYSTEMD, example, reserve_port, talk, wait_until};
 
 pub fn trials() -> Vec<Trial> {
@@ -22,6 +23,10 @@ pub fn trials() -> Vec<Trial> {
     };
     let mut trials = Vec::new();
     trials.extend(for_each("http_server_serves_and_stops", http_server));
+    trials.extend(for_each(
+        "http_server_has_the_descriptors_of_the_guide",
+        descriptors,
+    ));
     trials.extend(for_each(
         "http_server_replaces_a_dead_worker",
         replaces_dead_worker,
@@ -130,6 +135,37 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     stop(&server, Signal::SIGINT)?;
     TcpStream::connect(address).unwrap_err();
     Ok(())
+}
+
+/// Counts the descriptors of idle processes.
+fn descriptors(policy: &str) -> Result<(), Failed> {
+    let (server, _) = start_server(policy, "3");
+    let workers: Vec<_> = (1..=3)
+        .map(|id| server.line(&format!("worker {id} ")))
+        .collect();
+    let master = server.pid().to_string();
+    let processes = || workers.iter().chain([&master]);
+    wait_until("idle processes", || {
+        processes().all(|pid| sleeps(pid)).then_some(())
+    });
+    let stated = |process: &str| -> Result<usize, Failed> {
+        let row = row_of("operating", "process", process)?;
+        let (_, rest) = row.split_once("at most ").ok_or("a number")?;
+        Ok(rest.split(' ').next().unwrap_or_default().parse()?)
+    };
+    let of_policy = match policy {
+        "rr" => 2,
+        "sharded" => 1,
+        _ => 0,
+    };
+    let limit = stated("master")? + workers.len() * (3 + of_policy);
+    let count = open_fds_of(&master);
+    assert!((limit - 2..=limit).contains(&count), "{count} of {limit}");
+    for worker in &workers {
+        let (count, limit) = (open_fds_of(worker), stated("worker")?);
+        assert!((limit - 2..=limit).contains(&count), "{count} of {limit}");
+    }
+    stop(&server, Signal::SIGTERM)
 }
 
 fn sleeps(pid: &str) -> bool {

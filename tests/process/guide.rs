@@ -33,6 +33,9 @@ pub fn trials() -> Vec<Trial> {
         test("guide_shows_the_wire_format_of_the_code", wire_format),
         test("guide_shows_the_default_of_each_pool_option", defaults),
         SOURCES.of(test("guide_shows_the_constants_of_the_code", constants)),
+        SOURCES.of(test("guide_names_the_versions_of_its_crates", versions)),
+        SOURCES.of(test("guide_states_the_lengths_of_examples", lengths)),
+        test("readme_shows_figures_of_the_guide", figures),
     ]
 }
 
@@ -210,7 +213,7 @@ fn constants() -> Result<(), Failed> {
 }
 
 /// Returns the row that starts with `row`. An empty `header` stands for the last table of the page.
-fn row_of(name: &str, header: &str, row: &str) -> Result<String, Failed> {
+pub fn row_of(name: &str, header: &str, row: &str) -> Result<String, Failed> {
     let text = page(name);
     let text = match header {
         "" => &text[text.rfind("\n| |").ok_or(name)?..],
@@ -235,6 +238,64 @@ fn constant_of(source: &str, name: &str) -> Result<String, Failed> {
         _ if value.ends_with(" * 1024") => number("1024") + " KiB",
         _ => number(""),
     })
+}
+
+/// Checks the versions in the table of crates against `Cargo.lock`.
+fn versions() -> Result<(), Failed> {
+    let lock = fs::read_to_string(sources()?.join("../Cargo.lock"))?;
+    let rows = table(page("servers"), "crate, example")?;
+    for row in &rows {
+        let mut words = row[0].split([' ', ',', ':']);
+        let [name, version] = [words.next(), words.next()].map(Option::unwrap_or_default);
+        let package = format!("name = \"{name}\"\nversion = \"{version}\"\n");
+        assert!(lock.contains(&package), "{name} {version}");
+    }
+    Ok(())
+}
+
+/// Checks that examples have at most as many lines of code as the guide says.
+fn lengths() -> Result<(), Failed> {
+    let examples = sources()?.join("../examples");
+    let stated = [
+        ("pool", "quick_start", "server in {} lines"),
+        ("watchdog", "devices", "does this in {} lines"),
+    ];
+    let stated = stated.map(|(name, page, text)| (name.to_owned(), page, text));
+    let servers = table(page("servers"), "crate, example")?;
+    let servers = servers.iter().map(|row| {
+        let name = row[0].split('`').nth(1).unwrap_or_default();
+        let text = "a server of at most {} lines";
+        (format!("servers/{name}"), "servers", text)
+    });
+    for (name, page_name, text) in stated.into_iter().chain(servers) {
+        let code = fs::read_to_string(examples.join(format!("{name}.rs")))?;
+        let is_code = |line: &&str| !line.trim().is_empty() && !line.trim().starts_with("//");
+        let count = code.lines().filter(is_code).count();
+        let (before, after) = text.split_once("{}").ok_or(text)?;
+        let (_, rest) = page(page_name).split_once(before).ok_or(before)?;
+        let limit: usize = rest.split_once(after).ok_or(after)?.0.parse()?;
+        assert!(count <= limit, "{name} has {count} lines, not {limit}");
+    }
+    Ok(())
+}
+
+/// Checks that the page `costs` has the multiples and the memory that the README shows.
+fn figures() -> Result<(), Failed> {
+    let rows = table(README, "figure")?;
+    let text: String = rows.iter().flat_map(|row| [row[0], "\n"]).collect();
+    let words = || text.split_whitespace();
+    let multiples = words().map(|word| word.trim_end_matches([',', ';']));
+    let multiples = multiples.filter(|word| word.contains('.') && word.parse::<f64>().is_ok());
+    let sizes = words()
+        .zip(words().skip(1))
+        .filter(|(_, unit)| *unit == "KiB");
+    let sizes = sizes.map(|(size, _)| format!("{size} KiB"));
+    let figures: Vec<_> = multiples.map(str::to_owned).chain(sizes).collect();
+    assert!(figures.len() > 5, "{figures:?}");
+    for figure in figures {
+        assert!(page("costs").contains(&figure), "{figure}");
+    }
+    Ok(())
 }
 
 /// Checks that the guide shows each file exactly as it is, and no other file.

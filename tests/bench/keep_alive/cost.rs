@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use super::clients::{Clients, Plan};
 use super::server::{Mode, Service, start_bare};
-use super::{GET, NONE, POLICIES, WORKERS, share};
-use crate::ROUNDS;
+use super::{GET, NONE, POLICIES, WORKERS};
 use crate::server::{self, BARE, Server};
 use crate::table::{Figure, Goal, Table, ratios};
 use crate::usage::{allow_many_descriptors, calls, cpu_time, family, mapped};
+use crate::{ROUNDS, share};
 
 /// Numbers of busy clients.
 const BUSY: [usize; 2] = [2, 32];

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::clients::{Clients, Outcome, Plan};
 use super::server::{Mode, Service, WORK};
-use super::{GET_WORK, NONE, POLICIES, WORKERS, share};
-use crate::ROUNDS;
+use super::{GET_WORK, NONE, POLICIES, WORKERS};
 use crate::table::{Goal, Table, ratios};
 use crate::usage::allow_many_descriptors;
+use crate::{ROUNDS, share};
 
 const SILENT: usize = 100;
 const IDLE: usize = 1_000;

@@ -38,11 +38,3 @@ const NONE: Plan = Plan {
     request: GET,
     rate: None,
 };
-
-/// Returns a percentage of `usual`, at least 1. The environment variable `CLUSTER_BENCH_PERCENT`
-/// sets the percentage for short runs. The default is 100.
-fn share(usual: usize) -> usize {
-    let percent = std::env::var("CLUSTER_BENCH_PERCENT");
-    let percent = percent.map_or(100, |percent| percent.parse().expect("a number"));
-    (usual * percent / 100).max(1)
-}

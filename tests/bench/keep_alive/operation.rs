@@ -6,7 +6,8 @@ use nix::sys::signal::{Signal, kill};
 
 use super::clients::{Clients, Outcome, Plan};
 use super::server::{Mode, Service};
-use super::{NONE, POLICIES, WORKERS, share};
+use super::{NONE, POLICIES, WORKERS};
+use crate::share;
 use crate::table::{Goal, Table};
 use crate::usage::allow_many_descriptors;
 
