@@ -7,23 +7,29 @@
 mod attacks;
 
 use std::cell::Cell;
+use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
-use std::os::fd::AsRawFd as _;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::{Connection, Master, SchedulingPolicy, Signal, Worker, WorkerProcess};
+use cluster::{
+    Connection, Master, MasterListener, SchedulingPolicy, Signal, Worker, WorkerProcess,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socket};
 
-use crate::harness::{Log, cluster, in_background, when, when_listening};
+use crate::harness::{
+    Log, answer_pings, cluster, in_background, when, when_all_wait, when_listening,
+};
 use crate::hostile::{
     ATTACKER, Attacker, SHARED_INDEX, count_fds, cpu_time, message, note_attacker_events, online,
     thread_cpu_time,
 };
 use crate::parked::Client;
+use crate::passing;
 use attacks::Outcome::{Ignored, Killed};
 use attacks::{Attack, attacks, park};
 
@@ -33,6 +39,8 @@ crate::scenarios! {
     worker_that_parks_too_much_is_bounded_rr
     worker_that_parks_too_much_is_bounded_none
     worker_that_parks_without_free_descriptors_is_bounded
+    master_that_passes_nonsense_is_bounded
+    master_that_passes_without_end_is_bounded
     urgent_data_of_a_parked_client_does_not_spin_rr
     urgent_data_of_a_parked_client_does_not_spin_none
 
@@ -60,6 +68,7 @@ const REQUEST: u8 = b'p';
 const HOLD: u8 = b'h';
 
 fn serve(worker: Worker) {
+    answer_pings(&worker);
     for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
         answer(&worker, connection.unwrap());
     }
@@ -178,9 +187,12 @@ fn play_attacks(policy: SchedulingPolicy) {
         |master| {
             master.set_scheduling_policy(policy).unwrap();
             fork_honest_workers(master, move |master, address| {
-                let connect = move || Clients::connect(address, policy);
-                in_background(master, connect, move |master, clients| {
-                    next_attack(master, clients, 0, log);
+                // Only a worker that has waited in `accept` has opened all its descriptors.
+                when_all_wait(master, move |master| {
+                    let connect = move || Clients::connect(address, policy);
+                    in_background(master, connect, move |master, clients| {
+                        next_attack(master, clients, 0, log);
+                    });
                 });
             });
         },
@@ -346,6 +358,113 @@ fn play_flood(policy: SchedulingPolicy, free: Option<u64>) {
             });
         },
         serve,
+    );
+}
+
+/// Returns descriptors that no listener has accepted, each with whether its hang-up closes it.
+fn nonsense() -> Vec<(OwnedFd, bool)> {
+    let new = |family, kind| socket(family, kind, SockFlag::empty(), None).unwrap();
+    let (inet, unix) = (AddressFamily::Inet, AddressFamily::Unix);
+    vec![
+        (nix::unistd::pipe().unwrap().0, false),
+        (File::open("/proc/self/exe").unwrap().into(), false),
+        (TcpListener::bind("127.0.0.1:0").unwrap().into(), false),
+        (new(inet, SockType::Datagram), false),
+        (new(unix, SockType::Datagram), false),
+        (new(unix, SockType::SeqPacket), false),
+        (new(inet, SockType::Stream), true),
+        (new(unix, SockType::Stream), true),
+        (UnixStream::pair().unwrap().0.into(), true),
+    ]
+}
+
+/// Connects a client to the listener in the name of a predecessor, and returns the client's end and
+/// the predecessor's end of the stream that passes connections.
+fn pass_one(master: &Master, listener: &MasterListener) -> (TcpStream, UnixStream) {
+    let address: SocketAddr = listener.address().to_string().parse().unwrap();
+    let client = TcpStream::connect(address).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    master.receive_parked(ours, |_| {}).unwrap();
+    let bytes = passing::message(1, 1, &listener.as_fd(), &[1]);
+    // The master cannot tell the client's end from the end that a listener has accepted.
+    passing::send(&theirs, &bytes, &[client.as_raw_fd()]);
+    (client, theirs)
+}
+
+/// Passes each descriptor in its own message, and all of them in one message.
+fn master_that_passes_nonsense_is_bounded() {
+    cluster(
+        |master| {
+            let listener = master.listen("127.0.0.1:0").unwrap();
+            let fds = count_fds();
+            let (client, theirs) = pass_one(master, &listener);
+            let (mut closed, mut hung_up) = (0, 0);
+            let all = nonsense();
+            let one = passing::message(1, 1, &listener.as_fd(), &[1]);
+            for (fd, is_stream) in &all {
+                passing::send(&theirs, &one, &[fd.as_raw_fd()]);
+                match is_stream {
+                    true => hung_up += 2,
+                    false => closed += 2,
+                }
+            }
+            let count = u8::try_from(all.len()).unwrap();
+            let parked = vec![1; all.len()];
+            let together = passing::message(1, count, &listener.as_fd(), &parked);
+            let numbers: Vec<_> = all.iter().map(|(fd, _)| fd.as_raw_fd()).collect();
+            passing::send(&theirs, &together, &numbers);
+            drop((all, theirs));
+            let is_done = move |master: &Master| {
+                let ledger = master.ledger();
+                let expected = (1 + closed + hung_up, closed, hung_up);
+                (ledger.parked, ledger.idle_closed, ledger.closed_by_peer) == expected
+            };
+            when(master, is_done, move |master| {
+                assert_eq!(
+                    master.ledger().in_flight(),
+                    1,
+                    "the first connection is held"
+                );
+                when_quiet(master, "nonsense", move |_| {
+                    // The client's descriptor and the master's copy of it are left.
+                    assert_eq!(count_fds(), fds + 2);
+                    drop((client, listener));
+                });
+            });
+        },
+        |_| unreachable!("no worker"),
+    );
+}
+
+/// Passes descriptors after a message that is not valid.
+fn master_that_passes_without_end_is_bounded() {
+    const MESSAGES: usize = 300;
+    const FDS: usize = 250;
+    cluster(
+        |master| {
+            let listener = master.listen("127.0.0.1:0").unwrap();
+            let (client, theirs) = pass_one(master, &listener);
+            let fds = count_fds();
+            let bound = master.set_interval(Duration::from_millis(1), move |_| {
+                assert!(count_fds() <= fds + FDS_MAX, "descriptors");
+            });
+            let flood = move || {
+                let null = File::open("/dev/null").unwrap();
+                for _ in 0..MESSAGES {
+                    passing::send(&theirs, &[9; 300], &[null.as_raw_fd(); FDS]);
+                }
+            };
+            in_background(master, flood, move |master, ()| {
+                let lost = (MESSAGES * FDS) as u64;
+                let is_done = move |master: &Master| master.ledger().idle_closed == lost;
+                when(master, is_done, move |master| {
+                    assert_eq!(master.ledger().parked, lost + 1);
+                    master.clear_timer(bound);
+                    drop((client, listener));
+                });
+            });
+        },
+        |_| unreachable!("no worker"),
     );
 }
 
