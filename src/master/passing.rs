@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::master::Master;
-use crate::master::shell::Inbox;
 use crate::sys;
 use crate::sys::poll::Interest;
+use crate::wire::parked_message::inbox::Inbox;
 
 impl Master {
     /// Passes idle connections to another master, so that they stay open when this master and its

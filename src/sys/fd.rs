@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd
 use std::os::unix::net::UnixDatagram;
 
 use super::owner::Owner;
+use super::platform::socket as platform;
 use super::{check, option};
 
 /// The first number after standard input, output and error. The descriptors that systemd passes
@@ -25,6 +26,55 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the pointer is valid for writes of the buffer's length.
     let read = unsafe { libc::recv(number, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// The reason why the poller has reported an idle connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IdleEvent {
+    /// The peer has sent something.
+    Data,
+    /// The peer has hung up, or the connection has failed.
+    HangUp,
+    /// The connection is still idle.
+    Nothing,
+}
+
+/// Returns the reason why the poller has reported an idle connection.
+///
+/// The poller also reports urgent data, which [`peek`] does not see, and a socket with a message in
+/// its error queue. If such a connection were awaited again without a change, the poller would
+/// report it again at once, and the process would spin. Urgent data is therefore treated as data.
+/// The first message of the error queue is discarded.
+pub(crate) fn idle_event(connection: BorrowedFd<'_>) -> IdleEvent {
+    match peek(connection.as_raw_fd(), &mut [0]) {
+        Ok(0) => IdleEvent::HangUp,
+        Ok(_) => IdleEvent::Data,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            let found = poll_now(connection, libc::POLLPRI);
+            if found & libc::POLLERR != 0 {
+                platform::discard_socket_error(connection.as_raw_fd());
+            }
+            match found & libc::POLLPRI {
+                0 => IdleEvent::Nothing,
+                _ => IdleEvent::Data,
+            }
+        }
+        Err(_) => IdleEvent::HangUp,
+    }
+}
+
+/// Returns which of the events, and of POLLHUP and POLLERR, a descriptor reports at this moment.
+fn poll_now(fd: BorrowedFd<'_>, events: libc::c_short) -> libc::c_short {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events,
+        revents: 0,
+    };
+    // SAFETY: the pointer is valid for reads and writes of one `pollfd`.
+    match unsafe { libc::poll(&raw mut poll, 1, 0) } {
+        1 => poll.revents,
+        _ => 0,
+    }
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed
@@ -145,17 +195,13 @@ pub(crate) fn limit() -> u64 {
 /// then knows only that the client has stopped sending, and a client that has only stopped sending
 /// still waits for its answer.
 pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
-    let mut poll = libc::pollfd {
-        fd: fd.as_raw_fd(),
-        events: 0,
-        revents: 0,
-    };
-    // SAFETY: the pointer is valid for reads and writes of one `pollfd`.
-    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    if ready <= 0 || poll.revents & (libc::POLLHUP | libc::POLLERR) == 0 {
-        return false;
+    // A connection that has failed always hangs up, too. POLLERR alone means that there is a
+    // message in the error queue.
+    match poll_now(fd, 0) {
+        found if found & libc::POLLHUP == 0 => false,
+        found if found & libc::POLLERR != 0 => true,
+        _ => !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..)),
     }
-    poll.revents & libc::POLLERR != 0 || !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..))
 }
 
 /// A descriptor that its owner can close without waiting, even if no other copy is left.
@@ -253,6 +299,41 @@ mod tests {
         option::set(there.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &reset).unwrap();
         drop(there);
         assert!(is_closed_by_peer(here.as_fd()));
+    }
+
+    #[test]
+    fn urgent_data_of_an_idle_connection_is_data() {
+        let (here, there) = tcp_pair();
+        assert_eq!(idle_event(here.as_fd()), IdleEvent::Nothing);
+        // SAFETY: the pointer is valid for reads of one byte.
+        let sent = unsafe { libc::send(there.as_raw_fd(), b"!".as_ptr().cast(), 1, libc::MSG_OOB) };
+        assert_eq!(sent, 1);
+        poll_until(&here, libc::POLLPRI);
+        assert_eq!(idle_event(here.as_fd()), IdleEvent::Data);
+    }
+
+    fn poll_until(socket: &TcpStream, event: libc::c_short) {
+        while poll_now(socket.as_fd(), event) & event == 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn error_queue_does_not_end_an_idle_connection() {
+        let (mut here, mut there) = tcp_pair();
+        let flags = libc::SOF_TIMESTAMPING_TX_SOFTWARE | libc::SOF_TIMESTAMPING_SOFTWARE;
+        let flags = libc::c_int::try_from(flags).unwrap();
+        option::set_int(here.as_fd(), libc::SO_TIMESTAMPING, flags).unwrap();
+        here.write_all(b"answer").unwrap();
+        poll_until(&here, libc::POLLERR);
+        assert!(!is_closed_by_peer(here.as_fd()));
+        assert_eq!(idle_event(here.as_fd()), IdleEvent::Nothing);
+        assert_eq!(poll_now(here.as_fd(), 0), 0, "the error queue is not empty");
+        there.write_all(b"request").unwrap();
+        poll_until(&here, libc::POLLIN);
+        assert_eq!(idle_event(here.as_fd()), IdleEvent::Data);
+        drop(there);
     }
 
     #[test]

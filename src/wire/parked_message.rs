@@ -14,6 +14,8 @@
 //! A reader that does not know the version cannot find the end of the message. It discards the rest
 //! of the stream, and closes all descriptors that arrive.
 
+pub(crate) mod inbox;
+
 use crate::types::socket_id::SocketId;
 
 /// The maximum number of connections in one message.

@@ -127,7 +127,7 @@ const CLIENTS: usize = 100;
 
 /// Environment variable that is set only in the attacker's process. [`run_attackers`] stores the
 /// attacker's index in it.
-const ATTACKER: &str = "ATTACKER";
+pub const ATTACKER: &str = "ATTACKER";
 /// Environment variable that is set only in the process of the neighbour in [`measure_baseline`].
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
@@ -138,23 +138,23 @@ const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
 const IDLE: u8 = 4;
 const PAUSE: u8 = 5;
-const RELEASE: u8 = 6;
+pub const RELEASE: u8 = 6;
 const DISCONNECT_REQUEST: u8 = 7;
-const PARK: u8 = 8;
-const PARK_AGAIN: u8 = 9;
-const DETACH: u8 = 10;
+pub const PARK: u8 = 8;
+pub const PARK_AGAIN: u8 = 9;
+pub const DETACH: u8 = 10;
 const MESSAGE: u8 = 127;
 const PREAMBLE: u8 = 64;
 const REPLY: u8 = 65;
 const LISTENER_CLOSED: u8 = 66;
 
 /// Index of the listener that the well-behaved worker also requests.
-const SHARED_INDEX: u32 = 0;
+pub const SHARED_INDEX: u32 = 0;
 /// Index of a listener that only the attacker requests.
 const OWN_INDEX: u32 = 1;
 const OTHER_INDEX: u32 = 2;
 
-fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
+pub fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap().to_le_bytes();
     let mut frame = length.to_vec();
     // The header's last byte is the number of descriptors of all frames that are sent with one
@@ -165,15 +165,15 @@ fn frame(kind: u8, fds: u8, body: &[u8]) -> Vec<u8> {
 }
 
 /// Encodes 32-bit numbers as a frame's body.
-fn numbers(parts: &[u32]) -> Vec<u8> {
+pub fn numbers(parts: &[u32]) -> Vec<u8> {
     parts.iter().flat_map(|part| part.to_le_bytes()).collect()
 }
 
-fn online() -> Vec<u8> {
+pub fn online() -> Vec<u8> {
     frame(ONLINE, 0, &[])
 }
 
-fn message(text: &[u8]) -> Vec<u8> {
+pub fn message(text: &[u8]) -> Vec<u8> {
     frame(MESSAGE, 0, text)
 }
 
@@ -197,13 +197,13 @@ fn idle(handle: u32, received: u64) -> Vec<u8> {
 }
 
 /// Encodes a frame whose body is a listener's handle.
-fn handle_frame(kind: u8, handle: u32) -> Vec<u8> {
+pub fn handle_frame(kind: u8, handle: u32) -> Vec<u8> {
     frame(kind, 0, &numbers(&[handle]))
 }
 
 /// A worker that does not call `init`, and reads and writes its channel directly.
-struct Attacker {
-    channel: UnixStream,
+pub struct Attacker {
+    pub channel: UnixStream,
     /// Descriptors that the attacker has received with frames and not yet used.
     fds: RefCell<VecDeque<OwnedFd>>,
 }
@@ -212,7 +212,7 @@ impl Attacker {
     /// Returns the attacker in this process, after reading the preamble.
     ///
     /// Returns `None` if this process does not play the attacker.
-    fn of_this_process() -> Option<Self> {
+    pub fn of_this_process() -> Option<Self> {
         std::env::var_os(ATTACKER)?;
         let number = std::env::var("CLUSTER_CHANNEL_FD").unwrap();
         #[allow(unsafe_code)]
@@ -233,13 +233,13 @@ impl Attacker {
     /// Writes to the channel, or waits to be killed if the write fails.
     ///
     /// The master closes the channel when it disconnects a worker, and then kills the worker.
-    fn send(&self, bytes: &[u8]) {
+    pub fn send(&self, bytes: &[u8]) {
         if (&self.channel).write_all(bytes).is_err() {
             self.wait_to_be_killed();
         }
     }
 
-    fn send_with_fds(&self, bytes: &[u8], fds: &[RawFd]) {
+    pub fn send_with_fds(&self, bytes: &[u8], fds: &[RawFd]) {
         let rights = [ControlMessage::ScmRights(fds)];
         let slices = [IoSlice::new(bytes)];
         let channel = self.channel.as_raw_fd();
@@ -277,7 +277,7 @@ impl Attacker {
     }
 
     /// Requests a listener on a free port, and reports to the master that the worker is listening.
-    fn listen(&self, index: u32) -> Listener<'_> {
+    pub fn listen(&self, index: u32) -> Listener<'_> {
         self.send(&listen(index));
         let body = loop {
             let (kind, body) = self.receive_frame();
@@ -298,7 +298,7 @@ impl Attacker {
         }
     }
 
-    fn wait_to_be_killed(&self) -> ! {
+    pub fn wait_to_be_killed(&self) -> ! {
         loop {
             nix::unistd::pause();
         }
@@ -335,17 +335,17 @@ fn receive(socket: RawFd, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>
 }
 
 /// The attacker's listener, with the queue that receives its connections.
-struct Listener<'a> {
+pub struct Listener<'a> {
     attacker: &'a Attacker,
-    handle: u32,
-    port: u16,
+    pub handle: u32,
+    pub port: u16,
     queue: OwnedFd,
 }
 
 impl Listener<'_> {
     /// Reports that the worker is idle and has received `received` connections in total. The report
     /// requests the next connection.
-    fn idle(&self, received: u64) {
+    pub fn idle(&self, received: u64) {
         self.attacker.send(&idle(self.handle, received));
     }
 
@@ -360,13 +360,13 @@ impl Listener<'_> {
     }
 
     /// Waits until the queue contains a connection.
-    fn wait(&self) {
+    pub fn wait(&self) {
         let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).unwrap();
     }
 
     /// Receives one connection from the queue. Returns `None` if the queue is empty.
-    fn receive(&self) -> Option<OwnedFd> {
+    pub fn receive(&self) -> Option<OwnedFd> {
         let (_, fds) = receive(self.queue.as_raw_fd(), &mut [0; QUEUE_MESSAGE]).ok()?;
         fds.into_iter().next()
     }
@@ -603,7 +603,7 @@ fn is_asleep(pid: u32) -> bool {
 }
 
 /// Returns this thread's CPU time.
-fn thread_cpu_time() -> Duration {
+pub fn thread_cpu_time() -> Duration {
     let mut time = nix::libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
@@ -634,7 +634,7 @@ fn size(name: &str) -> usize {
 
 /// Returns the number of open descriptors. The number includes the descriptor that lists the
 /// directory.
-fn count_fds() -> usize {
+pub fn count_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
@@ -754,7 +754,7 @@ fn is_instrumented() -> bool {
 }
 
 /// Returns a process's CPU time, or zero if the process has exited.
-fn cpu_time(pid: u32) -> Duration {
+pub fn cpu_time(pid: u32) -> Duration {
     let path = format!("/proc/{pid}/schedstat");
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let nanos = text.split(' ').next().and_then(|nanos| nanos.parse().ok());
@@ -825,7 +825,7 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
 
 /// Logs the attacker's errors, disconnect and exit. Leaves out errors that `send` has already
 /// returned, and prefixes that name the worker.
-fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
+pub fn note_attacker_events(attacker: &WorkerProcess, log: &Log) {
     let (at_error, at_end, at_exit) = (log.clone(), log.clone(), log.clone());
     let prefix = [
         format!("invalid frame from worker {}: ", attacker.id()),
@@ -1540,7 +1540,7 @@ struct Violation {
 /// Handle of the well-behaved worker's listener, which is the first handle that the master assigns.
 const SHARED_HANDLE: u32 = 1;
 /// Handle that no listener has.
-const NO_HANDLE: u32 = 77;
+pub const NO_HANDLE: u32 = 77;
 
 /// Shares the well-behaved worker's listener, and returns `frames` for the caller to send.
 fn after_joining(attacker: &Attacker, frames: Vec<u8>) -> Vec<u8> {

@@ -36,6 +36,7 @@ mod hand_off_parked;
 mod harness;
 mod host;
 mod hostile;
+mod hostile_parked;
 mod inherited;
 mod inherited_sockets;
 mod leave;
@@ -122,6 +123,7 @@ fn main() -> ExitCode {
         messages::SCENARIOS,
         leave::SCENARIOS,
         hostile::SCENARIOS,
+        hostile_parked::SCENARIOS,
         exhaustion::SCENARIOS,
         lowered_limit::SCENARIOS,
         accept_errors::SCENARIOS,

@@ -596,7 +596,7 @@ fn connections_are_held_again_if_the_successor_is_gone() {
 
 /// Returns the bytes of a message that passes connections of a listening socket. `parked` contains
 /// the number of requests of each connection.
-fn message(version: u8, count: u8, socket: &impl std::os::fd::AsFd, parked: &[u32]) -> Vec<u8> {
+pub fn message(version: u8, count: u8, socket: &impl std::os::fd::AsFd, parked: &[u32]) -> Vec<u8> {
     let socket = fstat(socket).unwrap();
     let mut bytes = vec![version, count];
     bytes.extend(socket.st_dev.to_be_bytes());
@@ -607,14 +607,14 @@ fn message(version: u8, count: u8, socket: &impl std::os::fd::AsFd, parked: &[u3
     bytes
 }
 
-fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) {
+pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) {
     let rights = [ControlMessage::ScmRights(fds)];
     let rights = if fds.is_empty() { &[][..] } else { &rights };
     let bytes = [IoSlice::new(bytes)];
     sendmsg::<()>(stream.as_raw_fd(), &bytes, rights, MsgFlags::empty(), None).unwrap();
 }
 
-fn connect_pair(listener: &TcpListener) -> (TcpStream, TcpStream) {
+pub fn connect_pair(listener: &TcpListener) -> (TcpStream, TcpStream) {
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     (client, listener.accept().unwrap().0)
 }

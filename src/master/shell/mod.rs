@@ -17,7 +17,6 @@ mod spawn;
 
 pub(crate) use channels::Processed;
 pub(crate) use listeners::RetainedListener;
-pub(crate) use passing::Inbox;
 pub(crate) use spawn::{StartMain, start_main};
 
 use std::any::Any;

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use super::MasterShell;
 use crate::core::master::HandOff;
 use crate::error::Error;
 use crate::runtime::token::Token;
 use crate::sys;
-use crate::sys::fd::NoLingerFd;
+use crate::sys::fd::{IdleEvent, NoLingerFd};
 use crate::sys::poll::Registered;
 use crate::types::connection_id::{ConnectionId, ConnectionMap};
 use crate::types::handle::HandleId;
@@ -120,14 +120,12 @@ impl MasterShell {
         let Some(connection) = held.get(id) else {
             return;
         };
-        let peeked = sys::fd::peek(connection.as_fd().as_raw_fd(), &mut [0]);
+        let event = sys::fd::idle_event(connection.as_fd());
         drop(held);
-        match peeked {
-            Ok(0) => self.core_now().idle_hung_up(id),
-            Ok(_) => self.core_now().data_arrived(id),
-            // The event belonged to an earlier connection with this number.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.await_data(id),
-            Err(_) => self.core_now().idle_hung_up(id),
+        match event {
+            IdleEvent::Data => self.core_now().data_arrived(id),
+            IdleEvent::HangUp => self.core_now().idle_hung_up(id),
+            IdleEvent::Nothing => self.await_data(id),
         }
     }
 

@@ -23,7 +23,8 @@ use crate::types::handle::HandleId;
 use crate::types::socket_id::SocketId;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
-use crate::wire::parked_message::{MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage, Parsed};
+use crate::wire::parked_message::inbox::{Arrival, Inbox};
+use crate::wire::parked_message::{MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage};
 
 /// The requested size of the stream's send buffer, in bytes.
 ///
@@ -322,26 +323,6 @@ impl MasterShell {
     }
 }
 
-/// The bytes and descriptors that have arrived from a predecessor and belong to an incomplete
-/// message.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    bytes: Vec<u8>,
-    fds: Vec<NoLingerFd>,
-    /// Whether the bytes are not a valid message. The rest of the stream is discarded.
-    is_invalid: bool,
-}
-
-impl Inbox {
-    /// Returns how many bytes to read next. The bytes of one read belong to the same message.
-    fn missing(&self) -> usize {
-        match ParkedMessage::parse(&self.bytes) {
-            Ok(Parsed::Incomplete(missing)) if !self.is_invalid => missing,
-            _ => MAX_LENGTH,
-        }
-    }
-}
-
 // Receiving connections.
 impl MasterShell {
     pub(crate) fn add_predecessor(&self) {
@@ -356,13 +337,13 @@ impl MasterShell {
     pub(crate) fn receive_parked(&self, stream: &UnixStream, inbox: &mut Inbox) -> bool {
         for _ in 0..READS_PER_ITERATION {
             let mut buffer = [0; MAX_LENGTH];
-            let length = inbox.missing().min(MAX_LENGTH);
-            let piece = match sys::socket::receive(stream.as_fd(), &mut buffer[..length]) {
+            let buffer = &mut buffer[..inbox.missing()];
+            let piece = match sys::socket::receive(stream.as_fd(), buffer) {
                 Ok(piece) => piece,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) => {
                     self.report_io(RECEIVE, error);
-                    self.lose(std::mem::take(&mut inbox.fds));
+                    self.lose(inbox.take_fds());
                     return false;
                 }
             };
@@ -370,39 +351,23 @@ impl MasterShell {
                 let error = Error::no_descriptors(None);
                 self.core.borrow_mut().error(None, error);
             }
-            inbox.fds.extend(piece.fds);
             if piece.bytes == 0 {
-                self.lose(std::mem::take(&mut inbox.fds));
+                self.lose(inbox.take_fds());
                 return false;
             }
-            inbox.bytes.extend(&buffer[..piece.bytes]);
-            self.process_message(inbox);
-        }
-        true
-    }
-
-    /// Processes the message if it is complete.
-    fn process_message(&self, inbox: &mut Inbox) {
-        let parsed = match inbox.is_invalid {
-            true => None,
-            false => ParkedMessage::parse(&inbox.bytes).ok(),
-        };
-        match parsed {
-            Some(Parsed::Complete(message)) => {
-                inbox.bytes.clear();
-                self.hold_received(&message, std::mem::take(&mut inbox.fds));
-            }
-            Some(Parsed::Incomplete(_)) if inbox.fds.len() <= MAX_CONNECTIONS => {}
-            Some(Parsed::Incomplete(_)) | None => {
-                if !std::mem::replace(&mut inbox.is_invalid, true) {
+            match inbox.push(&buffer[..piece.bytes], piece.fds) {
+                Arrival::Incomplete => {}
+                Arrival::Complete(message, fds) => self.hold_received(&message, fds),
+                Arrival::Invalid(fds) => {
                     let reason = "invalid message";
                     let reason = io::Error::new(io::ErrorKind::InvalidData, reason);
                     self.report_io(RECEIVE, reason);
+                    self.lose(fds);
                 }
-                inbox.bytes.clear();
-                self.lose(std::mem::take(&mut inbox.fds));
+                Arrival::Discarded(fds) => self.lose(fds),
             }
         }
+        true
     }
 
     /// Holds the connections of a message.

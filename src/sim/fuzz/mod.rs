@@ -1,10 +1,11 @@
-//! Drives the frame decoder and the simulated kernel with a fuzzer's input.
+//! Drives the decoders and the simulated kernel with a fuzzer's input.
 //!
-//! The fuzz targets in `tests/fuzz` call `frame` and `master_input`. The unit tests call both
-//! functions with random inputs and with the inputs in `tests/corpus`. Each input in the corpus
+//! The fuzz targets in `tests/fuzz` call `frame`, `parked_message` and `master_input`. The unit
+//! tests call these functions with random inputs and with the inputs in `tests/corpus`. Each input in the corpus
 //! covers a case that the others do not cover.
 
 mod decode;
+mod parked_message;
 mod script;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use std::os::fd::OwnedFd;
 
 use crate::sys::fd::NoLingerFd;
 pub use decode::frame;
+pub use parked_message::parked_message;
 
 /// Checks the master with one hostile worker and one well-behaved worker. The hostile worker writes
 /// arbitrary bytes.

@@ -10,7 +10,7 @@ use super::script::{
     DENIED, DISCARDED, DISPATCHED, EARLY_REPORTS, EXPIRED, FALSE_CLAIMS, IDLE_CLOSED, PARKED,
     RECEIVED, RECLAIMED, RECLAIMED_FROM_HONEST, RESUMED, Reached, SERVED,
 };
-use super::{frame, master_input, script};
+use super::{frame, master_input, parked_message, script};
 use crate::core::dispatch::MAX_WINDOW;
 use crate::sim::kernel::check::MAX_LISTENERS;
 use crate::types::protocol::VERSION;
@@ -35,6 +35,12 @@ fn stored_inputs_survive_the_frame_target() {
 
 #[test]
 #[cfg_attr(miri, ignore = "reads files; slow")]
+fn stored_inputs_survive_the_parked_message_target() {
+    replay("parked_message", parked_message);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "reads files; slow")]
 fn stored_inputs_survive_the_master_input_target() {
     replay("master_input", master_input);
 }
@@ -54,6 +60,24 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
         [&[length, 0, 0, 0, VERSION, kind, fds, batch], &body[..]].concat()
     });
     proptest::collection::vec(one, 0..8).prop_map(|frames| frames.concat())
+}
+
+/// Generates messages that pass parked connections. Most have a known version, and as many
+/// connections as their header says.
+fn parked_messages() -> impl Strategy<Value = Vec<u8>> {
+    let version = prop_oneof![20 => Just(1), 1 => any::<u8>()];
+    let count = prop_oneof![8 => 1..4u8, 2 => 60..=64u8, 1 => any::<u8>()];
+    let one =
+        (version, count, 0..6u32, any::<[u8; 8]>()).prop_map(|(version, count, lie, socket)| {
+            let connections = u32::from(count).saturating_add_signed(if lie == 0 { -1 } else { 0 });
+            let parked = (0..connections).flat_map(u32::to_be_bytes);
+            [&[version, count], &socket[..], &socket[..]]
+                .concat()
+                .into_iter()
+                .chain(parked)
+        });
+    proptest::collection::vec(one, 0..5)
+        .prop_map(|messages| messages.into_iter().flatten().collect())
 }
 
 /// A strategy for a short part of a script. `Script::step` defines the meaning of the bytes.
@@ -314,6 +338,16 @@ proptest! {
     fn any_frames_survive_the_frame_target(cuts: [u8; 6], frames in frames()) {
         let control = [cuts[0], cuts[1], 4, cuts[2], cuts[3], cuts[4], cuts[5]];
         frame(&[&control, &frames[..]].concat());
+    }
+
+    #[test]
+    fn any_messages_survive_the_parked_message_target(
+        reads in proptest::collection::vec((1..80u8, prop_oneof![3 => 0..3u8, 1 => 0..90u8]), 0..15),
+        messages in parked_messages(),
+    ) {
+        let count = u8::try_from(reads.len()).unwrap_or(0);
+        let reads: Vec<_> = reads.into_iter().flat_map(|(bytes, fds)| [bytes, fds]).collect();
+        parked_message(&[&[count], &reads[..], &messages].concat());
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub(in crate::sys) fn readable_bytes(_socket: &OwnedFd) -> Option<u64> {
     None
 }
 
+/// Does nothing, because sockets have no error queue on these systems.
+pub(in crate::sys) fn discard_socket_error(_socket: RawFd) {}
+
 /// Returns `None`, because these systems have no abstract names.
 pub(in crate::sys) fn abstract_name(_address: &SocketAddr) -> Option<&[u8]> {
     None

@@ -55,6 +55,14 @@ pub(in crate::sys) fn readable_bytes(socket: &OwnedFd) -> Option<u64> {
     u64::try_from(bytes).ok()
 }
 
+/// Removes the first message from a socket's error queue (`MSG_ERRQUEUE` in recvmsg(2)).
+pub(in crate::sys) fn discard_socket_error(socket: RawFd) {
+    let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
+    // Ignore an error, because the call fails only if the queue is empty.
+    // SAFETY: no bytes are written, because the buffer's length is 0.
+    unsafe { libc::recv(socket, std::ptr::null_mut(), 0, flags) };
+}
+
 /// Returns an address's abstract name, without the zero byte at its beginning.
 pub(in crate::sys) fn abstract_name(address: &SocketAddr) -> Option<&[u8]> {
     address.as_abstract_name()

@@ -9,6 +9,7 @@ use super::sockets::Socket;
 use crate::core::worker::{Held, Leaving, ListenerId};
 use crate::runtime::token::Token;
 use crate::sys;
+use crate::sys::fd::IdleEvent;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
@@ -253,17 +254,16 @@ impl WorkerShell {
         let id = ConnectionId(number);
         let parked = self.parked.borrow();
         let connection = parked.get(id)?;
-        let resumed = match sys::fd::peek(connection.fd.as_raw_fd(), &mut [0]) {
-            Ok(1..) => self.core.borrow_mut().data_arrived(id),
-            // The event belonged to an earlier connection with this number.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+        let resumed = match sys::fd::idle_event(connection.fd.as_fd()) {
+            IdleEvent::Data => self.core.borrow_mut().data_arrived(id),
+            IdleEvent::Nothing => {
                 let awaited = self.await_data(id, &connection.fd, true, connection.interrupts);
                 if awaited.is_err() {
                     self.core.borrow_mut().idle_hung_up(id);
                 }
                 None
             }
-            Ok(0) | Err(_) => {
+            IdleEvent::HangUp => {
                 self.core.borrow_mut().idle_hung_up(id);
                 None
             }
