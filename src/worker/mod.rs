@@ -4,7 +4,8 @@
 //! the two ways in which a worker waits. `callbacks` adds and removes callbacks.
 //!
 //! `worker`, `listener`, `udp_socket` and `connection` refer to each other, because callbacks
-//! receive the worker and the worker makes the other handles.
+//! receive the worker and the worker makes the other handles. `worker` and `master` import each
+//! other, because a worker that executes no program starts in the master's code (`worker_main`).
 
 mod accept;
 mod bind;
