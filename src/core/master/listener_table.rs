@@ -35,7 +35,7 @@ pub(super) struct ListenerTable<C> {
 struct Entry<C> {
     listener: Listener<C>,
     /// The listener's properties that are in the index.
-    indexed: Facts,
+    indexed: IndexedProperties,
     index: Index,
 }
 
@@ -48,7 +48,7 @@ enum Index {
 
 /// The indexed properties of one listener.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Facts {
+struct IndexedProperties {
     deadline: Option<Time>,
     has_waiting: bool,
     is_unscheduled: bool,
@@ -57,7 +57,7 @@ struct Facts {
     delays_end: bool,
 }
 
-impl Facts {
+impl IndexedProperties {
     fn of<C>(listener: &Listener<C>) -> Self {
         Self {
             deadline: listener.deadline(),
@@ -103,7 +103,7 @@ impl<C> ListenerTable<C> {
         self.changed.push(id);
         let entry = || Entry {
             listener,
-            indexed: Facts::default(),
+            indexed: IndexedProperties::default(),
             index: Index::Stale,
         };
         &mut self.entries.get_or_insert_with(id, entry).listener
@@ -111,7 +111,7 @@ impl<C> ListenerTable<C> {
 
     pub(super) fn remove(&mut self, id: &HandleId) {
         if let Some(entry) = self.entries.remove(id) {
-            self.reindex(*id, entry.indexed, Facts::default());
+            self.reindex(*id, entry.indexed, IndexedProperties::default());
         }
     }
 
@@ -140,7 +140,7 @@ impl<C> ListenerTable<C> {
                 continue;
             };
             entry.index = Index::Current;
-            let new = Facts::of(&entry.listener);
+            let new = IndexedProperties::of(&entry.listener);
             let old = std::mem::replace(&mut entry.indexed, new);
             if old != new {
                 self.reindex(id, old, new);
@@ -148,7 +148,7 @@ impl<C> ListenerTable<C> {
         }
     }
 
-    fn reindex(&mut self, id: HandleId, old: Facts, new: Facts) {
+    fn reindex(&mut self, id: HandleId, old: IndexedProperties, new: IndexedProperties) {
         let key = |deadline: Option<Time>| deadline.map(|time| (time, id));
         self.deadlines.replace(key(old.deadline), key(new.deadline));
         let key = |is_member: bool| is_member.then_some(id);
@@ -166,11 +166,11 @@ impl<C> ListenerTable<C> {
     }
 
     /// Returns the current properties of the listeners whose index entry is stale.
-    fn changed(&self) -> impl Iterator<Item = (HandleId, Facts)> + '_ {
+    fn changed(&self) -> impl Iterator<Item = (HandleId, IndexedProperties)> + '_ {
         self.changed.iter().filter_map(|id| {
             let entry = self.entries.get(id)?;
             let is_stale = entry.index == Index::Stale;
-            is_stale.then(|| (*id, Facts::of(&entry.listener)))
+            is_stale.then(|| (*id, IndexedProperties::of(&entry.listener)))
         })
     }
 
@@ -178,7 +178,7 @@ impl<C> ListenerTable<C> {
     pub(super) fn deadline(&self) -> Option<Time> {
         let mut indexed = self.deadlines.iter();
         let first = indexed.find(|(_, id)| self.is_current(*id));
-        let changed = self.changed().map(|(_, facts)| facts.deadline);
+        let changed = self.changed().map(|(_, properties)| properties.deadline);
         changed.fold(first.map(|(time, _)| time), earlier)
     }
 
@@ -191,7 +191,7 @@ impl<C> ListenerTable<C> {
 
     pub(super) fn has_waiting(&self) -> bool {
         self.waiting.iter().any(|id| self.is_current(id))
-            || self.changed().any(|(_, facts)| facts.has_waiting)
+            || self.changed().any(|(_, properties)| properties.has_waiting)
     }
 
     /// Returns at most `limit` listeners that have waiting connections. The listeners are in the
@@ -207,7 +207,9 @@ impl<C> ListenerTable<C> {
 
     /// Returns the first listener with a connection for which the scheduler has not been called.
     pub(super) fn first_unscheduled(&self) -> Option<HandleId> {
-        let changed = self.changed().filter(|(_, facts)| facts.is_unscheduled);
+        let changed = self
+            .changed()
+            .filter(|(_, properties)| properties.is_unscheduled);
         let changed = changed.map(|(id, _)| id).min();
         let mut indexed = self.unscheduled.iter();
         let first = indexed.find(|id| self.is_current(*id));
@@ -218,7 +220,8 @@ impl<C> ListenerTable<C> {
     pub(super) fn any_delays_end(&self) -> bool {
         let stale = self.changed.iter().filter_map(|id| self.entries.get(id));
         let stale = stale.filter(|entry| entry.index == Index::Stale && entry.indexed.delays_end);
-        self.delaying_end > stale.count() || self.changed().any(|(_, facts)| facts.delays_end)
+        self.delaying_end > stale.count()
+            || self.changed().any(|(_, properties)| properties.delays_end)
     }
 }
 
