@@ -39,6 +39,7 @@ crate::scenarios! {
     parked_connections_of_a_killed_worker_close
     idle_connections_survive_a_reload
     connection_parked_after_its_listener_closed_goes_to_another_worker
+    only_worker_resumes_a_connection_of_its_closed_listener_on_its_next_one
     worker_closes_parked_clients_that_hang_up
     worker_closes_silent_clients_after_the_idle_timeout
     worker_closes_the_first_to_expire_beyond_its_maximum
@@ -449,6 +450,37 @@ fn connection_parked_after_its_listener_closed_goes_to_another_worker() {
                     answer(&worker, connection);
                 }
                 worker.run().unwrap();
+            },
+        );
+    });
+}
+
+/// Checks that a connection which is parked after its listener has closed returns to the same worker,
+/// if this worker is the only one and listens again.
+fn only_worker_resumes_a_connection_of_its_closed_listener_on_its_next_one() {
+    let clients = |address| {
+        let mut client = Client::connect(address);
+        assert_eq!(client.ask(PARK), (1, 1));
+        assert_eq!(client.ask(PARK), (1, 2));
+        assert_eq!(client.ask(CLOSE), (1, 3));
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| {
+                let listener = master.listen("127.0.0.1:0").unwrap();
+                with_clients(master, 1, clients, disconnect);
+                master.on_all_disconnected_once(move |_| drop(listener));
+            },
+            |worker| {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                let connection = listener.accept().unwrap().unwrap();
+                listener.close();
+                drop(listener);
+                let next = worker.listen("127.0.0.1:0").unwrap();
+                answer(&worker, connection);
+                for connection in next.incoming() {
+                    answer(&worker, connection.unwrap());
+                }
             },
         );
     });

@@ -42,9 +42,24 @@ impl<C, F> MasterCore<C, F> {
                     parked,
                 });
             }
-            (None, HandOff::New(connection)) => self.hold(handle, connection, parked),
+            (None, HandOff::New(connection)) => {
+                self.hold(handle, connection, parked);
+                // `from` may have closed its listener and listened again before it parked this
+                // connection. Otherwise, it will soon no longer serve the listener.
+                if from.is_some_and(|from| self.may_adopt(handle, from)) {
+                    self.give_held_at(handle, self.now.saturating_add(RETRY_DELAY));
+                }
+            }
             (None, HandOff::Held(_)) => {}
         }
+    }
+
+    /// Returns whether the worker serves the listener and may receive idle connections.
+    fn may_adopt(&self, handle: HandleId, worker: WorkerId) -> bool {
+        let listener = self.listeners.get(&handle);
+        let entry = self.workers.get(&worker);
+        listener.is_some_and(|own| own.members.serving().any(|member| member == worker))
+            && entry.is_some_and(WorkerEntry::may_listen)
     }
 
     /// Returns the worker that receives the listener's next idle connection. The workers take

@@ -75,3 +75,23 @@ fn idle_connections_close_with_their_shared_listener() {
     assert_eq!(core.ledger().idle_closed, 2);
     assert_eq!(core.ledger().in_flight(), 0);
 }
+
+#[test]
+fn worker_that_listens_again_receives_what_it_parked_if_it_is_the_only_one() {
+    let (mut core, handle, [second, third, only]) = shared_by_three();
+    for worker in [second, third] {
+        core.disconnect(worker);
+    }
+    for is_listening in [true, false] {
+        core.park(only, handle, 0, 5);
+        assert_eq!(adopted(&mut core), []);
+        if !is_listening {
+            core.disconnect(only);
+        }
+        let retry = core.deadline().unwrap();
+        core.tick(retry);
+        let expected = is_listening.then_some((only, u32::MAX, 5));
+        assert_eq!(adopted(&mut core), Vec::from_iter(expected));
+        assert_eq!(core.ledger().in_flight(), u64::from(!is_listening));
+    }
+}
