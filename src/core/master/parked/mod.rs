@@ -36,6 +36,7 @@
 //! another copy can go on.
 
 mod giving;
+mod last_check;
 mod passing;
 mod ready;
 
