@@ -132,7 +132,7 @@ pub const ATTACKER: &str = "ATTACKER";
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 /// The version of the frame format.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
@@ -180,8 +180,8 @@ pub fn message(text: &[u8]) -> Vec<u8> {
 /// Encodes a request to listen on a free port of 127.0.0.1.
 fn listen(index: u32) -> Vec<u8> {
     let mut body = numbers(&[index, index, 511]);
-    // No flags, and no idle timeout.
-    body.extend([0; 5]);
+    // No flags, and no timeouts.
+    body.extend([0; 9]);
     body.extend([0, 4, 0, 0, 127, 0, 0, 1]);
     frame(LISTEN, 0, &body)
 }

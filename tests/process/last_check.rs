@@ -3,14 +3,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
-use cluster::{Connection, ListenOptions, Master, Worker};
+use cluster::{Connection, Ledger, ListenOptions, Master, Worker};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::harness::{cluster, for_policies_without_dispatch};
-use crate::parked::{Client, PARK, answer, serve_with, with_clients};
+use crate::harness::{cluster, for_policies_without_dispatch, in_background};
+use crate::parked::{Client, PARK, answer, serve_with, when_ledger, with_clients};
 
 crate::scenarios! {
     client_is_answered_although_its_worker_was_busy_at_the_idle_timeout
@@ -89,39 +88,34 @@ fn client_is_answered_although_its_callback_worker_was_busy_at_the_idle_timeout(
     });
 }
 
-/// Stops the master's loop when a value is sent, and continues it when the next one is sent. Each
-/// call of `send` returns when the master has received the value.
-fn brake(master: &Master) -> SyncSender<()> {
-    let (brake, received) = sync_channel(0);
-    let interval = master.set_interval(Duration::from_millis(1), move |_| {
-        if received.try_recv().is_ok() {
-            let _ = received.recv();
-        }
-    });
-    master.unreference(interval);
-    brake
-}
-
-fn client_is_answered_although_the_master_was_busy_at_the_idle_timeout() {
-    cluster(
-        |master| {
-            let brake = brake(master);
-            let clients = move |address| {
-                let mut client = Client::connect(address);
-                client.ask(PARK);
-                // Let the master hold the connection.
-                std::thread::sleep(Duration::from_millis(50));
-                brake.send(()).unwrap();
-                client.send(PARK);
-                std::thread::sleep(EXPIRED);
-                brake.send(()).unwrap();
-                assert_eq!(client.line(), "1 2");
-            };
-            with_clients(master, 1, clients, |master, ()| {
+/// Parks a client's connection, calls `stall` in the master's loop, and then expects the answer to
+/// the client's second request.
+fn stall_master(master: &Master, stall: impl FnOnce(&Master, &mut Client) + 'static) {
+    let connect = |address| {
+        let mut client = Client::connect(address);
+        client.ask(PARK);
+        client
+    };
+    with_clients(master, 1, connect, |master, mut client| {
+        let is_parked = |ledger: &Ledger| ledger.parked == 1;
+        when_ledger(master, is_parked, move |master| {
+            stall(master, &mut client);
+            let read = move || assert_eq!(client.line(), "1 2");
+            in_background(master, read, |master, ()| {
                 assert_eq!(master.ledger().expired, 0);
                 master.disconnect();
             });
-        },
+        });
+    });
+}
+
+fn client_is_answered_although_the_master_was_busy_at_the_idle_timeout() {
+    let stall = |_: &Master, client: &mut Client| {
+        client.send(PARK);
+        std::thread::sleep(EXPIRED);
+    };
+    cluster(
+        |master| stall_master(master, stall),
         |worker| serve_with(&worker, short_timeout()),
     );
 }
@@ -129,25 +123,25 @@ fn client_is_answered_although_the_master_was_busy_at_the_idle_timeout() {
 /// The master reads first that the worker has parked the second connection, because that happened
 /// before the client of the first connection sent something.
 fn client_that_has_sent_something_stays_beyond_the_maximum() {
+    let connect = |address| {
+        let mut first = Client::connect(address);
+        first.ask(PARK);
+        let mut second = Client::connect(address);
+        second.send(BUSY);
+        assert_eq!(second.line(), "busy");
+        (first, second)
+    };
     cluster(
         |master| {
             master.set_max_parked(1);
-            let brake = brake(master);
-            let clients = move |address| {
-                let mut first = Client::connect(address);
-                first.ask(PARK);
-                let mut second = Client::connect(address);
-                second.send(BUSY);
-                assert_eq!(second.line(), "busy");
-                brake.send(()).unwrap();
+            with_clients(master, 1, connect, |master, (mut first, mut second)| {
                 second.ask(PARK);
                 // Let the worker park the connection.
                 std::thread::sleep(Duration::from_millis(50));
                 first.send(PARK);
-                brake.send(()).unwrap();
-                assert_eq!(first.line(), "1 2");
-            };
-            with_clients(master, 1, clients, disconnect);
+                let read = move || assert_eq!(first.line(), "1 2");
+                in_background(master, read, disconnect);
+            });
         },
         |worker| serve_or_wait(&worker, "127.0.0.1:0".into()),
     );
@@ -180,33 +174,13 @@ fn client_that_has_sent_something_stays_beyond_the_maximum_of_a_worker() {
 }
 
 fn client_is_answered_although_the_master_was_busy_at_the_end_of_a_drain() {
+    let stall = |master: &Master, client: &mut Client| {
+        master.disconnect();
+        client.send(PARK);
+        std::thread::sleep(Duration::from_millis(150));
+    };
     cluster(
-        |master| {
-            let brake = brake(master);
-            let clients = move |address| {
-                let mut client = Client::connect(address);
-                client.ask(PARK);
-                // Let the master hold the connection, and let it begin the drain.
-                std::thread::sleep(Duration::from_millis(50));
-                client.send(PARK);
-                assert_eq!(client.line(), "1 2");
-                brake.send(()).unwrap();
-                client.send(PARK);
-                std::thread::sleep(Duration::from_millis(200));
-                brake.send(()).unwrap();
-                assert_eq!(client.line(), "1 3");
-            };
-            with_clients(master, 1, clients, |_, ()| {});
-        },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            for connection in listener.incoming() {
-                let connection = connection.unwrap();
-                if connection.requests() == 2 {
-                    worker.disconnect();
-                }
-                answer(&worker, connection);
-            }
-        },
+        |master| stall_master(master, stall),
+        |worker| serve_with(&worker, "127.0.0.1:0".into()),
     );
 }

@@ -96,6 +96,7 @@ fn check(core: &Core) {
 fn set_parking(core: &mut Core, handle: HandleId, idle_seconds: u32, wait_for_data: bool) {
     let parking = Parking {
         idle_seconds: Some(idle_seconds),
+        first_data_seconds: None,
         wait_for_data: Some(wait_for_data),
     };
     core.set_parking(handle, parking);
