@@ -7,7 +7,7 @@ use super::{Ending, Schedule};
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::Fate;
 use crate::sim::kernel::worker::application::WorkerCall;
-use crate::sim::kernel::{Call, Fact};
+use crate::sim::kernel::{Call, MasterInput};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -293,7 +293,7 @@ fn request_before_the_idle_timeout_is_processed_is_answered() {
     schedule.world.fates[..5]
         .iter_mut()
         .for_each(Fate::send_request);
-    schedule.world.handle(Fact::Time);
+    schedule.world.handle(MasterInput::Time);
     schedule.world.settle();
     serve_all(&mut schedule, worker);
     let ledger = schedule.world.master.ledger();
@@ -315,7 +315,7 @@ fn request_before_the_maximum_is_exceeded_is_answered() {
     serve(&mut schedule, worker, LISTEN, 0);
     schedule.world.run_worker(worker);
     schedule.world.fates[0].send_request();
-    schedule.world.handle(Fact::Frame(worker));
+    schedule.world.handle(MasterInput::Frame(worker));
     serve_all(&mut schedule, worker);
     let fates = &schedule.world.fates;
     let closed: Vec<_> = (0..11).filter(|client| fates[*client].is_closed).collect();

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd as _};
 use super::WorkerShell;
 use super::parked::Origin;
 use crate::core::worker::LINGER_TIMEOUT;
-use crate::runtime::event_loop::Token;
+use crate::runtime::token::Token;
 use crate::sys::poll::{Poller, Ready, ReadyList};
 use crate::types::connection_id::ConnectionId;
 use crate::worker::finish::{Discarded, discard};

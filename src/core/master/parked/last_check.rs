@@ -8,8 +8,8 @@ use super::State;
 use crate::core::master::listener::{Listener, Stage};
 use crate::core::master::{Action, MasterCore};
 use crate::types::connection_id::ConnectionId;
+use crate::types::handle::HandleId;
 use crate::types::time::Time;
-use crate::wire::frame::HandleId;
 
 impl<C, F> MasterCore<C, F> {
     /// Returns the idle connections that `tick` closes at the time `now`, or that close soon

@@ -38,8 +38,8 @@ impl<F> WorkerCore<F> {
     }
 
     /// Adds a connection that the application has finished. The shell discards what the client
-    /// sends, and then calls `hung_up`. If the worker holds too many connections, closes the one
-    /// that expires first. Returns `None` if the connection must close at once.
+    /// sends, and then calls `hung_up`. The connection that expires first closes if the worker holds
+    /// too many. Returns `None` if the connection must close at once.
     pub(crate) fn linger(&mut self, now: Time) -> Option<ConnectionId> {
         let expiry = self.parked.expiries.next_expiry(now, LINGER_TIMEOUT);
         let id = self.parked.insert(Entry {
