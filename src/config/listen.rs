@@ -243,7 +243,7 @@ impl<S> ListenOptions<S> {
     /// Node: `server.keepAliveTimeout`.
     ///
     /// With [`wait_for_data`](Self::wait_for_data), the time also limits how long a new client may
-    /// send nothing. If several workers listen on an address, the time that was set last applies to
+    /// send nothing, unless [`first_data_timeout`](Self::first_data_timeout) is set. If several workers listen on an address, the time that was set last applies to
     /// the connections that the master holds. A worker that holds connections itself uses its own
     /// time.
     ///
@@ -257,9 +257,30 @@ impl<S> ListenOptions<S> {
     /// ```
     #[doc(alias = "keepAliveTimeout")]
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
-        let seconds = timeout.as_secs() + u64::from(timeout.subsec_nanos() > 0);
-        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
-        self.bind_request.flags.parking.idle_seconds = Some(seconds);
+        self.bind_request.flags.parking.idle_seconds = Some(whole_seconds(timeout));
+        self
+    }
+
+    /// Sets how long a new client may send nothing, if the listener
+    /// [waits for data](Self::wait_for_data). The default is
+    /// [`idle_timeout`](Self::idle_timeout). The time is rounded in the same way.
+    ///
+    /// Node: `server.headersTimeout`, which also limits how long the client sends.
+    ///
+    /// A new client has a reason to send at once, so the time can be shorter than the one between
+    /// two requests. If several workers listen on an address, the time that was set last applies.
+    ///
+    /// ```no_run
+    /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
+    /// use std::time::Duration;
+    ///
+    /// let options = cluster::ListenOptions::from(8000).wait_for_data(true);
+    /// let listener = worker.listen(options.first_data_timeout(Duration::from_secs(5)))?;
+    /// # Ok(()) }
+    /// ```
+    #[doc(alias = "headersTimeout")]
+    pub fn first_data_timeout(mut self, timeout: Duration) -> Self {
+        self.bind_request.flags.parking.first_data_seconds = Some(whole_seconds(timeout));
         self
     }
 
@@ -273,7 +294,7 @@ impl<S> ListenOptions<S> {
     /// [`Master::set_max_parked`](crate::Master::set_max_parked), and holds the connection as if it
     /// were [parked](crate::Connection::park). With the shared policy, and for private listeners,
     /// the kernel holds the connections of a TCP listener (`TCP_DEFER_ACCEPT` in tcp(7)) for about
-    /// [`idle_timeout`](Self::idle_timeout). A client that is silent for longer reaches a worker or
+    /// [`first_data_timeout`](Self::first_data_timeout). A client that is silent for longer reaches a worker or
     /// is disconnected. If such a listener closes, the kernel resets the connections that it holds
     /// when their clients send something.
     ///
@@ -313,6 +334,12 @@ impl<S> ListenOptions<S> {
         self.bind_request.exclusive = exclusive;
         self
     }
+}
+
+/// Returns the time in seconds, rounded up.
+fn whole_seconds(time: Duration) -> u32 {
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 
 impl ListenOptions<TcpStream> {

@@ -139,6 +139,13 @@ impl Expiries {
         self.idle.iter().map(|(_, connection)| connection)
     }
 
+    /// Returns the connections that expire by the time `now`.
+    pub(super) fn due(&self, now: Time) -> impl Iterator<Item = ConnectionId> + '_ {
+        let idle = self.idle.iter();
+        let due = idle.take_while(move |(expiry, _)| expiry.time() <= now);
+        due.map(|(_, connection)| connection)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.idle.len()
     }

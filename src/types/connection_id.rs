@@ -36,6 +36,14 @@ impl<T> ConnectionMap<T> {
         self.values.iter().flatten()
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    pub(crate) fn into_values(self) -> impl Iterator<Item = T> {
+        self.values.into_iter().flatten()
+    }
+
     pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.values.iter_mut().flatten()
     }

@@ -52,6 +52,9 @@ const IDLE_SECONDS: u32 = 60;
 pub(crate) struct Parking {
     /// The maximum number of seconds for which the client of a parked connection may be silent.
     pub(crate) idle_seconds: Option<u32>,
+    /// The maximum number of seconds for which the client of a new connection may be silent if the
+    /// listener waits for data. `None` stands for `idle_seconds`.
+    pub(crate) first_data_seconds: Option<u32>,
     /// Whether a new connection goes to a worker only when its client has sent something.
     pub(crate) wait_for_data: Option<bool>,
 }
@@ -60,11 +63,20 @@ impl Parking {
     /// Changes those values that the application has set in `other`.
     pub(crate) fn update(&mut self, other: Self) {
         self.idle_seconds = other.idle_seconds.or(self.idle_seconds);
+        self.first_data_seconds = other.first_data_seconds.or(self.first_data_seconds);
         self.wait_for_data = other.wait_for_data.or(self.wait_for_data);
     }
 
+    /// Returns how long the client of a parked connection may be silent.
     pub(crate) fn idle_timeout(&self) -> Duration {
         Duration::from_secs(self.idle_seconds.unwrap_or(IDLE_SECONDS).into())
+    }
+
+    /// Returns how long the client of a new connection may be silent if the listener waits for
+    /// data.
+    pub(crate) fn first_data_timeout(&self) -> Duration {
+        let seconds = self.first_data_seconds.map(u64::from);
+        seconds.map_or_else(|| self.idle_timeout(), Duration::from_secs)
     }
 
     /// Returns the number of seconds for which the kernel should keep a new connection out of a
@@ -72,7 +84,10 @@ impl Parking {
     /// backlog at once.
     pub(crate) fn deferred_seconds(&self) -> u32 {
         match self.waits_for_data() {
-            true => self.idle_seconds.unwrap_or(IDLE_SECONDS).max(1),
+            true => {
+                let seconds = self.first_data_seconds.or(self.idle_seconds);
+                seconds.unwrap_or(IDLE_SECONDS).max(1)
+            }
             false => 0,
         }
     }
@@ -166,5 +181,34 @@ impl std::fmt::Display for Endpoint {
             Place::Path(path) => fmt_path(path, f),
             Place::Fd(number) => write!(f, "the master's descriptor {number}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_client_has_the_idle_timeout_unless_it_has_a_timeout_of_its_own() {
+        let mut parking = Parking {
+            wait_for_data: Some(true),
+            ..Parking::default()
+        };
+        let seconds = |parking: &Parking| {
+            let (first, idle) = (parking.first_data_timeout(), parking.idle_timeout());
+            (parking.deferred_seconds(), first.as_secs(), idle.as_secs())
+        };
+        assert_eq!(seconds(&parking), (60, 60, 60));
+        parking.update(Parking {
+            idle_seconds: Some(9),
+            ..Parking::default()
+        });
+        assert_eq!(seconds(&parking), (9, 9, 9));
+        parking.update(Parking {
+            first_data_seconds: Some(0),
+            ..Parking::default()
+        });
+        // The kernel would not wait at all for 0 seconds.
+        assert_eq!(seconds(&parking), (1, 0, 9));
     }
 }

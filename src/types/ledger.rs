@@ -42,7 +42,8 @@ pub struct Ledger {
     /// connection was parked.
     pub closed_by_peer: u64,
     /// Idle connections that were closed because their client was silent for longer than
-    /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout).
+    /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout) or, before its first
+    /// data, [`ListenOptions::first_data_timeout`](crate::ListenOptions::first_data_timeout).
     pub expired: u64,
     /// Idle connections that were closed early: because the master held too many, because their
     /// listener closed, or because the system could not watch them. The number includes connections

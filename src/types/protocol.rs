@@ -2,7 +2,7 @@
 //! protocol.
 
 /// The version of the frame format. A frame with any other version is an error.
-pub(crate) const VERSION: u8 = 2;
+pub(crate) const VERSION: u8 = 3;
 /// The maximum length of a body, and therefore of a message, in bytes.
 ///
 /// The value bounds the memory that the master allocates for a worker's message. If a header

@@ -255,10 +255,12 @@ impl Worker {
     }
 
     /// Returns a parked connection whose client has sent something. If there is none, or if it is
-    /// the turn of a new connection and the backlog has one, accepts a new connection.
+    /// the turn of a new connection and the backlog has one, accepts a new connection. Does not
+    /// wait for a new connection while the worker reads from finished ones.
     fn accept_in_turn(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let shell = &self.inner.shell;
-        if !shell.has_resumed(listener) {
+        let has_resumed = shell.has_resumed(listener);
+        if !has_resumed && !shell.is_lingering() {
             return self.accept_blocking(listener);
         }
         // Without a wait in accept(2), nothing else would check the channel.
@@ -271,7 +273,7 @@ impl Worker {
             }
             self.inner.wait_state.channel_checked();
         }
-        if shell.is_turn_of_new() {
+        if !has_resumed || shell.is_turn_of_new() {
             if shell.has_input(listener) {
                 if let Some(attempt) = self.accept_new_first(listener)? {
                     return Ok(attempt);

@@ -218,9 +218,10 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds
     /// too many connections, and when the listener closes. The master's maximum is
     /// [`Master::set_max_parked`](crate::Master::set_max_parked). The maximum of a worker is half
-    /// of its descriptor limit. Beyond the maximum, the connection that expires first is closed. A
-    /// connection may be closed at the moment at which its client sends something. The client then
-    /// has to send its request again, as with any server that closes idle connections.
+    /// of its descriptor limit. Beyond the maximum, the connection that expires first is closed.
+    /// The process checks for a request right before it closes a connection whose time is over or
+    /// that is beyond the maximum. If a request arrives after this check, the client has to send it
+    /// again, as with any server that closes idle connections.
     ///
     /// Bytes that the application has read but not processed are lost. Before you park a
     /// connection, answer all requests that were read completely, and read the rest of an
@@ -260,19 +261,34 @@ impl<S: AsFd + 'static> Connection<S> {
     /// Node: `socket.end()`.
     ///
     /// The method shuts down the sending direction: after the answer, the client reads end-of-file.
-    /// The method then reads and discards what the client still sends, such as the body of a
+    /// The worker then reads and discards what the client still sends, such as the body of a
     /// request, until the client closes the connection (RFC 9112, section 9.6). This takes one
     /// round trip if the client closes at the end of the answer. The connection is closed in any
     /// case when
     ///
-    /// - the client has sent nothing for 1 second,
-    /// - 5 seconds have passed since the call, or
-    /// - 64 MiB have been discarded.
+    /// - 5 seconds have passed since the call (up to 6, because the connections that expire in the
+    ///   same second are closed together),
+    /// - 64 MiB have been discarded, or
+    /// - the worker holds too many finished and [parked](Self::park) connections, and this one
+    ///   expires first. The maximum is half of the worker's descriptor limit.
     ///
-    /// A call in a callback of the worker returns at once, and the worker's loop does the work. The
-    /// limit of 1 second does not apply there. Any other call waits, so the worker serves no other
-    /// client in the meantime. In both cases, the stream's timeouts have no effect, and the stream
-    /// may be blocking or non-blocking.
+    /// Outside a callback, the call waits for at most 1 millisecond, which is long enough for most
+    /// clients on the same network. After the call, the worker reads while it waits in `accept`,
+    /// `run` or `dispatch`, and the worker's other clients do not wait. If the worker does not wait
+    /// there for 5 seconds, because it is busy, the time starts again. The connection no longer
+    /// counts for [`set_max_connections`](crate::Listener::set_max_connections) and
+    /// [`loads`](crate::Master::loads).
+    ///
+    /// A worker that disconnects keeps its channel open until its finished connections are closed.
+    /// When the application drops the [`Worker`](crate::Worker) and its listeners, the last drop
+    /// waits for them, for at most 5 seconds. If the process exits without these drops, or if the
+    /// channel closes, they are closed at once.
+    ///
+    /// In a child that the application has forked, after the channel has closed, and, outside a
+    /// callback, for a connection from [`Worker::adopt`](crate::Worker::adopt), the call itself
+    /// waits until the end. A client that sends nothing for 1 second is then disconnected.
+    ///
+    /// The stream's timeouts have no effect, and the stream may be blocking or non-blocking.
     ///
     /// The method returns no error, because the worker can do nothing more for the connection.
     ///
@@ -293,10 +309,22 @@ impl<S: AsFd + 'static> Connection<S> {
             return;
         }
         let worker = self.counted.worker.upgrade();
-        match worker.filter(|worker| worker.event_loop.is_running()) {
-            Some(worker) => finish::in_loop(&worker.event_loop, self),
-            None => finish::blocking(self.as_fd()),
+        let Some(worker) = worker.filter(|worker| worker.shell.can_linger()) else {
+            return finish::wait(self.as_fd());
+        };
+        let mut bytes_left = finish::DISCARD_MAX;
+        if !worker.event_loop.is_running() {
+            if self.counted.origin.listener.is_none() {
+                // The application need not wait for the worker again, so nothing would read.
+                return finish::wait(self.as_fd());
+            }
+            if !finish::wait_briefly(self.as_fd(), &mut bytes_left) {
+                return;
+            }
         }
+        let Self { stream, counted } = self;
+        let (_, origin) = counted.disarm();
+        worker.shell.linger(Box::new(stream), &origin, bytes_left);
     }
 }
 

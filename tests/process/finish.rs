@@ -4,13 +4,15 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Connection, Master, Worker};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::clients::{self, BODY, CLIENTS, post};
+use crate::clients::{self, BODY, post};
 use crate::harness::{
-    Log, cluster, for_both_policies, in_background, scaled, talk, wait_until, when_listening,
+    Log, cluster, for_all_policies, in_background, scaled, talk, wait_until, when_listening,
 };
 
 crate::scenarios! {
@@ -19,16 +21,28 @@ crate::scenarios! {
     finish_disconnects_a_client_that_sends_for_ever
     finish_disconnects_a_client_that_sends_slowly
     finish_disconnects_a_client_that_never_closes
+    finish_delays_no_other_client
     finish_in_a_callback_delays_no_other_client
+    hostile_clients_delay_no_other_client
+    finished_connection_does_not_count_for_the_maximum
+    oldest_finished_connection_closes_beyond_the_maximum_of_a_worker
+    finish_keeps_an_exiting_worker_running
+    finish_keeps_a_disconnecting_worker_running
     finish_in_a_callback_keeps_a_disconnecting_worker_running
     finish_in_a_forked_child_delivers_the_answer
 }
 
 const ANSWER: &str = "answer\n";
 
-/// The limits of `finish`, as its documentation states them.
-const SILENCE_MAX: Duration = Duration::from_secs(1);
+/// The limit of `finish`, as its documentation states it.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum time from the call of `finish` until a client measures the rest of `TIMEOUT`.
+const DELAY: Duration = Duration::from_secs(1);
+/// Number of clients that never close their connections, and of other clients. They are few, so that
+/// all are served within `TIMEOUT` even if the machine is busy.
+const FEW: usize = 3;
+/// Bytes that a slow client sends at once.
+const BODY_PART: &[u8] = &[b'x'; 1000];
 
 /// Connects clients that send a body, which the worker does not read before it answers.
 fn post_all(address: SocketAddr) {
@@ -87,11 +101,11 @@ fn times(clients: fn(SocketAddr), worker: fn(Worker)) -> Vec<Duration> {
 }
 
 fn finish_delivers_the_answer_to_clients_that_send_more() {
-    for_both_policies(|| drop(times(post_all, serve_blocking)));
+    for_all_policies(|| drop(times(post_all, serve_blocking)));
 }
 
 fn finish_in_a_callback_delivers_the_answer_to_clients_that_send_more() {
-    for_both_policies(|| drop(times(post_all, serve_with_callbacks)));
+    for_all_policies(|| drop(times(post_all, serve_with_callbacks)));
 }
 
 /// Connects a client that reads the answer but does not close the connection.
@@ -116,45 +130,133 @@ fn finish_disconnects_a_client_that_sends_for_ever() {
 fn finish_disconnects_a_client_that_sends_slowly() {
     let send_slowly = |address| {
         let mut client = connect_and_read(address);
+        let start = Instant::now();
         while client.write_all(b"x").is_ok() {
             // The pause is what makes the client slow.
             std::thread::sleep(Duration::from_millis(50));
         }
-        assert_eq!(talk(address, b"").unwrap(), ANSWER);
+        assert!(start.elapsed() > TIMEOUT - DELAY, "{:?}", start.elapsed());
     };
-    let times = times(send_slowly, serve_blocking);
-    assert!(times[0] >= TIMEOUT, "{times:?}");
+    for_all_policies(|| drop(times(send_slowly, serve_blocking)));
+}
+
+/// Waits until the worker closes a connection, and checks that this takes as long as the limit of
+/// `finish`.
+fn wait_for_timeout(mut client: TcpStream) {
+    let start = Instant::now();
+    wait_until("the end of the connection", || client.write_all(b"x").err());
+    assert!(start.elapsed() > TIMEOUT - DELAY, "{:?}", start.elapsed());
 }
 
 fn finish_disconnects_a_client_that_never_closes() {
-    let stay_open = |address| {
-        let _client = connect_and_read(address);
+    let stay_open = |address| wait_for_timeout(connect_and_read(address));
+    for_all_policies(|| {
+        let times = times(stay_open, serve_blocking);
+        assert!(times[0] < scaled(DELAY), "{times:?}");
+    });
+}
+
+/// Returns whether the worker has not closed a client's connection.
+fn is_open(mut client: &TcpStream) -> bool {
+    client.set_nonblocking(true).unwrap();
+    // The first write to a closed connection makes the kernel reset it.
+    client.write(b"x").is_ok() && client.write(b"x").is_ok()
+}
+
+/// Connects clients that never close, and then other clients. The worker must serve the others
+/// before it closes the first ones.
+fn stay_open(address: SocketAddr) {
+    let silent: Vec<_> = (0..FEW).map(|_| connect_and_read(address)).collect();
+    for _ in 0..FEW {
         assert_eq!(talk(address, b"").unwrap(), ANSWER);
-    };
-    let times = times(stay_open, serve_blocking);
-    assert!(
-        (SILENCE_MAX..scaled(TIMEOUT)).contains(&times[0]),
-        "{times:?}"
-    );
+    }
+    assert!(silent.iter().all(is_open));
+}
+
+fn finish_delays_no_other_client() {
+    for_all_policies(|| {
+        let times = times(stay_open, serve_blocking);
+        assert_eq!(times.len(), 2 * FEW);
+    });
 }
 
 fn finish_in_a_callback_delays_no_other_client() {
-    let stay_open = |address| {
-        let mut client = connect_and_read(address);
-        for _ in 0..CLIENTS {
-            assert_eq!(talk(address, b"").unwrap(), ANSWER);
-        }
-        // Wait until the worker's loop closes the first connection at `TIMEOUT`.
-        wait_until("the end of the connection", || client.write_all(b"x").err());
+    for_all_policies(|| {
+        let times = times(stay_open, serve_with_callbacks);
+        assert_eq!(times.len(), 2 * FEW);
+    });
+}
+
+/// Runs `clients` against two workers.
+fn with_two_workers(clients: fn(SocketAddr), worker: fn(Worker)) {
+    cluster(
+        |master| {
+            with_clients(master, clients);
+            master.fork().unwrap();
+        },
+        worker,
+    );
+}
+
+/// Serves clients that send a body, while others send slowly or never close.
+fn hostile_clients_delay_no_other_client() {
+    let clients = |address| {
+        let is_over = AtomicBool::new(false);
+        let connect = || (0..FEW).map(|_| connect_and_read(address));
+        let (silent, slow): (Vec<_>, Vec<_>) = (connect().collect(), connect().collect());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::SeqCst) {
+                    slow.iter()
+                        .for_each(|mut client| drop(client.write(BODY_PART)));
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            });
+            let answers = (0..FEW).map(|_| post(address, b""));
+            let answers: Vec<_> = answers.collect();
+            is_over.store(true, Ordering::SeqCst);
+            assert!(
+                answers
+                    .iter()
+                    .all(|answer| answer.as_deref().is_ok_and(|text| text == ANSWER)),
+                "{answers:?}"
+            );
+        });
+        assert!(silent.iter().all(is_open));
     };
-    let times = times(stay_open, serve_with_callbacks);
-    assert_eq!(times.len(), CLIENTS + 1);
-    assert!(times.iter().max() < Some(&scaled(SILENCE_MAX)), "{times:?}");
+    for_all_policies(|| with_two_workers(clients, serve_blocking));
+}
+
+fn finished_connection_does_not_count_for_the_maximum() {
+    let serve = |worker: Worker| {
+        let listener = worker.listen("127.0.0.1:0").unwrap();
+        listener.set_max_connections(Some(1));
+        for connection in listener.incoming() {
+            finish(&worker, connection.unwrap());
+        }
+    };
+    for_all_policies(|| drop(times(stay_open, serve)));
+}
+
+fn oldest_finished_connection_closes_beyond_the_maximum_of_a_worker() {
+    let clients = |address| {
+        let all: Vec<_> = (0..60).map(|_| connect_and_read(address)).collect();
+        let (closed, open) = all.split_at(10);
+        let has_open = || closed.iter().any(is_open);
+        wait_until("the end of the oldest", || (!has_open()).then_some(()));
+        assert!(open.iter().all(is_open));
+    };
+    for_all_policies(|| {
+        // With this limit, a worker holds at most 50 connections, half of the limit.
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 100, hard).unwrap();
+        drop(times(clients, serve_blocking));
+    });
 }
 
 /// Lets the client send its body after the worker was disconnected. The worker must keep reading,
 /// or the client's write would fail.
-fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
+fn post_after_the_disconnect(worker: fn(Worker)) {
     let disconnect_first = |address| {
         let mut client = connect_and_read(address);
         wait_until("the disconnect", || TcpStream::connect(address).err());
@@ -168,8 +270,26 @@ fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
             with_clients(master, disconnect_first);
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
         },
-        serve_with_callbacks,
+        worker,
     );
+}
+
+fn finish_keeps_an_exiting_worker_running() {
+    for_all_policies(|| post_after_the_disconnect(serve_blocking));
+}
+
+fn finish_keeps_a_disconnecting_worker_running() {
+    let serve_and_run = |worker: Worker| {
+        for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+            finish(&worker, connection.unwrap());
+        }
+        worker.run().unwrap();
+    };
+    for_all_policies(|| post_after_the_disconnect(serve_and_run));
+}
+
+fn finish_in_a_callback_keeps_a_disconnecting_worker_running() {
+    for_all_policies(|| post_after_the_disconnect(serve_with_callbacks));
 }
 
 /// Calls `finish` in a child that a callback has forked. The child has no loop, so `finish` must

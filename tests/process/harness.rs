@@ -980,6 +980,14 @@ pub fn for_both_policies(play: impl Fn()) {
     with_env(POLICY, "none", play);
 }
 
+/// Runs `play` with each scheduling policy. All runs but the first are in child processes.
+pub fn for_all_policies(play: impl Fn()) {
+    if std::env::var_os("CLUSTER_SCHED_POLICY").is_none() {
+        play();
+    }
+    for_policies_without_dispatch(play);
+}
+
 /// Runs `play` with the policies `none` and `sharded`, each in a child process.
 pub fn for_policies_without_dispatch(play: impl Fn()) {
     const POLICY: &str = "CLUSTER_SCHED_POLICY";

@@ -132,7 +132,7 @@ pub const ATTACKER: &str = "ATTACKER";
 const NEIGHBOUR: &str = "NEIGHBOUR";
 
 /// The version of the frame format.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const ONLINE: u8 = 1;
 const LISTEN: u8 = 2;
 const LISTENING: u8 = 3;
@@ -180,8 +180,8 @@ pub fn message(text: &[u8]) -> Vec<u8> {
 /// Encodes a request to listen on a free port of 127.0.0.1.
 fn listen(index: u32) -> Vec<u8> {
     let mut body = numbers(&[index, index, 511]);
-    // No flags, and no idle timeout.
-    body.extend([0; 5]);
+    // No flags, and no timeouts.
+    body.extend([0; 9]);
     body.extend([0, 4, 0, 0, 127, 0, 0, 1]);
     frame(LISTEN, 0, &body)
 }
@@ -924,13 +924,13 @@ fn report_idle_without_a_queue(policy: SchedulingPolicy) {
 fn garbled_frame_disconnects_the_worker() {
     expect_disconnected(
         "GET / HTTP/1.1",
-        "frame of version 47, this program supports version 2",
+        "frame of version 47, this program supports version 3",
     );
 }
 
 fn oversized_frame_disconnects_the_worker() {
     let why = "frame of 2147483647 bytes, the limit is 1048576";
-    expect_disconnected(r"\377\377\377\177\002\177\000\000", why);
+    expect_disconnected(r"\377\377\377\177\003\177\000\000", why);
 }
 
 fn program_that_ignores_its_channel_exits_without_an_error() {
@@ -1180,7 +1180,7 @@ fn out_of_band_descriptors_do_not_block_the_master() {
         attacker.send(&message(b"x"));
         attacker.wait_to_be_killed();
     };
-    let why = Outcome::Disconnected("frame of version 0, this program supports version 2");
+    let why = Outcome::Disconnected("frame of version 0, this program supports version 3");
     attack_beside_honest_worker(Case::new(attack, why));
 }
 

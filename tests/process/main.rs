@@ -39,6 +39,7 @@ mod hostile;
 mod hostile_parked;
 mod inherited;
 mod inherited_sockets;
+mod last_check;
 mod leave;
 mod life;
 mod listen;
@@ -166,6 +167,7 @@ fn main() -> ExitCode {
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
         parked_in_worker::SCENARIOS,
+        last_check::SCENARIOS,
         passed::SCENARIOS,
         passing::SCENARIOS,
         without_exec::SCENARIOS,

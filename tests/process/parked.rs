@@ -30,6 +30,7 @@ crate::scenarios! {
     stream_taken_out_of_a_parked_connection_belongs_to_the_application
     client_that_hangs_up_while_parked_is_forgotten
     silent_client_is_closed_after_the_idle_timeout
+    silent_new_client_is_closed_after_the_timeout_for_first_data
     silent_clients_occupy_no_worker_if_the_listener_waits_for_data
     silent_clients_occupy_no_worker_if_the_kernel_waits_for_data
     kernel_waits_for_data_of_a_private_listener
@@ -333,6 +334,29 @@ fn silent_client_is_closed_after_the_idle_timeout() {
         |worker| {
             let options = ListenOptions::from("127.0.0.1:0");
             serve_with(&worker, options.idle_timeout(Duration::from_millis(1)));
+        },
+    );
+}
+
+fn silent_new_client_is_closed_after_the_timeout_for_first_data() {
+    let clients = |address| {
+        let mut parked = Client::connect(address);
+        parked.ask(PARK);
+        let start = Instant::now();
+        assert_eq!(Client::connect(address).line(), "", "end-of-file");
+        let elapsed = start.elapsed();
+        assert!(elapsed >= Duration::from_millis(900), "{elapsed:?}");
+        assert_eq!(parked.ask(PARK).1, 2);
+    };
+    let then = |master: &Master, ()| {
+        assert_eq!(master.ledger().expired, 1);
+        master.disconnect();
+    };
+    cluster(
+        |master| with_clients(master, 1, clients, then),
+        |worker| {
+            let options = waiting_for_data().first_data_timeout(Duration::from_millis(1));
+            serve_with(&worker, options);
         },
     );
 }

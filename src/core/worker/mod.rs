@@ -28,7 +28,7 @@ use crate::wire::frame::{ToMaster, ToWorker};
 pub(crate) use listener::ListenerId;
 use listener::{Entry, Receiver, Stage};
 use parked::ParkedTable;
-pub(crate) use parked::{Held, Leaving};
+pub(crate) use parked::{Held, LINGER_TIMEOUT, Leaving};
 
 /// An action that the shell carries out at once.
 #[derive(Debug, PartialEq, Eq)]

@@ -21,8 +21,15 @@
 //!
 //! A connection of a private listener is removed instead of becoming `Leaving`, because no other
 //! worker can serve it.
+//!
+//! The table also contains the finished connections whose clients may still be sending, with every
+//! policy. See [`lingering`] for their state `Lingering`.
+
+mod lingering;
 
 use std::collections::VecDeque;
+
+pub(crate) use lingering::LINGER_TIMEOUT;
 
 use super::listener::{Entry as ListenerEntry, Stage};
 use super::{Action, Disconnect, ListenerId, WorkerCore};
@@ -54,12 +61,23 @@ enum State {
     Ready,
     /// The connection waits until the channel has space for it.
     Leaving,
+    /// The worker discards what the client sends, at most until this time.
+    Lingering(Expiry),
+}
+
+impl State {
+    fn expiry(self) -> Option<Expiry> {
+        match self {
+            Self::Idle(expiry) | Self::Lingering(expiry) => Some(expiry),
+            Self::Ready | Self::Leaving => None,
+        }
+    }
 }
 
 /// The shell's task for a connection that the application has parked, or that the master has sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
-    /// Watch for data or a hang-up from the client, and then call `data_arrived` or `idle_hung_up`.
+    /// Watch for data or a hang-up from the client, and then call `data_arrived` or `hung_up`.
     Idle(ConnectionId),
     /// Keep the connection until `next_leaving` returns it.
     Leaving(ConnectionId),
@@ -78,7 +96,7 @@ pub(crate) struct Leaving {
 #[derive(Debug)]
 pub(super) struct ParkedTable {
     entries: Slab<Entry>,
-    /// The idle connections.
+    /// The idle and the lingering connections.
     expiries: Expiries,
     leaving: VecDeque<ConnectionId>,
     /// The maximum number of connections that the worker holds.
@@ -107,13 +125,12 @@ impl ParkedTable {
     fn insert(&mut self, entry: Entry) -> Option<ConnectionId> {
         let state = entry.state;
         let id = self.entries.insert(entry)?;
-        match state {
-            State::Idle(expiry) => {
-                self.expiries.insert(expiry, id);
-                self.alarm = earlier(self.alarm, Some(expiry.time()));
-            }
-            State::Leaving => self.leaving.push_back(id),
-            State::Ready => {}
+        if let Some(expiry) = state.expiry() {
+            self.expiries.insert(expiry, id);
+            self.alarm = earlier(self.alarm, Some(expiry.time()));
+        }
+        if state == State::Leaving {
+            self.leaving.push_back(id);
         }
         Some(id)
     }
@@ -122,8 +139,11 @@ impl ParkedTable {
     fn set(&mut self, id: ConnectionId, state: State) {
         if let Some(entry) = self.entries.get_mut(id) {
             let old = std::mem::replace(&mut entry.state, state);
-            if let State::Idle(expiry) = old {
+            if let Some(expiry) = old.expiry() {
                 self.expiries.remove(expiry, id);
+            }
+            if let Some(expiry) = state.expiry() {
+                self.expiries.insert(expiry, id);
             }
             if state == State::Leaving {
                 self.leaving.push_back(id);
@@ -133,15 +153,14 @@ impl ParkedTable {
 
     fn remove(&mut self, id: ConnectionId) -> Option<Entry> {
         let entry = self.entries.remove(id)?;
-        if let State::Idle(expiry) = entry.state {
+        if let Some(expiry) = entry.state.expiry() {
             self.expiries.remove(expiry, id);
         }
         Some(entry)
     }
 
-    fn is_idle(&self, id: ConnectionId) -> bool {
-        let entry = self.entries.get(id);
-        entry.is_some_and(|entry| matches!(entry.state, State::Idle(_)))
+    fn state(&self, id: ConnectionId) -> Option<State> {
+        self.entries.get(id).map(|entry| entry.state)
     }
 }
 
@@ -188,13 +207,18 @@ impl<F> WorkerCore<F> {
             self.actions.push_back(Action::SendLeaving);
             return Held::Leaving(id);
         }
-        // Close the connection after the insertion, so that the new connection has another number.
+        self.close_surplus();
+        Held::Idle(id)
+    }
+
+    /// Closes the connection that expires first if the worker holds too many. The caller has
+    /// already inserted the new connection, so that it has another number.
+    fn close_surplus(&mut self) {
         if self.parked.entries.len() > self.parked.limit {
             if let Some((_, first)) = self.parked.expiries.first() {
                 self.close_parked(first);
             }
         }
-        Held::Idle(id)
     }
 
     /// Holds a connection that the master has sent. A connection of a listener that receives no
@@ -210,7 +234,7 @@ impl<F> WorkerCore<F> {
     /// Records that the client of an idle connection has sent something. Returns the listener that
     /// passes the connection to the application.
     pub(crate) fn data_arrived(&mut self, id: ConnectionId) -> Option<ListenerId> {
-        if !self.parked.is_idle(id) {
+        if !matches!(self.parked.state(id), Some(State::Idle(_))) {
             return None;
         }
         let listener = self.parked.entries.get(id)?.listener;
@@ -220,12 +244,26 @@ impl<F> WorkerCore<F> {
         Some(listener)
     }
 
-    /// Records that the client of an idle connection has hung up, or that the connection cannot be
-    /// watched. Closes the connection.
-    pub(crate) fn idle_hung_up(&mut self, id: ConnectionId) {
-        if self.parked.is_idle(id) {
+    /// Records that the client of an idle or lingering connection has hung up, or that the
+    /// connection cannot be watched. Closes the connection.
+    pub(crate) fn hung_up(&mut self, id: ConnectionId) {
+        if self.parked.state(id).and_then(State::expiry).is_some() {
             self.close_parked(id);
         }
+    }
+
+    /// Returns the connections that `expire_parked` closes. The shell checks them once more before,
+    /// because the poller may not have reported yet that their clients have sent something.
+    pub(crate) fn expiring(&self, now: Time) -> Vec<ConnectionId> {
+        self.parked.expiries.due(now).collect()
+    }
+
+    /// Returns the connection that closes if the worker holds another one, or `None` if none
+    /// closes. The shell checks the returned connections until one is silent.
+    pub(crate) fn next_surplus(&self) -> Option<ConnectionId> {
+        let is_full = self.parked.entries.len() >= self.parked.limit;
+        let (_, first) = self.parked.expiries.first().filter(|_| is_full)?;
+        Some(first)
     }
 
     /// Closes the connections whose clients have been silent for too long.
@@ -233,6 +271,7 @@ impl<F> WorkerCore<F> {
         if self.parked_deadline().is_none_or(|alarm| alarm > now) {
             return;
         }
+        self.extend_late(now);
         loop {
             let first = self.parked.expiries.first();
             let Some((_, id)) = first.filter(|(expiry, _)| expiry.time() <= now) else {
@@ -404,11 +443,11 @@ mod tests {
             assert_eq!(core.data_arrived(id), Some(listener));
             assert_eq!(core.data_arrived(id), None, "reported twice");
         }
-        core.idle_hung_up(first);
+        core.hung_up(first);
         assert_eq!(core.next_resumed(listener), Some((second, 2)));
         assert_eq!(core.next_resumed(listener), Some((first, 1)));
         assert_eq!(core.next_resumed(listener), None);
-        core.idle_hung_up(third);
+        core.hung_up(third);
         assert_eq!(actions(&mut core), [Action::CloseParked(third)]);
         assert!(core.parked.is_empty());
     }
@@ -460,6 +499,25 @@ mod tests {
         assert_eq!(actions(&mut core), closed);
         core.data_arrived(ids[4]);
         assert_eq!(core.next_resumed(listener), Some((ids[4], 4)));
+    }
+
+    #[test]
+    fn connections_are_checked_before_they_close() {
+        let (mut core, listener) = shared(1);
+        let [first, second] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.set_parked_limit(2);
+        assert_eq!(core.next_surplus(), Some(first));
+        assert_eq!(core.expiring(Time::from_millis(1999)), []);
+        let end = Time::from_secs(2);
+        assert_eq!(core.expiring(end), [first, second]);
+        core.data_arrived(first);
+        assert_eq!(
+            (core.next_surplus(), core.expiring(end)),
+            (Some(second), vec![second])
+        );
+        core.expire_parked(end);
+        assert_eq!(actions(&mut core), [Action::CloseParked(second)]);
+        assert_eq!(core.next_surplus(), None);
     }
 
     #[test]

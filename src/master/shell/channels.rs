@@ -269,7 +269,10 @@ impl MasterShell {
                 core.set_time(self.start.elapsed());
                 for connection in fds {
                     match sys::socket::is_connection(connection.as_fd()) {
-                        true => core.park(worker, handle, connection, parked),
+                        true => {
+                            self.check_surplus(&mut core);
+                            core.park(worker, handle, connection, parked);
+                        }
                         false => core.violation(worker, NOT_A_CONNECTION),
                     }
                 }

@@ -421,7 +421,12 @@ impl MasterShell {
                 false => sys::listen::accept_if_ready(&***socket),
             };
             match accepted {
-                Ok(stream) => core.accepted(handle, stream.into()),
+                Ok(stream) => {
+                    if core.holds_new(handle) {
+                        self.check_surplus(&mut core);
+                    }
+                    core.accepted(handle, stream.into());
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return core.drained(handle);
                 }

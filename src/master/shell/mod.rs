@@ -272,6 +272,9 @@ impl MasterShell {
         let mut core = self.core.borrow_mut();
         core.set_time(now);
         if due.is_some_and(|due| due <= now) {
+            for id in core.closing_at(now) {
+                self.check_client(&mut core, id);
+            }
             core.tick(now);
         }
         if core.has_waiting() {

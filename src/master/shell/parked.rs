@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
-use super::MasterShell;
+use super::{Core, MasterShell};
 use crate::core::master::HandOff;
 use crate::error::Error;
 use crate::runtime::token::Token;
@@ -116,16 +116,32 @@ impl MasterShell {
     /// Handles a held connection that the poller has reported.
     pub(crate) fn held_ready(&self, number: u32) {
         let id = ConnectionId(number);
+        let is_held = self.held.borrow().get(id).is_some();
+        if is_held && !self.check_client(&mut self.core_now(), id) {
+            self.await_data(id);
+        }
+    }
+
+    /// Reports to the core whether the client of a held connection has sent something or has hung
+    /// up. Returns `false` if the client has done neither.
+    pub(super) fn check_client(&self, core: &mut Core, id: ConnectionId) -> bool {
         let held = self.held.borrow();
-        let Some(connection) = held.get(id) else {
-            return;
-        };
-        let event = sys::fd::idle_event(connection.as_fd());
-        drop(held);
+        let event = held.get(id).map(|held| sys::fd::idle_event(held.as_fd()));
         match event {
-            IdleEvent::Data => self.core_now().data_arrived(id),
-            IdleEvent::HangUp => self.core_now().idle_hung_up(id),
-            IdleEvent::Nothing => self.await_data(id),
+            None | Some(IdleEvent::Nothing) => return false,
+            Some(IdleEvent::Data) => core.data_arrived(id),
+            Some(IdleEvent::HangUp) => core.idle_hung_up(id),
+        }
+        true
+    }
+
+    /// Checks the connections that may have to close if the master holds another one. The poller
+    /// may not have reported yet that their clients have sent something.
+    pub(super) fn check_surplus(&self, core: &mut Core) {
+        let mut checked = None;
+        while let Some(id) = core.next_surplus().filter(|id| Some(*id) != checked) {
+            self.check_client(core, id);
+            checked = Some(id);
         }
     }
 

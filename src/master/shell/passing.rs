@@ -382,6 +382,7 @@ impl MasterShell {
             match parked.next() {
                 Some(parked) if sys::socket::is_connection(connection.as_fd()) => {
                     let mut core = self.core_now();
+                    self.check_surplus(&mut core);
                     core.receive_parked(handle, connection, *parked);
                 }
                 _ => self.lose(vec![connection]),

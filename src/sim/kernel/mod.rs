@@ -557,10 +557,33 @@ impl World {
             }
         }
         let now = self.now;
+        for id in self.master.closing_at(now) {
+            self.check_client(id);
+        }
+        let senders = self.idle_senders();
         self.report(|core| core.tick(now));
+        let is_idle = |id: &ConnectionId| self.master.is_idle(*id);
+        assert!(senders.iter().all(is_idle), "closed with a request");
         if self.master.has_waiting() {
             self.sweep(SWEEP, |_, fate| fate.left);
         }
+    }
+
+    /// Returns the idle connections whose clients have sent something, if the master waits for this.
+    /// Returns none while actions are pending, because a connection's number may then have another
+    /// meaning here than in the master.
+    fn idle_senders(&self) -> Vec<ConnectionId> {
+        if self.master.has_actions() {
+            return Vec::new();
+        }
+        let is_sender = |held: &Held| {
+            let fate = held.client().map(|client| self.fates[client as usize]);
+            let is_waiting = |port| self.master.is_bound(port) && self.master.master_accepts(port);
+            fate.is_some_and(|fate| fate.is_pending && fate.port.is_some_and(is_waiting))
+        };
+        let all = self.held.iter();
+        let senders = all.filter(|(id, held)| self.master.is_idle(**id) && is_sender(held));
+        senders.map(|(id, _)| *id).collect()
     }
 
     /// Checks at most `limit` connections that wait in the master, and closes those for which

@@ -164,7 +164,7 @@ fn a_million_steps() {
     // then no longer exercise all ways in which a connection can end.
     let is_enough = total.received > 5000 && total.closed_by_peer > 5 && total.dropped > 300;
     let is_enough = is_enough && total.parked > 500 && total.resumed > 100;
-    let is_enough = is_enough && total.expired > 20 && total.idle_closed > 100;
+    let is_enough = is_enough && total.expired > 10 && total.idle_closed > 100;
     let is_enough = is_enough && total.passed > 50;
     assert!(single.is_some() || is_enough, "{total:?}");
 }

@@ -5,8 +5,9 @@ use fastrand::Rng;
 use super::step::{StepKind, step};
 use super::{Ending, Schedule};
 use crate::core::worker::ListenStatus;
-use crate::sim::kernel::Call;
+use crate::sim::kernel::socket::Fate;
 use crate::sim::kernel::worker::application::WorkerCall;
+use crate::sim::kernel::{Call, MasterInput};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -15,8 +16,14 @@ use crate::types::worker_id::WorkerId;
 const FIXED_PORT: u8 = 1;
 /// The number of the same port in `WorkerCall::Listen`, without a connection limit.
 const LISTEN: u8 = FIXED_PORT + 15;
+/// Like `LISTEN`, with an idle timeout of one second.
+const LISTEN_BRIEFLY: u8 = 2 * 40 + FIXED_PORT + 15;
 /// Like `LISTEN`, with new connections that wait for data.
 const LISTEN_FOR_DATA: u8 = 5 * 40 + FIXED_PORT + 15;
+
+/// Like `LISTEN_FOR_DATA`, with a timeout of one second for the first data, and an idle timeout of
+/// two seconds.
+const LISTEN_FOR_EARLY_DATA: u8 = 4 * 40 + FIXED_PORT + 15;
 
 /// Makes the application of a worker make its next call. The application parks each connection that
 /// it has received.
@@ -231,4 +238,88 @@ fn new_and_resumed_connections_both_advance() {
             before = after;
         }
     }
+}
+
+/// Returns a schedule in which one worker has served and parked the connections of `clients`
+/// clients, which are idle.
+fn with_idle_clients(clients: usize, listen: u8) -> (Schedule, WorkerId) {
+    let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
+    schedule.world.limit_parked(clients);
+    let worker = schedule.world.fork();
+    schedule.world.settle();
+    schedule
+        .world
+        .call_worker(worker, WorkerCall::Listen, listen);
+    schedule.world.settle();
+    (0..clients).for_each(|_| schedule.world.connect(0));
+    serve_all(&mut schedule, worker);
+    assert_eq!(schedule.world.held.len(), clients);
+    (schedule, worker)
+}
+
+/// Serves and parks the connections of all clients that have sent something.
+fn serve_all(schedule: &mut Schedule, worker: WorkerId) {
+    for _ in 0..100 {
+        serve(schedule, worker, LISTEN, 0);
+        schedule.world.settle();
+    }
+}
+
+/// Checks that a new client that sends nothing is closed earlier than a parked one, if the listener
+/// has a shorter timeout for the first data.
+#[test]
+fn silent_new_client_expires_before_a_parked_one() {
+    let (mut schedule, _) = with_idle_clients(1, LISTEN_FOR_EARLY_DATA);
+    schedule.world.limit_parked(2);
+    schedule.world.connect_silently(0);
+    schedule.world.settle();
+    for (seconds, closed) in [(1, [false, false]), (1, [false, true]), (1, [true, true])] {
+        let fates = schedule.world.fates.iter();
+        let is_closed: Vec<_> = fates.map(|fate| fate.is_closed).collect();
+        assert_eq!(is_closed, closed);
+        schedule.world.pass(Time::from_secs(seconds));
+        schedule.world.settle();
+    }
+    assert_eq!(schedule.world.master.ledger().expired, 2);
+    schedule.world.end(Ending::Stop);
+}
+
+/// Checks that a connection stays open if its client sends something before the master processes
+/// the idle timeout, although the poller reports this only afterwards.
+#[test]
+fn request_before_the_idle_timeout_is_processed_is_answered() {
+    let (mut schedule, worker) = with_idle_clients(10, LISTEN_BRIEFLY);
+    schedule.world.pass(Time::from_secs(3));
+    schedule.world.fates[..5]
+        .iter_mut()
+        .for_each(Fate::send_request);
+    schedule.world.handle(MasterInput::Time);
+    schedule.world.settle();
+    serve_all(&mut schedule, worker);
+    let ledger = schedule.world.master.ledger();
+    assert_eq!((ledger.resumed, ledger.expired), (5, 5));
+    let is_closed = |fate: &Fate| fate.is_closed;
+    assert!(!schedule.world.fates[..5].iter().any(is_closed));
+    schedule.world.end(Ending::Stop);
+}
+
+/// Checks that a connection stays open if its client sends something before the master reads that
+/// a worker parks a connection beyond the maximum.
+#[test]
+fn request_before_the_maximum_is_exceeded_is_answered() {
+    let (mut schedule, worker) = with_idle_clients(10, LISTEN_BRIEFLY);
+    schedule.world.connect(0);
+    schedule.world.settle();
+    // Receive the new connection, and park it.
+    serve(&mut schedule, worker, LISTEN, 0);
+    serve(&mut schedule, worker, LISTEN, 0);
+    schedule.world.run_worker(worker);
+    schedule.world.fates[0].send_request();
+    schedule.world.handle(MasterInput::Frame(worker));
+    serve_all(&mut schedule, worker);
+    let fates = &schedule.world.fates;
+    let closed: Vec<_> = (0..11).filter(|client| fates[*client].is_closed).collect();
+    assert_eq!(closed, [1]);
+    assert!(!fates[0].is_pending);
+    schedule.world.end(Ending::Stop);
 }

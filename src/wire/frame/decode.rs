@@ -192,10 +192,12 @@ impl Body<'_> {
     fn flags(&mut self) -> Option<BindFlags> {
         let backlog = self.u32()?;
         let bits = self.u8()?;
-        let idle_seconds = self.u32()?;
+        let (idle_seconds, first_data_seconds) = (self.u32()?, self.u32()?);
         let bit = |n: u8| bits & 1 << n != 0;
-        let is_consistent = (bit(4) || idle_seconds == 0) && (bit(5) || !bit(6));
-        (bits < 128 && is_consistent).then(|| BindFlags {
+        let is_consistent = (bit(4) || idle_seconds == 0)
+            && (bit(5) || !bit(6))
+            && (bit(7) || first_data_seconds == 0);
+        is_consistent.then(|| BindFlags {
             backlog,
             ipv6_only: bit(0),
             reuse_addr: bit(1),
@@ -203,6 +205,7 @@ impl Body<'_> {
             writable_all: bit(3),
             parking: Parking {
                 idle_seconds: bit(4).then_some(idle_seconds),
+                first_data_seconds: bit(7).then_some(first_data_seconds),
                 wait_for_data: bit(5).then_some(bit(6)),
             },
         })

@@ -175,11 +175,14 @@ fn put_flags(out: &mut Vec<u8>, flags: &BindFlags) {
         flags.parking.idle_seconds.is_some(),
         flags.parking.wait_for_data.is_some(),
         flags.parking.wait_for_data == Some(true),
+        flags.parking.first_data_seconds.is_some(),
     ];
     let bits = bits.iter().enumerate();
     out.push(bits.fold(0, |sum, (n, bit)| sum | u8::from(*bit) << n));
-    let idle_seconds = flags.parking.idle_seconds.unwrap_or(0);
-    out.extend_from_slice(&idle_seconds.to_le_bytes());
+    let parking = &flags.parking;
+    for seconds in [parking.idle_seconds, parking.first_data_seconds] {
+        out.extend_from_slice(&seconds.unwrap_or(0).to_le_bytes());
+    }
 }
 
 fn put_policy(out: &mut Vec<u8>, policy: SchedulingPolicy) {

@@ -40,6 +40,7 @@
 //!   2   Listen               request 4, index 4,
 //!                            backlog 4, flags 1,
 //!                            idle seconds 4,
+//!                            first data seconds 4,
 //!                            socket type 1, place     0
 //!   3   Listening            handle 4                 0
 //!   4   Idle                 handle 4, received 8,
@@ -72,7 +73,8 @@
 //! socket type: 0 TCP, 1 Unix, 2 UDP
 //! policy:      0 round robin, 1 shared, 2 sharded
 //! flags:       1 ipv6_only, 2 reuse_addr, 4 readable_all, 8 writable_all,
-//!              16 idle seconds are set, 32 wait_for_data is set, 64 its value
+//!              16 idle seconds are set, 32 wait_for_data is set, 64 its value,
+//!              128 first data seconds are set
 //! ```
 //!
 //! # Adding a frame

@@ -36,6 +36,7 @@ fn listen(kind: Kind, place: Place) -> ToMaster {
             ipv6_only: true,
             parking: Parking {
                 idle_seconds: Some(10),
+                first_data_seconds: Some(3),
                 wait_for_data: Some(false),
             },
             ..BindFlags::default()
@@ -43,10 +44,10 @@ fn listen(kind: Kind, place: Place) -> ToMaster {
     }
 }
 
-/// The bytes from the version to the idle seconds, which all `Listen` frames of these tests
-/// share.
-const LISTEN: [u8; 21] = [
-    2, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 49, 10, 0, 0, 0,
+/// The bytes from the version to the seconds for the first data, which all `Listen` frames of these
+/// tests share.
+const LISTEN: [u8; 25] = [
+    3, 2, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 255, 1, 0, 0, 177, 10, 0, 0, 0, 3, 0, 0, 0,
 ];
 
 fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
@@ -82,10 +83,10 @@ fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
 
 fn simple_to_master() -> Vec<(ToMaster, Vec<u8>)> {
     vec![
-        (ToMaster::Online, vec![0, 0, 0, 0, 2, 1, 0, 0]),
+        (ToMaster::Online, vec![0, 0, 0, 0, 3, 1, 0, 0]),
         (
             ToMaster::Listening { handle: H },
-            vec![4, 0, 0, 0, 2, 3, 0, 0, 4, 3, 2, 1],
+            vec![4, 0, 0, 0, 3, 3, 0, 0, 4, 3, 2, 1],
         ),
         (
             ToMaster::Idle {
@@ -94,33 +95,33 @@ fn simple_to_master() -> Vec<(ToMaster, Vec<u8>)> {
                 open: 2,
             },
             vec![
-                16, 0, 0, 0, 2, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0,
+                16, 0, 0, 0, 3, 4, 0, 0, 4, 3, 2, 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0,
             ],
         ),
         (
             ToMaster::Release { handle: H },
-            vec![4, 0, 0, 0, 2, 6, 0, 0, 4, 3, 2, 1],
+            vec![4, 0, 0, 0, 3, 6, 0, 0, 4, 3, 2, 1],
         ),
-        (ToMaster::DisconnectRequest, vec![0, 0, 0, 0, 2, 7, 0, 0]),
+        (ToMaster::DisconnectRequest, vec![0, 0, 0, 0, 3, 7, 0, 0]),
         (
             ToMaster::Pause { handle: H },
-            vec![4, 0, 0, 0, 2, 5, 0, 0, 4, 3, 2, 1],
+            vec![4, 0, 0, 0, 3, 5, 0, 0, 4, 3, 2, 1],
         ),
         (
             ToMaster::ParkAgain {
                 connection: ConnectionId(7),
             },
-            vec![4, 0, 0, 0, 2, 9, 0, 0, 7, 0, 0, 0],
+            vec![4, 0, 0, 0, 3, 9, 0, 0, 7, 0, 0, 0],
         ),
         (
             ToMaster::Detach {
                 connection: ConnectionId(7),
             },
-            vec![4, 0, 0, 0, 2, 10, 0, 0, 7, 0, 0, 0],
+            vec![4, 0, 0, 0, 3, 10, 0, 0, 7, 0, 0, 0],
         ),
         (
             ToMaster::Message(b"hi".to_vec()),
-            vec![2, 0, 0, 0, 2, 127, 0, 0, b'h', b'i'],
+            vec![2, 0, 0, 0, 3, 127, 0, 0, b'h', b'i'],
         ),
     ]
 }
@@ -138,7 +139,7 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
             },
             1,
             vec![
-                20, 0, 0, 0, 2, 65, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 1, 4, 64, 31, 127, 0,
+                20, 0, 0, 0, 3, 65, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 4, 3, 2, 1, 1, 4, 64, 31, 127, 0,
                 0, 1,
             ],
         ),
@@ -148,7 +149,7 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
                 result: Err(98),
             },
             0,
-            vec![8, 0, 0, 0, 2, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
+            vec![8, 0, 0, 0, 3, 65, 0, 0, 5, 0, 0, 0, 98, 0, 0, 0],
         ),
         (
             ToWorker::ListenerClosed {
@@ -156,21 +157,21 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
                 drain: true,
             },
             0,
-            vec![5, 0, 0, 0, 2, 66, 0, 0, 4, 3, 2, 1, 1],
+            vec![5, 0, 0, 0, 3, 66, 0, 0, 4, 3, 2, 1, 1],
         ),
-        (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 2, 67, 0, 0]),
+        (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 3, 67, 0, 0]),
         (
             ToWorker::Adopt {
                 handle: H,
                 parked: 3,
             },
             1,
-            vec![8, 0, 0, 0, 2, 68, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0],
+            vec![8, 0, 0, 0, 3, 68, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0],
         ),
         (
             ToWorker::Message(b"hi".to_vec()),
             0,
-            vec![2, 0, 0, 0, 2, 127, 0, 0, b'h', b'i'],
+            vec![2, 0, 0, 0, 3, 127, 0, 0, b'h', b'i'],
         ),
     ]
 }
@@ -191,7 +192,7 @@ fn frames_encode_to_fixed_bytes() {
 fn parked_connection_needs_exactly_one_descriptor() {
     let (handle, parked) = (H, 3);
     let park = ToMaster::Park { handle, parked };
-    let golden = [8, 0, 0, 0, 2, 8, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0];
+    let golden = [8, 0, 0, 0, 3, 8, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0];
     assert_eq!(bytes(&park, 1), golden);
     let decode = |fds| ToMaster::decode(kind::PARK, fds, &golden[HEADER..]);
     assert_eq!(decode(1), Ok(park));
@@ -203,7 +204,7 @@ fn parked_connection_needs_exactly_one_descriptor() {
 #[test]
 fn preamble_states_its_version_and_is_no_other_frame() {
     let bytes = preamble(WorkerId::new(7));
-    assert_eq!(bytes, [4, 0, 0, 0, 2, 64, 1, 1, 7, 0, 0, 0]);
+    assert_eq!(bytes, [4, 0, 0, 0, 3, 64, 1, 1, 7, 0, 0, 0]);
     assert_eq!(preamble_version(bytes), Some(VERSION));
     assert_eq!(preamble_version([1; PREAMBLE_LENGTH]), None);
     assert_eq!(
@@ -248,8 +249,8 @@ fn header_over_a_limit_is_an_error() {
         Header::decode(long),
         Err(FrameError::TooLong(u32::try_from(MAX_BODY).unwrap() + 1))
     );
-    let version = [0, 0, 0, 0, 3, kind::MESSAGE, 0, 0];
-    assert_eq!(Header::decode(version), Err(FrameError::Version(3)));
+    let version = [0, 0, 0, 0, 4, kind::MESSAGE, 0, 0];
+    assert_eq!(Header::decode(version), Err(FrameError::Version(4)));
     for (fds, batch) in [(17, 0), (17, 17), (1, 65), (0, 1), (2, 1)] {
         let header = [0, 0, 0, 0, VERSION, kind::MESSAGE, fds, batch];
         assert_eq!(Header::decode(header), Err(FrameError::Descriptors));

@@ -6,6 +6,7 @@
 
 mod accept;
 mod channel;
+mod lingering;
 mod parked;
 mod sockets;
 mod std_listener;
@@ -37,6 +38,7 @@ use crate::wire::driver::ChannelDriver;
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::Receipt;
 use crate::worker::disconnect_token::DisconnectToken;
+use lingering::Lingering;
 use parked::{ParkedConnection, Turn};
 use sockets::SocketEntry;
 use std_listener::StdSockets;
@@ -71,6 +73,8 @@ pub(crate) struct WorkerShell {
     backoff: Cell<Backoff>,
     /// The connections that this worker holds while their clients send nothing.
     parked: RefCell<ConnectionMap<ParkedConnection>>,
+    /// The finished connections whose clients may still be sending.
+    lingering: RefCell<ConnectionMap<Lingering>>,
     turn: Cell<Turn>,
     std_sockets: RefCell<StdSockets>,
     /// Whether the poller may report a parked connection whose data interrupts no `accept`, because
@@ -118,6 +122,7 @@ impl WorkerShell {
             interrupt: OnceCell::new(),
             backoff: Cell::default(),
             parked: RefCell::default(),
+            lingering: RefCell::default(),
             turn: Cell::new(Turn::Parked),
             std_sockets: RefCell::default(),
             is_unchecked: Cell::new(false),
@@ -184,8 +189,7 @@ impl WorkerShell {
     pub(crate) fn tick(&self) {
         self.check_std_sockets();
         if self.core.borrow().parked_deadline().is_some() {
-            self.core.borrow_mut().expire_parked(self.now());
-            self.act();
+            self.expire_parked();
         }
         let backoff = self.backoff.get().deadline();
         if backoff.is_some() && self.backoff.get().is_due(self.now()) {
@@ -255,8 +259,12 @@ impl Drop for WorkerShell {
             let left = SHUTDOWN_FLUSH.saturating_sub(start.elapsed());
             self.channel.with(|channel| channel.flush_blocking(left));
             if !has_more || left.is_zero() {
-                return;
+                break;
             }
+        }
+        if self.poller.is_own() {
+            // An error means that the system lacks resources. The connections then close at once.
+            let _ = self.wait_for_lingering();
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Parked connections: giving them back to the master, or holding them in this worker.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use super::WorkerShell;
 use super::accept::{Accepted, Arrived};
@@ -58,6 +58,15 @@ pub(super) struct ParkedConnection {
     fd: OwnedFd,
     /// Whether arrivals on the connection interrupt a blocking `accept`.
     interrupts: bool,
+}
+
+/// The result of a check of an idle connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Checked {
+    /// The client has sent something, and this listener's application can receive the connection.
+    Resumed(ListenerId),
+    Silent,
+    HungUp,
 }
 
 /// The source of the next connection, if a parked connection is ready.
@@ -167,6 +176,7 @@ impl WorkerShell {
         listener: ListenerId,
         handle: Option<HandleId>,
     ) {
+        self.check_surplus();
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
         let parked = origin.parked.saturating_add(1);
@@ -183,6 +193,7 @@ impl WorkerShell {
 
     /// Holds a connection that another worker parked.
     pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, parked: u32) {
+        self.check_surplus();
         let held = self.core.borrow_mut().adopt(handle, parked, self.now());
         self.keep(held, fd, None);
     }
@@ -194,12 +205,12 @@ impl WorkerShell {
         let mut interrupts = registration.is_some_and(|registration| registration.interrupts);
         let id = match held {
             Held::Idle(id) => {
-                let awaited = self.await_data(id, &fd, registration.is_some(), interrupts);
+                let awaited = self.await_data(id, fd.as_fd(), registration.is_some(), interrupts);
                 match awaited {
                     Ok(interrupting) => interrupts = interrupting,
                     Err(reason) => {
                         self.report_io("hold a parked connection", reason);
-                        self.core.borrow_mut().idle_hung_up(id);
+                        self.core.borrow_mut().hung_up(id);
                     }
                 }
                 id
@@ -219,16 +230,16 @@ impl WorkerShell {
     fn await_data(
         &self,
         id: ConnectionId,
-        fd: &OwnedFd,
+        fd: BorrowedFd<'_>,
         was_awaited: bool,
         interrupts: bool,
     ) -> io::Result<bool> {
         let interrupt = self.interrupt.get().filter(|_| !interrupts);
         if let Some(interrupt) = interrupt {
-            interrupt.add_connection(fd.as_fd())?;
+            interrupt.add_connection(fd)?;
         }
         let key = Token::Parked(id.0).key();
-        self.poller.await_once(fd.as_fd(), key, was_awaited)?;
+        self.poller.await_once(fd, key, was_awaited)?;
         self.is_unchecked.set(true);
         Ok(interrupts || interrupt.is_some())
     }
@@ -252,25 +263,76 @@ impl WorkerShell {
     /// application can receive the connection.
     pub(crate) fn parked_ready(&self, number: u32) -> Option<ListenerId> {
         let id = ConnectionId(number);
-        let parked = self.parked.borrow();
-        let connection = parked.get(id)?;
-        let resumed = match sys::fd::idle_event(connection.fd.as_fd()) {
-            IdleEvent::Data => self.core.borrow_mut().data_arrived(id),
-            IdleEvent::Nothing => {
-                let awaited = self.await_data(id, &connection.fd, true, connection.interrupts);
-                if awaited.is_err() {
-                    self.core.borrow_mut().idle_hung_up(id);
-                }
+        self.lingering_ready(id);
+        let resumed = match self.check_client(id)? {
+            Checked::Resumed(listener) => Some(listener),
+            Checked::Silent => {
+                self.await_again(id);
                 None
             }
-            IdleEvent::HangUp => {
-                self.core.borrow_mut().idle_hung_up(id);
-                None
-            }
+            Checked::HungUp => None,
         };
-        drop(parked);
         self.act();
         resumed
+    }
+
+    fn await_again(&self, id: ConnectionId) {
+        let parked = self.parked.borrow();
+        let Some(connection) = parked.get(id) else {
+            return;
+        };
+        let fd = connection.fd.as_fd();
+        let awaited = self.await_data(id, fd, true, connection.interrupts);
+        if awaited.is_err() {
+            self.core.borrow_mut().hung_up(id);
+        }
+    }
+
+    /// Checks whether the client of a parked connection has sent something or has hung up, and
+    /// reports this to the core. Returns `None` if the connection is not idle.
+    fn check_client(&self, id: ConnectionId) -> Option<Checked> {
+        let event = sys::fd::idle_event(self.parked.borrow().get(id)?.fd.as_fd());
+        let mut core = self.core.borrow_mut();
+        match event {
+            IdleEvent::Data => core.data_arrived(id).map(Checked::Resumed),
+            IdleEvent::Nothing => Some(Checked::Silent),
+            IdleEvent::HangUp => {
+                core.hung_up(id);
+                Some(Checked::HungUp)
+            }
+        }
+    }
+
+    /// Checks a connection that is about to close, because the poller may not have reported yet
+    /// that its client has sent something.
+    fn check_before_close(&self, id: ConnectionId) {
+        if let Some(Checked::Resumed(listener)) = self.check_client(id) {
+            self.core.borrow_mut().notify_ready(listener);
+        }
+    }
+
+    /// Closes the connections whose clients have been silent for too long.
+    pub(super) fn expire_parked(&self) {
+        let now = self.now();
+        let expiring = self.core.borrow().expiring(now);
+        for id in expiring {
+            self.check_before_close(id);
+        }
+        self.core.borrow_mut().expire_parked(now);
+        self.act();
+    }
+
+    /// Checks the connections that may have to close because the worker holds another one.
+    fn check_surplus(&self) {
+        let mut checked = None;
+        loop {
+            let next = self.core.borrow().next_surplus();
+            match next {
+                Some(id) if next != checked => self.check_before_close(id),
+                Some(_) | None => break,
+            }
+            checked = next;
+        }
     }
 
     pub(super) fn close_parked(&self, id: ConnectionId) {
@@ -280,6 +342,7 @@ impl WorkerShell {
             // process that the application forked has another copy.
             self.poller.delete(connection.fd.as_fd());
         }
+        self.close_lingering(id);
     }
 
     /// Returns the listener's next parked connection whose client has sent something, unless the

@@ -36,6 +36,7 @@
 //! another copy can go on.
 
 mod giving;
+mod last_check;
 mod passing;
 mod ready;
 
@@ -292,8 +293,7 @@ impl<C, F> MasterCore<C, F> {
         if self.parked.keeper == Keeper::OtherMaster {
             return self.pass_new(handle, connection, parked);
         }
-        let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
-        let Some(timeout) = timeout else {
+        let Some(timeout) = self.silence_timeout(handle, parked) else {
             self.ledger.idle_closed += 1;
             return;
         };
@@ -315,6 +315,16 @@ impl<C, F> MasterCore<C, F> {
             Some(id) => self.actions.push_back(Action::Hold { id, connection }),
             None => self.ledger.idle_closed += 1,
         }
+    }
+
+    /// Returns how long the client of a connection that has been parked `parked` times may be
+    /// silent. Returns `None` if the listener has closed.
+    fn silence_timeout(&self, handle: HandleId, parked: u32) -> Option<Time> {
+        let listener = self.listeners.get(&handle)?;
+        (listener.stage != Stage::Unbound).then(|| match parked {
+            0 => listener.parking.first_data_timeout(),
+            1.. => listener.parking.idle_timeout(),
+        })
     }
 
     /// Processes a worker's report that it has parked a connection again.
@@ -341,14 +351,13 @@ impl<C, F> MasterCore<C, F> {
 
     /// Holds a connection again until its client sends something. The master already has a copy.
     fn hold_again(&mut self, connection: ConnectionId) {
-        let Some(&Entry { handle, .. }) = self.parked.get(connection) else {
+        let Some(&Entry { handle, parked, .. }) = self.parked.get(connection) else {
             return;
         };
         if self.parked.keeper == Keeper::OtherMaster {
             return self.pass(connection);
         }
-        let timeout = self.listeners.get(&handle).and_then(Listener::idle_timeout);
-        match timeout {
+        match self.silence_timeout(handle, parked) {
             Some(timeout) => {
                 let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
@@ -567,12 +576,6 @@ impl<C, F> MasterCore<C, F> {
 }
 
 impl<C> Listener<C> {
-    /// Returns how long the clients of parked connections may be silent. Returns `None` if the
-    /// listener has closed.
-    fn idle_timeout(&self) -> Option<Time> {
-        (self.stage != Stage::Unbound).then(|| self.parking.idle_timeout())
-    }
-
     /// Returns whether resumed connections may go to the dispatcher. While the master accepts, the
     /// rest of the dispatcher's capacity is for the new connections.
     fn may_resume(&self) -> bool {

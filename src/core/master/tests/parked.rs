@@ -96,6 +96,7 @@ fn check(core: &Core) {
 fn set_parking(core: &mut Core, handle: HandleId, idle_seconds: u32, wait_for_data: bool) {
     let parking = Parking {
         idle_seconds: Some(idle_seconds),
+        first_data_seconds: None,
         wait_for_data: Some(wait_for_data),
     };
     core.set_parking(handle, parking);
@@ -356,6 +357,44 @@ fn connection_that_would_expire_first_makes_room_for_a_further_one() {
     core.park(workers[0], handle, 5, 1);
     assert!(actions(&mut core).is_empty(), "closed at once");
     assert_eq!((core.ledger().idle_closed, core.sizes().held), (3, 2));
+    check(&core);
+}
+
+#[test]
+fn connections_that_a_tick_closes_are_checked_before() {
+    let (mut core, handle, workers) = serving(1);
+    set_parking(&mut core, handle, 1, false);
+    let [first, second] = [7, 8].map(|client| park(&mut core, workers[0], handle, client));
+    assert_eq!(core.closing_at(millis(999)), []);
+    assert_eq!(core.closing_at(millis(1000)), [first, second]);
+    core.data_arrived(first);
+    assert_eq!(core.closing_at(millis(1000)), [second]);
+    core.tick(millis(1000));
+    assert_eq!(closed(&actions(&mut core)), [second]);
+    assert_eq!(core.ledger().expired, 1);
+    // The shell has not received this connection yet, and may still have an earlier one with the
+    // same number.
+    core.park(workers[0], handle, 9, 1);
+    assert_eq!(core.closing_at(millis(10_000)), []);
+    actions(&mut core);
+    assert_eq!(core.closing_at(millis(10_000)).len(), 1);
+    check(&core);
+}
+
+#[test]
+fn connection_beyond_the_limit_is_checked_before_it_closes() {
+    let (mut core, handle, workers) = serving(1);
+    core.set_parked_limit(2);
+    let first = park(&mut core, workers[0], handle, 1);
+    assert_eq!(core.next_surplus(), None);
+    let second = park(&mut core, workers[0], handle, 2);
+    assert_eq!(core.next_surplus(), Some(first));
+    core.data_arrived(first);
+    actions(&mut core);
+    assert_eq!(core.next_surplus(), Some(second));
+    core.park(workers[0], handle, 3, 1);
+    assert_eq!(core.next_surplus(), None, "the shell does not have it yet");
+    assert_eq!(closed(&actions(&mut core)), [second]);
     check(&core);
 }
 

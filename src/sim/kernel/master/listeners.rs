@@ -72,6 +72,9 @@ impl World {
                 return self.report(|core| core.drained(handle));
             };
             let connection = Connection::new(client, &self.closed);
+            if self.master.holds_new(handle) {
+                self.check_surplus();
+            }
             self.report(|core| core.accepted(handle, connection));
         }
         self.report(|core| core.accept_done(handle));

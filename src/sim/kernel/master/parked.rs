@@ -109,16 +109,32 @@ impl World {
             return;
         };
         held.is_awaited = false;
-        let Some(client) = held.client() else {
-            return;
+        if held.client().is_some() && !self.check_client(id) {
+            self.watch_held(id);
+        }
+    }
+
+    /// Reports whether the client of a held connection has sent something or has hung up. Returns
+    /// `false` if the client has done neither.
+    pub(in super::super) fn check_client(&mut self, id: ConnectionId) -> bool {
+        let Some(client) = self.held.get(&id).and_then(Held::client) else {
+            return false;
         };
         let fate = self.fates[client as usize];
         if fate.is_pending {
             self.report(|core| core.data_arrived(id));
         } else if fate.left {
             self.report(|core| core.idle_hung_up(id));
-        } else {
-            self.watch_held(id);
+        }
+        fate.is_pending || fate.left
+    }
+
+    /// Checks the connections that may have to close if the master holds another one.
+    pub(super) fn check_surplus(&mut self) {
+        let mut checked = None;
+        while let Some(id) = self.master.next_surplus().filter(|id| Some(*id) != checked) {
+            self.check_client(id);
+            checked = Some(id);
         }
     }
 
@@ -167,6 +183,7 @@ impl World {
         let connection = Connection::new(client, &self.closed);
         let parked = u32::from(fate.served);
         self.served += u64::from(fate.served);
+        self.check_surplus();
         self.report(|core| core.receive_parked(Some(handle), connection, parked));
     }
 }

@@ -257,18 +257,19 @@ impl World {
 }
 
 /// Returns how the master treats the connections of a requested listener. `n` divided by 40
-/// selects the idle timeout, and whether new connections wait for data.
+/// selects the timeouts, and whether new connections wait for data.
 pub(crate) fn requested_parking(n: u8) -> Parking {
-    let [idle_seconds, wait_for_data] = match n / 40 {
-        2 => [Some(1), None],
-        3 => [Some(2), None],
-        4 => [Some(1), Some(1)],
-        5 => [None, Some(1)],
-        6 => [None, Some(0)],
-        _ => [None, None],
+    let [idle_seconds, first_data_seconds, wait_for_data] = match n / 40 {
+        2 => [Some(1), None, None],
+        3 => [Some(2), None, None],
+        4 => [Some(2), Some(1), Some(1)],
+        5 => [None, None, Some(1)],
+        6 => [None, None, Some(0)],
+        _ => [None, None, None],
     };
     Parking {
         idle_seconds,
+        first_data_seconds,
         wait_for_data: wait_for_data.map(|value| value == 1),
     }
 }

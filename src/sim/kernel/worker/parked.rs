@@ -29,7 +29,7 @@ impl World {
             if fate.is_pending {
                 process.core.data_arrived(*id);
             } else if fate.left {
-                process.core.idle_hung_up(*id);
+                process.core.hung_up(*id);
             }
         }
         process.core.expire_parked(self.now);
