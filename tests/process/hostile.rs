@@ -78,7 +78,7 @@ const BYTES_IN: usize = (1 << 20) + (64 << 10);
 /// `src/wire/channel`).
 const BYTES_OUT: usize = 9 << 20;
 /// Maximum number of received descriptors, including those whose frames are still incomplete.
-const FDS_IN: usize = 144;
+pub const FDS_IN: usize = 144;
 /// Maximum number of descriptors that wait with their frames for a worker that does not read.
 const FDS_OUT: usize = 512;
 /// Maximum number of connections that the master dispatches to a worker between two idle reports.

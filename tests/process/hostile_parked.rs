@@ -6,13 +6,11 @@
 
 mod attacks;
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::rc::Rc;
 use std::time::Duration;
 
 use cluster::{
@@ -25,13 +23,13 @@ use crate::harness::{
     Log, answer_pings, cluster, in_background, when, when_all_wait, when_listening,
 };
 use crate::hostile::{
-    ATTACKER, Attacker, SHARED_INDEX, count_fds, cpu_time, message, note_attacker_events, online,
-    thread_cpu_time,
+    ATTACKER, Attacker, FDS_IN, SHARED_INDEX, count_fds, cpu_time, message, note_attacker_events,
+    online, thread_cpu_time,
 };
 use crate::parked::Client;
 use crate::passing;
 use attacks::Outcome::{Ignored, Killed};
-use attacks::{Attack, attacks, park};
+use attacks::{Attack, Play, attacks, park};
 
 crate::scenarios! {
     worker_that_parks_nonsense_harms_no_connection_rr
@@ -39,6 +37,8 @@ crate::scenarios! {
     worker_that_parks_too_much_is_bounded_rr
     worker_that_parks_too_much_is_bounded_none
     worker_that_parks_without_free_descriptors_is_bounded
+    worker_that_floods_parked_connections_starves_no_client_rr
+    worker_that_floods_parked_connections_starves_no_client_none
     master_that_passes_nonsense_is_bounded
     master_that_passes_without_end_is_bounded
     urgent_data_of_a_parked_client_does_not_spin_rr
@@ -272,35 +272,82 @@ fn when_quiet(master: &Master, name: &'static str, then: impl FnOnce(&Master) + 
 }
 
 fn worker_that_parks_too_much_is_bounded_rr() {
-    play_flood(SchedulingPolicy::RoundRobin, None);
+    play_flood(SchedulingPolicy::RoundRobin, PARKS);
 }
 
 fn worker_that_parks_too_much_is_bounded_none() {
-    play_flood(SchedulingPolicy::Shared, None);
+    play_flood(SchedulingPolicy::Shared, PARKS);
 }
 
 fn worker_that_parks_without_free_descriptors_is_bounded() {
-    play_flood(SchedulingPolicy::RoundRobin, Some(30));
+    let free = Some(30);
+    play_flood(SchedulingPolicy::RoundRobin, Flood { free, ..PARKS });
 }
 
-/// Number of connections that the attacker parks without waiting.
-const FLOOD: u32 = 5000;
-/// Maximum number of connections that the master holds during the flood.
-const PARKED_MAX: usize = 50;
+fn worker_that_floods_parked_connections_starves_no_client_rr() {
+    play_flood(SchedulingPolicy::RoundRobin, REQUESTS);
+}
 
-/// Lets an attacker park copies of one connection. The master has at most `free` free descriptors,
-/// if it is not `None`.
+fn worker_that_floods_parked_connections_starves_no_client_none() {
+    play_flood(SchedulingPolicy::Shared, REQUESTS);
+}
+
+#[derive(Clone, Copy)]
+struct Flood {
+    /// Returns the descriptors that stay open until the attacker is killed.
+    play: Play,
+    /// The number of free descriptors in the master, if the test limits it.
+    free: Option<u64>,
+    /// Whether the flood continues until the attacker is killed.
+    is_continuous: bool,
+}
+
+/// Parks copies of one connection without waiting.
+const PARKS: Flood = Flood {
+    play: |attacker, shared| {
+        let (here, there) = UnixStream::pair().unwrap();
+        for _ in 0..5000 {
+            park(attacker, shared, &here);
+        }
+        vec![there.into()]
+    },
+    free: None,
+    is_continuous: false,
+};
+
+/// Parks connections, and sends requests on them without a pause.
+const REQUESTS: Flood = Flood {
+    play: |attacker, shared| {
+        for _ in 0..20 {
+            let (here, there) = UnixStream::pair().unwrap();
+            park(attacker, shared, &here);
+            let answers = there.try_clone().unwrap();
+            std::thread::spawn(move || std::io::copy(&mut &answers, &mut std::io::sink()));
+            std::thread::spawn(move || while (&there).write_all(&[REQUEST; 100]).is_ok() {});
+        }
+        vec![]
+    },
+    free: None,
+    is_continuous: true,
+};
+
+/// Maximum number of connections that the master holds during a flood.
+const PARKED_MAX: usize = 50;
+/// Maximum number of connections that wait in the master until a well-behaved worker reads its
+/// channel (`MAX_BATCH` in `src/wire/frame`).
+const UNREAD_MAX: usize = 64;
+/// Maximum number of descriptors that a flood may open in the master at once.
+const FLOOD_FDS_MAX: usize = PARKED_MAX + HONEST * UNREAD_MAX + FDS_IN + FDS_MAX;
+
+/// Lets an attacker flood the master, and then connects clients.
 ///
 /// The attacker's connections may displace idle ones, as the connections of a client may. So no
 /// client stays idle here.
-fn play_flood(policy: SchedulingPolicy, free: Option<u64>) {
+fn play_flood(policy: SchedulingPolicy, flood: Flood) {
     if let Some(attacker) = Attacker::of_this_process() {
         attacker.send(&online());
         let shared = attacker.listen(SHARED_INDEX);
-        let (here, _there) = UnixStream::pair().unwrap();
-        for _ in 0..FLOOD {
-            park(&attacker, &shared, &here);
-        }
+        let _open = (flood.play)(&attacker, &shared);
         attacker.send(&message(b"done"));
         attacker.wait_to_be_killed();
     }
@@ -308,57 +355,55 @@ fn play_flood(policy: SchedulingPolicy, free: Option<u64>) {
         move |master| {
             master.set_scheduling_policy(policy).unwrap();
             master.set_max_parked(PARKED_MAX);
-            let errors = Rc::new(Cell::new(0));
-            let counted = Rc::clone(&errors);
             master.on_error(move |_, _, error| {
                 let text = error.to_string();
                 let is_shortage = ["descriptor", "Too many open files"];
                 let is_shortage = is_shortage.iter().any(|what| text.contains(what));
-                assert!(free.is_some() && is_shortage, "{text}");
-                counted.set(counted.get() + 1);
+                assert!(flood.free.is_some() && is_shortage, "{text}");
             });
             fork_honest_workers(master, move |master, address| {
-                let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-                let attacker = master.fork_with([(ATTACKER, "0")]).unwrap();
-                let fds = count_fds();
-                if let Some(free) = free {
-                    setrlimit(Resource::RLIMIT_NOFILE, fds as u64 + free, hard).unwrap();
-                }
-                let bound = master.set_interval(Duration::from_millis(1), move |_| {
-                    // Without a free descriptor, the descriptors cannot be counted.
-                    let is_bounded = free.is_some() || count_fds() <= fds + PARKED_MAX + FDS_MAX;
-                    assert!(is_bounded, "descriptors");
-                });
-                attacker.on_message(move |master, attacker, _| {
-                    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
-                    let attacker = attacker.clone();
-                    let ask = move || {
-                        for _ in 0..5 {
-                            assert_eq!(Client::connect(address).ask(REQUEST).1, 1);
-                        }
-                    };
-                    in_background(master, ask, move |master, ()| {
-                        when_quiet(master, "flood", move |_| {
-                            attacker.process().kill(Signal::KILL)
-                        });
-                    });
-                });
-                attacker.on_exit(move |master, _, _| {
-                    let errors = Rc::clone(&errors);
-                    when(
-                        master,
-                        |master| master.ledger().in_flight() == 0,
-                        move |master| {
-                            master.clear_timer(bound);
-                            println!("{:?}, {} errors", master.ledger(), errors.get());
-                            master.disconnect();
-                        },
-                    );
-                });
+                begin_flood(master, flood, address);
             });
         },
         serve,
     );
+}
+
+fn begin_flood(master: &Master, flood: Flood, address: SocketAddr) {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let attacker = master.fork_with([(ATTACKER, "0")]).unwrap();
+    let fds = count_fds();
+    if let Some(free) = flood.free {
+        setrlimit(Resource::RLIMIT_NOFILE, fds as u64 + free, hard).unwrap();
+    }
+    let bound = master.set_interval(Duration::from_millis(1), move |_| {
+        // Without a free descriptor, the descriptors cannot be counted.
+        let is_bounded = flood.free.is_some() || count_fds() <= fds + FLOOD_FDS_MAX;
+        assert!(is_bounded, "descriptors");
+    });
+    attacker.on_message(move |master, attacker, _| {
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        let attacker = attacker.clone();
+        let ask = move || {
+            for _ in 0..5 {
+                assert_eq!(Client::connect(address).ask(REQUEST).1, 1);
+            }
+        };
+        in_background(master, ask, move |master, ()| {
+            let kill = move |_: &Master| attacker.process().kill(Signal::KILL);
+            match flood.is_continuous {
+                true => kill(master),
+                false => when_quiet(master, "flood", kill),
+            }
+        });
+    });
+    attacker.on_exit(move |master, _, _| {
+        let is_empty = |master: &Master| master.ledger().in_flight() == 0;
+        when(master, is_empty, move |master| {
+            master.clear_timer(bound);
+            master.disconnect();
+        });
+    });
 }
 
 /// Returns descriptors that no listener has accepted, each with whether its hang-up closes it.

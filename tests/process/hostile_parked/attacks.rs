@@ -41,7 +41,7 @@ pub struct Attack {
 const NOT_A_CONNECTION: Outcome = Killed("parked descriptor that is no connection");
 const UNKNOWN: Outcome = Killed("report of a connection that the worker does not have");
 
-type Play = fn(&Attacker, &Listener<'_>) -> Vec<OwnedFd>;
+pub type Play = fn(&Attacker, &Listener<'_>) -> Vec<OwnedFd>;
 
 fn attack(name: &'static str, play: Play, outcome: Outcome) -> Attack {
     Attack {
