@@ -36,8 +36,11 @@ const SILENCE_MAX: Duration = Duration::from_secs(1);
 /// The limit bounds the CPU time that a fast client can cost: over loopback on x86-64, 60 MB take
 /// about 0.1 seconds. A smaller limit would disconnect clients with large requests.
 pub(super) const DISCARD_MAX: usize = 64 << 20;
-/// Maximum number of bytes per read. The buffer is on the stack, which is small on some threads.
-const READ_SIZE: usize = 16 << 10;
+/// Maximum number of bytes per read.
+///
+/// The buffer is on the stack. With a larger one, each worker occupies more memory. With a smaller
+/// one, a large request takes more system calls.
+const READ_SIZE: usize = 4 << 10;
 
 /// Waits until the client closes the connection or a limit is reached.
 pub(super) fn wait(connection: BorrowedFd<'_>) {

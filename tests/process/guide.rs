@@ -127,9 +127,9 @@ fn shown_constants() -> Vec<Shown> {
     };
     let pools = |row, source, constant| shown("pools", "other clock", row, source, constant);
     let worker = |row, source, constant| shown("writing_workers", "", row, source, constant);
-    let finish = |row, constant| {
-        let table = "limit of `finish`";
-        shown("writing_workers", table, row, "worker/finish.rs", constant)
+    let finish = |row, source, constant| {
+        let table = "limit of a finished connection";
+        shown("writing_workers", table, row, source, constant)
     };
     vec![
         pools("another stop signal", "pool/core/stop.rs", "REPEAT_TIME"),
@@ -161,8 +161,12 @@ fn shown_constants() -> Vec<Shown> {
             "types/endpoint.rs",
             "IDLE_SECONDS",
         ),
-        worker("`finish`", "worker/finish.rs", "SILENCE_MAX"),
-        worker("`finish`", "worker/finish.rs", "TIMEOUT"),
+        worker("`finish`", "worker/finish.rs", "FIRST_WAIT"),
+        worker(
+            "`finish`",
+            "core/worker/parked/lingering.rs",
+            "LINGER_TIMEOUT",
+        ),
         worker("`finish`", "worker/finish.rs", "DISCARD_MAX"),
         worker(
             "pause after a failed `accept`",
@@ -185,9 +189,12 @@ fn shown_constants() -> Vec<Shown> {
             "worker/shell/mod.rs",
             "SHUTDOWN_FLUSH",
         ),
-        finish("time without a byte", "SILENCE_MAX"),
-        finish("time since the call", "TIMEOUT"),
-        finish("discarded bytes", "DISCARD_MAX"),
+        finish(
+            "time since the call",
+            "core/worker/parked/lingering.rs",
+            "LINGER_TIMEOUT",
+        ),
+        finish("discarded bytes", "worker/finish.rs", "DISCARD_MAX"),
     ]
 }
 
