@@ -505,11 +505,13 @@ impl<C, F> MasterCore<C, F> {
             return 0;
         }
         let capacity = listener.dispatcher.capacity();
-        let share = match listener.may_have_backlog() {
-            true => listener.ready.share(capacity),
-            false => capacity,
-        };
-        self.dispatch_at_most(handle, share)
+        match listener.may_have_backlog() {
+            true => {
+                let share = listener.ready.share(capacity);
+                self.dispatch_at_most(handle, share)
+            }
+            false => self.dispatch_at_least(handle, capacity),
+        }
     }
 
     /// Passes resumed connections to the dispatcher after the master has accepted. They get the
@@ -522,8 +524,27 @@ impl<C, F> MasterCore<C, F> {
         let unused = std::mem::take(&mut listener.ready.reserved);
         let at_most = listener.dispatcher.capacity().max(unused);
         if listener.may_resume() {
-            self.dispatch_at_most(handle, at_most);
+            self.dispatch_at_least(handle, at_most);
         }
+    }
+
+    /// Passes resumed connections to the dispatcher: `first` of them, and then further ones as long
+    /// as the dispatcher has capacity. Returns how many were passed.
+    ///
+    /// The dispatcher may still have all its capacity after the first ones. For fairness, an idle
+    /// worker may have left them to workers that are busy.
+    fn dispatch_at_least(&mut self, handle: HandleId, first: u64) -> u64 {
+        let mut passed = 0;
+        let mut next = first;
+        while next > 0 {
+            passed += self.dispatch_at_most(handle, next);
+            let listener = self.listeners.get(&handle);
+            let has_ready = |listener: &&Listener<C>| !listener.ready.is_empty();
+            next = listener
+                .filter(has_ready)
+                .map_or(0, |listener| listener.dispatcher.capacity());
+        }
+        passed
     }
 
     /// Passes at most `share` resumed connections to the dispatcher. Returns how many were passed.
