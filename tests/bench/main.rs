@@ -115,6 +115,8 @@ fn main() -> ExitCode {
         eprintln!("unknown part {name}; known parts: {names}");
         return ExitCode::from(2);
     }
+    // A pool whose SIGHUP is ignored would not reload.
+    harness::reset_ignored_signals();
     // Make orphans of the measured processes children of this process, so that `server::end` can
     // wait for them.
     set_child_subreaper(true).unwrap();

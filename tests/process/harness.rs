@@ -53,6 +53,21 @@ pub fn scaled(limit: Duration) -> Duration {
     limit * factor.map_or(1, |factor| factor.parse().expect("a number"))
 }
 
+/// Resets all signals except SIGPIPE to their default actions. This process may have been started
+/// with ignored signals, for example by nohup(1) or in the background of a script, and the
+/// processes that it starts would inherit them.
+#[allow(unsafe_code)]
+pub fn reset_ignored_signals() {
+    let is_fixed = |signal: &Signal| {
+        // Leave SIGPIPE ignored, as Rust's runtime has set it. `Command` resets it in every child.
+        matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
+    };
+    for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
+        // SAFETY: the default action runs no code in this process, which has no handlers yet.
+        unsafe { nix::sys::signal::signal(number, nix::sys::signal::SigHandler::SigDfl) }.unwrap();
+    }
+}
+
 /// Maximum time that a descendant may outlive the process that the test started.
 ///
 /// A descendant that nobody ends lives for longer. The promise that orphans exit within a second has

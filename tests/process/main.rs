@@ -98,22 +98,6 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
-use nix::sys::signal::{SigHandler, Signal, signal};
-
-/// Resets all signals except SIGPIPE to their default actions. This process may have been started
-/// with ignored signals, for example by nohup(1) or in the background of a script, and the tests'
-/// processes would inherit them.
-#[allow(unsafe_code)]
-fn reset_ignored_signals() {
-    let is_fixed = |signal: &Signal| {
-        // Leave SIGPIPE ignored, as Rust's runtime has set it. `Command` resets it in every child.
-        matches!(signal, Signal::SIGKILL | Signal::SIGSTOP | Signal::SIGPIPE)
-    };
-    for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
-        // SAFETY: the default action runs no code in this process, which has no handlers yet.
-        unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
-    }
-}
 
 fn main() -> ExitCode {
     let scenarios = [
@@ -186,7 +170,7 @@ fn main() -> ExitCode {
         (scenario.expect("a known scenario").play)();
         return ExitCode::SUCCESS;
     }
-    reset_ignored_signals();
+    harness::reset_ignored_signals();
     // Adopt the tests' orphans, so that this process can report them. Some emulators do not support
     // the request; orphans then remain unnoticed.
     let subreaper = nix::sys::prctl::set_child_subreaper(true);
