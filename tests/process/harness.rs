@@ -25,7 +25,7 @@ use cluster::{
 };
 use libtest_mimic::{Failed, Trial};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::sys::signal::{SigHandler, SigSet, Signal, kill, killpg, signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getppid};
 use tempfile::TempDir;
@@ -64,15 +64,15 @@ pub fn reset_ignored_signals() {
     };
     for number in Signal::iterator().filter(|signal| !is_fixed(signal)) {
         // SAFETY: the default action runs no code in this process, which has no handlers yet.
-        unsafe { nix::sys::signal::signal(number, nix::sys::signal::SigHandler::SigDfl) }.unwrap();
+        unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
     }
 }
 
 /// Maximum time that a descendant may outlive the process that the test started.
 ///
-/// A descendant that nobody ends lives for longer. The promise that orphans exit within a second has
-/// its own tests. Here, 1 s is too short: on a machine with two cores and a load of 20, a process
-/// that was killed got no core for more than a second.
+/// The promise that orphans exit within a second has its own tests. Here, 1 s is too short: on a
+/// machine with two cores and a load of 20, a process that was killed got no core for more than a
+/// second.
 const GRACE: Duration = Duration::from_secs(10);
 
 pub struct Scenario {

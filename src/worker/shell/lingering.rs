@@ -15,7 +15,7 @@ use crate::worker::finish::{Discarded, discard};
 /// Maximum number of reads, of 4 KiB each, from one connection in one iteration of the loop.
 ///
 /// A larger number delays the worker's other clients while one sends fast: 64 reads take about
-/// 0.4 ms (see `DISCARD_MAX`). A smaller number takes more iterations for a large request. No
+/// 0.1 ms (see `DISCARD_MAX`). A smaller number takes more iterations for a large request. No
 /// benchmark chose this value.
 const READS_MAX: u32 = 64;
 
