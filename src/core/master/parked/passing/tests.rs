@@ -246,10 +246,13 @@ impl World {
     }
 }
 
+/// Number of random schedules. Miri needs seconds for each.
+const SCHEDULES: u64 = if cfg!(miri) { 2 } else { 500 };
+
 #[test]
 fn random_schedules_keep_the_ledger_and_pass_all_idle_connections() {
     let mut passed = 0;
-    for seed in 0..500 {
+    for seed in 0..SCHEDULES {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut world = World::new();
         for _ in 0..400 {
@@ -271,5 +274,5 @@ fn random_schedules_keep_the_ledger_and_pass_all_idle_connections() {
         assert!(world.copies.is_empty(), "seed {seed}: {:?}", world.copies);
         passed += world.passed;
     }
-    assert!(passed > 5_000, "{passed} connections");
+    assert!(passed > 10 * SCHEDULES, "{passed} connections");
 }
