@@ -14,7 +14,6 @@ use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
-use crate::types::time::Time;
 use crate::wire::frame::{Bound, ToMaster};
 
 /// Identifies a listener of this worker. The number is reused only after the listener's entry has
@@ -96,9 +95,8 @@ pub(super) struct Entry {
     pub(super) referenced: bool,
     /// Whether the worker has sent `Listening` to the master.
     listening_sent: bool,
-    /// How long the clients of parked connections may be silent. Only for connections that the
-    /// worker holds itself.
-    pub(super) idle_timeout: Time,
+    /// How connections that the worker holds itself are treated while their clients are silent.
+    pub(super) parking: Parking,
     /// The parked connections whose clients have sent something.
     pub(super) resumed: VecDeque<ConnectionId>,
 }
@@ -199,8 +197,7 @@ impl<F> WorkerCore<F> {
         let key = HandleKey { endpoint, index };
         let requested = Some(key.clone());
         let policy = SchedulingPolicy::RoundRobin;
-        let idle_timeout = flags.parking.idle_timeout();
-        let listener = self.add(kind, requested, Stage::Requested, policy, idle_timeout);
+        let listener = self.add(kind, requested, Stage::Requested, policy, flags.parking);
         if self.listen_status(listener) == ListenStatus::Pending {
             self.send(ToMaster::Listen {
                 request: listener.0,
@@ -214,7 +211,7 @@ impl<F> WorkerCore<F> {
     /// Adds a private listener, which is a socket unknown to the master.
     pub(crate) fn listen_privately(&mut self, kind: Kind, parking: Parking) -> ListenerId {
         let (stage, policy) = (Stage::Open(None), SchedulingPolicy::Shared);
-        self.add(kind, None, stage, policy, parking.idle_timeout())
+        self.add(kind, None, stage, policy, parking)
     }
 
     /// Returns a number that no listener has. After the highest number, numbers start again at 1.
@@ -235,7 +232,7 @@ impl<F> WorkerCore<F> {
         key: Option<HandleKey>,
         stage: Stage,
         policy: SchedulingPolicy,
-        idle_timeout: Time,
+        parking: Parking,
     ) -> ListenerId {
         let listener = self.next_listener();
         let is_late = self.is_disconnecting();
@@ -253,7 +250,7 @@ impl<F> WorkerCore<F> {
             drops_excess: false,
             referenced: true,
             listening_sent: false,
-            idle_timeout,
+            parking,
             resumed: VecDeque::new(),
         };
         self.listeners.insert(listener, entry);

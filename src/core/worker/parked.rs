@@ -7,6 +7,8 @@
 //! from         event                                                          to
 //! -----------  -------------------------------------------------------------  ---------
 //! (none)       the application parks a connection                             Idle
+//! (none)       a client connects to a listener with `wait_for_data`, and has  Idle
+//!              sent nothing yet
 //! (none)       the master gives the worker a connection of another worker     Idle
 //! (none)       either event, but the listener receives no more connections    Leaving
 //! Idle         the client sends something                                     Ready
@@ -189,7 +191,11 @@ impl<F> WorkerCore<F> {
         let state = match (entry.filter(is_open), handle) {
             _ if !self.is_writable() => return Held::Closed,
             (Some(entry), _) => {
-                State::Idle(self.parked.expiries.next_expiry(now, entry.idle_timeout))
+                let timeout = match parked {
+                    0 => entry.parking.first_data_timeout(),
+                    1.. => entry.parking.idle_timeout(),
+                };
+                State::Idle(self.parked.expiries.next_expiry(now, timeout))
             }
             (None, Some(_)) => State::Leaving,
             (None, None) => return Held::Closed,
@@ -209,6 +215,19 @@ impl<F> WorkerCore<F> {
         }
         self.close_surplus();
         Held::Idle(id)
+    }
+
+    /// Returns whether the worker holds new connections of the listener until their clients send
+    /// something. A listener that receives no more connections passes its last ones to the
+    /// application at once.
+    pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
+        let is_held = |entry: &ListenerEntry| {
+            let is_open = matches!(entry.stage, Stage::Open(_)) && !entry.has_queue();
+            is_open && entry.parking.waits_for_data()
+        };
+        self.listeners.get(&listener).is_some_and(is_held)
+            && self.disconnect != Disconnect::Received
+            && self.is_writable()
     }
 
     /// Closes the connection that expires first if the worker holds too many. The caller has

@@ -26,6 +26,12 @@ use crate::types::time::Time;
 /// value.
 const SPARE_FDS: u64 = 32;
 
+/// Maximum number of connections with silent clients that one attempt to accept a connection holds.
+///
+/// A larger number delays messages, timers and signals while many silent clients connect. A smaller
+/// number costs one call of the poller more often. No benchmark chose this value.
+const HOLD_BATCH: u32 = 64;
+
 /// A connection that was accepted from a listener or received from a queue.
 pub(crate) struct Accepted {
     pub(crate) fd: OwnedFd,
@@ -143,17 +149,25 @@ impl WorkerShell {
         }
     }
 
-    /// Accepts a connection from a shared listener, or returns `None` if no connection waits. Most
-    /// errors are returned only if a connection waits, because accept(2) fails without a free
-    /// descriptor even if no connection waits.
+    /// Accepts a connection from a shared listener. Returns `None` if no connection waits, or if
+    /// the worker holds those that it has accepted until their clients send something. Most errors
+    /// are returned only if a connection waits, because accept(2) fails without a free descriptor
+    /// even if no connection waits.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
+        let mut held = 0;
         loop {
             // Make the listener non-blocking again, because any process with a copy may have made
             // it blocking, and `accept` would wait. The call cannot fail, because the descriptor is
             // open.
             let _ = sys::fd::set_nonblocking(shared.as_fd(), true);
             match sys::listen::accept(shared) {
-                Ok(fd) => return Ok(Some(fd)),
+                Ok(fd) => {
+                    let received = self.hold_if_silent(listener, fd);
+                    held += 1;
+                    if received.is_some() || held == HOLD_BATCH {
+                        return Ok(received);
+                    }
+                }
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(reason) => {
@@ -292,8 +306,8 @@ impl WorkerShell {
     }
 
     /// Blocks in `accept`. Returns `None` if another event has interrupted the call, if the
-    /// deadline has passed, if the client has hung up, or if the listener turns out to be
-    /// non-blocking.
+    /// deadline has passed, if the client has hung up, if the worker holds the connection until its
+    /// client sends something, or if the listener turns out to be non-blocking.
     pub(crate) fn accept_blocking(
         &self,
         listener: ListenerId,
@@ -308,10 +322,10 @@ impl WorkerShell {
         // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
-            Ok(Some(fd)) => {
+            Ok(Some(fd)) => Ok(self.hold_if_silent(listener, fd).map(|fd| {
                 self.turn.set(Turn::Parked);
-                Ok(Some(self.accepted(listener, Arrived::new(fd))))
-            }
+                self.accepted(listener, Arrived::new(fd))
+            })),
             Ok(None) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);

@@ -191,6 +191,28 @@ impl WorkerShell {
         self.act();
     }
 
+    /// Holds a new connection until its client sends something, if the listener waits for data and
+    /// the client has sent nothing yet. Returns a connection that the application can receive now.
+    pub(super) fn hold_if_silent(&self, listener: ListenerId, fd: OwnedFd) -> Option<OwnedFd> {
+        if !self.core.borrow().holds_silent(listener) {
+            return Some(fd);
+        }
+        match sys::fd::idle_event(fd.as_fd()) {
+            IdleEvent::Data => Some(fd),
+            IdleEvent::HangUp => None,
+            IdleEvent::Nothing => {
+                self.check_surplus();
+                let mut core = self.core.borrow_mut();
+                let handle = core.handle(listener);
+                let held = core.hold(listener, handle, 0, self.now());
+                drop(core);
+                self.keep(held, fd, None);
+                self.act();
+                None
+            }
+        }
+    }
+
     /// Holds a connection that another worker parked.
     pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, parked: u32) {
         self.check_surplus();

@@ -268,7 +268,7 @@ impl<C, F> MasterCore<C, F> {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
         self.ledger.parked += 1;
-        self.give_or_hold(handle, Some(worker), connection, parked.max(1));
+        self.give_or_hold(handle, Some(worker), connection, parked);
     }
 
     /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
