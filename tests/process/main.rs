@@ -107,7 +107,6 @@ fn main() -> ExitCode {
         stalled::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
-        hostile::SCENARIOS,
         hostile_parked::SCENARIOS,
         exhaustion::SCENARIOS,
         lowered_limit::SCENARIOS,
@@ -157,7 +156,8 @@ fn main() -> ExitCode {
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
-    let scenarios = scenarios.into_iter().flatten();
+    let folders = [hostile::SCENARIOS].concat();
+    let scenarios = scenarios.into_iter().chain(folders).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         old_kernels::become_old();
