@@ -141,7 +141,6 @@ fn main() -> ExitCode {
         systemd::SCENARIOS,
         threads::SCENARIOS,
         std_listener::SCENARIOS,
-        pool::SCENARIOS,
         pool_limits::SCENARIOS,
         status::SCENARIOS,
         operator::SCENARIOS,
@@ -156,7 +155,7 @@ fn main() -> ExitCode {
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
-    let folders = [hostile::SCENARIOS].concat();
+    let folders = [hostile::SCENARIOS, pool::SCENARIOS].concat();
     let scenarios = scenarios.into_iter().chain(folders).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
