@@ -123,7 +123,6 @@ fn main() -> ExitCode {
         disconnecting::SCENARIOS,
         nested::SCENARIOS,
         orphans::SCENARIOS,
-        host::SCENARIOS,
         adopted::SCENARIOS,
         groups::SCENARIOS,
         inherited::SCENARIOS,
@@ -155,7 +154,7 @@ fn main() -> ExitCode {
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
-    let folders = [hostile::SCENARIOS, pool::SCENARIOS].concat();
+    let folders = [host::SCENARIOS, hostile::SCENARIOS, pool::SCENARIOS].concat();
     let scenarios = scenarios.into_iter().chain(folders).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
