@@ -115,7 +115,6 @@ fn main() -> ExitCode {
         old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
-        callbacks::SCENARIOS,
         hand_off::SCENARIOS,
         hand_off_parked::SCENARIOS,
         deadlines::SCENARIOS,
@@ -154,8 +153,13 @@ fn main() -> ExitCode {
         without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
-    let folders = [host::SCENARIOS, hostile::SCENARIOS, pool::SCENARIOS].concat();
-    let scenarios = scenarios.into_iter().chain(folders).flatten();
+    let folders = [
+        callbacks::SCENARIOS,
+        host::SCENARIOS,
+        hostile::SCENARIOS,
+        pool::SCENARIOS,
+    ];
+    let scenarios = scenarios.into_iter().chain(folders.concat()).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         old_kernels::become_old();
