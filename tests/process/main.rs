@@ -150,7 +150,6 @@ fn main() -> ExitCode {
         last_check::SCENARIOS,
         passed::SCENARIOS,
         passing::SCENARIOS,
-        without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
     let folders = [
@@ -158,6 +157,7 @@ fn main() -> ExitCode {
         host::SCENARIOS,
         hostile::SCENARIOS,
         pool::SCENARIOS,
+        without_exec::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().chain(folders.concat()).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
