@@ -103,7 +103,6 @@ fn main() -> ExitCode {
     let scenarios = [
         life::SCENARIOS,
         listen::SCENARIOS,
-        round_robin::SCENARIOS,
         stalled::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
@@ -157,6 +156,7 @@ fn main() -> ExitCode {
         host::SCENARIOS,
         hostile::SCENARIOS,
         pool::SCENARIOS,
+        round_robin::SCENARIOS,
         without_exec::SCENARIOS,
     ];
     let scenarios = scenarios.into_iter().chain(folders.concat()).flatten();
