@@ -129,7 +129,6 @@ fn main() -> ExitCode {
         program_path::SCENARIOS,
         own_user::SCENARIOS,
         sharded::SCENARIOS,
-        retained::SCENARIOS,
         listener_owners::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
@@ -156,6 +155,7 @@ fn main() -> ExitCode {
         hostile::SCENARIOS,
         parked_in_worker::SCENARIOS,
         pool::SCENARIOS,
+        retained::SCENARIOS,
         round_robin::SCENARIOS,
         without_exec::SCENARIOS,
     ];
