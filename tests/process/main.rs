@@ -146,7 +146,6 @@ fn main() -> ExitCode {
         parked::SCENARIOS,
         last_check::SCENARIOS,
         passed::SCENARIOS,
-        passing::SCENARIOS,
         public_api::SCENARIOS,
     ];
     let folders = [
@@ -154,6 +153,7 @@ fn main() -> ExitCode {
         host::SCENARIOS,
         hostile::SCENARIOS,
         parked_in_worker::SCENARIOS,
+        passing::SCENARIOS,
         pool::SCENARIOS,
         retained::SCENARIOS,
         round_robin::SCENARIOS,
