@@ -124,7 +124,6 @@ fn main() -> ExitCode {
         adopted::SCENARIOS,
         groups::SCENARIOS,
         inherited::SCENARIOS,
-        forked::SCENARIOS,
         privileges::SCENARIOS,
         program_path::SCENARIOS,
         own_user::SCENARIOS,
@@ -150,6 +149,7 @@ fn main() -> ExitCode {
     ];
     let folders = [
         callbacks::SCENARIOS,
+        forked::SCENARIOS,
         host::SCENARIOS,
         hostile::SCENARIOS,
         parked_in_worker::SCENARIOS,
