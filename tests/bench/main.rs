@@ -31,8 +31,8 @@ mod connections;
 mod costs;
 mod fairness;
 mod fork;
-#[allow(dead_code)]
-#[path = "../process/harness.rs"]
+#[allow(dead_code, unused_imports)]
+#[path = "../process/harness/mod.rs"]
 mod harness;
 mod idle;
 mod keep_alive;

@@ -22,10 +22,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socket
 use crate::harness::{
     Log, answer_pings, cluster, in_background, when, when_all_wait, when_listening,
 };
-use crate::hostile::{
-    ATTACKER, Attacker, FDS_IN, SHARED_INDEX, count_fds, cpu_time, message, note_attacker_events,
-    online, thread_cpu_time,
-};
+use crate::hostile::attacker::{ATTACKER, Attacker, SHARED_INDEX, message, online};
+use crate::hostile::measurements::{count_fds, cpu_time, thread_cpu_time};
+use crate::hostile::{FDS_IN, note_attacker_events};
 use crate::parked::Client;
 use crate::passing;
 use attacks::Outcome::{Ignored, Killed};

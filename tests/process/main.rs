@@ -103,11 +103,9 @@ fn main() -> ExitCode {
     let scenarios = [
         life::SCENARIOS,
         listen::SCENARIOS,
-        round_robin::SCENARIOS,
         stalled::SCENARIOS,
         messages::SCENARIOS,
         leave::SCENARIOS,
-        hostile::SCENARIOS,
         hostile_parked::SCENARIOS,
         exhaustion::SCENARIOS,
         lowered_limit::SCENARIOS,
@@ -116,7 +114,6 @@ fn main() -> ExitCode {
         old_kernels::SCENARIOS,
         running::SCENARIOS,
         edges::SCENARIOS,
-        callbacks::SCENARIOS,
         hand_off::SCENARIOS,
         hand_off_parked::SCENARIOS,
         deadlines::SCENARIOS,
@@ -124,16 +121,13 @@ fn main() -> ExitCode {
         disconnecting::SCENARIOS,
         nested::SCENARIOS,
         orphans::SCENARIOS,
-        host::SCENARIOS,
         adopted::SCENARIOS,
         groups::SCENARIOS,
         inherited::SCENARIOS,
-        forked::SCENARIOS,
         privileges::SCENARIOS,
         program_path::SCENARIOS,
         own_user::SCENARIOS,
         sharded::SCENARIOS,
-        retained::SCENARIOS,
         listener_owners::SCENARIOS,
         blocking::SCENARIOS,
         loads::SCENARIOS,
@@ -142,7 +136,6 @@ fn main() -> ExitCode {
         systemd::SCENARIOS,
         threads::SCENARIOS,
         std_listener::SCENARIOS,
-        pool::SCENARIOS,
         pool_limits::SCENARIOS,
         status::SCENARIOS,
         operator::SCENARIOS,
@@ -150,14 +143,23 @@ fn main() -> ExitCode {
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
-        parked_in_worker::SCENARIOS,
         last_check::SCENARIOS,
         passed::SCENARIOS,
-        passing::SCENARIOS,
-        without_exec::SCENARIOS,
         public_api::SCENARIOS,
     ];
-    let scenarios = scenarios.into_iter().flatten();
+    let folders = [
+        callbacks::SCENARIOS,
+        forked::SCENARIOS,
+        host::SCENARIOS,
+        hostile::SCENARIOS,
+        parked_in_worker::SCENARIOS,
+        passing::SCENARIOS,
+        pool::SCENARIOS,
+        retained::SCENARIOS,
+        round_robin::SCENARIOS,
+        without_exec::SCENARIOS,
+    ];
+    let scenarios = scenarios.into_iter().chain(folders.concat()).flatten();
     let scenarios: Vec<_> = scenarios.chain(conformance::scenarios()).collect();
     if let Ok(name) = std::env::var(harness::SCENARIO) {
         old_kernels::become_old();

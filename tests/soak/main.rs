@@ -25,8 +25,8 @@
 
 mod client;
 mod connections;
-#[allow(dead_code)]
-#[path = "../process/harness.rs"]
+#[allow(dead_code, unused_imports)]
+#[path = "../process/harness/mod.rs"]
 mod harness;
 mod listeners;
 mod long_lived;

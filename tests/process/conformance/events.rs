@@ -4,22 +4,16 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::panic::{catch_unwind, panic_any, set_hook};
 use std::path::Path;
 use std::process::Stdio;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use cluster::{
-    Address, Error, Interest, Master, Sent, Settings, Signal, Worker, WorkerProcess, WorkerState,
+    Address, Interest, Master, Sent, Settings, Signal, Worker, WorkerProcess, WorkerState,
 };
-use nix::errno::Errno;
-use nix::libc::{self, c_int};
 
 use crate::harness::{
-    Log, cluster, is_alive, is_watched, run_until_killed, wait_until, watched, when_listening,
+    Log, cluster, is_alive, is_watched, run_until_killed, watched, when_listening,
 };
 use crate::scenarios;
 
@@ -34,21 +28,12 @@ scenarios! {
     worker_events
     worker_exit
     worker_init
-    worker_kill
-    worker_kill_signal
-    worker_isdead
-    worker_isconnected
-    uncaught_exception
-    accept_fail
-    accept_recovers_after_running_out_of_descriptors
-    kill_infinite_loop
-    primary_kill
 }
 
 /// The events of a test's only worker, logged twice: by callbacks on the master, and by callbacks
 /// on the worker's handle.
 #[derive(Default)]
-struct Events {
+pub struct Events {
     by_cluster: Log,
     by_worker: Log,
 }
@@ -92,7 +77,7 @@ macro_rules! listen_to {
 impl Events {
     /// Registers the callbacks that log all events. Call this method before the loop runs, so that
     /// no event is missed.
-    fn log(&self, master: &Master, worker: &WorkerProcess) {
+    pub fn log(&self, master: &Master, worker: &WorkerProcess) {
         let (log, own) = (self.by_cluster.clone(), worker.clone());
         master.on_fork(move |_, worker| {
             assert_eq!(*worker, own);
@@ -106,7 +91,7 @@ impl Events {
     /// Returns the events that follow `fork` and `online`. Asserts that both logs contain the same
     /// events, except `fork`, because only the master emits `fork`.
     #[track_caller]
-    fn take(&self) -> Vec<String> {
+    pub fn take(&self) -> Vec<String> {
         let (mut by_cluster, by_worker) = (self.by_cluster.take(), self.by_worker.take());
         assert_eq!(by_cluster[..2], ["fork None", "online Online"]);
         assert_eq!(by_cluster[1..], by_worker);
@@ -511,315 +496,4 @@ fn worker_init() {
         "exit exit status: 0 Dead",
     ];
     assert_eq!(events.take(), expected);
-}
-
-/// Returns the events that occur when `kill` is called as soon as the worker listens.
-fn events_of_kill_when_listening(kill: fn(&WorkerProcess)) -> Vec<String> {
-    let events = Events::default();
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            events.log(master, &worker);
-            worker.on_listening(move |_, worker, _| kill(worker));
-        },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "no client connects");
-            run_until_killed(&worker);
-        },
-    );
-    events.take()
-}
-
-fn worker_kill() {
-    let expected = [
-        "listening Listening",
-        "disconnect Some(false) Disconnected",
-        "exit signal: 9 (SIGKILL) Dead",
-    ];
-    let events = events_of_kill_when_listening(|worker| worker.process().kill(Signal::KILL));
-    assert_eq!(events, expected);
-}
-
-/// Checks that `kill` disconnects the worker first, so that `exited_after_disconnect` is
-/// `Some(true)`.
-///
-/// Node's documentation describes this behaviour, but newer versions of Node behave differently.
-fn worker_kill_signal() {
-    let expected = [
-        "listening Listening",
-        "disconnect Some(true) Disconnected",
-        "exit signal: 9 (SIGKILL) Dead",
-    ];
-    let events = events_of_kill_when_listening(|worker| worker.kill(Signal::KILL));
-    assert_eq!(events, expected);
-}
-
-fn worker_isdead() {
-    let events = Events::default();
-    let log = Log::default();
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            events.log(master, &worker);
-            log.add(worker.is_dead().to_string());
-            worker.on_message(|_, worker, _| {
-                assert!(!worker.is_dead());
-                worker.kill(Signal::TERM);
-            });
-            let log = log.clone();
-            worker.on_exit(move |_, worker, _| log.add(worker.is_dead().to_string()));
-        },
-        |worker| {
-            assert!(!worker.is_dead());
-            let _ = worker.send(b"readyToDie").unwrap();
-            run_until_killed(&worker);
-        },
-    );
-    assert_eq!(log.take(), ["false", "true"]);
-    let expected = [
-        "readyToDie",
-        "disconnect Some(true) Disconnected",
-        "exit signal: 15 (SIGTERM) Dead",
-    ];
-    assert_eq!(events.take(), expected);
-}
-
-fn worker_isconnected() {
-    let events = Events::default();
-    let log = Log::default();
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            events.log(master, &worker);
-            log.add(worker.is_connected().to_string());
-            worker.on_message(|_, worker, _| {
-                assert!(worker.is_connected());
-                worker.disconnect();
-            });
-            let log = log.clone();
-            worker.on_disconnect(move |_, worker| log.add(worker.is_connected().to_string()));
-        },
-        |worker| {
-            let log = Log::default();
-            log.add(worker.is_connected().to_string());
-            // Register two callbacks, because Node emits the event on both the process and the
-            // worker object.
-            for _ in 0..2 {
-                let log = log.clone();
-                worker.on_disconnect(move |worker| log.add(worker.is_connected().to_string()));
-            }
-            let _ = worker.send(b"readyToDisconnect").unwrap();
-            worker.run().unwrap();
-            assert_eq!(log.take(), ["true", "false", "false"]);
-        },
-    );
-    assert_eq!(log.take(), ["true", "false"]);
-    let expected = [
-        "readyToDisconnect",
-        "disconnect Some(true) Disconnected",
-        "exit exit status: 0 Dead",
-    ];
-    assert_eq!(events.take(), expected);
-}
-
-/// Checks that a panic in the master unwinds to the caller. A panic is the closest counterpart of
-/// Node's uncaught exception.
-fn uncaught_exception() {
-    struct Thrown;
-    if !is_watched() {
-        for location in ["main", "callback"] {
-            let status = watched().env("LOCATION", location).status().unwrap();
-            assert_eq!(status.code(), Some(42), "thrown in {location}");
-        }
-        return;
-    }
-    let hooked = Arc::new(AtomicBool::new(false));
-    let hook = Arc::clone(&hooked);
-    set_hook(Box::new(move |_| hook.store(true, Ordering::SeqCst)));
-    let play = || {
-        cluster(
-            |master| {
-                master.fork().unwrap();
-                if std::env::var("LOCATION").unwrap() == "main" {
-                    panic_any(Thrown);
-                }
-                master.on_fork(|_, _| panic_any(Thrown));
-            },
-            |_| {},
-        );
-    };
-    let thrown = catch_unwind(play).unwrap_err();
-    assert!(thrown.is::<Thrown>() && hooked.load(Ordering::SeqCst));
-    std::process::exit(42);
-}
-
-/// Whether `accept4` fails with `ECONNABORTED` and closes the connection.
-static LOSE_CONNECTIONS: AtomicBool = AtomicBool::new(false);
-
-/// Replaces the C library's `accept4`, because a test cannot make the kernel return `ECONNABORTED`.
-/// The linker prefers this function, so the crate calls it.
-#[allow(unsafe_code)]
-#[unsafe(no_mangle)]
-unsafe extern "C" fn accept4(
-    listener: c_int,
-    address: *mut libc::sockaddr,
-    length: *mut libc::socklen_t,
-    flags: c_int,
-) -> c_int {
-    // SAFETY: the caller guarantees that the arguments are valid for `accept4`, and they are passed
-    // on unchanged.
-    let accepted = unsafe { libc::syscall(libc::SYS_accept4, listener, address, length, flags) };
-    let accepted = c_int::try_from(accepted).unwrap_or(-1);
-    if accepted >= 0 && LOSE_CONNECTIONS.load(Ordering::SeqCst) {
-        // SAFETY: the descriptor is open, and no other code knows its number yet.
-        unsafe { libc::close(accepted) };
-        Errno::ECONNABORTED.set();
-        return -1;
-    }
-    accepted
-}
-
-fn accept_fail() {
-    const CLIENTS: usize = 3;
-    let events = Events::default();
-    cluster(
-        |master| {
-            LOSE_CONNECTIONS.store(true, Ordering::SeqCst);
-            let worker = master.fork().unwrap();
-            events.log(master, &worker);
-            worker.on_exit(|master, _, _| assert_eq!(master.ledger().accepted, 0));
-        },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.set_connection_callback(|_, _| panic!("no connection is accepted"));
-            let log = Log::default();
-            let all = log.clone();
-            // Connect the clients one after another, to check that the master continues to accept
-            // after a failure.
-            for _ in 0..CLIENTS {
-                let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-                let log = log.clone();
-                let read = move |_: &Worker, mut client: &TcpStream| {
-                    log.add(client.read(&mut [0]).unwrap().to_string());
-                    None
-                };
-                worker.watch(client, Interest::Readable, read).unwrap();
-                let before = all.len();
-                while all.len() == before {
-                    worker.dispatch(None).unwrap();
-                }
-            }
-            assert_eq!(all.take(), ["0"; CLIENTS], "each client reads end-of-file");
-            listener.close();
-            assert!(listener.accept().unwrap().is_none(), "closed");
-            worker.disconnect().run().unwrap();
-        },
-    );
-    let expected = [
-        "listening Listening",
-        "disconnect Some(true) Disconnected",
-        "exit exit status: 0 Dead",
-    ];
-    assert_eq!(events.take(), expected);
-}
-
-/// Checks that a connection is served as soon as a descriptor is free. Without a free descriptor,
-/// `accept` fails and the connection stays in the kernel's backlog.
-fn accept_recovers_after_running_out_of_descriptors() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-
-    let log = Log::default();
-    cluster(
-        |master| {
-            let limits = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-            let limit = move |soft| setrlimit(Resource::RLIMIT_NOFILE, soft, limits.1).unwrap();
-            let errors = log.clone();
-            master.on_error(move |_, worker, error| {
-                assert!(worker.is_none());
-                let Error::Accept { reason, .. } = error else {
-                    panic!("{error}");
-                };
-                assert_eq!(reason.raw_os_error(), Some(libc::EMFILE));
-                errors.add("no descriptors");
-                limit(limits.0);
-            });
-            let answers = log.clone();
-            when_listening(master, 1, move |master, address| {
-                let client = TcpStream::connect(address).unwrap();
-                limit(0);
-                let read = move |master: &Master, mut client: &TcpStream| {
-                    let mut answer = String::new();
-                    client.read_to_string(&mut answer).unwrap();
-                    answers.add(answer);
-                    master.disconnect();
-                    None
-                };
-                master.watch(client, Interest::Readable, read).unwrap();
-            });
-            let worker = master.fork().unwrap();
-            let exits = log.clone();
-            worker.on_exit(move |_, _, status| exits.add(status.to_string()));
-        },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            listener.set_connection_callback(|_, mut connection| {
-                connection.write_all(b"served").unwrap();
-            });
-            worker.run().unwrap();
-        },
-    );
-    assert_eq!(log.take(), ["no descriptors", "served", "exit status: 0"]);
-}
-
-fn kill_infinite_loop() {
-    let events = Events::default();
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            events.log(master, &worker);
-            worker.on_online(|_, worker| worker.process().kill(Signal::TERM));
-        },
-        |_| {
-            loop {
-                std::hint::spin_loop();
-            }
-        },
-    );
-    let expected = [
-        "disconnect Some(false) Disconnected",
-        "exit signal: 15 (SIGTERM) Dead",
-    ];
-    assert_eq!(events.take(), expected);
-}
-
-fn primary_kill() {
-    if !is_watched() {
-        let mut master = watched().stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(master.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
-        let pid: u32 = line.trim_end().parse().unwrap();
-        assert_eq!(master.wait().unwrap().code(), Some(0));
-        wait_until("the worker's exit", || (!is_alive(pid)).then_some(()));
-        return;
-    }
-    cluster(
-        |master| {
-            let worker = master.fork().unwrap();
-            worker.on_listening(|master, worker, _| {
-                let worker = worker.clone();
-                master.set_timeout(Duration::ZERO, move |_| {
-                    assert!(worker.is_connected() && is_alive(worker.process().id()));
-                    println!("{}", worker.process().id());
-                    std::process::exit(0);
-                });
-            });
-        },
-        |worker| {
-            let listener = worker.listen("127.0.0.1:0").unwrap();
-            assert!(listener.accept().unwrap().is_none(), "no client connects");
-        },
-    );
-    unreachable!("the master exits in the timer");
 }

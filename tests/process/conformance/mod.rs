@@ -8,9 +8,11 @@ mod datagrams;
 mod descriptors;
 mod disconnecting;
 mod events;
+mod failures;
 mod further;
 mod further_disconnecting;
 mod handles;
+mod killing;
 mod listening;
 mod messages;
 mod receipts;
@@ -32,9 +34,11 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> {
         descriptors::SCENARIOS,
         disconnecting::SCENARIOS,
         events::SCENARIOS,
+        failures::SCENARIOS,
         further::SCENARIOS,
         further_disconnecting::SCENARIOS,
         handles::SCENARIOS,
+        killing::SCENARIOS,
         listening::SCENARIOS,
         messages::SCENARIOS,
         receipts::SCENARIOS,

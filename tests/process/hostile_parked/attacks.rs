@@ -13,7 +13,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 
 use super::{IDLE, REQUEST};
-use crate::hostile::{
+use crate::hostile::attacker::{
     Attacker, DETACH, Listener, NO_HANDLE, PARK, PARK_AGAIN, RELEASE, frame, handle_frame, numbers,
 };
 

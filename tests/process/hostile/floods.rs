@@ -1,0 +1,135 @@
+//! Tests that floods of frames and unfinished frames do not delay other workers.
+
+use super::attacker::{
+    Attacker, DISCONNECT_REQUEST, LISTENING, OTHER_INDEX, OWN_INDEX, PAUSE, RELEASE, SHARED_INDEX,
+    frame, handle_frame, idle, listen, message, online,
+};
+use super::{
+    Case, FDS_OUT, FDS_PER_LISTENER, FDS_PER_WORKER, FDS_WITH_TWO_LISTENERS, LISTENERS, Outcome,
+    attack_beside_honest_worker,
+};
+
+crate::scenarios! {
+    flood_of_messages_does_not_delay_other_workers
+    flood_of_longer_messages_does_not_delay_other_workers
+    flood_of_empty_frames_does_not_delay_other_workers
+    flood_of_listen_frames_does_not_delay_other_workers
+    flood_of_binds_does_not_delay_other_workers
+    flood_of_idle_and_pause_frames_does_not_delay_other_workers
+    flood_of_listening_frames_disconnects_the_worker
+    worker_that_returns_every_connection_does_not_delay_other_workers
+    unfinished_frame_does_not_delay_other_workers
+    unfinished_header_does_not_delay_other_workers
+}
+
+/// Floods the master with frames, while a thread discards the replies.
+fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
+    let channel = attacker.channel.try_clone().unwrap();
+    std::thread::spawn(move || std::io::copy(&mut &channel, &mut std::io::sink()));
+    let mut n = 0;
+    loop {
+        let many: Vec<_> = (n..n + 1000).flat_map(&next).collect();
+        attacker.send(&many);
+        n += 1000;
+    }
+}
+
+fn flood_of_messages_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&message(&[b'x'; 100]));
+    }));
+}
+
+/// Floods the master with longer messages. A read returns fewer of them than the master processes
+/// in an iteration (`FRAMES_PER_ITERATION`).
+fn flood_of_longer_messages_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&message(&[b'x'; 1032]));
+    }));
+}
+
+/// Floods with the shortest possible frames.
+fn flood_of_empty_frames_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        attacker.flood(&frame(DISCONNECT_REQUEST, 0, &[]));
+    }));
+}
+
+fn flood_of_listen_frames_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        attacker.start_clients();
+        flood_and_read(attacker, listen);
+    });
+    let fds = FDS_PER_WORKER + LISTENERS * FDS_PER_LISTENER;
+    attack_beside_honest_worker(Case { fds, ..case });
+}
+
+/// Opens and releases listeners repeatedly, and therefore never exceeds the limit on listeners.
+fn flood_of_binds_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        // Calculate the handles of later listeners: the master assigns handles in sequence, and no
+        // other worker opens listeners now.
+        let first = attacker.listen(OWN_INDEX).handle;
+        attacker.start_clients();
+        flood_and_read(attacker, |n| {
+            [listen(OTHER_INDEX), handle_frame(RELEASE, first + 1 + n)].concat()
+        });
+    });
+    let fds = FDS_WITH_TWO_LISTENERS + FDS_OUT;
+    attack_beside_honest_worker(Case { fds, ..case });
+}
+
+/// Makes the master dispatch and reclaim one connection repeatedly.
+fn flood_of_idle_and_pause_frames_does_not_delay_other_workers() {
+    let case = Case::flood(|attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        let _clients = own.clients(1);
+        attacker.start_clients();
+        attacker.flood(&[idle(own.handle, 0), handle_frame(PAUSE, own.handle)].concat());
+    });
+    let fds = FDS_PER_WORKER + FDS_PER_LISTENER + 1;
+    attack_beside_honest_worker(Case { fds, ..case });
+}
+
+fn flood_of_listening_frames_disconnects_the_worker() {
+    let attack = |attacker: &Attacker| {
+        let own = attacker.listen(OWN_INDEX);
+        attacker.start_clients();
+        attacker.flood(&handle_frame(LISTENING, own.handle));
+    };
+    let why = Outcome::Disconnected("second report that the worker is listening");
+    attack_beside_honest_worker(Case::new(attack, why));
+}
+
+/// Shares the well-behaved worker's listener, and returns each connection that the master
+/// dispatches to the attacker.
+fn worker_that_returns_every_connection_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        let shared = attacker.listen(SHARED_INDEX);
+        attacker.start_clients();
+        attacker.flood(&[idle(shared.handle, 0), handle_frame(PAUSE, shared.handle)].concat());
+    }));
+}
+
+/// Sends a frame that lacks one byte. The last 64 KiB are sent one byte at a time.
+fn unfinished_frame_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::flood(|attacker| {
+        attacker.start_clients();
+        let long = message(&[0; 1 << 20]);
+        let (most, rest) = long.split_at(long.len() - (64 << 10));
+        attacker.send(most);
+        for byte in &rest[1..] {
+            attacker.send(&[*byte]);
+        }
+    }));
+}
+
+fn unfinished_header_does_not_delay_other_workers() {
+    attack_beside_honest_worker(Case::tolerated(|attacker| {
+        attacker.start_clients();
+        attacker.send(&online()[..4]);
+    }));
+}

@@ -1,0 +1,72 @@
+//! Tests signals that stop a pool at once.
+
+use std::io::{Read as _, Write as _};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+
+use super::{HOLD, MS, Server, pid, quick, server};
+use crate::harness::{is_alive, is_watched, wait_until};
+
+crate::scenarios! {
+    stop_at_once_kills_a_new_master_that_does_not_serve
+    second_signal_or_sigquit_kills_busy_workers
+}
+
+/// Checks that an immediate stop (by a second signal or SIGQUIT) also kills a new master that
+/// blocks SIGTERM and does not serve. The drain time is longer than the test, so the kill cannot
+/// come from the drain deadline.
+fn stop_at_once_kills_a_new_master_that_does_not_serve() {
+    if is_watched() {
+        let long = Duration::from_secs(1000);
+        return server(quick().startup_timeout(long).drain_timeout(long));
+    }
+    for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
+        let server = Server::start("rr");
+        let old = server.master();
+        server.release("blocked master");
+        server.signal(Signal::SIGUSR2);
+        wait_until("a new master", || (server.master() != old).then_some(()));
+        for (round, signal) in signals.iter().enumerate() {
+            if round > 0 {
+                // The pool ignores a repeated stop signal for one second.
+                std::thread::sleep(1100 * MS);
+            }
+            kill(old, *signal).unwrap();
+            server.wait_for(": the new master failed: the pool is stopping", 1);
+        }
+        assert!(server.group.end().unwrap().success());
+        std::fs::remove_file(&server.release).unwrap();
+    }
+}
+
+/// Checks that a second signal or SIGQUIT kills a worker that stays busy.
+fn second_signal_or_sigquit_kills_busy_workers() {
+    if is_watched() {
+        return server(quick());
+    }
+    for signals in [&[Signal::SIGTERM, Signal::SIGINT][..], &[Signal::SIGQUIT]] {
+        let server = Server::start("rr");
+        let mut client = std::net::TcpStream::connect(server.address).unwrap();
+        client.write_all(HOLD).unwrap();
+        client.read_exact(&mut [0; HOLD.len()]).unwrap();
+        for (round, signal) in signals.iter().enumerate() {
+            if round > 0 {
+                server.wait_for(" has exited", 1);
+                // The pool ignores a repeated stop signal for one second.
+                std::thread::sleep(1100 * MS);
+            }
+            assert!(is_alive(pid(server.master())));
+            server.signal(*signal);
+        }
+        assert!(server.group.end().unwrap().success());
+        assert_eq!(
+            server.count(" was killed"),
+            3 - signals.len(),
+            "{}",
+            server.group.output()
+        );
+        std::fs::remove_file(&server.release).unwrap();
+        drop(client);
+    }
+}
