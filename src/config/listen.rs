@@ -243,9 +243,9 @@ impl<S> ListenOptions<S> {
     /// Node: `server.keepAliveTimeout`.
     ///
     /// With [`wait_for_data`](Self::wait_for_data), the time also limits how long a new client may
-    /// send nothing, unless [`first_data_timeout`](Self::first_data_timeout) is set. If several workers listen on an address, the time that was set last applies to
-    /// the connections that the master holds. A worker that holds connections itself uses its own
-    /// time.
+    /// send nothing, unless [`first_data_timeout`](Self::first_data_timeout) is set. If several
+    /// workers listen on an address, the time that was set last applies to the connections that the
+    /// master holds. A worker that holds connections itself uses its own time.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -268,7 +268,9 @@ impl<S> ListenOptions<S> {
     /// Node: `server.headersTimeout`, which also limits how long the client sends.
     ///
     /// A new client has a reason to send at once, so the time can be shorter than the one between
-    /// two requests. If several workers listen on an address, the time that was set last applies.
+    /// two requests. If several workers listen on an address, the time that was set last applies
+    /// to the connections that the master or the kernel holds. A worker that holds connections
+    /// itself uses its own time.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {
@@ -289,22 +291,23 @@ impl<S> ListenOptions<S> {
     ///
     /// Node has no counterpart.
     ///
-    /// With `true`, clients that connect and send nothing occupy no worker. With round robin, the master
-    /// accepts even while no worker is idle, up to
-    /// [`Master::set_max_parked`](crate::Master::set_max_parked), and holds the connection as if it
-    /// were [parked](crate::Connection::park). With the shared policy, and for private listeners,
-    /// the kernel holds the connections of a TCP listener (`TCP_DEFER_ACCEPT` in tcp(7)) for about
-    /// [`first_data_timeout`](Self::first_data_timeout). A client that is silent for longer reaches a worker or
-    /// is disconnected. If such a listener closes, the kernel resets the connections that it holds
-    /// when their clients send something.
+    /// With `true`, clients that connect and send nothing occupy no worker. The process that accepts
+    /// the connection holds it as if it were [parked](crate::Connection::park), and closes it after
+    /// [`first_data_timeout`](Self::first_data_timeout). With round robin, this process is the
+    /// master, which accepts even while no worker is idle, up to
+    /// [`Master::set_max_parked`](crate::Master::set_max_parked). With the other policies, and for
+    /// private listeners, it is the worker.
     ///
-    /// The option has no effect on a sharded listener. If the worker of a shard disconnected, the
-    /// connections that the kernel holds would later wait in the backlog of a shard without a
-    /// worker. Without round robin, the option also has no effect on a Unix socket, on systems
-    /// other than Linux, and on a listener that a process outside the cluster may also use.
+    /// On Linux, the kernel first holds the connections of shared and private TCP listeners
+    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about `first_data_timeout`, which costs less. Such a
+    /// client can therefore be silent for up to twice that time. If such a listener closes, the
+    /// kernel resets the connections that it holds when their clients send something. The kernel
+    /// does not do this for shards and for listeners that a process outside the cluster may also
+    /// use.
     ///
     /// If several workers, or a worker and the master, listen on an address, the value that was set
-    /// last applies.
+    /// last applies to the connections that the master or the kernel holds. A worker that holds
+    /// connections itself uses its own value.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

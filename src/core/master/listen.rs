@@ -86,8 +86,9 @@ impl<C, F> MasterCore<C, F> {
     /// cluster may have a copy of it.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
-        // Do not defer the connections of a shard. When its worker disconnects, the connections
-        // that the kernel holds back would later enter the backlog of a shard without a worker.
+        // Do not defer the connections of a shard, which its worker holds itself. When the worker
+        // disconnects, the connections that the kernel holds back would later enter the backlog of
+        // a shard without a worker.
         let is_deferrable = |listener: &&Listener<C>| {
             listener.policy == SchedulingPolicy::Shared && listener.is_sole()
         };

@@ -184,11 +184,7 @@ impl<F> WorkerCore<F> {
         now: Time,
     ) -> Held {
         let entry = self.listeners.get(&listener);
-        let is_disconnecting = self.disconnect == Disconnect::Received;
-        let is_open = |entry: &&ListenerEntry| {
-            matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
-        };
-        let state = match (entry.filter(is_open), handle) {
+        let state = match (entry.filter(|entry| self.holds_for(entry)), handle) {
             _ if !self.is_writable() => return Held::Closed,
             (Some(entry), _) => {
                 let timeout = match parked {
@@ -221,13 +217,15 @@ impl<F> WorkerCore<F> {
     /// something. A listener that receives no more connections passes its last ones to the
     /// application at once.
     pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
-        let is_held = |entry: &ListenerEntry| {
-            let is_open = matches!(entry.stage, Stage::Open(_)) && !entry.has_queue();
-            is_open && entry.parking.waits_for_data()
-        };
-        self.listeners.get(&listener).is_some_and(is_held)
-            && self.disconnect != Disconnect::Received
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.parking.waits_for_data() && self.holds_for(entry))
             && self.is_writable()
+    }
+
+    /// Returns whether the worker holds connections of the listener.
+    fn holds_for(&self, entry: &ListenerEntry) -> bool {
+        let is_disconnecting = self.disconnect == Disconnect::Received;
+        matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
     }
 
     /// Closes the connection that expires first if the worker holds too many. The caller has
@@ -414,12 +412,16 @@ mod tests {
 
     /// Returns a core with a shared listener whose clients may be silent for `seconds`.
     fn shared(seconds: u32) -> (Core, ListenerId) {
+        shared_with(Parking {
+            idle_seconds: Some(seconds),
+            ..Parking::default()
+        })
+    }
+
+    fn shared_with(parking: Parking) -> (Core, ListenerId) {
         let mut core = Core::new();
         let flags = BindFlags {
-            parking: Parking {
-                idle_seconds: Some(seconds),
-                ..Parking::default()
-            },
+            parking,
             ..BindFlags::default()
         };
         let path = Place::Path("/path".into());
@@ -491,6 +493,32 @@ mod tests {
         core.expire_parked(Time::from_secs(3));
         assert_eq!(actions(&mut core), [Action::CloseParked(late)]);
         assert_eq!(core.parked_deadline(), None);
+    }
+
+    #[test]
+    fn new_connections_expire_after_the_timeout_for_first_data() {
+        let parking = Parking {
+            idle_seconds: Some(60),
+            first_data_seconds: Some(1),
+            wait_for_data: Some(true),
+        };
+        let (mut core, listener) = shared_with(parking);
+        idle(&mut core, listener, 0);
+        assert_eq!(core.parked_deadline(), Some(Time::from_secs(2)));
+    }
+
+    #[test]
+    fn silent_clients_are_held_only_while_the_listener_is_open() {
+        let parking = Parking {
+            wait_for_data: Some(true),
+            ..Parking::default()
+        };
+        let (mut core, listener) = shared_with(parking);
+        assert!(core.holds_silent(listener));
+        core.frame(ToWorker::Disconnect).unwrap();
+        assert!(!core.holds_silent(listener));
+        let (core, listener) = shared_with(Parking::default());
+        assert!(!core.holds_silent(listener));
     }
 
     #[test]

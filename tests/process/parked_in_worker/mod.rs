@@ -6,6 +6,7 @@ mod ended_workers;
 mod paused_listeners;
 mod private_listeners;
 mod resuming;
+mod silent_clients;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,6 +23,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     paused_listeners::SCENARIOS,
     private_listeners::SCENARIOS,
     resuming::SCENARIOS,
+    silent_clients::SCENARIOS,
 ];
 
 const MS: Duration = Duration::from_millis(1);
