@@ -37,12 +37,12 @@ impl World {
     }
 
     /// Adds the connections that have closed since the last check, and whose clients no worker has
-    /// served, to `lost`.
+    /// served, to `lost`. Leaves out those that a worker has closed without an application.
     fn check_closed(&mut self) {
         while let Some(client) = self.closed.borrow_mut().pop() {
             let fate = &mut self.fates[client as usize];
             fate.is_closed = true;
-            self.lost += u64::from(!fate.served);
+            self.lost += u64::from(!fate.served && !fate.is_in_worker);
         }
     }
 
@@ -363,7 +363,7 @@ impl World {
                 continue;
             }
             if fate.is_closed {
-                closed += u64::from(!fate.served);
+                closed += u64::from(!fate.served && !fate.is_in_worker);
             } else {
                 let is_served = fate.served && !fate.is_pending;
                 assert!(is_served, "client {client} is lost");

@@ -47,6 +47,9 @@ pub(crate) struct Fate {
     pub(crate) port: Option<HandleId>,
     /// Whether a worker has received the client's connection.
     pub(crate) served: bool,
+    /// Whether only a worker has the connection, because it holds or has held the connection while
+    /// the client was silent.
+    pub(crate) is_in_worker: bool,
     /// Whether the client has ever sent a request.
     pub(crate) has_sent: bool,
     /// Whether the client has sent a request that no worker has read.

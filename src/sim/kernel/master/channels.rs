@@ -173,6 +173,7 @@ impl World {
         }
         assert!(connection.is_some() || process.is_liar, "parks nothing");
         let connection = connection.unwrap_or_else(|| self.own_connection());
+        self.fates[connection.client as usize].is_in_worker = false;
         self.check_surplus();
         self.report(|core| core.park(worker, handle, connection, parked));
     }

@@ -311,7 +311,10 @@ impl World {
                     return false;
                 };
                 let client = port.backlog.pop_front();
-                client.map(|client| (Connection::new(client, &self.closed), None))
+                let client = client.map(|client| Connection::new(client, &self.closed));
+                let client =
+                    client.and_then(|client| self.hold_if_silent(worker, listener, client));
+                client.map(|client| (client, None))
             }
         };
         let process = self.process(worker);

@@ -12,12 +12,33 @@ impl World {
     /// Keeps a connection that the application has parked, or that the master has given to the
     /// worker.
     pub(super) fn keep(&mut self, worker: WorkerId, held: Held, client: Client) {
+        self.fates[client.client as usize].is_in_worker = true;
         let process = self.process(worker);
         if let Held::Idle(id) | Held::Leaving(id) = held {
             let previous = process.parked.insert(id, client);
             assert!(previous.is_none(), "a second connection with one number");
         }
         self.gather_from_worker(worker);
+    }
+
+    /// Holds a new connection until its client sends something, if the listener waits for data and
+    /// the client has sent nothing yet. Returns a connection that the application receives now.
+    pub(super) fn hold_if_silent(
+        &mut self,
+        worker: WorkerId,
+        listener: ListenerId,
+        client: Client,
+    ) -> Option<Client> {
+        let fate = &self.fates[client.client as usize];
+        let is_silent = !fate.is_pending && !fate.left;
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
+        if !is_silent || !process.core.holds_silent(listener) {
+            return Some(client);
+        }
+        let handle = process.core.handle(listener);
+        let held = process.core.hold(listener, handle, 0, self.now);
+        self.keep(worker, held, client);
+        None
     }
 
     /// Makes the worker's poller report the connections whose clients have sent something or have
