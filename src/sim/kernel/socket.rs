@@ -48,7 +48,7 @@ pub(crate) struct Fate {
     /// Whether a worker has received the client's connection.
     pub(crate) served: bool,
     /// Whether only a worker has the connection, because it holds or has held the connection while
-    /// the client was silent.
+    /// the client was silent, or because the connection is on its way to a worker that will.
     pub(crate) is_in_worker: bool,
     /// Whether the client has ever sent a request.
     pub(crate) has_sent: bool,

@@ -161,6 +161,7 @@ impl World {
                 self.report(|core| core.not_adopted(handle, client, parked));
             }
             Some(client) => {
+                self.fates[client.client as usize].is_in_worker = true;
                 let frame = ToWorker::Adopt { handle, parked };
                 process.down.queue_connection(frame, client);
                 self.given_to_exited += usize::from(!process.worker_end);
