@@ -146,7 +146,10 @@ impl<T: Key> OrderedSet<T> {
     }
 
     pub(crate) fn retain(&mut self, mut is_kept: impl FnMut(T) -> bool) {
-        self.packed.retain(|packed| is_kept(T::unpack(*packed)));
+        let removed: Vec<_> = self.iter().filter(|key| !is_kept(*key)).collect();
+        for key in removed {
+            self.remove(key);
+        }
     }
 
     /// Replaces one key of the set by another one. `None` means no key.

@@ -20,8 +20,8 @@ impl<K: Ord, V> SortedMap<K, V> {
         // Check both ends first, because most keys are either new and the highest, or the lowest in
         // the map.
         match (self.0.first(), self.0.last()) {
-            (_, Some((last, _))) if last < key => Err(self.0.len()),
-            (Some((first, _)), _) if first == key => Ok(0),
+            (_, Some((last, _))) if last.cmp(key).is_lt() => Err(self.0.len()),
+            (Some((first, _)), _) if first.cmp(key).is_eq() => Ok(0),
             _ => self.0.binary_search_by(|(other, _)| other.cmp(key)),
         }
     }

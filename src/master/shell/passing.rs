@@ -144,11 +144,8 @@ impl Successor {
     fn next_message(&mut self, handle: HandleId, socket: SocketId) -> Message {
         let first = self.queue.iter().take(MAX_CONNECTIONS);
         let count = first.take_while(|passed| passed.handle == handle).count();
-        let (connections, parked) = self
-            .queue
-            .drain(..count)
-            .map(|passed| (passed.id, passed.parked))
-            .unzip();
+        let passed = (0..count).filter_map(|_| self.queue.pop_front());
+        let (connections, parked) = passed.map(|passed| (passed.id, passed.parked)).unzip();
         Message {
             rest: ParkedMessage { socket, parked }.encode(),
             connections,

@@ -17,7 +17,7 @@ use libc::{
     SYS_setresuid32 as SYS_setresuid,
 };
 
-fn check(result: libc::c_long) -> io::Result<()> {
+pub(super) fn check(result: libc::c_long) -> io::Result<()> {
     match result {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

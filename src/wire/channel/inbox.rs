@@ -151,10 +151,8 @@ impl Inbox {
         if header.fds > self.fds.len() {
             return Err(FrameError::Descriptors);
         }
-        let fds: Vec<_> = match header.fds {
-            0 => Vec::new(),
-            count => self.fds.drain(..count).flatten().collect(),
-        };
+        let fds = (0..header.fds).filter_map(|_| self.fds.pop_front()?);
+        let fds: Vec<_> = fds.collect();
         Ok(Some(Arrival {
             lost_fds: fds.len() < header.fds,
             is_last: self.is_empty(),

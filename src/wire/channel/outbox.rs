@@ -168,12 +168,15 @@ impl Outbox {
         let batch = self.batch_size();
         if bytes > 0 && batch.fds > 0 {
             self.batch_end = self.written + batch.bytes as u64;
-            self.fds.drain(..batch.fds);
+            for _ in 0..batch.fds {
+                self.fds.pop_front();
+            }
         }
         self.bytes.drain(..bytes);
         self.written += bytes as u64;
-        let own_written = self.own_frames.partition_point(|at| *at < self.written);
-        self.own_frames.drain(..own_written);
+        while self.own_frames.front().is_some_and(|at| *at < self.written) {
+            self.own_frames.pop_front();
+        }
         if self.bytes.is_empty() {
             if self.bytes.capacity() > WRITE_SIZE {
                 self.bytes = VecDeque::new();
@@ -192,8 +195,8 @@ impl Outbox {
     pub(super) fn take_receipts(&mut self) -> Vec<ReceiptId> {
         let is_written = |receipt: &PendingReceipt| receipt.message_end <= self.written;
         let written = self.receipts.partition_point(is_written);
-        let receipts = self.receipts.drain(..written).map(|receipt| receipt.id);
-        let receipts = receipts.collect();
+        let receipts = (0..written).filter_map(|_| self.receipts.pop_front());
+        let receipts = receipts.map(|receipt| receipt.id).collect();
         if self.receipts.is_empty() {
             self.receipts.shrink_to(MAX_BATCH);
         }
@@ -206,7 +209,8 @@ impl Outbox {
 
     /// Removes and returns all receipts. The caller writes nothing more.
     pub(super) fn drain_receipts(&mut self) -> impl Iterator<Item = ReceiptId> {
-        self.receipts.drain(..).map(|receipt| receipt.id)
+        let receipts = std::mem::take(&mut self.receipts).into_iter();
+        receipts.map(|receipt| receipt.id)
     }
 
     /// Discards all frames, but keeps their receipts.

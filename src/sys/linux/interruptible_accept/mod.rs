@@ -13,6 +13,7 @@
 //! socket. As a result, `accept` fails, even if it begins only after the signal.
 
 mod async_io;
+mod timer;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -25,6 +26,7 @@ use crate::sys::platform::{socket, uapi};
 use crate::sys::signal::{ReplacedHandler, address, chained_action, current_action, set_action};
 use crate::sys::signal_mask::SignalSet;
 use crate::sys::{check, fd};
+use timer::Timer;
 
 const SIGNAL: libc::c_int = libc::SIGURG;
 
@@ -66,7 +68,7 @@ fn own_thread() -> libc::pid_t {
 
 /// A blocking `accept` that can be interrupted. A process has at most one.
 ///
-/// The pointer in `timer` makes the type `!Send`, which keeps the value on its thread.
+/// `timer` makes the type `!Send`, which keeps the value on its thread.
 pub(crate) struct InterruptibleAccept {
     slot: OwnedFd,
     stub: OwnedFd,
@@ -76,7 +78,7 @@ pub(crate) struct InterruptibleAccept {
     sources: RefCell<Vec<RawFd>>,
     /// The listener whose copy is in the slot, or `None` for the stub.
     listener: Cell<Option<RawFd>>,
-    timer: Cell<Option<libc::timer_t>>,
+    timer: Cell<Option<Timer>>,
     /// The deadline to which the timer is set.
     deadline: Cell<Option<Instant>>,
     owner: Owner,
@@ -247,18 +249,7 @@ impl InterruptibleAccept {
         if self.deadline.get() == deadline {
             return Ok(false);
         }
-        // SAFETY: all zeroes is a valid itimerspec, which disarms the timer.
-        let mut time: libc::itimerspec = unsafe { std::mem::zeroed() };
-        if let Some(left) = left {
-            // If the seconds do not fit into `time_t`, which has only 32 bits on some systems, wait
-            // for 68 years instead.
-            time.it_value.tv_sec = left.as_secs().try_into().unwrap_or(0x7fff_ffff);
-            time.it_value.tv_nsec = left.subsec_nanos() as _;
-        }
-        let timer = self.timer()?;
-        // SAFETY: the timer exists, the pointer is valid for reads of the time, and the old time is
-        // not requested.
-        check(unsafe { libc::timer_settime(timer, 0, &raw const time, std::ptr::null_mut()) })?;
+        self.timer()?.set(left)?;
         let previous = self.deadline.replace(deadline);
         if previous.is_none_or(|previous| previous > Instant::now()) {
             return Ok(false);
@@ -272,20 +263,11 @@ impl InterruptibleAccept {
     }
 
     /// Returns the timer, and creates it in the first call.
-    fn timer(&self) -> io::Result<libc::timer_t> {
+    fn timer(&self) -> io::Result<Timer> {
         if let Some(timer) = self.timer.get() {
             return Ok(timer);
         }
-        // SAFETY: all zeroes is a valid sigevent.
-        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
-        event.sigev_notify = libc::SIGEV_THREAD_ID;
-        event.sigev_signo = SIGNAL;
-        event.sigev_notify_thread_id = own_thread();
-        let mut timer = std::ptr::null_mut();
-        // SAFETY: `event` is valid for reads, and `timer` is valid for writes of a timer ID.
-        check(unsafe {
-            libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer)
-        })?;
+        let timer = Timer::new(SIGNAL, own_thread())?;
         self.timer.set(Some(timer));
         Ok(timer)
     }
@@ -309,8 +291,7 @@ impl Drop for InterruptibleAccept {
                 async_io::disable(source, own_thread());
             }
             if let Some(timer) = self.timer.get() {
-                // SAFETY: the timer exists and is not used again.
-                unsafe { libc::timer_delete(timer) };
+                timer.delete();
             }
         }
         SLOT.store(-1, Ordering::SeqCst);
