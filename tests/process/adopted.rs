@@ -118,16 +118,22 @@ fn exited_child() -> std::process::Child {
 }
 
 /// Lets the host wait for its child 300 ms after the child's exit, as a busy thread might. The
-/// master must not reap the child before that.
+/// master must not reap the child within one second. If a lack of cores delays the host for longer,
+/// it tries another child.
 fn host_that_is_process_1_gets_the_status_of_its_children() {
     as_process_1(|| {
         mount_proc();
-        let (begun, mut child) = (Instant::now(), exited_child());
+        let (mut begun, mut child) = (Instant::now(), exited_child());
         let mut has_waited = false;
         with_orphans(start_pool, move |orphans| {
             if !has_waited && begun.elapsed() > Duration::from_millis(300) {
-                assert_eq!(child.wait().unwrap().code(), Some(7));
-                has_waited = true;
+                let status = child.wait();
+                if begun.elapsed() < Duration::from_secs(1) {
+                    assert_eq!(status.unwrap().code(), Some(7));
+                    has_waited = true;
+                } else {
+                    (begun, child) = (Instant::now(), exited_child());
+                }
             }
             has_waited && orphans.iter().all(is_reaped)
         });
