@@ -65,6 +65,9 @@ pub fn kills(table: &mut Table) {
         let mut killed = 0;
         let (_, outcome) = operate_parked(policy, |service| {
             while killed < kills {
+                // A worker parks a connection after the client has its answer. Before the first
+                // kill, this pause is the time for the last idle clients.
+                std::thread::sleep(KILL_INTERVAL);
                 // Choose the workers in turn. After a kill, the list is short until the pool has
                 // forked a replacement, so fall back to the first worker. Count only signals that
                 // reach a process, because a listed worker may have exited since.
@@ -73,7 +76,6 @@ pub fn kills(table: &mut Table) {
                 if worker.is_some_and(|worker| kill(*worker, Signal::SIGKILL).is_ok()) {
                     killed += 1;
                 }
-                std::thread::sleep(KILL_INTERVAL);
             }
         });
         let goal = (policy == "rr").then_some(kills as f64);
