@@ -296,18 +296,20 @@ impl<S> ListenOptions<S> {
     /// [`first_data_timeout`](Self::first_data_timeout). With round robin, this process is the
     /// master, which accepts even while no worker is idle, up to
     /// [`Master::set_max_parked`](crate::Master::set_max_parked). With the other policies, and for
-    /// private listeners, it is the worker.
+    /// private listeners, the worker accepts and holds the connection. It then also serves the
+    /// connection, even if another worker is idle when the data arrives.
     ///
     /// On Linux, the kernel first holds the connections of shared and private TCP listeners
-    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about `first_data_timeout`, which costs less. Such a
-    /// client can therefore be silent for up to twice that time. If such a listener closes, the
-    /// kernel resets the connections that it holds when their clients send something. The kernel
-    /// does not do this for shards and for listeners that a process outside the cluster may also
-    /// use.
+    /// (`TCP_DEFER_ACCEPT` in tcp(7)) for about `first_data_timeout`, at a lower cost than a worker.
+    /// A client can therefore be silent for up to twice this time: first in the kernel, then in the
+    /// worker. If such a listener closes, the kernel resets the connections that it holds when their
+    /// clients send something. The kernel does not do this for shards and for listeners that a
+    /// process outside the cluster may also use.
     ///
     /// If several workers, or a worker and the master, listen on an address, the value that was set
     /// last applies to the connections that the master or the kernel holds. A worker that holds
-    /// connections itself uses its own value.
+    /// connections itself uses its own value, so with the sharded policy, and for Unix sockets without
+    /// round robin, the workers must set the option.
     ///
     /// ```no_run
     /// # fn f(worker: &cluster::Worker) -> cluster::Result<()> {

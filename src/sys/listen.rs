@@ -259,8 +259,7 @@ pub(crate) fn backlog_length(listener: &OwnedFd) -> Option<u64> {
 /// once. Does nothing if the socket is not a TCP listener, or if the system cannot do this.
 pub(crate) fn defer_accept(listener: &OwnedFd, seconds: u32) {
     let seconds = libc::c_int::try_from(seconds).unwrap_or(libc::c_int::MAX);
-    // Ignore the error. A connection whose client is silent then reaches a worker, as it would
-    // without the option.
+    // Ignore the error. The worker then holds a silent client's connection from the start.
     let _ = platform::defer_accept(listener, seconds);
 }
 

@@ -13,9 +13,10 @@
 /// [`SchedulingPolicy::Sharded`], the workers accept connections, and the counters do not include
 /// these connections, with two exceptions:
 ///
-/// - A worker that disconnects gives its parked connections to the master. Each counts as parked,
-///   and then as received when the master has sent it to another worker, or as passed in an
-///   upgrade. The new master counts a passed connection as parked and then as received, too.
+/// - A worker that disconnects gives the connections that it holds to the master: parked ones, and
+///   new ones whose clients have sent nothing. Each counts as parked, and then as received when the
+///   master has sent it to another worker, or as passed in an upgrade. The new master counts a
+///   passed connection as parked and then as received, too.
 /// - If a worker has detached the selection of a sharded listener's shards, a connection may reach
 ///   no worker. The master then resets it, and counts it as accepted and as dropped.
 ///

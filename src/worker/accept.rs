@@ -12,7 +12,7 @@ use crate::runtime::backoff::Backoff;
 use crate::sys::listen::is_permanent_error;
 use crate::types::time::earlier;
 use crate::worker::connection::Connection;
-use crate::worker::shell::Accepted;
+use crate::worker::shell::{Accepted, Blocked};
 use crate::worker::{Inner, Worker};
 
 /// Maximum time for which `accept` returns connections without handling messages, timers and
@@ -286,7 +286,8 @@ impl Worker {
     }
 
     /// Accepts a new connection although parked connections are ready. Returns `None` if another
-    /// worker has accepted the connection from the backlog, or if each attempt was interrupted.
+    /// worker has accepted the connection from the backlog, if the worker holds the connection until
+    /// its client sends something, or if each attempt was interrupted.
     fn accept_new_first(&self, listener: ListenerId) -> Result<Option<Attempt<Accepted>>> {
         let (shell, wait_state) = (&self.inner.shell, &self.inner.wait_state);
         let deadline = shell.now().saturating_add(TURN_WAIT);
@@ -295,8 +296,9 @@ impl Worker {
             shell.discard_interrupt();
             wait_state.interrupted();
             match shell.accept_blocking(listener, Some(deadline)) {
-                Ok(Some(accepted)) => return Ok(Some(Attempt::Received(accepted))),
-                Ok(None) => {}
+                Ok(Blocked::Accepted(accepted)) => return Ok(Some(Attempt::Received(accepted))),
+                Ok(Blocked::Held) => return Ok(None),
+                Ok(Blocked::Nothing) => {}
                 Err(error) => return self.accept_failed(listener, error).map(Some),
             }
         }
@@ -327,10 +329,12 @@ impl Worker {
         }
         let deadline = event_loop.deadline(shell.deadline());
         match shell.accept_blocking(listener, deadline) {
-            Ok(Some(accepted)) => Ok(Attempt::Received(accepted)),
-            Ok(None) => {
+            Ok(Blocked::Accepted(accepted)) => Ok(Attempt::Received(accepted)),
+            Ok(blocked @ (Blocked::Held | Blocked::Nothing)) => {
                 wait_state.interrupted();
-                shell.backlog_is_empty();
+                if let Blocked::Nothing = blocked {
+                    shell.backlog_is_empty();
+                }
                 wait_state.last_wait.set(Instant::now());
                 Ok(Attempt::Retry)
             }

@@ -80,8 +80,9 @@ impl<S> Listener<S> {
     /// At the limit, new connections go to the callback of
     /// [`set_drop_callback`](Self::set_drop_callback). Without that callback, they go to other
     /// workers. If no other worker can serve them, they wait in the kernel's backlog. With the
-    /// sharded policy, connections in this worker's shard always wait. The worker no longer counts
-    /// a connection once the application has dropped it or its
+    /// sharded policy, connections in this worker's shard always wait. Connections that this worker
+    /// holds, because they are parked or [wait for data](crate::ListenOptions::wait_for_data), wait
+    /// too. The worker no longer counts a connection once the application has dropped it or its
     /// [`ConnectionGuard`](crate::ConnectionGuard), or has called [`Connection::into_stream`] or
     /// [`Connection::park`].
     ///

@@ -41,6 +41,8 @@ impl Listener<TcpStream> {
     /// - The worker does not count connections before it disconnects, so
     ///   [`set_max_connections`](Self::set_max_connections) and [`Master::loads`] do not include
     ///   them.
+    /// - [`wait_for_data`](crate::ListenOptions::wait_for_data) has no effect, except that on Linux,
+    ///   the kernel holds the connections of shared and private TCP listeners.
     /// - A server that ignores the errors of `accept` repeats the call until the process exits.
     /// - On Linux, the call of a waiting thread is interrupted by SIGURG, which the thread must not
     ///   block. If /proc is not readable, and on other systems, the thread leaves the call when it

@@ -119,7 +119,7 @@ fn exited_child() -> std::process::Child {
 
 /// Lets the host wait for its child 300 ms after the child's exit, as a busy thread might. The
 /// master must not reap the child within one second. If a lack of cores delays the host for longer,
-/// it tries another child.
+/// the test does not know which of the two comes first, and uses another child.
 fn host_that_is_process_1_gets_the_status_of_its_children() {
     as_process_1(|| {
         mount_proc();

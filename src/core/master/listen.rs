@@ -86,7 +86,7 @@ impl<C, F> MasterCore<C, F> {
     /// cluster may have a copy of it.
     pub(super) fn defer_accept(&mut self, handle: HandleId) {
         let listener = self.listeners.get(&handle);
-        // Do not defer the connections of a shard, which its worker holds itself. When the worker
+        // Do not defer a shard's connections. The shard's worker holds them. When that worker
         // disconnects, the connections that the kernel holds back would later enter the backlog of
         // a shard without a worker.
         let is_deferrable = |listener: &&Listener<C>| {

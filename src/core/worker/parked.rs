@@ -10,7 +10,8 @@
 //! (none)       a client connects to a listener with `wait_for_data`, and has  Idle
 //!              sent nothing yet
 //! (none)       the master gives the worker a connection of another worker     Idle
-//! (none)       either event, but the listener receives no more connections    Leaving
+//! (none)       the application parks a connection, or the master gives one,   Leaving
+//!              but the listener receives no more connections
 //! Idle         the client sends something                                     Ready
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
@@ -76,7 +77,8 @@ impl State {
     }
 }
 
-/// The shell's task for a connection that the application has parked, or that the master has sent.
+/// The shell's task for a connection that the application has parked, that the master has sent, or
+/// whose client has sent nothing yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
     /// Watch for data or a hang-up from the client, and then call `data_arrived` or `hung_up`.
@@ -196,30 +198,30 @@ impl<F> WorkerCore<F> {
             (None, Some(_)) => State::Leaving,
             (None, None) => return Held::Closed,
         };
-        let inserted = self.parked.insert(Entry {
+        let entry = Entry {
             listener,
             handle,
             parked,
             state,
-        });
-        let Some(id) = inserted else {
-            return Held::Closed;
         };
         if state == State::Leaving {
+            let inserted = self.parked.insert(entry);
             self.actions.push_back(Action::SendLeaving);
-            return Held::Leaving(id);
+            return inserted.map_or(Held::Closed, Held::Leaving);
         }
-        self.close_surplus();
-        Held::Idle(id)
+        let inserted = self.insert_within_limit(entry);
+        inserted.map_or(Held::Closed, Held::Idle)
     }
 
     /// Returns whether the worker holds new connections of the listener until their clients send
-    /// something. A listener that receives no more connections passes its last ones to the
-    /// application at once.
+    /// something. A listener that receives no more connections passes its last connections to the
+    /// application at once, and so does a worker that can hold no more.
     pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
+        let is_full = self.parked.entries.len() >= self.parked.limit;
         entry.is_some_and(|entry| entry.parking.waits_for_data() && self.holds_for(entry))
             && self.is_writable()
+            && (!is_full || self.next_surplus().is_some())
     }
 
     /// Returns whether the worker holds connections of the listener.
@@ -228,14 +230,18 @@ impl<F> WorkerCore<F> {
         matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
     }
 
-    /// Closes the connection that expires first if the worker holds too many. The caller has
-    /// already inserted the new connection, so that it has another number.
-    fn close_surplus(&mut self) {
-        if self.parked.entries.len() > self.parked.limit {
-            if let Some((_, first)) = self.parked.expiries.first() {
-                self.close_parked(first);
-            }
+    /// Adds a connection. If the worker holds too many, closes the one that expires first of the
+    /// others, or the new one if no other can be closed.
+    fn insert_within_limit(&mut self, entry: Entry) -> Option<ConnectionId> {
+        // Choose before the insertion, because the new connection may expire before all others.
+        // Close after it, so that the new connection has another number.
+        let is_full = self.parked.entries.len() >= self.parked.limit;
+        let surplus = self.next_surplus();
+        let id = self.parked.insert(entry)?;
+        if is_full {
+            self.close_parked(surplus.unwrap_or(id));
         }
+        Some(id)
     }
 
     /// Holds a connection that the master has sent. A connection of a listener that receives no
@@ -267,6 +273,12 @@ impl<F> WorkerCore<F> {
         if self.parked.state(id).and_then(State::expiry).is_some() {
             self.close_parked(id);
         }
+    }
+
+    /// Returns the idle connections. The shell checks them once more before they leave or close.
+    pub(crate) fn idle_connections(&self) -> Vec<ConnectionId> {
+        let is_idle = |entry: &Entry| matches!(entry.state, State::Idle(_));
+        self.parked.entries.filter(is_idle)
     }
 
     /// Returns the connections that `expire_parked` closes. The shell checks them once more before,
@@ -505,6 +517,23 @@ mod tests {
         let (mut core, listener) = shared_with(parking);
         idle(&mut core, listener, 0);
         assert_eq!(core.parked_deadline(), Some(Time::from_secs(2)));
+    }
+
+    #[test]
+    fn new_connection_takes_the_place_of_one_that_expires_later() {
+        let parking = Parking {
+            idle_seconds: Some(60),
+            first_data_seconds: Some(1),
+            wait_for_data: Some(true),
+        };
+        let (mut core, listener) = shared_with(parking);
+        core.set_parked_limit(1);
+        let parked = idle(&mut core, listener, 1);
+        assert!(core.holds_silent(listener));
+        let new = idle(&mut core, listener, 0);
+        assert_eq!(actions(&mut core), [Action::CloseParked(parked)]);
+        core.data_arrived(new);
+        assert!(!core.holds_silent(listener), "no idle connection can close");
     }
 
     #[test]

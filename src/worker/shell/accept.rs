@@ -40,6 +40,17 @@ pub(crate) struct Accepted {
     pub(crate) is_excess: bool,
 }
 
+/// The result of a blocking `accept`.
+pub(crate) enum Blocked {
+    Accepted(Accepted),
+    /// The worker holds the new connection until its client sends something, or has closed it
+    /// because the client has hung up.
+    Held,
+    /// Another event has interrupted the call, the deadline has passed, the client has hung up
+    /// before, or the listener turns out to be non-blocking.
+    Nothing,
+}
+
 /// A connection as it arrives from a listener or a queue.
 pub(super) struct Arrived {
     pub(super) fd: OwnedFd,
@@ -150,11 +161,11 @@ impl WorkerShell {
     }
 
     /// Accepts a connection from a shared listener. Returns `None` if no connection waits, or if
-    /// the worker holds those that it has accepted until their clients send something. Most errors
-    /// are returned only if a connection waits, because accept(2) fails without a free descriptor
+    /// the worker holds those that it has accepted until their clients send something, or has closed
+    /// those whose clients have hung up. Most errors are returned only if a connection waits, because accept(2) fails without a free descriptor
     /// even if no connection waits.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
-        let mut held = 0;
+        let mut accepted = 0;
         loop {
             // Make the listener non-blocking again, because any process with a copy may have made
             // it blocking, and `accept` would wait. The call cannot fail, because the descriptor is
@@ -163,8 +174,8 @@ impl WorkerShell {
             match sys::listen::accept(shared) {
                 Ok(fd) => {
                     let received = self.hold_if_silent(listener, fd);
-                    held += 1;
-                    if received.is_some() || held == HOLD_BATCH {
+                    accepted += 1;
+                    if received.is_some() || accepted == HOLD_BATCH {
                         return Ok(received);
                     }
                 }
@@ -305,33 +316,34 @@ impl WorkerShell {
         Ok(is_new)
     }
 
-    /// Blocks in `accept`. Returns `None` if another event has interrupted the call, if the
-    /// deadline has passed, if the client has hung up, if the worker holds the connection until its
-    /// client sends something, or if the listener turns out to be non-blocking.
+    /// Blocks in `accept`, at most until the deadline.
     pub(crate) fn accept_blocking(
         &self,
         listener: ListenerId,
         deadline: Option<Time>,
-    ) -> Result<Option<Accepted>> {
+    ) -> Result<Blocked> {
         let socket = self.socket(listener);
         let socket = socket.as_deref().map(|socket| &**socket);
         let (Some(Socket::Listener(shared)), Some(interrupt)) = (socket, self.interrupt.get())
         else {
-            return Ok(None);
+            return Ok(Blocked::Nothing);
         };
         // If the clock cannot represent the deadline, wait without one.
         let deadline = deadline.and_then(|deadline| self.start.checked_add(deadline));
         match interrupt.accept(shared.fd.as_fd(), deadline) {
-            Ok(Some(fd)) => Ok(self.hold_if_silent(listener, fd).map(|fd| {
-                self.turn.set(Turn::Parked);
-                self.accepted(listener, Arrived::new(fd))
-            })),
-            Ok(None) => Ok(None),
+            Ok(Some(fd)) => match self.hold_if_silent(listener, fd) {
+                Some(fd) => {
+                    self.turn.set(Turn::Parked);
+                    Ok(Blocked::Accepted(self.accepted(listener, Arrived::new(fd))))
+                }
+                None => Ok(Blocked::Held),
+            },
+            Ok(None) => Ok(Blocked::Nothing),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 shared.mode.set(AcceptMode::NonBlocking);
-                Ok(None)
+                Ok(Blocked::Nothing)
             }
-            Err(error) if sys::listen::is_connection_error(&error) => Ok(None),
+            Err(error) if sys::listen::is_connection_error(&error) => Ok(Blocked::Nothing),
             Err(reason) => {
                 let attempt = "accept a connection";
                 Err(Error::Io { attempt, reason })

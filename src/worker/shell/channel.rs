@@ -192,7 +192,12 @@ impl WorkerShell {
                     self.add_shared(listener, fd, mode);
                 }
             }
-            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect | ToWorker::Adopt { .. } => {
+            ToWorker::ListenerClosed { .. } | ToWorker::Disconnect => {
+                drop(core);
+                self.check_before_leaving();
+                self.core.borrow_mut().frame(frame)?;
+            }
+            ToWorker::Adopt { .. } => {
                 core.frame(frame)?;
             }
         }

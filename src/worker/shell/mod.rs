@@ -11,7 +11,7 @@ mod parked;
 mod sockets;
 mod std_listener;
 
-pub(crate) use accept::Accepted;
+pub(crate) use accept::{Accepted, Blocked};
 pub(crate) use parked::{Origin, Registration};
 pub(crate) use sockets::{Socket, SocketOwner};
 

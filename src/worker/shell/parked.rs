@@ -73,7 +73,7 @@ enum Checked {
 ///
 /// | turn | event | next |
 /// |---|---|---|
-/// | any | a new connection is accepted | `Parked` |
+/// | any | the application receives a new connection | `Parked` |
 /// | `Parked` | a parked connection is resumed | `New` |
 /// | `New` | the backlog is found empty | `ParkedOnly` |
 /// | `ParkedOnly` | `check_backlog`, once per interval | `New` |
@@ -231,7 +231,7 @@ impl WorkerShell {
                 match awaited {
                     Ok(interrupting) => interrupts = interrupting,
                     Err(reason) => {
-                        self.report_io("hold a parked connection", reason);
+                        self.report_io("hold an idle connection", reason);
                         self.core.borrow_mut().hung_up(id);
                     }
                 }
@@ -325,11 +325,29 @@ impl WorkerShell {
         }
     }
 
-    /// Checks a connection that is about to close, because the poller may not have reported yet
-    /// that its client has sent something.
+    /// Checks a connection that is about to close or to leave, because the poller may not have
+    /// reported yet that its client has sent something. Ignores a hang-up, because the number of a
+    /// removed connection could be used again before its descriptor is closed.
     fn check_before_close(&self, id: ConnectionId) {
-        if let Some(Checked::Resumed(listener)) = self.check_client(id) {
-            self.core.borrow_mut().notify_ready(listener);
+        let event = self
+            .parked
+            .borrow()
+            .get(id)
+            .map(|connection| sys::fd::idle_event(connection.fd.as_fd()));
+        if event == Some(IdleEvent::Data) {
+            let mut core = self.core.borrow_mut();
+            if let Some(listener) = core.data_arrived(id) {
+                core.notify_ready(listener);
+            }
+        }
+    }
+
+    /// Checks all idle connections before the worker disconnects or one of its listeners ends.
+    /// Those whose clients have sent something then stay for the application.
+    pub(super) fn check_before_leaving(&self) {
+        let idle = self.core.borrow().idle_connections();
+        for id in idle {
+            self.check_before_close(id);
         }
     }
 

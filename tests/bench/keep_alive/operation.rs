@@ -66,7 +66,7 @@ pub fn kills(table: &mut Table) {
         let (_, outcome) = operate_parked(policy, |service| {
             while killed < kills {
                 // A worker parks a connection after the client has its answer. Before the first
-                // kill, this pause is the time for the last idle clients.
+                // kill, this pause lets the workers park the connections of the last idle clients.
                 std::thread::sleep(KILL_INTERVAL);
                 // Choose the workers in turn. After a kill, the list is short until the pool has
                 // forked a replacement, so fall back to the first worker. Count only signals that

@@ -1,18 +1,18 @@
 //! Tests new clients that send nothing, on listeners that wait for data. The worker, or the kernel,
 //! holds their connections.
 
-use std::cell::RefCell;
-use std::io::{Read as _, Write as _};
+use std::cell::{Cell, RefCell};
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cluster::pool::{Pool, PoolEvent};
-use cluster::{ListenOptions, Master, Worker};
+use cluster::{Connection, ListenOptions, Master, Worker};
 
 use super::{MS, disconnect};
-use crate::harness::{cluster, for_policies_without_dispatch, in_background, when_listening};
+use crate::harness::{cluster, for_policies_without_dispatch, in_background, when, when_listening};
 use crate::parked::{CLOSE, Client, answer, serve_with, with_clients};
 use crate::pool::quick;
 
@@ -22,7 +22,12 @@ crate::scenarios! {
     silent_unix_clients_occupy_no_worker_that_accepts
     silent_new_clients_survive_a_reload
     worker_closes_silent_new_clients_after_the_timeout_for_first_data
+    held_client_that_has_sent_is_served_before_a_disconnect
+    held_client_of_a_private_listener_that_has_sent_is_served_before_a_disconnect
 }
+
+/// A request after which the worker reads another one before it answers.
+const SLOW: u8 = b's';
 
 /// More than a worker holds in one batch.
 const SILENT: usize = 100;
@@ -165,4 +170,107 @@ fn worker_closes_silent_new_clients_after_the_timeout_for_first_data() {
             },
         );
     });
+}
+
+fn answer_or_wait<S: Read + Write>(worker: &Worker, mut connection: Connection<S>) {
+    let mut request = [0];
+    while let Ok(1) = connection.read(&mut request) {
+        if request[0] != SLOW {
+            let line = format!("{} {}\n", worker.id(), connection.requests());
+            let _ = connection.write_all(line.as_bytes());
+            return;
+        }
+    }
+}
+
+/// The client that the worker holds sends its request while the worker serves another client. The
+/// worker then finds the request and the disconnect at the same time.
+fn held_client_that_has_sent_is_served_before_a_disconnect() {
+    let connect = |address| {
+        let held = Client::connect(address);
+        Client::connect(address).ask(CLOSE);
+        let mut busy = Client::connect(address);
+        busy.send(SLOW);
+        (held, busy)
+    };
+    let then = |master: &Master, (mut held, mut busy): (Client, Client)| {
+        let is_busy = |master: &Master| master.loads().workers[0].held == Some(1);
+        when(master, is_busy, move |master| {
+            held.send(CLOSE);
+            master.disconnect();
+            // The master has sent the worker's frame when it calls this callback.
+            master.set_timeout(MS, move |master| {
+                let finish = move || {
+                    busy.send(CLOSE);
+                    assert_eq!(busy.line(), "1 1");
+                    assert_eq!(held.line(), "1 1");
+                };
+                in_background(master, finish, |_, ()| {});
+            });
+        });
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| with_clients(master, 1, connect, then),
+            |worker| {
+                let listener = worker.listen(waiting_for_data()).unwrap();
+                listener.set_connection_callback(answer_or_wait);
+                worker.run().unwrap();
+            },
+        );
+    });
+}
+
+fn expect_answer(client: &mut UnixStream) {
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "1 1\n");
+}
+
+/// The kernel does not hold the clients of a Unix socket, and a worker with a private listener reads
+/// its channel before it looks for requests.
+fn held_client_of_a_private_listener_that_has_sent_is_served_before_a_disconnect() {
+    let path = std::env::temp_dir().join("held");
+    let bound = path.clone();
+    let connect = move || {
+        let [held, mut quick, mut busy] = [(); 3].map(|()| UnixStream::connect(&bound).unwrap());
+        quick.write_all(&[CLOSE]).unwrap();
+        expect_answer(&mut quick);
+        busy.write_all(&[SLOW]).unwrap();
+        (held, busy)
+    };
+    let then = |master: &Master, (mut held, mut busy): (UnixStream, UnixStream)| {
+        let is_busy = |master: &Master| master.loads().workers[0].held == Some(1);
+        when(master, is_busy, move |master| {
+            held.write_all(&[CLOSE]).unwrap();
+            master.disconnect();
+            // The master has sent the worker's frame when it calls this callback.
+            master.set_timeout(MS, move |master| {
+                let finish = move || {
+                    busy.write_all(&[CLOSE]).unwrap();
+                    expect_answer(&mut busy);
+                    expect_answer(&mut held);
+                };
+                in_background(master, finish, |_, ()| {});
+            });
+        });
+    };
+    cluster(
+        |master| {
+            let work = Cell::new(Some((connect, then)));
+            master.on_message(move |master, _, _| {
+                let (connect, then) = work.take().unwrap();
+                in_background(master, connect, then);
+            });
+            drop(master.fork().unwrap());
+        },
+        |worker| {
+            let options = ListenOptions::from(path.as_path()).exclusive(true);
+            let listener = worker.listen(options.wait_for_data(true)).unwrap();
+            let _ = worker.send(b"listening").unwrap();
+            for connection in listener.incoming() {
+                answer_or_wait(&worker, connection.unwrap());
+            }
+        },
+    );
 }

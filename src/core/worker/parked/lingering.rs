@@ -42,14 +42,12 @@ impl<F> WorkerCore<F> {
     /// too many. Returns `None` if the connection must close at once.
     pub(crate) fn linger(&mut self, now: Time) -> Option<ConnectionId> {
         let expiry = self.parked.expiries.next_expiry(now, LINGER_TIMEOUT);
-        let id = self.parked.insert(Entry {
+        self.insert_within_limit(Entry {
             listener: NO_LISTENER,
             handle: None,
             parked: 0,
             state: State::Lingering(expiry),
-        })?;
-        self.close_surplus();
-        Some(id)
+        })
     }
 
     /// Starts the time of expired lingering connections again if the check for them is late. The

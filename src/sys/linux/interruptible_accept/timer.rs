@@ -1,7 +1,7 @@
 //! Provides a timer that sends a signal to a thread (timer_create(2)).
 //!
-//! The system calls are made directly, because musl's `timer_create` contains all the code that
-//! starts threads, for a kind of timer that is not used here.
+//! The system calls are made directly, because musl's `timer_create` links the code that starts
+//! threads, which only `SIGEV_THREAD` needs.
 
 use std::io;
 use std::marker::PhantomData;
@@ -12,12 +12,12 @@ use crate::sys::platform::child::check;
 /// A timer. It exists until it is deleted, or until the process ends or executes a program. A child
 /// process does not inherit it.
 ///
-/// The type is `!Send`, because the timer signals the thread that has created it.
+/// The type is `!Send`, because each caller passes its own thread.
 #[derive(Clone, Copy)]
 pub(super) struct Timer(libc::c_int, PhantomData<*const ()>);
 
-/// `struct itimerspec` of timer_settime(2), as this system call has it: with 32-bit times on 32-bit
-/// systems, also if the C library has 64-bit times.
+/// `struct itimerspec` as the kernel reads it in `SYS_timer_settime`: on 32-bit systems with 32-bit
+/// times, even if the C library uses 64-bit times.
 #[repr(C)]
 struct TimerSpec {
     interval: [libc::c_long; 2],
