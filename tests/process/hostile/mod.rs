@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use cluster::{Error, Master, Signal, WorkerProcess};
 
-use crate::harness::{Log, Scenario, cluster, scaled, serve_id};
+use crate::harness::{Log, Scenario, cluster, scaled, serve_id, when};
 use attacker::{ATTACKER, Attacker, online};
 use measurements::{Measurements, Peak, cpu_time, measure_clients, median};
 
@@ -255,9 +255,14 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
                 Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
             ) {
                 assert!(!attacker.is_dead());
-                let is_flooding = cpu_time(attacker.process().id()) > cpu_before;
-                assert!(is_flooding || !case.is_continuous, "the flood has stopped");
-                attacker.process().kill(Signal::KILL);
+                // Wait for the flood, because the attacker may have lacked a core since its start.
+                // If the flood has stopped, the test ends after `PATIENCE`.
+                let (attacker, pid) = (attacker.clone(), attacker.process().id());
+                let is_flooding =
+                    move |_: &Master| !case.is_continuous || cpu_time(pid) > cpu_before;
+                when(master, is_flooding, move |_| {
+                    attacker.process().kill(Signal::KILL);
+                });
             }
             master.unreference(
                 master.set_timeout(scaled(PATIENCE), |_| panic!("the attacker was not killed")),
