@@ -99,8 +99,8 @@ impl Parking {
 
 /// The options for binding a socket. If several workers listen on one endpoint, the first worker's
 /// options apply. Each later shard of a sharded listener has the options of the worker for which it
-/// was bound. Of the options in `parking`, the values that were set last apply to the connections that
-/// the master or the kernel holds, and a worker uses its own values.
+/// was bound. Of the options in `parking`, the values that were set last apply to the connections
+/// that the master or the kernel holds. A worker uses its own values for those that it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BindFlags {
     /// The length of the backlog, in connections.

@@ -162,8 +162,8 @@ impl WorkerShell {
 
     /// Accepts a connection from a shared listener. Returns `None` if no connection waits, or if
     /// the worker holds those that it has accepted until their clients send something, or has closed
-    /// those whose clients have hung up. Most errors are returned only if a connection waits, because accept(2) fails without a free descriptor
-    /// even if no connection waits.
+    /// those whose clients have hung up. Most errors are returned only if a connection waits,
+    /// because accept(2) fails without a free descriptor even if no connection waits.
     fn accept_shared(&self, listener: ListenerId, shared: &OwnedFd) -> Result<Option<OwnedFd>> {
         let mut accepted = 0;
         loop {

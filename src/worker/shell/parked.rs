@@ -203,6 +203,10 @@ impl WorkerShell {
             IdleEvent::Nothing => {
                 self.check_surplus();
                 let mut core = self.core.borrow_mut();
+                // The check may have found that no other connection can close.
+                if !core.holds_silent(listener) {
+                    return Some(fd);
+                }
                 let handle = core.handle(listener);
                 let held = core.hold(listener, handle, 0, self.now());
                 drop(core);
