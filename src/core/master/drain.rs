@@ -44,16 +44,21 @@ impl<C, F> MasterCore<C, F> {
             }
             Kind::Unix if listener.is_sole() => {
                 // Remove the file, so that no client can connect. Set a grace period only for idle
-                // connections, because a Unix socket has no handshakes.
-                listener.stage = Stage::Draining(idle_grace);
+                // connections, because a Unix socket has no handshakes. If workers accept, the
+                // master does not know whether they hold idle connections.
+                let grace = match workers_accept {
+                    true => Some(grace_end),
+                    false => idle_grace,
+                };
+                listener.stage = Stage::Draining(grace);
                 self.remove_key(handle);
                 self.actions.push_back(Action::RemoveFile { handle });
                 if !workers_accept {
                     // Attach the filter only if the master accepts. The action shuts a Unix socket
                     // down, and workers that accept themselves would treat this as a failure.
                     self.actions.push_back(Action::AttachSynFilter { handle });
+                    self.check_backlog(handle);
                 }
-                self.finish_drain(handle);
             }
             Kind::Tcp | Kind::Unix => {
                 // Skip the grace period if the master has never accepted a connection, because a

@@ -120,6 +120,11 @@ impl Entry {
     pub(super) fn has_queue(&self) -> bool {
         self.key.is_some() && self.policy == SchedulingPolicy::RoundRobin
     }
+
+    /// Returns whether the worker holds connections of the listener while their clients are silent.
+    pub(super) fn holds_connections(&self) -> bool {
+        matches!(self.stage, Stage::Open(_)) && !self.has_queue() && self.receiver != Receiver::Std
+    }
 }
 
 // Listener queries.

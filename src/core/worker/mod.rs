@@ -406,7 +406,6 @@ impl<F> WorkerCore<F> {
                 | Stage::Closed => {}
             }
         }
-        self.idle_leave(None);
         for listener in private {
             self.actions.push_back(Action::AttachSynFilter(listener));
             self.drain(listener);

@@ -16,7 +16,7 @@
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
 //!              holds too many connections
-//! Idle         the worker disconnects, or the listener drains                 Leaving
+//! Idle         the listener drains                                            Leaving
 //! Idle, Ready  the listener closes                                            Leaving
 //! Leaving      the shell sends the connection to the master                   (removed)
 //! any          the channel closes                                             (removed)
@@ -34,7 +34,6 @@ use std::collections::VecDeque;
 
 pub(crate) use lingering::LINGER_TIMEOUT;
 
-use super::listener::{Entry as ListenerEntry, Stage};
 use super::{Action, Disconnect, ListenerId, WorkerCore};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
@@ -186,7 +185,7 @@ impl<F> WorkerCore<F> {
         now: Time,
     ) -> Held {
         let entry = self.listeners.get(&listener);
-        let state = match (entry.filter(|entry| self.holds_for(entry)), handle) {
+        let state = match (entry.filter(|entry| entry.holds_connections()), handle) {
             _ if !self.is_writable() => return Held::Closed,
             (Some(entry), _) => {
                 let timeout = match parked {
@@ -214,20 +213,15 @@ impl<F> WorkerCore<F> {
     }
 
     /// Returns whether the worker holds new connections of the listener until their clients send
-    /// something. A listener that receives no more connections passes its last connections to the
-    /// application at once, and so does a worker that can hold no more.
+    /// something. A worker that disconnects passes its last connections to the application at once,
+    /// and so does a worker that can hold no more.
     pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         let is_full = self.parked.entries.len() >= self.parked.limit;
-        entry.is_some_and(|entry| entry.parking.waits_for_data() && self.holds_for(entry))
+        entry.is_some_and(|entry| entry.parking.waits_for_data() && entry.holds_connections())
             && self.is_writable()
+            && self.disconnect != Disconnect::Received
             && (!is_full || self.next_surplus().is_some())
-    }
-
-    /// Returns whether the worker holds connections of the listener.
-    fn holds_for(&self, entry: &ListenerEntry) -> bool {
-        let is_disconnecting = self.disconnect == Disconnect::Received;
-        matches!(entry.stage, Stage::Open(_)) && !is_disconnecting && !entry.has_queue()
     }
 
     /// Adds a connection. If the worker holds too many, closes the one that expires first of the
@@ -245,10 +239,11 @@ impl<F> WorkerCore<F> {
     }
 
     /// Holds a connection that the master has sent. A connection of a listener that receives no
-    /// more goes back to the master.
+    /// more goes back to the master. If other code accepts on the listener, the connection closes,
+    /// because that code cannot receive it, and the master might send it again and again.
     pub(crate) fn adopt(&mut self, handle: HandleId, parked: u32, now: Time) -> Held {
         let listener = self.by_handle(handle).unwrap_or(NO_LISTENER);
-        match self.is_datagram(listener) {
+        match self.is_datagram(listener) || self.is_std(listener) {
             true => Held::Closed,
             false => self.hold(listener, Some(handle), parked, now),
         }
@@ -596,30 +591,66 @@ mod tests {
         assert_eq!(core.next_surplus(), None);
     }
 
+    fn listener_closed(core: &mut Core, drain: bool) {
+        let frame = ToWorker::ListenerClosed {
+            handle: HANDLE,
+            drain,
+        };
+        core.frame(frame).unwrap();
+    }
+
     #[test]
-    fn disconnecting_worker_hands_idle_connections_to_the_master() {
+    fn disconnecting_worker_holds_connections_until_their_listener_ends() {
         let (mut core, listener) = shared(60);
         let private = core.listen_privately(Kind::Tcp, Parking::default());
-        let [resumed, idle_one] = [1, 2].map(|parked| idle(&mut core, listener, parked));
         let private_one = idle(&mut core, private, 1);
-        core.data_arrived(resumed);
+        let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
         core.frame(ToWorker::Disconnect).unwrap();
         let all = actions(&mut core);
         assert!(all.contains(&Action::CloseParked(private_one)), "{all:?}");
-        assert!(all.contains(&Action::SendLeaving), "{all:?}");
-        assert!(core.has_leaving());
-        assert_eq!(leaving(&mut core), [(idle_one, 2)]);
+        assert!(!core.has_leaving(), "{all:?}");
+        assert_eq!(core.hold(private, None, 2, NOW), Held::Closed);
+        let again = idle(&mut core, listener, 3);
+        // No other worker serves the listener, so this worker serves the client that has asked.
+        core.data_arrived(resumed);
+        listener_closed(&mut core, true);
+        assert!(actions(&mut core).contains(&Action::SendLeaving));
+        let left: Vec<_> = leaving(&mut core).into_iter().collect();
+        assert!(
+            left.contains(&(other, 2)) && left.contains(&(again, 3)),
+            "{left:?}"
+        );
         assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
         // A connection that the application parks now leaves at once.
         let Held::Leaving(id) = core.hold(listener, Some(HANDLE), 2, NOW) else {
             panic!("the worker holds a connection");
         };
-        assert_eq!(core.hold(private, None, 2, NOW), Held::Closed);
         core.close(private);
         core.close(listener);
         assert!(!core.is_drained(), "a connection is left");
         assert_eq!(leaving(&mut core), [(id, 2)]);
         assert!(core.is_drained());
+    }
+
+    #[test]
+    fn all_connections_leave_for_the_workers_that_serve_on() {
+        let (mut core, listener) = shared(60);
+        let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.frame(ToWorker::Disconnect).unwrap();
+        core.data_arrived(resumed);
+        listener_closed(&mut core, false);
+        assert_eq!(leaving(&mut core), [(resumed, 1), (other, 2)]);
+    }
+
+    #[test]
+    fn connections_leave_a_listener_on_which_other_code_accepts() {
+        let (mut core, listener) = shared(60);
+        let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.data_arrived(resumed);
+        core.use_std(listener);
+        assert_eq!(leaving(&mut core), [(resumed, 1), (other, 2)]);
+        assert!(!core.holds_silent(listener));
+        assert_eq!(core.adopt(HANDLE, 1, NOW), Held::Closed);
     }
 
     #[test]

@@ -8,12 +8,20 @@ use super::listener::{Entry, Receiver, Stage};
 use super::{ListenerId, WorkerCore};
 
 impl<F> WorkerCore<F> {
-    /// Records that other code accepts the listener's connections from now on.
+    /// Records that other code accepts the listener's connections from now on. The parked
+    /// connections leave, because that code cannot receive them.
     pub(crate) fn use_std(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.receiver = Receiver::Std;
             self.may_have_streams = true;
+            self.all_leave(listener);
         }
+    }
+
+    /// Returns whether other code accepts the listener's connections.
+    pub(super) fn is_std(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| entry.receiver == Receiver::Std)
     }
 
     /// Records that the application has received a connection as a plain stream.

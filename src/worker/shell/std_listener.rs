@@ -60,6 +60,7 @@ impl WorkerShell {
         drop(sockets);
         self.add_name(copy.as_fd());
         self.core.borrow_mut().use_std(listener);
+        self.act();
         Ok(copy)
     }
 

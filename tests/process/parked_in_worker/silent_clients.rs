@@ -5,6 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,10 @@ use cluster::pool::{Pool, PoolEvent};
 use cluster::{Connection, ListenOptions, Master, Worker};
 
 use super::{MS, disconnect};
-use crate::harness::{cluster, for_policies_without_dispatch, in_background, when, when_listening};
-use crate::parked::{CLOSE, Client, answer, serve_with, with_clients};
+use crate::harness::{
+    cluster, for_policies_without_dispatch, in_background, wait_until, when, when_listening,
+};
+use crate::parked::{CLOSE, Client, PARK, answer, serve_with, with_clients};
 use crate::pool::quick;
 
 crate::scenarios! {
@@ -24,6 +27,8 @@ crate::scenarios! {
     worker_closes_silent_new_clients_after_the_timeout_for_first_data
     held_client_that_has_sent_is_served_before_a_disconnect
     held_client_of_a_private_listener_that_has_sent_is_served_before_a_disconnect
+    requests_at_the_end_of_a_stop_are_answered
+    unix_request_at_the_end_of_a_stop_is_answered
 }
 
 /// A request after which the worker reads another one before it answers.
@@ -273,4 +278,89 @@ fn held_client_of_a_private_listener_that_has_sent_is_served_before_a_disconnect
             }
         },
     );
+}
+
+/// Returns the file that a worker writes once it knows that it disconnects.
+fn mark() -> PathBuf {
+    std::env::temp_dir().join("disconnecting")
+}
+
+/// Disconnects all workers, waits until a worker knows it, and then calls `ask`. Blocks the master
+/// meanwhile, so that the listener's grace period does not end.
+fn ask_disconnecting_worker(master: &Master, ask: impl FnOnce() + 'static) {
+    master.disconnect();
+    // The master has sent the worker's frame when it calls this callback.
+    master.set_timeout(MS, move |_| {
+        wait_until("a disconnecting worker", || mark().exists().then_some(()));
+        std::fs::remove_file(mark()).unwrap();
+        ask();
+    });
+}
+
+fn mark_when_disconnecting(worker: &Worker) {
+    worker.on_disconnecting(|worker| {
+        // The worker has processed the frame when it calls this callback.
+        worker.set_timeout(MS, |_| std::fs::write(mark(), "").unwrap());
+    });
+}
+
+fn requests_at_the_end_of_a_stop_are_answered() {
+    let connect = |address| {
+        let mut parked = Client::connect(address);
+        parked.ask(PARK);
+        let silent = Client::connect(address);
+        // The worker has accepted the silent client when it answers this one.
+        Client::connect(address).ask(CLOSE);
+        (parked, silent)
+    };
+    let then = |master: &Master, (mut parked, mut silent): (Client, Client)| {
+        ask_disconnecting_worker(master, move || {
+            assert_eq!(parked.ask(CLOSE), (1, 2));
+            assert_eq!(silent.ask(CLOSE), (1, 1));
+        });
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| with_clients(master, 1, connect, then),
+            |worker| {
+                mark_when_disconnecting(&worker);
+                let listener = worker.listen(waiting_for_data()).unwrap();
+                listener.set_connection_callback(answer);
+                worker.run().unwrap();
+            },
+        );
+    });
+}
+
+fn unix_request_at_the_end_of_a_stop_is_answered() {
+    let path = std::env::temp_dir().join("end");
+    let bound = path.clone();
+    let connect = move || {
+        let [silent, mut other] = [(); 2].map(|()| UnixStream::connect(&bound).unwrap());
+        other.write_all(&[CLOSE]).unwrap();
+        expect_answer(&mut other);
+        silent
+    };
+    let then = |master: &Master, mut silent: UnixStream| {
+        ask_disconnecting_worker(master, move || {
+            silent.write_all(&[CLOSE]).unwrap();
+            expect_answer(&mut silent);
+        });
+    };
+    for_policies_without_dispatch(|| {
+        let connect = connect.clone();
+        cluster(
+            |master| {
+                master.on_listening_once(move |master, _, _| in_background(master, connect, then));
+                drop(master.fork().unwrap());
+            },
+            |worker| {
+                mark_when_disconnecting(&worker);
+                let options = ListenOptions::from(path.as_path()).wait_for_data(true);
+                let listener = worker.listen(options).unwrap();
+                listener.set_connection_callback(answer_or_wait);
+                worker.run().unwrap();
+            },
+        );
+    });
 }
