@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::SignalFd;
@@ -403,7 +404,11 @@ fn terminal() -> Result<(), Failed> {
         }
         let mut fds = [PollFd::new(terminal.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(scaled(Duration::from_secs(60))).unwrap();
-        assert_eq!(poll(&mut fds, timeout), Ok(1), "{text:?} of {lines:?}");
+        match poll(&mut fds, timeout) {
+            // `wait-timeout`, which the harness uses, handles SIGCHLD in this process.
+            Err(Errno::EINTR) => continue,
+            ready => assert_eq!(ready, Ok(1), "{text:?} of {lines:?}"),
+        }
         let mut buffer = [0; 4096];
         let length = terminal.read(&mut buffer).unwrap();
         shown.extend(&buffer[..length]);
