@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use cluster::{ListenOptions, Master, Role, Settings, Signal, Worker};
+use cluster::{Error, ForkStep, ListenOptions, Master, Role, Settings, Signal, Worker};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, pause};
 use tempfile::TempDir;
@@ -173,6 +173,17 @@ fn end(master: Master, how: &str) {
     }
 }
 
+/// Forks again if the child was killed because it had not started in time. A child with another user
+/// may wait for a core for longer than `fork` waits for the child, because the other workers loop.
+fn fork_beside_busy_workers(master: &Master, kind: &str) {
+    loop {
+        match master.fork_with([("KIND", kind)]) {
+            Err(Error::Fork { step, .. }) if step == ForkStep::WaitForStart => {}
+            forked => return drop(forked.unwrap()),
+        }
+    }
+}
+
 static END_REQUESTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 fn play_master(master: Master, settings: Settings) {
@@ -186,7 +197,7 @@ fn play_master(master: Master, settings: Settings) {
         .iter()
         .take(KINDS.len() - usize::from(has_privileges) * BEFORE_INIT);
     for (kind, _) in kinds {
-        master.fork_with([("KIND", *kind)]).unwrap();
+        fork_beside_busy_workers(&master, kind);
     }
     end(master, &std::env::var(END).unwrap());
 }
