@@ -126,12 +126,17 @@ impl World {
     }
 
     pub(crate) fn gather_from_worker(&mut self, worker: WorkerId) {
-        let process = self.process(worker);
+        let process = self.processes.get_mut(&worker).expect(KNOWN);
         while let Some(action) = process.core.next_action() {
             if let Action::CloseParked(id) = action {
                 // Close the connection at once, as the shell does, because the core may give its
                 // number to the next connection.
-                process.parked.remove(&id);
+                if let Some(client) = process.parked.remove(&id) {
+                    let fate = &self.fates[client.client as usize];
+                    let is_private = fate.port.is_none();
+                    let may_lose = is_private || !process.core.is_connected();
+                    assert!(may_lose || !fate.is_pending, "closed with a request");
+                }
             } else {
                 process.actions.push_back(action);
             }
