@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::guide::row_of;
-use crate::harness::{Group, SYSTEMD, example, reserve_port, talk, wait_until};
+use crate::harness::{Group, SYSTEMD, example, reserve_port, sleeps, talk, wait_until};
 
 pub fn trials() -> Vec<Trial> {
     let for_each = |name: &str, test: fn(&str) -> Result<(), Failed>| {
@@ -166,11 +166,6 @@ fn descriptors(policy: &str) -> Result<(), Failed> {
         assert!((limit - 2..=limit).contains(&count), "{count} of {limit}");
     }
     stop(&server, Signal::SIGTERM)
-}
-
-fn sleeps(pid: &str) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    stat.contains(") S ")
 }
 
 fn open_fds_of(pid: &str) -> usize {

@@ -337,7 +337,7 @@ impl Play {
                 clients.end(&mut total);
                 total
             };
-            return in_background(master, work, move |_, total| self.end(total));
+            return in_background(master, work, move |master, total| self.end(master, total));
         };
         let plan = format!("{}:{}:{}", self.point, round.fault, round.pass);
         let by_callback = round.by_callback.then_some((BY_CALLBACK, "1"));
@@ -406,7 +406,7 @@ impl Play {
         self.total.set(total);
     }
 
-    fn end(&self, total: Outcome) {
+    fn end(&self, master: &Master, total: Outcome) {
         let (rounds, faults) = (self.rounds.get(), self.faults.get());
         println!(
             "{}: {rounds} rounds, {faults} faults, {} clients, {} answers, {} unanswered",
@@ -414,6 +414,7 @@ impl Play {
         );
         assert_eq!(faults, rounds, "some workers never passed the point");
         let check = self.traffic.check;
+        assert_no_idle_connection_closed(master);
         self.healthy.disconnect();
         self.healthy
             .on_exit(move |master, _, _| check(&master.ledger(), &total));
@@ -461,6 +462,12 @@ fn step_until_failure(clients: &mut dyn Clients, pid: u32, kills: bool) -> Outco
         outcome.stopped = stopped.load(Ordering::SeqCst);
         outcome
     })
+}
+
+/// Call this function before the last worker disconnects. Afterwards, a worker that is late may park
+/// a connection whose listener has closed, although the client has hung up.
+fn assert_no_idle_connection_closed(master: &Master) {
+    assert_eq!(master.ledger().idle_closed, 0);
 }
 
 fn has_stopped(pid: u32) -> bool {
@@ -519,6 +526,7 @@ fn play_kills_under_load(traffic: &'static Traffic, plan: &str, may_lose: MayLos
                         );
                         assert!(unanswered <= may_lose.limit(kills));
                         let check = traffic.check;
+                        assert_no_idle_connection_closed(master);
                         master.on_all_disconnected_once(move |master| {
                             check(&master.ledger(), &outcome);
                         });

@@ -28,6 +28,12 @@ pub fn wait_for_state(pid: u32, state: &str) {
     });
 }
 
+/// Returns whether the process sleeps in the kernel.
+pub fn sleeps(pid: impl std::fmt::Display) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.contains(") S ")
+}
+
 /// Waits until the worker's process sleeps in the kernel.
 pub fn wait_until_asleep(worker: &WorkerProcess) {
     wait_for_state(worker.process().id(), ") S ");
