@@ -101,7 +101,7 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     let pids: Vec<_> = pids.collect();
     let master = server.pid().to_string();
     // A worker wakes the master before the worker sleeps, so check the master last.
-    let all_sleep = || pids.iter().chain([&master]).all(|pid| sleeps(pid));
+    let all_sleep = || pids.iter().chain([&master]).all(sleeps);
     wait_until("idle processes", || all_sleep().then_some(()));
     let count_fds = || -> Vec<_> { pids.iter().map(|pid| open_fds_of(pid)).collect() };
     let without_connection = count_fds();
@@ -145,9 +145,7 @@ fn descriptors(policy: &str) -> Result<(), Failed> {
         .collect();
     let master = server.pid().to_string();
     let processes = || workers.iter().chain([&master]);
-    wait_until("idle processes", || {
-        processes().all(|pid| sleeps(pid)).then_some(())
-    });
+    wait_until("idle processes", || processes().all(sleeps).then_some(()));
     let stated = |process: &str| -> Result<usize, Failed> {
         let row = row_of("operating", "process", process)?;
         let (_, rest) = row.split_once("at most ").ok_or("a number")?;

@@ -178,7 +178,10 @@ fn end(master: Master, how: &str) {
 fn fork_beside_busy_workers(master: &Master, kind: &str) {
     loop {
         match master.fork_with([("KIND", kind)]) {
-            Err(Error::Fork { step, .. }) if step == ForkStep::WaitForStart => {}
+            Err(Error::Fork {
+                step: ForkStep::WaitForStart,
+                ..
+            }) => {}
             forked => return drop(forked.unwrap()),
         }
     }
