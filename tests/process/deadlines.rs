@@ -32,13 +32,16 @@ crate::scenarios! {
     next_stop_has_its_own_deadline
 }
 
-/// Deadline of the stops in which workers are killed. It is long enough for a test to
-/// distinguish a kill at the deadline from an immediate kill.
-const SOON: Duration = Duration::from_millis(400);
 /// Maximum delay between a stop's deadline and its end on a machine with other load.
 const TOLERANCE: Duration = Duration::from_secs(5);
 /// Deadline that no test reaches.
 const LATE: Duration = Duration::from_secs(600);
+
+/// Deadline of the stops in which workers are killed. It is long enough for a test to distinguish a
+/// kill at the deadline from an immediate kill, and for the other workers to exit before.
+fn soon() -> Duration {
+    scaled(Duration::from_millis(400))
+}
 
 const EXITED: &str = "exit Some(true) exit status: 0";
 const KILLED: &str = "exit Some(true) signal: 9 (SIGKILL)";
@@ -243,7 +246,7 @@ fn stop_all_kinds(
     );
     assert_eq!(called.get(), expect_call);
     let entries = entries.take();
-    let deadline = began.get().unwrap() + SOON;
+    let deadline = began.get().unwrap() + soon();
     for (worker, (kind, end)) in (1..).zip(KINDS) {
         let events = of(worker, &entries);
         assert_eq!(events.last(), Some(end), "{kind}");
@@ -275,7 +278,7 @@ fn workers_are_killed_at_the_deadline_of_the_master() {
                     assert!(master.workers().is_empty());
                     assert!(!called.replace(true));
                 });
-                master.disconnect_within(SOON);
+                master.disconnect_within(soon());
             },
             true,
         );
@@ -287,7 +290,7 @@ fn workers_are_killed_at_their_own_deadlines() {
         stop_all_kinds(
             |_, workers, _| {
                 for worker in workers {
-                    assert_eq!(worker.disconnect_within(SOON), worker);
+                    assert_eq!(worker.disconnect_within(soon()), worker);
                 }
             },
             false,
@@ -365,10 +368,10 @@ fn earliest_of_several_deadlines_applies() {
     let parts = &["looping", "looping", "stopped", "stopped"];
     let (entries, exits, began) = stopped_by(parts, |_, workers| {
         let orders = [
-            [SOON, LATE],
-            [LATE, SOON],
-            [SOON, SOON * 2],
-            [SOON * 2, SOON],
+            [soon(), LATE],
+            [LATE, soon()],
+            [soon(), soon() * 2],
+            [soon() * 2, soon()],
         ];
         for (worker, deadlines) in workers.iter().zip(orders) {
             for deadline in deadlines {
@@ -377,7 +380,7 @@ fn earliest_of_several_deadlines_applies() {
         }
     });
     assert_ends(&entries, &[KILLED; 4]);
-    (1..=4).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
+    (1..=4).for_each(|worker| assert_at(began + soon(), exits.of(worker)));
 }
 
 fn earlier_of_the_workers_and_the_masters_deadline_applies() {
@@ -386,13 +389,13 @@ fn earlier_of_the_workers_and_the_masters_deadline_applies() {
     let parts = &["looping", "looping", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         master.disconnect_within(LATE);
-        workers[0].disconnect_within(SOON);
+        workers[0].disconnect_within(soon());
         workers[1].disconnect_within(LATE);
-        stop_after_exits(master, 1, SOON, &at);
+        stop_after_exits(master, 1, soon(), &at);
     });
     assert_ends(&entries, &[KILLED; 3]);
-    assert_at(began + SOON, exits.of(1));
-    let deadline = later.get().unwrap() + SOON;
+    assert_at(began + soon(), exits.of(1));
+    let deadline = later.get().unwrap() + soon();
     (2..=3).for_each(|worker| assert_at(deadline, exits.of(worker)));
 }
 
@@ -452,12 +455,12 @@ fn deadline_after_a_disconnect_applies() {
     let parts = &["holding", "looping"];
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         master.disconnect();
-        workers[0].disconnect().disconnect_within(SOON);
-        stop_after_exits(master, 1, SOON, &at);
+        workers[0].disconnect().disconnect_within(soon());
+        stop_after_exits(master, 1, soon(), &at);
     });
     assert_ends(&entries, &[KILLED; 2]);
-    assert_at(began + SOON, exits.of(1));
-    assert_at(later.get().unwrap() + SOON, exits.of(2));
+    assert_at(began + soon(), exits.of(1));
+    assert_at(later.get().unwrap() + soon(), exits.of(2));
 }
 
 /// Checks that the time to a deadline counts from the call that sets the deadline. The callbacks
@@ -471,20 +474,20 @@ fn deadline_starts_at_the_call() {
         // Also spin before the second deadline is set. At the first exit, this callback runs before
         // the callback that sets the deadline.
         master.on_exit(|_, _, _| spin_past_the_deadline());
-        stop_after_exits(master, 1, SOON, &at_later);
+        stop_after_exits(master, 1, soon(), &at_later);
         spin_past_the_deadline();
         at.set(Some(Instant::now()));
-        workers[0].disconnect_within(SOON);
+        workers[0].disconnect_within(soon());
     });
     assert_ends(&entries, &[KILLED; 2]);
-    assert_at(own.get().unwrap() + SOON, exits.of(1));
-    assert_at(all.get().unwrap() + SOON, exits.of(2));
+    assert_at(own.get().unwrap() + soon(), exits.of(1));
+    assert_at(all.get().unwrap() + soon(), exits.of(2));
 }
 
-/// Spins for twice [`SOON`].
+/// Spins for twice [`soon`].
 fn spin_past_the_deadline() {
     let began = Instant::now();
-    while began.elapsed() < SOON * 2 {
+    while began.elapsed() < soon() * 2 {
         std::hint::spin_loop();
     }
 }
@@ -537,14 +540,14 @@ fn deadline_kills_a_worker_with_a_pending_signal() {
     let (entries, exits, began) = stopped_by(parts, move |master, workers| {
         for worker in &workers[..3] {
             worker.kill(Signal::TERM);
-            worker.disconnect_within(SOON);
+            worker.disconnect_within(soon());
         }
         workers[3].process().kill(Signal::TERM);
-        stop_after_exits(master, 3, SOON, &at);
+        stop_after_exits(master, 3, soon(), &at);
     });
     assert_ends(&entries, &[KILLED; 4]);
-    (1..=3).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
-    assert_at(later.get().unwrap() + SOON, exits.of(4));
+    (1..=3).for_each(|worker| assert_at(began + soon(), exits.of(worker)));
+    assert_at(later.get().unwrap() + soon(), exits.of(4));
 }
 
 /// Checks that a deadline kills workers whose program never calls `init` and therefore does not
@@ -561,15 +564,15 @@ fn deadline_kills_a_worker_that_never_called_init() {
             master.setup_master(Settings::default().exec("/bin/sleep").args(["600"]));
             let workers = [(); 2].map(|()| master.fork().unwrap());
             at.set(Some(Instant::now()));
-            workers[0].disconnect_within(SOON);
-            stop_after_exits(master, 1, SOON, &began_later);
+            workers[0].disconnect_within(soon());
+            stop_after_exits(master, 1, soon(), &began_later);
         },
         |_| unreachable!("the workers run /bin/sleep"),
     );
     let entries = entries.take();
     assert_ends(&entries, &[KILLED; 2]);
-    assert_at(began.get().unwrap() + SOON, exits.of(1));
-    assert_at(later.get().unwrap() + SOON, exits.of(2));
+    assert_at(began.get().unwrap() + soon(), exits.of(1));
+    assert_at(later.get().unwrap() + soon(), exits.of(2));
 }
 
 fn deadline_applies_to_workers_forked_meanwhile() {
@@ -577,11 +580,11 @@ fn deadline_applies_to_workers_forked_meanwhile() {
     let set = Rc::clone(&called);
     let (_, exits, began) = stopped_by(&["looping"], move |master, _| {
         master.on_all_disconnected_once(move |_| set.set(true));
-        master.disconnect_within(SOON);
+        master.disconnect_within(soon());
         fork(master, "running");
     });
     assert!(called.get());
-    (1..=2).for_each(|worker| assert_at(began + SOON, exits.of(worker)));
+    (1..=2).for_each(|worker| assert_at(began + soon(), exits.of(worker)));
 }
 
 fn deadline_keeps_the_callback_of_an_earlier_stop() {
@@ -592,7 +595,7 @@ fn deadline_keeps_the_callback_of_an_earlier_stop() {
         master.on_all_disconnected_once(move |_| first.add("first"));
         master.disconnect();
         master.on_all_disconnected_once(move |_| second.add("second"));
-        master.disconnect_within(SOON);
+        master.disconnect_within(soon());
         master.on_all_disconnected_once(move |_| third.add("third"));
         master.disconnect_within(LATE);
     });
@@ -615,12 +618,12 @@ fn next_stop_has_its_own_deadline() {
                     // the test fails if that deadline kills it.
                     second.on_message(|master, worker, _| {
                         let worker = worker.clone();
-                        master.set_timeout(SOON * 2, move |_| {
+                        master.set_timeout(soon() * 2, move |_| {
                             worker.disconnect();
                         });
                     });
                 });
-                master.disconnect_within(SOON);
+                master.disconnect_within(soon());
             });
         },
         work,
