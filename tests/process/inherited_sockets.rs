@@ -63,7 +63,8 @@ pub fn service() {
         Role::Master(master) => {
             println!("{} sockets were passed", passed.len());
             let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
-            let mut options = options.min_ready_time(20 * MS).startup_timeout(2000 * MS);
+            let options = options.min_ready_time(20 * MS);
+            let mut options = options.startup_timeout(scaled(2000 * MS));
             if config.lines().any(|line| line == "online") {
                 options = options.readiness(Readiness::Online);
             }

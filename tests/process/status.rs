@@ -40,6 +40,7 @@ crate::scenarios! {
     worker_is_replaced_during_the_stop_delay_and_a_second_signal_ends_it
     stop_is_reported_to_systemd_when_the_delay_begins
     status_sockets_pass_from_master_to_master
+    health_check_that_begins_before_an_upgrade_succeeds
     unprotected_status_addresses_are_refused
 }
 
@@ -593,6 +594,34 @@ fn status_sockets_pass_from_master_to_master() {
     assert_eq!(mode & 0o777, 0o600);
     server.stop();
     assert!(!path.exists());
+}
+
+fn health_check_that_begins_before_an_upgrade_succeeds() {
+    if is_watched() {
+        return serve(quick());
+    }
+    let server = Server::start("rr");
+    let status = status_of(&server);
+    // The old master waits for the worker of this client.
+    let mut busy = TcpStream::connect(server.address).unwrap();
+    let (begin, end) = "GET /health HTTP/1.0\r\n\r\n".split_at(10);
+    let mut probe = TcpStream::connect(status).unwrap();
+    probe.write_all(begin.as_bytes()).unwrap();
+    // The old master has accepted the first client when it answers the second one.
+    assert_eq!(health(status), 200);
+    server.signal(Signal::SIGUSR2);
+    server.wait_for("a new master has taken over", 1);
+    probe.write_all(end.as_bytes()).unwrap();
+    let mut answer = String::new();
+    probe.read_to_string(&mut answer).unwrap();
+    let answer = Answer::parse(&answer);
+    assert_eq!((answer.code(), answer.body.as_str()), (200, "upgraded\n"));
+    assert_eq!(get(status, "/health").body, "ready\n");
+    busy.write_all(b"x").unwrap();
+    let mut answer = String::new();
+    busy.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "served");
+    server.stop();
 }
 
 fn unprotected_status_addresses_are_refused() {

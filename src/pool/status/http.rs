@@ -126,9 +126,13 @@ impl Resource {
             Self::Text => (OK, TEXT, status.to_string()),
             Self::Json => (OK, "application/json", status.to_json() + "\n"),
             Self::Health => {
+                const UNAVAILABLE: &str = "503 Service Unavailable";
                 let (line, state) = match (status.is_stopping, status.is_ready) {
-                    (true, _) => ("503 Service Unavailable", "stopping"),
-                    (false, false) => ("503 Service Unavailable", "not ready"),
+                    // The new master serves the clients. It does not have this client, because the
+                    // client connected before the takeover.
+                    _ if status.is_upgraded => (OK, "upgraded"),
+                    (true, _) => (UNAVAILABLE, "stopping"),
+                    (false, false) => (UNAVAILABLE, "not ready"),
                     (false, true) => (OK, "ready"),
                 };
                 (line, TEXT, format!("{state}\n"))
@@ -254,24 +258,20 @@ mod tests {
 
     #[test]
     fn health_depends_on_the_quorum_and_on_the_stop() {
-        for (is_ready, is_stopping, line, body) in [
-            (true, false, "HTTP/1.0 200 OK\r\n", "\r\n\r\nready\n"),
-            (
-                false,
-                false,
-                "HTTP/1.0 503 Service Unavailable\r\n",
-                "\r\n\r\nnot ready\n",
-            ),
-            (
-                false,
-                true,
-                "HTTP/1.0 503 Service Unavailable\r\n",
-                "\r\n\r\nstopping\n",
-            ),
+        let (ok, unavailable) = (
+            "HTTP/1.0 200 OK\r\n",
+            "HTTP/1.0 503 Service Unavailable\r\n",
+        );
+        for (is_ready, is_stopping, is_upgraded, line, body) in [
+            (true, false, false, ok, "\r\n\r\nready\n"),
+            (false, false, false, unavailable, "\r\n\r\nnot ready\n"),
+            (false, true, false, unavailable, "\r\n\r\nstopping\n"),
+            (false, true, true, ok, "\r\n\r\nupgraded\n"),
         ] {
             let status = Status {
                 is_ready,
                 is_stopping,
+                is_upgraded,
                 ..status()
             };
             let answer = answer(&get("/health"), status);

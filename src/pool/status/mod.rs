@@ -49,6 +49,8 @@ pub struct Status {
     /// Whether the pool is stopping or has stopped. The
     /// [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     pub is_stopping: bool,
+    /// Whether a new master has taken over from this pool.
+    pub(super) is_upgraded: bool,
     /// The time until the [`stop_delay`](super::PoolOptions::stop_delay) ends, or `None` if no
     /// delay is in progress.
     pub stop_in: Option<Duration>,
@@ -164,6 +166,7 @@ impl Status {
             is_ready: core.has_quorum(),
             is_reloading: core.is_reloading(),
             is_stopping: core.is_stopping(),
+            is_upgraded: core.is_upgraded(),
             stop_in: core.delayed_until().map(|at| at.saturating_sub(now)),
             age: now,
             failures: core.failures(),

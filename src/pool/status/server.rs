@@ -56,7 +56,7 @@ impl Pool {
     /// | path | answer |
     /// |---|---|
     /// | `/metrics` | the [status](Self::status) in the text format of Prometheus |
-    /// | `/health` | the code 200 if the pool [has a quorum](Self::has_quorum); otherwise the code 503, also during the [`stop_delay`](super::super::PoolOptions::stop_delay) |
+    /// | `/health` | the code 200 if the pool [has a quorum](Self::has_quorum); otherwise the code 503, also during the [`stop_delay`](super::super::PoolOptions::stop_delay). A client that connected before a new master took over receives the code 200 |
     /// | `/status` | the status as a table |
     /// | `/status.json` | the status as a JSON object |
     ///

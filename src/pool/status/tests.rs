@@ -53,6 +53,7 @@ pub(super) fn status() -> Status {
         is_ready: true,
         is_reloading: true,
         is_stopping: false,
+        is_upgraded: false,
         stop_in: None,
         age: Duration::from_micros(3_600_000_400),
         failures: 7,
