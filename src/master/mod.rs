@@ -400,6 +400,26 @@ impl Master {
         self.shell.act();
     }
 
+    /// Disconnects several workers together. Ignores the ids of other processes.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// Each worker disconnects as after [`WorkerProcess::disconnect`]. Use this method to disconnect
+    /// all workers of a listener, if the master has other workers too. All of them then serve the
+    /// listener's last connections and requests. If the workers are disconnected one after another,
+    /// only the last one does.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master, workers: &[cluster::WorkerProcess]) {
+    /// let ids: Vec<_> = workers.iter().map(cluster::WorkerProcess::id).collect();
+    /// master.disconnect_workers(&ids);
+    /// # }
+    /// ```
+    pub fn disconnect_workers(&self, workers: &[WorkerId]) {
+        self.shell.core_now().disconnect_workers(workers);
+        self.shell.act();
+    }
+
     /// Disconnects all workers, and kills those that have not exited when the time `deadline` has
     /// passed since the call.
     ///

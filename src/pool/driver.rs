@@ -266,7 +266,13 @@ impl Pool {
         if !self.0.core.borrow().is_upgraded() {
             drop(self.0.listeners.take());
         }
-        let workers: Vec<_> = self.0.core.borrow().workers().keys().copied().collect();
+        let core = self.0.core.borrow();
+        let workers: Vec<_> = core.workers().keys().copied().collect();
+        let signal = core.options().disconnect_signal;
+        drop(core);
+        if signal.is_none() {
+            return master.disconnect_workers(&workers);
+        }
         let workers = workers.into_iter().filter_map(|id| master.worker(id));
         workers.for_each(|worker| self.disconnect(&worker));
     }

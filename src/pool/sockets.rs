@@ -94,7 +94,7 @@ impl Pool {
                 name: "cluster-status".to_owned(),
                 fd: fd.map_err(Error::io("copy a socket for a new master"))?,
                 properties: PassedSocket {
-                    removes_file: false,
+                    removes_file: server.removes_file(),
                     is_own: has_taken_over,
                     is_status: true,
                 },

@@ -121,7 +121,7 @@ impl Pool {
                 is_status,
             } = socket.unwrap_or_default();
             if is_status {
-                let socket = StatusSocket::passed(passed.into());
+                let socket = StatusSocket::passed(passed.into(), removes_file);
                 match socket.map_err(Error::io("take over a status socket")) {
                     Ok(socket) => self.0.inherited_status_sockets.borrow_mut().push(socket),
                     Err(error) => result = result.and(Err(error)),

@@ -104,6 +104,12 @@ impl SocketFile {
         })
     }
 
+    /// Returns whether the file is still in its place, and no other file has replaced it.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let found = file::status_at(&self.directory, &self.name);
+        found.is_ok_and(|found| found.is_same_file(self.status))
+    }
+
     /// Drops this value without removing the file.
     pub(crate) fn persist(mut self) {
         self.is_persistent = true;
@@ -162,9 +168,7 @@ fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let found = file::status_at(&self.directory, &self.name);
-        let is_own = found.is_ok_and(|found| found.is_same_file(self.status));
-        if is_own && self.owner.is_current() && !self.is_persistent {
+        if self.owner.is_current() && !self.is_persistent && self.is_in_place() {
             let _ = file::remove_at(&self.directory, &self.name);
         }
     }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fmt::{self, Display, Write as _};
 use std::fs::File;
 use std::io::{self, IsTerminal, Write as _};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::str::FromStr;
@@ -139,7 +140,13 @@ impl Log {
 }
 
 fn open(path: &Path) -> Result<LogWriter, String> {
-    let file = File::options().append(true).create(true).open(path);
+    let mut options = File::options();
+    // Without O_NONBLOCK, opening a FIFO waits for a reader (fifo(7)).
+    options
+        .append(true)
+        .create(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = options.open(path);
     let file = file.map_err(|error| format!("cannot open --log {}: {error}", path.display()))?;
     Ok(LogWriter::new(file))
 }

@@ -13,14 +13,16 @@ use std::env;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cluster::pool::{FailureCause, Pool, PoolEvent, Status};
+use cluster::pool::{FailureCause, Pool, PoolEvent, Status, StatusAddress};
 use cluster::systemd::{self, ListenFd};
 use cluster::{LogWriter, Master, MasterListener, Role, SchedulingPolicy, Settings, Signal};
 
@@ -97,7 +99,12 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
     let (listeners, fds) = listen(&master, &options.listen, log)?;
     master.setup_master(settings.listen_fds(fds));
     if let Some(address) = options.status {
-        let address = pool.serve_status(&master, address)?;
+        let serve = || pool.serve_status(&master, address.clone());
+        let address = if let StatusAddress::Unix(path) = &address {
+            without_stale_socket(path, serve)?
+        } else {
+            serve()?
+        };
         log.line(Level::Info, format_args!("serving the status on {address}"));
     }
     let pid_file = Rc::new(PidFile::new(options.pid_file)?);
@@ -134,6 +141,9 @@ fn set_variables(variables: &[(OsString, OsString)]) {
 fn settings(options: &Options) -> Result<Settings, String> {
     let program = Path::new(&options.program);
     let found = find(program).ok_or_else(|| format!("cannot execute {}", program.display()))?;
+    // Settle the path now. With a path relative to the working directory, a link to a new release
+    // could be switched without an effect.
+    let found = absolute(found);
     let mut settings = Settings::default().exec(found).args(options.args.clone());
     if let Some(directory) = &options.directory {
         // Inspect `DIRECTORY/.`, because this fails if this process may not enter the directory.
@@ -152,18 +162,63 @@ fn settings(options: &Options) -> Result<Settings, String> {
     Ok(settings)
 }
 
+/// The directories that are searched if `PATH` is not set (execvp(3)).
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
+
 /// Finds the program in `PATH`, because `execve` does not search `PATH`. A name with a slash is
 /// already a path.
 fn find(program: &Path) -> Option<PathBuf> {
     let has_slash = program.as_os_str().as_encoded_bytes().contains(&b'/');
-    let path = env::var_os("PATH").filter(|_| !has_slash);
+    let path = match has_slash {
+        true => OsString::new(),
+        false => env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()),
+    };
     let is_program = |path: &PathBuf| {
         let data = path.metadata();
         data.is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
     };
-    let path = path.unwrap_or_default();
     let mut candidates = env::split_paths(&path).map(|directory| directory.join(program));
     candidates.find(is_program)
+}
+
+/// Makes a path absolute. If the variable `PWD` names the working directory, uses its value as a
+/// shell does, so that symbolic links in it stay unresolved.
+fn absolute(path: PathBuf) -> PathBuf {
+    let is_current = |directory: &PathBuf| {
+        let id = |directory: &Path| fs::metadata(directory).map(|data| (data.dev(), data.ino()));
+        let (logical, physical) = (id(directory), id(Path::new(".")));
+        directory.is_absolute() && logical.is_ok_and(|own| physical.is_ok_and(|other| own == other))
+    };
+    let logical = env::var_os("PWD").map(PathBuf::from).filter(is_current);
+    let directory = logical.map_or_else(env::current_dir, Ok);
+    // Without a working directory, only an absolute path works.
+    directory.map_or_else(|_| path.clone(), |directory| directory.join(&path))
+}
+
+/// Opens a Unix socket. If its path is in use, removes the file of a socket whose process no longer
+/// exists, for example because it was killed, and tries once more.
+fn without_stale_socket<T>(
+    path: &Path,
+    open: impl Fn() -> cluster::Result<T>,
+) -> cluster::Result<T> {
+    let is_in_use = |error: &cluster::Error| {
+        matches!(error, cluster::Error::Listen { reason, .. } | cluster::Error::Io { reason, .. }
+            if reason.kind() == io::ErrorKind::AddrInUse)
+    };
+    match open() {
+        Err(error) if is_in_use(&error) && remove_stale_socket(path) => open(),
+        opened => opened,
+    }
+}
+
+/// Removes the file of a socket on which no process listens. Returns whether it was removed.
+fn remove_stale_socket(path: &Path) -> bool {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
+    // The kernel refuses a connection only if no process listens on the socket (unix(7)).
+    let connected = is_socket.then(|| UnixStream::connect(path));
+    let is_stale =
+        matches!(connected, Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused);
+    is_stale && fs::remove_file(path).is_ok()
 }
 
 type NamedFds = Vec<(String, OwnedFd)>;
@@ -178,7 +233,10 @@ fn listen(
     let mut opened = Vec::new();
     for address in addresses {
         let listener = match address.contains('/') {
-            true => master.listen(Path::new(address))?,
+            true => {
+                let path = Path::new(address);
+                without_stale_socket(path, || master.listen(path))?
+            }
             false => master.listen(address.as_str())?,
         };
         log.line(
@@ -218,15 +276,24 @@ fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
                 pool.stop_at_once(master);
             }
         }
-        if *event == PoolEvent::Upgraded {
-            pid_file.release();
-        }
         if *event == PoolEvent::QuorumReached {
             if let Err(error) = pid_file.write() {
                 log.line(Level::Error, error);
+                write_later(pool, master, &pid_file);
             }
         }
     });
+}
+
+/// Tries to write the pid file again, until this succeeds or the pool is not ready any more.
+fn write_later(pool: &Pool, master: &Master, pid_file: &Rc<PidFile>) {
+    let (pool, pid_file) = (pool.clone(), Rc::clone(pid_file));
+    let timer = master.set_timeout(Duration::from_secs(1), move |master| {
+        if pool.has_quorum() && pid_file.write().is_err() {
+            write_later(&pool, master, &pid_file);
+        }
+    });
+    master.unreference(timer);
 }
 
 fn level(event: &PoolEvent) -> Level {

@@ -1,6 +1,5 @@
 //! The file that contains the master's process id.
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -11,7 +10,6 @@ use std::process;
 #[derive(Debug)]
 pub(crate) struct PidFile {
     path: Option<PathBuf>,
-    is_written: Cell<bool>,
 }
 
 impl PidFile {
@@ -25,10 +23,7 @@ impl PidFile {
             fs::metadata(directory)
                 .map_err(|error| format!("cannot use --pid-file {}: {error}", path.display()))?;
         }
-        Ok(Self {
-            path,
-            is_written: Cell::new(false),
-        })
+        Ok(Self { path })
     }
 
     /// Writes this process's id. A reader sees either the previous content or the whole id, because
@@ -42,18 +37,12 @@ impl PidFile {
         let replaced = fs::write(&new, format!("{}\n", process::id()))
             .and_then(|()| fs::rename(&new, path))
             .inspect_err(|_| drop(fs::remove_file(&new)));
-        self.is_written.set(true);
         replaced.map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))
     }
 
-    /// From now on, `remove` does nothing, because the file belongs to another master.
-    pub(crate) fn release(&self) {
-        self.is_written.set(false);
-    }
-
-    /// Removes the file, unless it contains another process's id.
+    /// Removes the file, unless it contains another process's id, for example that of a new master.
     pub(crate) fn remove(&self) {
-        let Some(path) = self.path.as_ref().filter(|_| self.is_written.get()) else {
+        let Some(path) = &self.path else {
             return;
         };
         let content: io::Result<String> = fs::read_to_string(path);

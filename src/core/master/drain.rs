@@ -64,7 +64,7 @@ impl<C, F> MasterCore<C, F> {
                 // Skip the grace period if the master has never accepted a connection, because a
                 // handshake in flight is then unlikely. If workers accept, the master does not know
                 // whether clients have connected.
-                let grace = match listener.has_accepted || workers_accept {
+                let grace = match listener.has_accepted || workers_accept || idle_grace.is_some() {
                     true => grace_end,
                     false => self.now,
                 };

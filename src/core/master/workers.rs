@@ -121,7 +121,7 @@ impl WorkerEntry {
     }
 
     /// Returns whether frames can be sent to the worker.
-    fn is_writable(&self) -> bool {
+    pub(super) fn is_writable(&self) -> bool {
         match self.life {
             Life::Starting | Life::Online => true,
             Life::Closing { .. } | Life::Disconnected | Life::Exited(_) => false,
@@ -291,6 +291,10 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     pub(crate) fn disconnect(&mut self, worker: WorkerId) {
         self.begin_disconnect(&[worker]);
+    }
+
+    pub(crate) fn disconnect_workers(&mut self, workers: &[WorkerId]) {
+        self.begin_disconnect(workers);
     }
 
     /// Disconnects the worker, and kills it if it has not exited after the time `within`. If there

@@ -412,6 +412,9 @@ impl<F> WorkerCore<F> {
         }
         self.resume(paused);
         if self.killed {
+            // Let the connections leave before the channel closes, because the listeners do not end
+            // before that.
+            self.release_parked();
             self.close_channel();
         }
     }

@@ -34,7 +34,7 @@ use std::collections::VecDeque;
 
 pub(crate) use lingering::LINGER_TIMEOUT;
 
-use super::{Action, Disconnect, ListenerId, WorkerCore};
+use super::{Action, ListenerId, WorkerCore};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
@@ -213,14 +213,13 @@ impl<F> WorkerCore<F> {
     }
 
     /// Returns whether the worker holds new connections of the listener until their clients send
-    /// something. A worker that disconnects passes its last connections to the application at once,
-    /// and so does a worker that can hold no more.
+    /// something. When a listener drains, its last connections pass to the application at once. So
+    /// do new connections if the worker can hold no more.
     pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         let is_full = self.parked.entries.len() >= self.parked.limit;
         entry.is_some_and(|entry| entry.parking.waits_for_data() && entry.holds_connections())
             && self.is_writable()
-            && self.disconnect != Disconnect::Received
             && (!is_full || self.next_surplus().is_some())
     }
 
@@ -538,8 +537,9 @@ mod tests {
             ..Parking::default()
         };
         let (mut core, listener) = shared_with(parking);
-        assert!(core.holds_silent(listener));
         core.frame(ToWorker::Disconnect).unwrap();
+        assert!(core.holds_silent(listener), "a silent client delays others");
+        listener_closed(&mut core, true);
         assert!(!core.holds_silent(listener));
         let (core, listener) = shared_with(Parking::default());
         assert!(!core.holds_silent(listener));

@@ -279,7 +279,8 @@ impl MasterShell {
     pub(crate) fn removes_file(&self, handle: HandleId) -> bool {
         let sockets = self.sockets.borrow();
         let listener = sockets.get(&handle);
-        listener.is_some_and(|listener| listener.file.is_some())
+        let file = listener.and_then(|listener| listener.file.as_ref());
+        file.is_some_and(SocketFile::is_in_place)
     }
 
     pub(crate) fn set_removes_file(&self, handle: HandleId, removes: bool) -> io::Result<()> {

@@ -174,6 +174,10 @@ impl StatusServer {
         self.socket.try_clone()
     }
 
+    pub(in super::super) fn removes_file(&self) -> bool {
+        self.socket.removes_file()
+    }
+
     fn new(socket: StatusSocket) -> Self {
         Self {
             socket,

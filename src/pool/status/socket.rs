@@ -25,6 +25,8 @@ pub(in super::super) struct StatusSocket {
     /// The file that this process removes. `None` for a port, and while another master removes the
     /// file.
     file: RefCell<Option<SocketFile>>,
+    /// Whether the old master that has passed this socket leaves the socket's file to this process.
+    inherits_file: bool,
 }
 
 #[derive(Debug)]
@@ -65,14 +67,17 @@ impl StatusSocket {
         }
     }
 
-    /// Returns the socket that an old master has passed.
-    pub(in super::super) fn passed(socket: OwnedFd) -> io::Result<Self> {
+    /// Returns the socket that an old master has passed. `inherits_file` says whether this process
+    /// removes the socket's file after the takeover.
+    pub(in super::super) fn passed(socket: OwnedFd, inherits_file: bool) -> io::Result<Self> {
         let tcp = TcpListener::from(socket.try_clone()?);
         let listener = match tcp.local_addr() {
             Ok(_) => Listener::Tcp(tcp),
             Err(_) => Listener::Unix(UnixListener::from(socket)),
         };
-        Self::new(listener, None)
+        let mut socket = Self::new(listener, None)?;
+        socket.inherits_file = inherits_file;
+        Ok(socket)
     }
 
     fn new(listener: Listener, file: Option<SocketFile>) -> io::Result<Self> {
@@ -83,6 +88,7 @@ impl StatusSocket {
         Ok(Self {
             listener: Rc::new(listener),
             file: RefCell::new(file),
+            inherits_file: false,
         })
     }
 
@@ -124,9 +130,15 @@ impl StatusSocket {
         Ok(stream)
     }
 
-    /// Makes this process remove the socket's file.
+    /// Returns whether this process removes the socket's file, and no other file has replaced it.
+    pub(super) fn removes_file(&self) -> bool {
+        let file = self.file.borrow();
+        file.as_ref().is_some_and(SocketFile::is_in_place)
+    }
+
+    /// Makes this process remove the socket's file, if the old master has left it to this process.
     pub(super) fn inherit_file(&self) {
-        if self.file.borrow().is_none() {
+        if self.inherits_file && self.file.borrow().is_none() {
             // Ignore an error, which usually means that the file has been removed. This process
             // then removes no file.
             let file = path_of(&self.listener).and_then(|path| SocketFile::find(&path));
@@ -182,11 +194,15 @@ impl SocketFile {
         })
     }
 
+    /// Returns whether the file is still in its place, and no other file has replaced it.
+    fn is_in_place(&self) -> bool {
+        let data = fs::symlink_metadata(&self.path);
+        data.is_ok_and(|data| (data.dev(), data.ino()) == (self.device, self.inode))
+    }
+
     /// Removes the file, unless another file has replaced it.
     fn remove(self) -> io::Result<()> {
-        let data = fs::symlink_metadata(&self.path)?;
-        let is_same = (data.dev(), data.ino()) == (self.device, self.inode);
-        if is_same && self.owner == std::process::id() {
+        if self.owner == std::process::id() && self.is_in_place() {
             fs::remove_file(&self.path)?;
         }
         Ok(())

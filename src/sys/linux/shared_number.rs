@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::check;
+use crate::sys::socket::without_signals;
 
 /// The size of the file. Its only page is mapped as a whole.
 const SIZE: usize = size_of::<AtomicU32>();
@@ -71,8 +72,12 @@ fn sealed_file() -> io::Result<OwnedFd> {
     let number = check(libc::c_int::try_from(number).unwrap_or(-1))?;
     // SAFETY: the kernel has just opened the descriptor, so nothing else owns it.
     let file = unsafe { OwnedFd::from_raw_fd(number) };
-    // SAFETY: ftruncate changes no memory of this process.
-    check(unsafe { libc::ftruncate(file.as_raw_fd(), SIZE as libc::off_t) })?;
+    // With a file size limit of 0 (RLIMIT_FSIZE in getrlimit(2)), ftruncate fails and raises
+    // SIGXFSZ.
+    without_signals(&[(libc::SIGXFSZ, libc::EFBIG)], || {
+        // SAFETY: ftruncate changes no memory of this process.
+        check(unsafe { libc::ftruncate(file.as_raw_fd(), SIZE as libc::off_t) })
+    })?;
     let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: F_ADD_SEALS takes an integer.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;

@@ -7,6 +7,7 @@ mod paused_listeners;
 mod private_listeners;
 mod resuming;
 mod silent_clients;
+mod stopping;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub const SCENARIOS: &[&[Scenario]] = &[
     private_listeners::SCENARIOS,
     resuming::SCENARIOS,
     silent_clients::SCENARIOS,
+    stopping::SCENARIOS,
 ];
 
 const MS: Duration = Duration::from_millis(1);

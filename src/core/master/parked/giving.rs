@@ -1,11 +1,11 @@
 //! Giving idle connections from one worker to another, on listeners whose workers accept. The
-//! workers hold these connections. If a worker disconnects, the master holds its connections until
-//! another worker serves the listener.
+//! workers hold these connections. If a listener ends for a worker, the master holds the worker's
+//! connections until another worker serves the listener.
 
 use super::passing::Keeper;
 use super::{HandOff, Resumed};
 use crate::core::master::accept::RETRY_DELAY;
-use crate::core::master::listener::Listener;
+use crate::core::master::listener::{Listener, Stage};
 use crate::core::master::workers::WorkerEntry;
 use crate::core::master::{Action, MasterCore};
 use crate::types::handle::HandleId;
@@ -63,18 +63,20 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns the worker that receives the listener's next idle connection. The workers take
-    /// turns. Returns `None` while another master takes over, because the connection goes to that
-    /// master.
+    /// turns. During the grace period of a drain, the last workers still serve, although they are
+    /// disconnecting. Returns `None` while another master takes over, because the connection goes to
+    /// that master.
     fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
         if self.parked.keeper == Keeper::OtherMaster {
             return None;
         }
         let listener = self.listeners.get_mut(&handle)?;
         let workers = &self.workers;
-        let may_adopt = |worker: &WorkerId| {
-            let entry = workers.get(worker);
-            Some(*worker) != from && entry.is_some_and(WorkerEntry::may_listen)
-        };
+        let is_draining = matches!(listener.stage, Stage::Draining(Some(_)));
+        let serves_on =
+            |entry: &WorkerEntry| entry.may_listen() || is_draining && entry.is_writable();
+        let may_adopt =
+            |worker: &WorkerId| Some(*worker) != from && workers.get(worker).is_some_and(serves_on);
         let last = listener.last_adopter;
         let mut next = listener.members.serving().filter(may_adopt);
         let later = next.find(|worker| Some(*worker) > last);

@@ -318,10 +318,12 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns how long the client of a connection that has been parked `parked` times may be
-    /// silent. Returns `None` if the listener has closed.
+    /// silent. Returns `None` if the listener has closed, or if it closes as soon as its workers have
+    /// emptied its backlog. A client that would send a request meanwhile would wait in vain.
     fn silence_timeout(&self, handle: HandleId, parked: u32) -> Option<Time> {
         let listener = self.listeners.get(&handle)?;
-        (listener.stage != Stage::Unbound).then(|| match parked {
+        let has_ended = matches!(listener.stage, Stage::Emptying | Stage::Unbound);
+        (!has_ended).then(|| match parked {
             0 => listener.parking.first_data_timeout(),
             1.. => listener.parking.idle_timeout(),
         })

@@ -101,3 +101,20 @@ fn connections_of_a_third_master_are_passed_on() {
     let all = actions(&mut core);
     assert_eq!(passed(&all).len(), 1, "{all:?}");
 }
+
+#[test]
+fn drain_waits_for_requests_on_passed_connections() {
+    let mut core = Core::new(SchedulingPolicy::RoundRobin);
+    let worker = online(&mut core);
+    let handle = listen(&mut core, worker, 80);
+    core.receive_parked(Some(handle), 7, 5);
+    core.disconnect(worker);
+    core.drained(handle);
+    actions(&mut core);
+    assert_eq!(core.ledger().idle_closed, 0);
+    let end = core.deadline().unwrap();
+    assert_eq!(core.closing_at(end).len(), 1, "checked before it closes");
+    core.tick(end);
+    core.drained(handle);
+    assert_eq!(core.ledger().idle_closed, 1);
+}

@@ -47,6 +47,44 @@ fn idle_connections_wait_in_the_master_while_no_worker_serves() {
 }
 
 #[test]
+fn last_worker_receives_idle_connections_until_the_grace_period_ends() {
+    let (mut core, handle, [first, second, last]) = shared_by_three();
+    core.release(handle);
+    for worker in [first, second, last] {
+        core.disconnect(worker);
+    }
+    core.park(first, handle, 0, 5);
+    assert_eq!(adopted(&mut core), [(last, 0, 5)]);
+    let end = core.deadline().unwrap();
+    core.tick(end);
+    core.park(second, handle, 1, 6);
+    assert_eq!(adopted(&mut core), []);
+    // The client learns at once that it must connect again.
+    let ledger = core.ledger();
+    assert_eq!((ledger.idle_closed, ledger.in_flight()), (1, 0));
+}
+
+#[test]
+fn workers_that_disconnect_together_drain_together() {
+    let (mut core, handle, workers) = shared_by_three();
+    core.release(handle);
+    core.disconnect_workers(&workers);
+    let end_frame = ToWorker::ListenerClosed {
+        handle,
+        drain: true,
+    };
+    let ends = |core: &mut Core| {
+        let mut sent = actions(core);
+        sent.retain(|action| matches!(action, Action::Send { frame, .. } if *frame == end_frame));
+        sent.len()
+    };
+    assert_eq!(ends(&mut core), 0);
+    let end = core.deadline().unwrap();
+    core.tick(end);
+    assert_eq!(ends(&mut core), workers.len());
+}
+
+#[test]
 fn connection_for_a_worker_that_does_not_read_is_offered_again() {
     let (mut core, handle, [leaving, second, _]) = shared_by_three();
     core.park(leaving, handle, 0, 5);

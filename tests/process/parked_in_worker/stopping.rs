@@ -1,0 +1,161 @@
+//! Tests requests on connections that workers hold when all workers, or one of them, are stopped.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use cluster::pool::Pool;
+use cluster::{Connection, Master, Worker, WorkerProcess};
+
+use super::disconnect;
+use crate::harness::{cluster, for_all_policies, in_background, when, when_listening};
+use crate::parked::{CLOSE, Client, PARK, answer, with_clients};
+use crate::pool::quick;
+
+crate::scenarios! {
+    pool_stop_serves_requests_that_have_arrived
+    workers_that_disconnect_together_serve_requests_that_have_arrived
+    idle_connections_of_a_worker_that_kills_itself_stay_open
+}
+
+const WORKERS: u32 = 3;
+/// Request after which the worker waits for another request before it answers.
+const BUSY: u8 = b'b';
+/// Request after whose answer the worker kills itself.
+const KILL: u8 = b'k';
+
+fn serve(worker: Worker) {
+    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        let mut next = [0];
+        if connection.peek(&mut next).is_ok_and(|length| length == 1) && next[0] == BUSY {
+            wait_for_request(&mut connection);
+        }
+        answer(&worker, connection);
+        if next[0] == KILL {
+            worker.kill();
+        }
+    }
+}
+
+/// Reads the request `BUSY`, and waits for the next one.
+fn wait_for_request(connection: &mut Connection) {
+    let mut next = [0];
+    let _ = std::io::Read::read_exact(connection, &mut next);
+    let _ = connection.peek(&mut next);
+}
+
+/// The clients of all workers.
+struct Clients {
+    /// One client of each worker, whose worker waits for another request of it.
+    busy: Vec<Client>,
+    /// Clients that have sent a request while their workers were busy.
+    waiting: Vec<Client>,
+}
+
+/// Parks connections in each worker, makes all workers busy, and then sends requests on the parked
+/// connections.
+fn ask_busy_workers(address: SocketAddr) -> Clients {
+    let mut all = Vec::new();
+    let count = |all: &[(u32, Client)], id| all.iter().filter(|(own, _)| *own == id).count();
+    while (1..=WORKERS).any(|id| count(&all, id) < 3) {
+        let mut client = Client::connect(address);
+        all.push((client.ask(PARK).0, client));
+    }
+    let busy = (1..=WORKERS).map(|id| {
+        let index = all.iter().position(|(own, _)| *own == id).unwrap();
+        all.swap_remove(index).1
+    });
+    let mut busy: Vec<_> = busy.collect();
+    busy.iter_mut().for_each(|client| client.send(BUSY));
+    let mut waiting: Vec<_> = all.into_iter().map(|(_, client)| client).collect();
+    waiting.iter_mut().for_each(|client| client.send(CLOSE));
+    Clients { busy, waiting }
+}
+
+/// Calls `stop` while all workers are busy, lets them go on after the grace period has ended, and
+/// expects all answers.
+fn stop_busy_workers(master: &Master, clients: Clients, stop: impl FnOnce(&Master) + 'static) {
+    let are_busy = |master: &Master| {
+        master
+            .loads()
+            .workers
+            .iter()
+            .all(|load| load.held == Some(1))
+    };
+    when(master, are_busy, move |master| {
+        stop(master);
+        // Longer than the grace period of a listener.
+        master.set_timeout(std::time::Duration::from_millis(150), move |master| {
+            let finish = move || {
+                let Clients { busy, waiting } = clients;
+                for mut client in busy {
+                    client.send(CLOSE);
+                    assert_eq!(client.line().split(' ').nth(1), Some("2"));
+                }
+                for mut client in waiting {
+                    assert_eq!(client.line().split(' ').nth(1), Some("2"));
+                }
+            };
+            in_background(master, finish, |_, ()| {});
+        });
+    });
+}
+
+fn pool_stop_serves_requests_that_have_arrived() {
+    for_all_policies(|| {
+        cluster(
+            |master| {
+                let pool = Pool::new(master, quick().workers(WORKERS as usize));
+                pool.listen(master, "127.0.0.1:0").unwrap();
+                when_listening(master, WORKERS as usize, move |master, address| {
+                    let ask = move || ask_busy_workers(address);
+                    in_background(master, ask, move |master, clients| {
+                        stop_busy_workers(master, clients, move |master| pool.stop(master));
+                    });
+                });
+            },
+            serve,
+        );
+    });
+}
+
+fn workers_that_disconnect_together_serve_requests_that_have_arrived() {
+    let then = |master: &Master, clients| {
+        stop_busy_workers(master, clients, |master| {
+            let ids: Vec<_> = master.workers().iter().map(WorkerProcess::id).collect();
+            master.disconnect_workers(&ids);
+        });
+    };
+    for_all_policies(|| {
+        cluster(
+            |master| with_clients(master, WORKERS as usize, ask_busy_workers, then),
+            serve,
+        );
+    });
+}
+
+fn idle_connections_of_a_worker_that_kills_itself_stay_open() {
+    let clients = |address| {
+        let mut first = Client::connect(address);
+        let (id, _) = first.ask(PARK);
+        let mut other = Client::connect(address);
+        let start = Instant::now();
+        // Find a connection to the same worker.
+        while other.ask(PARK).0 != id {
+            assert!(start.elapsed().as_secs() < 60, "no second connection");
+            other = Client::connect(address);
+        }
+        (first, other.ask(KILL).0)
+    };
+    let then = |master: &Master, (mut first, killed): (Client, u32)| {
+        let has_exited = |master: &Master| master.workers().len() == 1;
+        when(master, has_exited, move |master| {
+            let ask = move || {
+                let (next, requests) = first.ask(PARK);
+                assert_eq!((next == killed, requests), (false, 2));
+            };
+            in_background(master, ask, disconnect);
+        });
+    };
+    for_all_policies(|| cluster(|master| with_clients(master, 2, clients, then), serve));
+}
