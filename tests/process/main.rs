@@ -75,6 +75,7 @@ mod scheduler;
 mod serve;
 mod serve_operation;
 mod serve_options;
+mod serve_surroundings;
 mod sharded;
 mod stalled;
 mod status;
@@ -186,6 +187,7 @@ fn main() -> ExitCode {
     trials.extend(serve::trials());
     trials.extend(serve_options::trials());
     trials.extend(serve_operation::trials());
+    trials.extend(serve_surroundings::trials());
     trials.extend(groups::trials());
     trials.extend(inherited::trials());
     trials.extend(fleet::trials());

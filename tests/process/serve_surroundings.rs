@@ -1,0 +1,200 @@
+//! Tests how the tool `cluster-serve` copes with files, paths and limits that change or are missing.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use libtest_mimic::{Failed, Trial};
+use nix::libc::O_NONBLOCK;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo, pipe};
+use tempfile::TempDir;
+
+use crate::harness::{Group, SCENARIO, wait_until};
+use crate::serve::{PROGRAM, ask, ask_all, command, line_after, stop};
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("serve_goes_on_if_its_log_has_no_reader", log_without_reader),
+        Trial::test(
+            "serve_removes_no_other_socket_file_after_an_upgrade",
+            foreign_socket_file,
+        ),
+        Trial::test("serve_replaces_the_socket_of_a_killed_master", stale_socket),
+        Trial::test("serve_follows_a_switched_link", switched_link),
+        Trial::test("serve_writes_its_pid_file_later", pid_file),
+        Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
+        Trial::test("serve_searches_a_default_path", default_path),
+    ]
+}
+
+/// Returns a command with this binary as the program.
+fn own_program(address: &str, options: &[&str]) -> Command {
+    let mut command = command(1, address);
+    command.args(options).arg("--");
+    command.arg(std::env::current_exe().unwrap());
+    command.env(SCENARIO, PROGRAM);
+    command
+}
+
+fn log_without_reader() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let log = directory.path().join("log");
+    mkfifo(&log, Mode::from_bits_truncate(0o600))?;
+    let reader = fs::File::options()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open(&log)?;
+    let status = directory.path().join("status");
+    let options = [
+        "--log",
+        log.to_str().unwrap(),
+        "--status",
+        status.to_str().unwrap(),
+    ];
+    let serve = Group::start(&mut own_program("127.0.0.1:0", &options))?;
+    wait_until("the status", || UnixStream::connect(&status).ok());
+    drop(reader);
+    kill(serve.pid(), Signal::SIGUSR1)?;
+    stop(&serve)
+}
+
+/// Starts the tool on a Unix socket and with a status socket, in this directory.
+fn start_on_sockets(directory: &TempDir) -> Result<Group, Failed> {
+    let [socket, status] = sockets(directory);
+    let options = ["--status", status.as_str()];
+    let serve = Group::start(&mut own_program(&socket, &options))?;
+    line_after(&serve, " ready");
+    Ok(serve)
+}
+
+fn sockets(directory: &TempDir) -> [String; 2] {
+    ["socket", "status"].map(|name| directory.path().join(name).to_str().unwrap().to_owned())
+}
+
+fn foreign_socket_file() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let serve = start_on_sockets(&directory)?;
+    let others = sockets(&directory).map(|path| {
+        fs::remove_file(&path).unwrap();
+        UnixListener::bind(path).unwrap()
+    });
+    kill(serve.pid(), Signal::SIGUSR2)?;
+    line_after(&serve, " this master has taken over");
+    let output = serve.output();
+    let (before, _) = output.split_once("] this master has taken over").unwrap();
+    let (_, new) = before.rsplit_once('[').unwrap();
+    kill(Pid::from_raw(new.parse()?), Signal::SIGTERM)?;
+    serve.finish()?;
+    for path in sockets(&directory) {
+        UnixStream::connect(path)?;
+    }
+    drop(others);
+    Ok(())
+}
+
+fn stale_socket() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let killed = start_on_sockets(&directory)?;
+    kill(killed.pid(), Signal::SIGKILL)?;
+    killed.finish()?;
+    // The socket is in use until the killed master's worker has exited.
+    wait_until("the end of the worker", || {
+        UnixStream::connect(&sockets(&directory)[0])
+            .is_err()
+            .then_some(())
+    });
+    let serve = start_on_sockets(&directory)?;
+    let mut second = own_program(&sockets(&directory)[0], &[]);
+    let second = second.output()?;
+    assert_eq!(second.status.code(), Some(1), "a socket in use stays");
+    UnixStream::connect(&sockets(&directory)[0])?;
+    stop(&serve)
+}
+
+fn switched_link() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let current = directory.path().join("current");
+    for release in ["one", "two"] {
+        let path = directory.path().join(release);
+        fs::create_dir(&path)?;
+        let script = format!("#!/bin/sh\necho release {release}\nexec {}\n", own_path());
+        fs::write(path.join("app"), script)?;
+        fs::set_permissions(path.join("app"), fs::Permissions::from_mode(0o755))?;
+    }
+    symlink("one", &current)?;
+    let mut command = command(1, "127.0.0.1:0");
+    command.args(["--", "./app"]).env(SCENARIO, PROGRAM);
+    let serve = Group::start(command.current_dir(&current).env("PWD", &current))?;
+    line_after(&serve, "release one");
+    line_after(&serve, " ready");
+    let address = line_after(&serve, " listening on ").parse()?;
+    let next = directory.path().join("next");
+    symlink("two", &next)?;
+    fs::rename(&next, &current)?;
+    fs::remove_dir_all(directory.path().join("one"))?;
+    kill(serve.pid(), Signal::SIGHUP)?;
+    line_after(&serve, "release two");
+    line_after(&serve, " generation 1 serves");
+    ask_all(address, 1);
+    stop(&serve)
+}
+
+fn own_path() -> String {
+    std::env::current_exe()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned()
+}
+
+fn pid_file() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    // The file cannot replace a directory.
+    let path = directory.path().join("pid");
+    fs::create_dir(&path)?;
+    let options = ["--pid-file", path.to_str().unwrap()];
+    let serve = Group::start(&mut own_program("127.0.0.1:0", &options))?;
+    line_after(&serve, " cannot write --pid-file ");
+    fs::remove_dir(&path)?;
+    let own = format!("{}\n", serve.pid());
+    wait_until("the pid file", || {
+        (fs::read_to_string(&path).ok()? == own).then_some(())
+    });
+    stop(&serve)?;
+    assert!(!path.exists());
+    Ok(())
+}
+
+fn file_size_limit() -> Result<(), Failed> {
+    let mut command = own_program("127.0.0.1:0", &[]);
+    #[allow(unsafe_code)]
+    // SAFETY: setrlimit is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| Ok(setrlimit(Resource::RLIMIT_FSIZE, 0, 0)?));
+    }
+    // The limit does not apply to pipes.
+    let (log, writer) = pipe()?;
+    let serve = Group::start_with(&mut command, writer.try_clone()?, writer)?;
+    drop(command);
+    let mut lines = BufReader::new(fs::File::from(log)).lines();
+    let address =
+        lines.find_map(|line| Some(line.ok()?.split_once(" listening on ")?.1.to_owned()));
+    let address = address.ok_or("not listening")?.parse()?;
+    wait_until("an answer", || ask(address));
+    stop(&serve)
+}
+
+fn default_path() -> Result<(), Failed> {
+    let mut command = command(1, "127.0.0.1:0");
+    let serve = Group::start(command.args(["--", "sleep", "600"]).env_remove("PATH"))?;
+    line_after(&serve, " ready");
+    assert!(Path::new("/bin/sleep").exists());
+    stop(&serve)
+}
