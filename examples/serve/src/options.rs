@@ -24,8 +24,9 @@ systemd's protocol: LISTEN_FDS contains their number, and the first is descripto
   cluster-serve --listen 127.0.0.1:8000 -- gunicorn app:app
 
 The pool:
-  --listen ADDRESS     HOST:PORT, or a path with a slash for a Unix socket; may be repeated; not
-                       needed if systemd passes listeners, which come first
+  --listen ADDRESS     HOST:PORT, or a path with a slash for a Unix socket, whose file is replaced if
+                       no process listens on it; may be repeated; not needed if systemd passes
+                       listeners, which come first
   --workers NUMBER     number of processes [default: the number of cores]
   --readiness TIME     a process is ready when it has run for this time [default: 1s]
   --max-age TIME       a process that has run for this time is replaced [default: never]
