@@ -1,5 +1,9 @@
 //! Tests that floods of frames and unfinished frames do not delay other workers.
 
+use std::os::fd::AsFd as _;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::attacker::{
     Attacker, DISCONNECT_REQUEST, LISTENING, OTHER_INDEX, OWN_INDEX, PAUSE, RELEASE, SHARED_INDEX,
     frame, handle_frame, idle, listen, message, online,
@@ -22,7 +26,8 @@ crate::scenarios! {
     unfinished_header_does_not_delay_other_workers
 }
 
-/// Floods the master with frames, while a thread discards the replies.
+/// Floods the master with frames, while a thread discards the replies. Lets the thread keep up,
+/// because the master disconnects a worker that does not read.
 fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
     let channel = attacker.channel.try_clone().unwrap();
     std::thread::spawn(move || std::io::copy(&mut &channel, &mut std::io::sink()));
@@ -31,6 +36,10 @@ fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
         let many: Vec<_> = (n..n + 1000).flat_map(&next).collect();
         attacker.send(&many);
         n += 1000;
+        let mut unread = [PollFd::new(attacker.channel.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut unread, PollTimeout::ZERO).unwrap() > 0 {
+            std::thread::yield_now();
+        }
     }
 }
 

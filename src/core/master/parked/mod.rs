@@ -27,10 +27,11 @@
 //!
 //! If another master takes over (see `passing`), the connections go to it.
 //!
-//! With the other policies, the workers hold idle connections themselves. A worker that disconnects
-//! parks them in the master, which gives them to another worker that serves the listener. While no
-//! other worker does, the connections are `Idle` here, and the next worker receives them. The
-//! connections that another master has passed go to workers in the same way.
+//! With the other policies, the workers hold idle connections themselves. When a listener ends for a
+//! worker, the worker parks them in the master, which gives them to another worker that serves the
+//! listener. While no other worker does, the connections are `Idle` here, and the next worker
+//! receives them. They close if the listener ends for all workers. The connections that another
+//! master has passed go to workers in the same way.
 //!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
