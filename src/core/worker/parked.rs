@@ -213,8 +213,8 @@ impl<F> WorkerCore<F> {
     }
 
     /// Returns whether the worker holds new connections of the listener until their clients send
-    /// something. When a listener drains, its last connections pass to the application at once. So
-    /// do new connections if the worker can hold no more.
+    /// something. The last connections of a draining listener pass to the application at once, and
+    /// also new connections if the worker can hold no more.
     pub(crate) fn holds_silent(&self, listener: ListenerId) -> bool {
         let entry = self.listeners.get(&listener);
         let is_full = self.parked.entries.len() >= self.parked.limit;
