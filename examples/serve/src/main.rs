@@ -141,8 +141,7 @@ fn set_variables(variables: &[(OsString, OsString)]) {
 fn settings(options: &Options) -> Result<Settings, String> {
     let program = Path::new(&options.program);
     let found = find(program).ok_or_else(|| format!("cannot execute {}", program.display()))?;
-    // Settle the path now. With a path relative to the working directory, a link to a new release
-    // could be switched without an effect.
+    // The working directory stays the old release if a link in its path is switched to a new one.
     let found = absolute(found);
     let mut settings = Settings::default().exec(found).args(options.args.clone());
     if let Some(directory) = &options.directory {
