@@ -102,7 +102,7 @@ impl Pool {
         let requested = address.into();
         let failed = |error: io::Error| {
             let error = io::Error::new(error.kind(), format!("{requested}: {error}"));
-            Error::io("serve the status on")(error)
+            Error::io("serve the status")(error)
         };
         let mut inherited = self.0.inherited_status_sockets.borrow_mut();
         let index = inherited
