@@ -9,13 +9,14 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use cluster::{Error, ForkStep, ListenOptions, Master, Role, Settings, Signal, Worker};
+use cluster::{ListenOptions, Master, Role, Settings, Signal, Worker};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{Pid, pause};
 use tempfile::TempDir;
 
 use crate::harness::{
-    NOBODY, OWN_PROGRAM, cluster, is_alive, is_watched, scaled, wait_for_state, wait_until, watched,
+    NOBODY, OWN_PROGRAM, cluster, fork_patiently, is_alive, is_watched, scaled, wait_for_state,
+    wait_until, watched,
 };
 
 crate::scenarios! {
@@ -173,20 +174,6 @@ fn end(master: Master, how: &str) {
     }
 }
 
-/// Forks again if the child was killed because it had not started in time. A child with another user
-/// may wait for a core for longer than `fork` waits for the child, because the other workers loop.
-fn fork_beside_busy_workers(master: &Master, kind: &str) {
-    loop {
-        match master.fork_with([("KIND", kind)]) {
-            Err(Error::Fork {
-                step: ForkStep::WaitForStart,
-                ..
-            }) => {}
-            forked => return drop(forked.unwrap()),
-        }
-    }
-}
-
 static END_REQUESTED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
 fn play_master(master: Master, settings: Settings) {
@@ -200,7 +187,7 @@ fn play_master(master: Master, settings: Settings) {
         .iter()
         .take(KINDS.len() - usize::from(has_privileges) * BEFORE_INIT);
     for (kind, _) in kinds {
-        fork_beside_busy_workers(&master, kind);
+        fork_patiently(|| master.fork_with([("KIND", *kind)]));
     }
     end(master, &std::env::var(END).unwrap());
 }

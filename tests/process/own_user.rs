@@ -14,7 +14,7 @@ use nix::sys::socket::{
 };
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
-use crate::harness::{Log, NOBODY, OWN_PROGRAM, cluster, note_messages, with_env};
+use crate::harness::{Log, NOBODY, OWN_PROGRAM, cluster, fork_patiently, note_messages, with_env};
 use crate::privileges::credentials;
 
 crate::scenarios! {
@@ -197,7 +197,7 @@ fn worker_of_another_user_cannot_join_a_sharded_port() {
                 .uid(NOBODY)
                 .gid(NOBODY);
             master.setup_master(nobody);
-            master.fork_with([(PORT, address.to_string())]).unwrap();
+            fork_patiently(|| master.fork_with([(PORT, address.to_string())]));
             // Keep the port open until the worker has exited.
             let listener = Cell::new(Some(listener));
             master.on_exit(move |_, _, _| drop(listener.take()));

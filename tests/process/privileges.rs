@@ -20,8 +20,8 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 
 use crate::harness::{
-    LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, is_alive,
-    note_messages, open_fds, scaled, wait_for_state, wait_until, with_env,
+    LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, fork_patiently,
+    is_alive, note_messages, open_fds, scaled, wait_for_state, wait_until, with_env,
 };
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
 use crate::refused::refuse_calls;
@@ -79,7 +79,7 @@ fn assert_all_refused(settings: Settings, attempts: Attempts) {
             note_messages(master, &log);
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
             master.setup_master(settings);
-            master.fork().unwrap();
+            fork_patiently(|| master.fork());
         },
         |worker| report(&worker, attempts),
     );
@@ -205,7 +205,7 @@ fn root_worker_keeps_its_capabilities() {
         |master| {
             note_messages(master, &log);
             master.setup_master(settings);
-            master.fork().unwrap();
+            fork_patiently(|| master.fork());
         },
         |worker| worker.send(effective().as_bytes()).map(drop).unwrap(),
     );
@@ -424,11 +424,11 @@ fn worker_cannot_access_a_worker_of_another_user() {
             note_messages(master, &log);
             master.on_exit(|_, _, status| assert!(status.success(), "{status}"));
             master.setup_master(settings_of_nobody());
-            let target = master.fork().unwrap();
+            let target = fork_patiently(|| master.fork());
             target.on_online(|master, target| {
                 master.setup_master(Settings::default().uid(1).gid(1));
                 let pid = target.process().id().to_string();
-                master.fork_with([("TARGET", pid)]).unwrap();
+                fork_patiently(|| master.fork_with([("TARGET", pid.as_str())]));
             });
             master.on_message(move |_, worker, _| {
                 target.disconnect();

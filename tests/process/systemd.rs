@@ -26,8 +26,8 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::harness::{
-    Log, NOBODY, OWN_PROGRAM, SCENARIO, SIGNALS, cluster, in_background, is_watched, note_messages,
-    reserve_port, talk, wait_until, watched,
+    Log, NOBODY, OWN_PROGRAM, SCENARIO, SIGNALS, cluster, fork_patiently, in_background,
+    is_watched, note_messages, reserve_port, talk, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -660,7 +660,7 @@ fn share_a_port(settings: Settings) {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
             master.setup_master(settings.listen_fds([("web", listener)]));
-            let fork = |master: &Master| master.fork_with([(FOREIGN, "1")]).unwrap();
+            let fork = |master: &Master| fork_patiently(|| master.fork_with([(FOREIGN, "1")]));
             let pids = [fork(master), fork(master)].map(|worker| worker.process().id());
             let stopping = Rc::new(Cell::new(false));
             let end = Rc::clone(&stopping);

@@ -11,7 +11,8 @@ use std::rc::Rc;
 use cluster::{InspectPort, Interest, Master, Role, Sent, Settings, Stdio, Worker};
 
 use crate::harness::{
-    Log, NOBODY, OWN_PROGRAM, cluster, is_alive, is_root, note_events, note_messages, wait_until,
+    Log, NOBODY, OWN_PROGRAM, cluster, fork_patiently, is_alive, is_root, note_events,
+    note_messages, wait_until,
 };
 
 crate::scenarios! {
@@ -428,7 +429,7 @@ fn workers_run_with_the_configured_user_and_group() {
             ];
             for case in cases {
                 master.setup_master(case);
-                master.fork().unwrap();
+                fork_patiently(|| master.fork());
             }
         },
         |worker| send_and_close(&worker, &identity()),

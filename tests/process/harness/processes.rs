@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cluster::WorkerProcess;
+use cluster::{Error, ForkStep, WorkerProcess};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::{Pid, getppid};
 use tempfile::TempDir;
@@ -26,6 +26,20 @@ pub fn wait_for_state(pid: u32, state: &str) {
         let stat = std::fs::read_to_string(&stat).unwrap();
         stat.contains(state).then_some(())
     });
+}
+
+/// Forks a worker with another user. Forks again if the child was killed because it had not started
+/// in time, because on a busy machine it may wait for a core for longer than `fork` waits for it.
+pub fn fork_patiently(mut fork: impl FnMut() -> cluster::Result<WorkerProcess>) -> WorkerProcess {
+    loop {
+        match fork() {
+            Err(Error::Fork {
+                step: ForkStep::WaitForStart,
+                ..
+            }) => {}
+            forked => return forked.unwrap(),
+        }
+    }
 }
 
 /// Returns whether the process sleeps in the kernel.
