@@ -1,7 +1,7 @@
 //! Tests how the tool `cluster-serve` copes with files, paths and limits that change or are missing.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
@@ -51,15 +51,16 @@ fn log_without_reader() -> Result<(), Failed> {
         .read(true)
         .custom_flags(O_NONBLOCK)
         .open(&log)?;
-    let status = directory.path().join("status");
-    let options = [
-        "--log",
-        log.to_str().unwrap(),
-        "--status",
-        status.to_str().unwrap(),
-    ];
-    let serve = Group::start(&mut own_program("127.0.0.1:0", &options))?;
-    wait_until("the status", || UnixStream::connect(&status).ok());
+    let serve = Group::start(&mut own_program(
+        "127.0.0.1:0",
+        &["--log", log.to_str().unwrap()],
+    ))?;
+    let (mut reader, mut text) = (reader, String::new());
+    wait_until("a ready process", || {
+        // Ignore an error, which means that there is nothing to read yet.
+        let _ = reader.read_to_string(&mut text);
+        text.contains("] ready\n").then_some(())
+    });
     drop(reader);
     kill(serve.pid(), Signal::SIGUSR1)?;
     stop(&serve)
