@@ -615,7 +615,7 @@ mod tests {
         core.data_arrived(resumed);
         listener_closed(&mut core, true);
         assert!(actions(&mut core).contains(&Action::SendLeaving));
-        let left: Vec<_> = leaving(&mut core).into_iter().collect();
+        let left = leaving(&mut core);
         assert!(
             left.contains(&(other, 2)) && left.contains(&(again, 3)),
             "{left:?}"
