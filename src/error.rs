@@ -527,7 +527,7 @@ impl std::fmt::Display for Error {
                     "run, dispatch, accept or recv_from was called inside a callback"
                 )
             }
-            Self::ForeignProcess => write!(f, "this handle belongs to the process that created it"),
+            Self::ForeignProcess => write!(f, "this handle was created by another process"),
             Self::InitProcess => write!(
                 f,
                 "process 1 cannot be upgraded: the kernel kills the new master when process 1 exits"
@@ -539,10 +539,7 @@ impl std::fmt::Display for Error {
                 reason,
             } => {
                 let program = program.display();
-                write!(
-                    f,
-                    "cannot start a worker from {program}: cannot {step}: {reason}"
-                )
+                write!(f, "cannot start {program}: cannot {step}: {reason}")
             }
             Self::Listen {
                 address,
@@ -566,7 +563,7 @@ impl std::fmt::Display for Error {
             Self::ShutDown { address, outcome } => fmt_shut_down(f, address, outcome.as_ref()),
             Self::Misdirected { address, count } => write!(
                 f,
-                "a worker changed the selection among the shards of {address}: \
+                "another process changed the shard selection of {address}: \
                  {count} connections were closed"
             ),
             Self::Send { worker, reason } => {
@@ -614,7 +611,7 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "cannot start a worker from ./a: cannot execute it: why"
+            "cannot start ./a: cannot execute it: why"
         );
         assert!(error.source().is_none());
     }

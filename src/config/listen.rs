@@ -418,7 +418,7 @@ impl ListenOptions<UnixStream> {
     /// use cluster::ListenOptions;
     ///
     /// let options = ListenOptions::from(Path::new("app.sock"));
-    /// worker.listen(options.readable_all(true).writable_all(true))?;
+    /// let listener = worker.listen(options.readable_all(true).writable_all(true))?;
     /// # Ok(()) }
     /// ```
     #[doc(alias = "readableAll")]

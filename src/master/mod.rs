@@ -420,8 +420,8 @@ impl Master {
         self.shell.act();
     }
 
-    /// Disconnects all workers, and kills those that have not exited when the time `deadline` has
-    /// passed since the call.
+    /// Disconnects all workers, and kills those that have not exited by the deadline, which is
+    /// `timeout` after the call.
     ///
     /// Node has no counterpart: in Node, applications set a timer.
     ///
@@ -442,8 +442,8 @@ impl Master {
     /// })?;
     /// # Ok(()) }
     /// ```
-    pub fn disconnect_within(&self, deadline: Duration) {
-        self.shell.core_now().disconnect_all_within(deadline);
+    pub fn disconnect_within(&self, timeout: Duration) {
+        self.shell.core_now().disconnect_all_within(timeout);
         self.shell.act();
     }
 

@@ -34,8 +34,8 @@ impl Master {
     /// end of each master from which this one [receives](Self::receive_parked) connections, because
     /// it passes those connections on.
     ///
-    /// If the other master closes its end, or when the time `deadline` has passed since the call,
-    /// this master holds its connections again. If connections were waiting to be passed, it
+    /// If the other master closes its end, or when `timeout` has passed since the call, this master
+    /// holds its connections again. If connections were waiting to be passed, it
     /// reports an error ([`on_error`](Self::on_error)). A second call replaces the stream of the
     /// first one.
     ///
@@ -51,14 +51,14 @@ impl Master {
     /// use std::time::Duration;
     ///
     /// // The other master serves.
-    /// let deadline = Duration::from_secs(10);
-    /// master.pass_parked(successor, deadline)?;
-    /// master.disconnect_within(deadline);
+    /// let timeout = Duration::from_secs(10);
+    /// master.pass_parked(successor, timeout)?;
+    /// master.disconnect_within(timeout);
     /// # Ok(()) }
     /// ```
-    pub fn pass_parked(&self, successor: UnixStream, deadline: Duration) -> Result<()> {
+    pub fn pass_parked(&self, successor: UnixStream, timeout: Duration) -> Result<()> {
         self.event_loop.check_own()?;
-        self.shell.pass_parked(successor, deadline)
+        self.shell.pass_parked(successor, timeout)
     }
 
     /// Receives the idle connections that another master [passes](Self::pass_parked) to this one.

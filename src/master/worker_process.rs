@@ -239,15 +239,15 @@ impl WorkerProcess {
         self
     }
 
-    /// Requests the worker to disconnect, and kills it if it has not exited when the time
-    /// `deadline` has passed since the call. Returns this handle.
+    /// Requests the worker to disconnect, and kills it if it has not exited by the deadline, which
+    /// is `timeout` after the call. Returns this handle.
     ///
     /// Node has no counterpart: in Node, applications set a timer.
     ///
     /// Until the deadline, this method works like [`disconnect`](Self::disconnect). The signal is
     /// SIGKILL, which also ends a worker that loops or is stopped. Even then,
     /// [`exited_after_disconnect`](Self::exited_after_disconnect) returns `Some(true)`, unless the
-    /// channel had closed before a disconnect was requested. With a deadline of zero, the master
+    /// channel had closed before a disconnect was requested. With a timeout of zero, the master
     /// kills the worker in the next iteration of the loop. If several deadlines are set, the
     /// earliest one applies. A deadline cannot be revoked. Nothing happens if the process has
     /// already exited.
@@ -259,8 +259,8 @@ impl WorkerProcess {
     /// worker.disconnect_within(Duration::from_secs(2));
     /// # }
     /// ```
-    pub fn disconnect_within(&self, deadline: Duration) -> &Self {
-        self.update(|core| core.disconnect_within(self.id(), deadline));
+    pub fn disconnect_within(&self, timeout: Duration) -> &Self {
+        self.update(|core| core.disconnect_within(self.id(), timeout));
         self
     }
 

@@ -267,19 +267,19 @@ impl Worker {
         let last_wait = &self.inner.wait_state.last_wait;
         if last_wait.get().elapsed() >= CHECK_INTERVAL {
             last_wait.set(Instant::now());
-            shell.check_backlog();
+            shell.expect_backlog();
             if shell.service_channel()? {
                 return Ok(Attempt::Retry);
             }
             self.inner.wait_state.channel_checked();
         }
-        if !has_resumed || shell.is_turn_of_new() {
+        if !has_resumed || shell.is_new_next() {
             if shell.has_input(listener) {
                 if let Some(attempt) = self.accept_new_first(listener)? {
                     return Ok(attempt);
                 }
             } else {
-                shell.backlog_is_empty();
+                shell.mark_backlog_empty();
             }
         }
         Ok(shell.resume(listener).into())
@@ -332,8 +332,10 @@ impl Worker {
             Ok(Blocked::Accepted(accepted)) => Ok(Attempt::Received(accepted)),
             Ok(blocked @ (Blocked::Held | Blocked::Nothing)) => {
                 wait_state.interrupted();
+                // An interrupt does not prove that the backlog is empty. If it is not, `Turn` delays
+                // a new connection for at most `CHECK_INTERVAL`.
                 if let Blocked::Nothing = blocked {
-                    shell.backlog_is_empty();
+                    shell.mark_backlog_empty();
                 }
                 wait_state.last_wait.set(Instant::now());
                 Ok(Attempt::Retry)
@@ -450,7 +452,7 @@ impl Worker {
         let is_ready = shell.wait(event_loop.as_fd(), socket, limit)?;
         self.inner.wait_state.poller_reported(is_ready);
         self.inner.wait_state.last_wait.set(Instant::now());
-        shell.check_backlog();
+        shell.expect_backlog();
         Ok(())
     }
 }

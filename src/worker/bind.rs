@@ -74,7 +74,7 @@ impl Worker {
     /// Binds an address in this process, without the master.
     fn open_private(&self, endpoint: &Endpoint, bind_request: &BindRequest) -> io::Result<Opened> {
         let shell = &self.inner.shell;
-        if shell.core.borrow().is_disconnecting() {
+        if shell.core.borrow().closes_new_listeners() {
             let (kind, parking) = (endpoint.kind, bind_request.flags.parking);
             let id = shell.core.borrow_mut().listen_privately(kind, parking);
             return Ok(Opened { id, address: None });

@@ -1,6 +1,7 @@
 //! A client connection that the worker counts.
 
-use std::io::{self, Read, Write};
+use std::cell::Cell;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::rc::{Rc, Weak};
 
 use crate::sys;
 use crate::worker::guard::ConnectionGuard;
-use crate::worker::shell::{Origin, Registration};
+use crate::worker::shell::{Origin, Registration, StreamOptions};
 use crate::worker::{Inner, finish};
 
 /// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
@@ -46,6 +47,7 @@ pub struct Connection<S = TcpStream> {
     // worker, and through it the master, is notified.
     stream: S,
     counted: Counted,
+    options: Cell<StreamOptions>,
 }
 
 /// A guard that notifies the worker when its connection is dropped.
@@ -87,7 +89,12 @@ impl<S> Connection<S> {
     pub(super) fn new(stream: S, worker: &Rc<Inner>, origin: Origin) -> Self {
         let worker = Rc::downgrade(worker);
         let counted = Counted { worker, origin };
-        Self { stream, counted }
+        let options = Cell::new(StreamOptions::Unchanged);
+        Self {
+            stream,
+            counted,
+            options,
+        }
     }
 
     /// Returns the number of times that the application has received this connection, in any
@@ -162,7 +169,9 @@ impl<S> Connection<S> {
     /// # }
     /// ```
     pub fn into_parts(self) -> (S, ConnectionGuard) {
-        let Self { stream, counted } = self;
+        let Self {
+            stream, counted, ..
+        } = self;
         counted.unregister();
         let (worker, origin) = counted.disarm();
         let worker = worker.upgrade();
@@ -175,7 +184,8 @@ impl<S> Connection<S> {
 
 impl<S> Connection<S> {
     /// Returns whether the connection can be [parked](Self::park): it comes from a listener, and
-    /// the channel is open.
+    /// the channel is open. In a stop, the process that holds the connection may close it all the
+    /// same.
     ///
     /// Node has no counterpart.
     ///
@@ -229,7 +239,8 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// for [`set_max_connections`](crate::Listener::set_max_connections) again, and the stream
     /// blocks and has no timeouts, like a new one. Other socket options stay as they were. State
     /// that the application keeps for the connection, such as a TLS session, does not move with it.
-    /// Do not park a connection that has such state.
+    /// Do not park a connection that has such state, or of whose stream the application keeps a
+    /// copy.
     ///
     /// ```no_run
     /// # fn f(listener: cluster::Listener) -> cluster::Result<()> {
@@ -246,10 +257,14 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// # Ok(()) }
     /// ```
     pub fn park(self) {
-        let Self { stream, counted } = self;
+        let Self {
+            stream,
+            counted,
+            options,
+        } = self;
         let (worker, origin) = counted.disarm();
         if let Some(worker) = worker.upgrade() {
-            worker.shell.park(stream.into(), &origin);
+            worker.shell.park(stream.into(), &origin, options.get());
         }
     }
 }
@@ -322,7 +337,9 @@ impl<S: AsFd + 'static> Connection<S> {
                 return;
             }
         }
-        let Self { stream, counted } = self;
+        let Self {
+            stream, counted, ..
+        } = self;
         let (_, origin) = counted.disarm();
         worker.shell.linger(Box::new(stream), &origin, bytes_left);
     }
@@ -333,6 +350,7 @@ impl Connection<OwnedFd> {
         Connection {
             stream: self.stream.into(),
             counted: self.counted,
+            options: self.options,
         }
     }
 }
@@ -341,12 +359,14 @@ impl<S> Deref for Connection<S> {
     type Target = S;
 
     fn deref(&self) -> &S {
+        self.options.set(StreamOptions::Unknown);
         &self.stream
     }
 }
 
 impl<S: AsFd> AsFd for Connection<S> {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        self.options.set(StreamOptions::Unknown);
         self.stream.as_fd()
     }
 }
@@ -362,11 +382,19 @@ macro_rules! read_and_write_by_reference {
             fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
                 (&self.stream).read(buffer)
             }
+
+            fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+                (&self.stream).read_vectored(buffers)
+            }
         }
 
         impl Write for &Connection<$stream> {
             fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
                 (&self.stream).write(buffer)
+            }
+
+            fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+                (&self.stream).write_vectored(buffers)
             }
 
             fn flush(&mut self) -> io::Result<()> {
@@ -382,11 +410,19 @@ impl<S: Read> Read for Connection<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stream.read(buffer)
     }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.stream.read_vectored(buffers)
+    }
 }
 
 impl<S: Write> Write for Connection<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.write(buffer)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.stream.write_vectored(buffers)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -415,6 +451,45 @@ mod tests {
         // type inference would overflow here (E0275). See `read_and_write_by_reference`.
         let byte = read_byte(source)?;
         (&mut { source }).write_all(&[byte])
+    }
+
+    #[test]
+    fn only_access_to_the_stream_itself_can_change_options() {
+        fn has_access(use_connection: impl Fn(&mut Connection<UnixStream>)) -> bool {
+            let (stream, mut far) = UnixStream::pair().unwrap();
+            far.write_all(b"request").unwrap();
+            let mut connection = Connection {
+                stream,
+                counted: Counted {
+                    worker: Weak::new(),
+                    origin: Origin::default(),
+                },
+                options: Cell::new(StreamOptions::Unchanged),
+            };
+            use_connection(&mut connection);
+            connection.options.get() == StreamOptions::Unknown
+        }
+        assert!(!has_access(|connection| {
+            connection.read_exact(&mut [0]).unwrap();
+            connection.write_all(b"answer").unwrap();
+            copy_byte(&*connection).unwrap();
+        }));
+        assert!(!has_access(|connection| {
+            let [mut first, mut second] = [[0; 2]; 2];
+            let buffers = &mut [&mut first, &mut second].map(|buffer| IoSliceMut::new(buffer));
+            assert_eq!(connection.read_vectored(buffers).unwrap(), 4);
+            assert_eq!((&*connection).read_vectored(buffers).unwrap(), 3);
+            let buffers = [&b"an"[..], b"swer"].map(IoSlice::new);
+            assert_eq!(connection.write_vectored(&buffers).unwrap(), 6);
+            assert_eq!((&*connection).write_vectored(&buffers).unwrap(), 6);
+        }));
+        assert!(has_access(|connection| connection
+            .set_nonblocking(true)
+            .unwrap()));
+        assert!(has_access(|connection| {
+            sys::fd::set_nonblocking(connection.as_fd(), true).unwrap();
+        }));
+        assert!(has_access(|connection| drop(connection.try_clone())));
     }
 
     #[test]

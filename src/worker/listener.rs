@@ -37,6 +37,7 @@ use crate::worker::{Inner, Worker};
 /// }
 /// # Ok(()) }
 /// ```
+#[must_use = "without a callback, the listener closes when it is dropped"]
 #[derive(Debug)]
 pub struct Listener<S = TcpStream> {
     pub(super) worker: Rc<Inner>,

@@ -33,6 +33,7 @@ use crate::worker::{Inner, Worker};
 /// }
 /// # Ok(()) }
 /// ```
+#[must_use = "without a callback, the socket closes when it is dropped"]
 #[derive(Debug)]
 pub struct UdpSocket {
     /// The state that this value shares with the values that are passed to a callback. When the

@@ -264,7 +264,7 @@ fn listen_beyond_the_limit_is_an_error() {
             let error = worker.listen("127.0.0.1:0").unwrap_err();
             assert_eq!(error.raw_os_error(), Some(EMFILE), "{error}");
             drop(listeners);
-            worker.listen("127.0.0.1:0").unwrap();
+            drop(worker.listen("127.0.0.1:0").unwrap());
             let long = PathBuf::from("x".repeat(70_000));
             let error = worker.listen(&long).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(ENAMETOOLONG), "{error}");

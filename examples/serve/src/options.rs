@@ -88,10 +88,6 @@ const NAMES: [&str; 16] = [
 const MILLISECONDS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
 const BYTES: &[(&str, u64)] = &[("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30)];
 
-/// The time that a process has to start, in addition to `--readiness`. An upgrade fails if the new
-/// master's processes take longer. This is also a pool's default.
-const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
-
 #[derive(Debug, Default)]
 pub(crate) struct Options {
     pub(crate) listen: Vec<String>,
@@ -201,11 +197,7 @@ fn set_limit(pool: PoolOptions, name: &str, value: &str) -> Result<PoolOptions, 
     let error = |error: std::num::ParseIntError| error.to_string();
     Ok(match name {
         "workers" => pool.workers(value.parse::<NonZeroU16>().map_err(error)?.get().into()),
-        "readiness" => {
-            let readiness = parse_time(value)?;
-            pool.readiness(Readiness::Alive(readiness))
-                .startup_timeout(readiness.saturating_add(STARTUP_TIMEOUT))
-        }
+        "readiness" => pool.readiness(Readiness::Alive(parse_time(value)?)),
         "max-age" => pool.max_age(Some(parse_time(value)?)),
         "max-memory" => pool.max_memory(Some(
             parse_amount(value, BYTES).ok_or("not a size, such as 512K, 100M or 2G")?,

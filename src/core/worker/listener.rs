@@ -240,7 +240,7 @@ impl<F> WorkerCore<F> {
         parking: Parking,
     ) -> ListenerId {
         let listener = self.next_listener();
-        let is_late = self.is_disconnecting();
+        let is_late = self.closes_new_listeners();
         let entry = Entry {
             kind,
             key,

@@ -203,7 +203,7 @@ impl<F> WorkerCore<F> {
 
     /// Returns whether new listeners are closed from the start, because the worker is disconnecting
     /// or its channel is no longer open.
-    pub(crate) fn is_disconnecting(&self) -> bool {
+    pub(crate) fn closes_new_listeners(&self) -> bool {
         self.disconnect == Disconnect::Received || self.channel != ChannelState::Open
     }
 

@@ -106,7 +106,7 @@ impl Scene {
     fn application_step(&mut self, worker: WorkerId, is_signalled: bool) {
         let world = self.world();
         let process = world.process(worker);
-        if is_signalled && !process.core.is_disconnecting() {
+        if is_signalled && !process.core.closes_new_listeners() {
             // The signal's callback runs inside `accept`. The check above makes it run only once.
             process.core.disconnect();
             world.gather_from_worker(worker);

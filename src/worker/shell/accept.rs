@@ -90,7 +90,7 @@ impl WorkerShell {
                 Some(accepted)
             }
             None => {
-                self.backlog_is_empty();
+                self.mark_backlog_empty();
                 self.resume(listener)
             }
         })

@@ -12,7 +12,7 @@ mod sockets;
 mod std_listener;
 
 pub(crate) use accept::{Accepted, Blocked};
-pub(crate) use parked::{Origin, Registration};
+pub(crate) use parked::{Origin, Registration, StreamOptions};
 pub(crate) use sockets::{Socket, SocketOwner};
 
 use std::cell::{Cell, OnceCell, RefCell};

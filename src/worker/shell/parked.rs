@@ -42,6 +42,27 @@ pub(crate) enum Holder {
     Worker(ListenerId, Option<HandleId>),
 }
 
+/// Whether the application may have changed options of a connection's stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StreamOptions {
+    /// The application has only read and written, so the options are as after accept(2).
+    Unchanged,
+    /// The application has had access to the stream itself.
+    Unknown,
+}
+
+impl StreamOptions {
+    /// Gives the options of `connection` the values that they have after accept(2).
+    fn reset(self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        match self {
+            // In a worker that accepts itself, the three system calls would be an eighth of the cost
+            // of a request on a parked connection (`cargo bench -- keep_alive/cost`).
+            Self::Unchanged => Ok(()),
+            Self::Unknown => sys::socket::reset_options(connection),
+        }
+    }
+}
+
 /// The registrations that a resumed connection keeps while the application has it, so that parking
 /// it again costs less.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +97,7 @@ enum Checked {
 /// | any | the application receives a new connection | `Parked` |
 /// | `Parked` | a parked connection is resumed | `New` |
 /// | `New` | the backlog is found empty | `ParkedOnly` |
-/// | `ParkedOnly` | `check_backlog`, once per interval | `New` |
+/// | `ParkedOnly` | `expect_backlog`, once per interval | `New` |
 ///
 /// Without `ParkedOnly`, the worker would check the backlog for each request on a parked
 /// connection.
@@ -108,7 +129,8 @@ impl WorkerShell {
         self.detach(origin);
     }
 
-    /// Returns whether the connection would be held if the application parked it now.
+    /// Returns whether the worker can offer the connection to the process that holds it while it is
+    /// idle. That process may still close it, if the listener has closed.
     pub(crate) fn can_park(&self, origin: &Origin) -> bool {
         let has_holder = !matches!(origin.holder, Holder::None) || origin.held.is_some();
         has_holder && self.core.borrow().is_writable() && self.poller.is_own()
@@ -116,24 +138,32 @@ impl WorkerShell {
 
     /// Holds a connection until its client sends something, or gives the connection to the master,
     /// which then holds it.
-    pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin) {
+    pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin, options: StreamOptions) {
         self.fault("worker.before_park");
         match origin.holder {
-            Holder::Worker(listener, handle) => self.park_here(fd, origin, listener, handle),
-            Holder::Master(handle) => self.park_in_master(fd, origin, Some(handle)),
-            Holder::None => self.park_in_master(fd, origin, None),
+            Holder::Worker(listener, handle) => {
+                self.park_here(fd, origin, options, listener, handle);
+            }
+            Holder::Master(handle) => self.park_in_master(fd, origin, options, Some(handle)),
+            Holder::None => self.park_in_master(fd, origin, options, None),
         }
         self.fault("worker.after_park");
     }
 
-    fn park_in_master(&self, fd: OwnedFd, origin: &Origin, handle: Option<HandleId>) {
+    fn park_in_master(
+        &self,
+        fd: OwnedFd,
+        origin: &Origin,
+        options: StreamOptions,
+        handle: Option<HandleId>,
+    ) {
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
         // A forked child only closes its copy of the connection.
         let is_writable = core.is_writable() && self.poller.is_own();
         match (origin.held, handle) {
             // The master's copy shares the options that are reset here.
-            _ if sys::socket::reset_options(fd.as_fd()).is_err() || !is_writable => {
+            _ if options.reset(fd.as_fd()).is_err() || !is_writable => {
                 if let Some(connection) = origin.held {
                     core.detach(connection);
                 }
@@ -173,6 +203,7 @@ impl WorkerShell {
         &self,
         fd: OwnedFd,
         origin: &Origin,
+        options: StreamOptions,
         listener: ListenerId,
         handle: Option<HandleId>,
     ) {
@@ -180,7 +211,7 @@ impl WorkerShell {
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
         let parked = origin.parked.saturating_add(1);
-        let held = match sys::socket::reset_options(fd.as_fd()) {
+        let held = match options.reset(fd.as_fd()) {
             Ok(()) => core.hold(listener, handle, parked, self.now()),
             // The client has reset the connection.
             Err(_) => Held::Closed,
@@ -419,17 +450,17 @@ impl WorkerShell {
     }
 
     /// Returns whether a new connection comes before a parked one.
-    pub(crate) fn is_turn_of_new(&self) -> bool {
+    pub(crate) fn is_new_next(&self) -> bool {
         self.turn.get() == Turn::New
     }
 
     /// Records that the backlog was found empty.
-    pub(crate) fn backlog_is_empty(&self) {
+    pub(crate) fn mark_backlog_empty(&self) {
         self.turn.set(Turn::ParkedOnly);
     }
 
     /// Lets a new connection come before a parked one again, if the backlog was found empty before.
-    pub(crate) fn check_backlog(&self) {
+    pub(crate) fn expect_backlog(&self) {
         if self.turn.get() == Turn::ParkedOnly {
             self.turn.set(Turn::New);
         }

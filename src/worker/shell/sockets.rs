@@ -123,7 +123,7 @@ impl WorkerShell {
         owner: SocketOwner,
     ) -> io::Result<ListenerId> {
         let listener = self.core.borrow_mut().listen_privately(kind, parking);
-        if !self.core.borrow().is_disconnecting() {
+        if !self.core.borrow().closes_new_listeners() {
             let new = NewSocket {
                 fd: bound.socket,
                 file: bound.file,

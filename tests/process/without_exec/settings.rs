@@ -60,7 +60,7 @@ fn copy_runs_as_the_user_of_the_settings() {
             );
             assert_eq!(nix::unistd::getgroups().unwrap(), []);
             assert!(nix::unistd::setuid(Uid::from_raw(0)).is_err());
-            worker.listen("127.0.0.1:0").unwrap();
+            drop(worker.listen("127.0.0.1:0").unwrap());
         });
         let worker = master.fork().unwrap();
         worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));

@@ -70,7 +70,7 @@ impl World {
             (WorkerCall::ListenPrivately, _) if can_listen => {
                 let listener = process.core.listen_privately(Kind::Tcp, Parking::default());
                 process.listeners.push(listener);
-                if !process.core.is_disconnecting() {
+                if !process.core.closes_new_listeners() {
                     process.private.insert(listener, Port::new(endpoint(0)));
                 }
             }

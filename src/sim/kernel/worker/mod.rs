@@ -367,7 +367,7 @@ impl World {
         if let Some(limit) = process.limits.get(&listener) {
             let held = process.held.iter();
             let held = held.filter(|received| received.listener == listener);
-            let is_allowed = held.count() <= *limit || process.core.is_disconnecting();
+            let is_allowed = held.count() <= *limit || process.core.closes_new_listeners();
             assert!(is_allowed, "more connections than the application wants");
         }
         self.mark_served(client, parked, is_held);
