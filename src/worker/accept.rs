@@ -238,13 +238,18 @@ impl Worker {
 
     /// Returns whether the worker can wait in accept(2). The kernel then lets the waiting workers
     /// take strict turns. If the listener is draining, or if the worker also has callbacks or
-    /// watches, the method makes the listener non-blocking in all processes that have a copy.
+    /// watches, the method makes the listener non-blocking in all processes that have a copy. A
+    /// listener that serves only parked connections accepts nothing.
     fn may_block(&self, listener: ListenerId) -> Result<bool> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         if !shell.is_blocking(listener) {
             return Ok(false);
         }
         let core = shell.core.borrow();
+        // Leave the listener blocking for the workers that accept from it.
+        if core.is_serving_parked(listener) {
+            return Ok(false);
+        }
         let alone =
             !core.is_draining(listener) && !core.has_any_callback() && !event_loop.has_watches();
         drop(core);

@@ -7,6 +7,7 @@ use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
+use crate::wire::frame::Rest;
 
 /// The time between keeping new connections out of a backlog and treating the empty backlog as
 /// final. It applies to draining listeners that may have served connections, and to the shards of
@@ -33,6 +34,10 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_retained() {
             return self.pause(handle);
         }
+        self.end_for_busy(handle);
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
         let workers_accept = !listener.master_accepts();
         match listener.key.endpoint.kind {
             // Leave the key in place, so that a new worker can still have the socket. The socket
@@ -111,7 +116,7 @@ impl<C, F> MasterCore<C, F> {
                 self.unbind_if_drained(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                self.end_for_all(handle, false);
+                self.end_for_all(handle, Rest::ParkedIsServed);
                 self.unbind(handle);
             }
         }
@@ -137,7 +142,7 @@ impl<C, F> MasterCore<C, F> {
                 let shard = None;
                 self.actions.push_back(Action::Unblock { handle, shard });
                 for worker in self.serving(handle) {
-                    self.send_listener_closed(handle, worker, true);
+                    self.send_listener_closed(handle, worker, Rest::IsServed);
                 }
             }
         }
@@ -205,36 +210,56 @@ impl<C, F> MasterCore<C, F> {
 
 // Ending a listener for its workers.
 impl<C, F> MasterCore<C, F> {
-    pub(super) fn end_for_all(&mut self, handle: HandleId, drain: bool) {
+    /// Ends the listener for all workers that serve it.
+    pub(super) fn end_for_all(&mut self, handle: HandleId, rest: Rest) {
         for worker in self.serving(handle) {
-            self.end_for(handle, worker, drain);
+            self.end_for(handle, worker, rest);
         }
     }
 
-    /// Ends the listener for one worker that serves it. With `drain`, the worker serves its
-    /// remaining connections itself, because no other worker will go on serving the listener.
-    pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
+    /// Ends the listener for one worker that serves it. `rest` is what becomes of the connections
+    /// that its application has not received.
+    pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if !listener.members.end(worker) {
             return;
         }
-        match (listener.policy, drain) {
+        match (listener.policy, rest) {
             // Delay the end until handshakes in flight have completed, because only this worker can
             // accept the connections in its shard's backlog.
-            (SchedulingPolicy::Sharded, false) => {
+            (SchedulingPolicy::Sharded, Rest::GoesToOthers) => {
                 let time = self.now.saturating_add(DRAIN_GRACE);
                 listener.departing.insert((time, worker));
                 return self.select_shards(handle);
             }
-            (SchedulingPolicy::RoundRobin, false) => {
+            (SchedulingPolicy::RoundRobin, Rest::GoesToOthers) => {
                 listener.dispatcher.end(worker);
                 self.reclaim_all(handle, worker);
             }
             _ => listener.dispatcher.end(worker),
         }
-        self.send_listener_closed(handle, worker, drain);
+        self.send_listener_closed(handle, worker, rest);
+    }
+
+    /// Notifies the workers for which the listener has already ended that no other worker will serve
+    /// it. Such a worker may have been busy since then, and still hold connections of clients that
+    /// have sent something meanwhile.
+    fn end_for_busy(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get(&handle) else {
+            return;
+        };
+        if listener.master_accepts() {
+            return;
+        }
+        let departing = &listener.departing;
+        let serves_shard = |worker: &WorkerId| departing.iter().any(|(_, other)| other == *worker);
+        let busy = listener.members.ended();
+        let busy: Vec<_> = busy.filter(|worker| !serves_shard(worker)).collect();
+        for worker in busy {
+            self.send_listener_closed(handle, worker, Rest::ParkedIsServed);
+        }
     }
 }
 
@@ -242,7 +267,8 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Closes the listener. Workers remain its members until they release it.
     pub(super) fn unbind(&mut self, handle: HandleId) {
-        self.end_for_all(handle, true);
+        self.end_for_busy(handle);
+        self.end_for_all(handle, Rest::IsServed);
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.stage != Stage::Unbound {
                 listener.stage = Stage::Unbound;
@@ -299,7 +325,7 @@ impl<C, F> MasterCore<C, F> {
         let shard = None;
         self.actions.push_back(Action::Unblock { handle, shard });
         for (_, worker) in departing.iter() {
-            self.send_listener_closed(handle, worker, true);
+            self.send_listener_closed(handle, worker, Rest::IsServed);
         }
     }
 }

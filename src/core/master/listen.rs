@@ -14,7 +14,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::Bound;
+use crate::wire::frame::{Bound, Rest};
 
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.
@@ -290,7 +290,7 @@ impl<C, F> MasterCore<C, F> {
             entry.joined(handle, |other| listeners.contains_key(&other));
         }
         for worker in relieved {
-            self.end_for(handle, worker, false);
+            self.end_for(handle, worker, Rest::GoesToOthers);
         }
         let attachment = match bound.policy {
             SchedulingPolicy::RoundRobin => Attachment::Queue(handle),

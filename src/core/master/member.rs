@@ -89,6 +89,13 @@ impl Members {
         serving.map(|(worker, _)| *worker)
     }
 
+    /// Returns the workers for which the listener has ended, and whose applications still have it.
+    pub(super) fn ended(&self) -> impl Iterator<Item = WorkerId> + '_ {
+        let has_ended = |member: &Member| member.state == State::Ended && member.is_listening;
+        let ended = self.0.iter().filter(move |(_, member)| has_ended(member));
+        ended.map(|(worker, _)| *worker)
+    }
+
     /// Returns whether any worker serves the listener.
     pub(super) fn is_served(&self) -> bool {
         self.serving().next().is_some()

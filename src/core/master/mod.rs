@@ -72,7 +72,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, ToWorker};
+use crate::wire::frame::{Bound, Rest, ToWorker};
 pub(crate) use accept::ACCEPT_BATCH;
 pub(crate) use action::{Action, Attachment};
 use detached::DetachedEntry;
@@ -193,11 +193,10 @@ impl<C, F> MasterCore<C, F> {
         self.reply(worker, request, Err(errno), Attachment::None);
     }
 
-    /// Notifies a worker that it receives no new connections from a listener. With `drain`, the
-    /// worker still serves the connections that are already in the listener's backlog or in the
-    /// worker's queue.
-    fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, drain: bool) {
-        let frame = ToWorker::ListenerClosed { handle, drain };
+    /// Notifies a worker that it receives no new connections from a listener. `rest` is what becomes
+    /// of the connections that its application has not received.
+    fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
+        let frame = ToWorker::ListenerClosed { handle, rest };
         self.send(worker, frame, Attachment::None);
     }
 

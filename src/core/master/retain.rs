@@ -9,6 +9,7 @@ use crate::types::address::Address;
 use crate::types::endpoint::{Endpoint, Kind, Place, abstract_name};
 use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
+use crate::wire::frame::Rest;
 
 impl<C, F> MasterCore<C, F> {
     /// Retains an existing listener on this endpoint, and returns it.
@@ -183,7 +184,7 @@ impl<C, F> MasterCore<C, F> {
                 self.resume_if_served(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                self.end_for_all(handle, false);
+                self.end_for_all(handle, Rest::GoesToOthers);
             }
         }
     }
@@ -200,7 +201,7 @@ impl<C, F> MasterCore<C, F> {
         }
         if listener.dispatcher.in_flight() == 0 {
             listener.stage = Stage::Open;
-            self.end_for_all(handle, true);
+            self.end_for_all(handle, Rest::IsServed);
         } else {
             self.count_queues(handle);
         }

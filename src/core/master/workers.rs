@@ -14,7 +14,7 @@ use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::ToWorker;
+use crate::wire::frame::{Rest, ToWorker};
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///
@@ -453,7 +453,7 @@ impl<C, F> MasterCore<C, F> {
                 self.begin_drain(handle);
             } else {
                 for worker in disconnecting.iter() {
-                    self.end_for(handle, worker, false);
+                    self.end_for(handle, worker, Rest::GoesToOthers);
                 }
             }
         }

@@ -212,7 +212,11 @@ impl<F> WorkerCore<F> {
             // A pause loses no connections, because those in the queue wait there until a
             // descriptor is available.
             Stage::Draining(_) => entry.has_queue() && self.backing_off,
-            Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => false,
+            Stage::Requested
+            | Stage::Abandoned
+            | Stage::Failed(_)
+            | Stage::ServingParked(_)
+            | Stage::Closed => false,
         }
     }
 

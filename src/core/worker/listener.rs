@@ -14,7 +14,7 @@ use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
-use crate::wire::frame::{Bound, ToMaster};
+use crate::wire::frame::{Bound, Rest, ToMaster};
 
 /// Identifies a listener of this worker. The number is reused only after the listener's entry has
 /// been removed.
@@ -36,11 +36,13 @@ pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 /// | `Requested` | `close`, `forget`, or the worker disconnects | `Abandoned` |
 /// | `Abandoned` | reply | removed, and released if it was bound |
 /// | `Open` | the master ends and drains it, or the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
-/// | `Open`, `Draining` | `close`, `forget`, or the master ends it without a drain | `Closed` |
+/// | `Open` | the master ends it, and no other worker serves the idle clients that have sent something | `ServingParked`; `Closed` if there are none |
+/// | `ServingParked` | the application has received the last of their connections | `Closed` |
+/// | `Open`, `Draining`, `ServingParked` | `close`, `forget`, or the master ends it, and other workers serve on | `Closed` |
 /// | all but `Failed` | the channel closes | `Closed` |
 ///
-/// The payload of `Open` and `Draining` is the master's handle of the listener. Private listeners
-/// have no handle.
+/// The payload of `Open`, `Draining` and `ServingParked` is the master's handle of the listener.
+/// Private listeners have no handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     Requested,
@@ -52,6 +54,8 @@ pub(super) enum Stage {
     /// The listener receives no new connections. The application can still accept those in the
     /// backlog or queue.
     Draining(Option<HandleId>),
+    /// The application can still receive the parked connections whose clients have sent something.
+    ServingParked(Option<HandleId>),
     Closed,
 }
 
@@ -104,13 +108,16 @@ pub(super) struct Entry {
 impl Entry {
     pub(super) fn handle(&self) -> Option<HandleId> {
         match self.stage {
-            Stage::Open(handle) | Stage::Draining(handle) => handle,
+            Stage::Open(handle) | Stage::Draining(handle) | Stage::ServingParked(handle) => handle,
             Stage::Requested | Stage::Abandoned | Stage::Failed(_) | Stage::Closed => None,
         }
     }
 
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.stage, Stage::Open(_) | Stage::Draining(_))
+        matches!(
+            self.stage,
+            Stage::Open(_) | Stage::Draining(_) | Stage::ServingParked(_)
+        )
     }
 
     pub(super) fn has_callback(&self) -> bool {
@@ -134,9 +141,11 @@ impl<F> WorkerCore<F> {
             Some(entry) => match entry.stage {
                 Stage::Requested => ListenStatus::Pending,
                 Stage::Failed(errno) => ListenStatus::Failed(errno),
-                Stage::Open(_) | Stage::Draining(_) | Stage::Abandoned | Stage::Closed => {
-                    ListenStatus::Done(entry.address)
-                }
+                Stage::Open(_)
+                | Stage::Draining(_)
+                | Stage::ServingParked(_)
+                | Stage::Abandoned
+                | Stage::Closed => ListenStatus::Done(entry.address),
             },
             // The listener was abandoned, and the reply has removed it.
             None => ListenStatus::Done(None),
@@ -147,9 +156,12 @@ impl<F> WorkerCore<F> {
     pub(crate) fn has_ended(&self, listener: ListenerId) -> bool {
         match self.listeners.get(&listener) {
             Some(entry) => match entry.stage {
-                // A draining listener has not ended, because it closes only when `accept` finds it
-                // empty.
-                Stage::Requested | Stage::Open(_) | Stage::Draining(_) => false,
+                // A listener in the last two of these stages has not ended, because it closes only when
+                // `accept` finds no connection.
+                Stage::Requested
+                | Stage::Open(_)
+                | Stage::Draining(_)
+                | Stage::ServingParked(_) => false,
                 Stage::Failed(_) | Stage::Abandoned | Stage::Closed => true,
             },
             None => true,
@@ -190,6 +202,13 @@ impl<F> WorkerCore<F> {
 }
 
 impl<F> WorkerCore<F> {
+    /// Returns whether the listener accepts nothing more, and ends when the application has
+    /// received the parked connections whose clients have sent something.
+    pub(crate) fn is_serving_parked(&self, listener: ListenerId) -> bool {
+        let entry = self.listeners.get(&listener);
+        entry.is_some_and(|entry| matches!(entry.stage, Stage::ServingParked(_)))
+    }
+
     /// Requests a listener, or a datagram socket, from the master.
     pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
         let used = self
@@ -290,7 +309,11 @@ impl<F> WorkerCore<F> {
         let is_abandoned = match entry.stage {
             Stage::Requested => false,
             Stage::Abandoned => true,
-            Stage::Failed(_) | Stage::Open(_) | Stage::Draining(_) | Stage::Closed => {
+            Stage::Failed(_)
+            | Stage::Open(_)
+            | Stage::Draining(_)
+            | Stage::ServingParked(_)
+            | Stage::Closed => {
                 return Err(FrameError::Violation(Violation::RepeatedReply));
             }
         };
@@ -339,7 +362,7 @@ impl<F> WorkerCore<F> {
             // Do not release the key's index yet, because the master may already have bound a
             // listener under it. The reply releases the index.
             Stage::Requested => entry.stage = Stage::Abandoned,
-            Stage::Open(handle) | Stage::Draining(handle) => {
+            Stage::Open(handle) | Stage::Draining(handle) | Stage::ServingParked(handle) => {
                 entry.stage = Stage::Closed;
                 // Begin to send the parked connections to the master before the listener is
                 // released, because the master may no longer have the listener afterwards.
@@ -379,6 +402,56 @@ impl<F> WorkerCore<F> {
         }
         self.idle_leave(Some(listener));
         self.notify_ready(listener);
+    }
+
+    /// Ends a listener that this worker no longer accepts from, although no other worker serves it.
+    /// The application still serves the parked connections whose clients have sent something.
+    fn serve_parked(&mut self, listener: ListenerId) {
+        let Some(entry) = self.listeners.get_mut(&listener) else {
+            return;
+        };
+        // A draining listener serves these connections anyway.
+        if let Stage::Open(handle) = entry.stage {
+            entry.stage = Stage::ServingParked(handle);
+            self.idle_leave(Some(listener));
+            self.notify_ready(listener);
+            self.close_if_served(listener);
+        }
+    }
+
+    /// Closes a listener that serves only parked connections, if the application has received them.
+    pub(crate) fn close_if_served(&mut self, listener: ListenerId) {
+        if self.is_serving_parked(listener) && !self.has_resumed(listener) {
+            self.close(listener);
+        }
+    }
+
+    /// Processes the master's report that the listener has ended for this worker.
+    pub(super) fn ended(&mut self, handle: HandleId, rest: Rest) {
+        let Some(listener) = self.by_handle(handle) else {
+            return;
+        };
+        self.ending.retain(|other| *other != listener);
+        match rest {
+            Rest::GoesToOthers => self.ending.push(listener),
+            Rest::IsServed => self.drain(listener),
+            Rest::ParkedIsServed => self.serve_parked(listener),
+        }
+    }
+
+    /// Closes the listeners that other workers serve on. The shell calls this when it has processed
+    /// all frames that have arrived. If the worker was busy for a while, a later one of these frames
+    /// may report that no other worker serves the listener any more.
+    pub(crate) fn frames_processed(&mut self) {
+        for listener in std::mem::take(&mut self.ending) {
+            self.close(listener);
+        }
+    }
+
+    /// Returns whether `frames_processed` has listeners to close.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn has_ending(&self) -> bool {
+        !self.ending.is_empty()
     }
 
     pub(super) fn by_handle(&self, handle: HandleId) -> Option<ListenerId> {

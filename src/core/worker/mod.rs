@@ -134,6 +134,8 @@ pub(crate) struct WorkerCore<F> {
     empty_at_park: Option<ListenerId>,
     last_listener: u32,
     listeners: SortedMap<ListenerId, Entry>,
+    /// The listeners that other workers serve on, until `frames_processed` closes them.
+    ending: Vec<ListenerId>,
     /// The indices in use for each requested endpoint. An index distinguishes this worker's
     /// listeners on the same endpoint.
     indices: SortedMap<Endpoint, OrderedSet<u32>>,
@@ -162,6 +164,7 @@ impl<F> WorkerCore<F> {
             empty_at_park: None,
             last_listener: 0,
             listeners: SortedMap::new(),
+            ending: Vec::new(),
             indices: SortedMap::new(),
             open_connections: 0,
             may_have_streams: false,
@@ -365,15 +368,7 @@ impl<F> WorkerCore<F> {
             ToWorker::Reply { request, result } => {
                 return self.replied(ListenerId(request), result);
             }
-            ToWorker::ListenerClosed { handle, drain } => {
-                if let Some(listener) = self.by_handle(handle) {
-                    if drain {
-                        self.drain(listener);
-                    } else {
-                        self.close(listener);
-                    }
-                }
-            }
+            ToWorker::ListenerClosed { handle, rest } => self.ended(handle, rest),
             ToWorker::Disconnect => self.disconnect_received(),
             // The connection did not arrive, because this process had no free descriptor. The
             // kernel has closed it, which disconnected the client. (For an `Adopt` with its
@@ -403,6 +398,7 @@ impl<F> WorkerCore<F> {
                 | Stage::Abandoned
                 | Stage::Failed(_)
                 | Stage::Draining(_)
+                | Stage::ServingParked(_)
                 | Stage::Closed => {}
             }
         }

@@ -16,7 +16,7 @@
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
 //!              holds too many connections
-//! Idle         the listener drains                                            Leaving
+//! Idle         the listener drains, or serves only parked connections          Leaving
 //! Idle, Ready  the listener closes                                            Leaving
 //! Leaving      the shell sends the connection to the master                   (removed)
 //! any          the channel closes                                             (removed)
@@ -409,7 +409,7 @@ mod tests {
     use super::*;
     use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
     use crate::types::policy::SchedulingPolicy;
-    use crate::wire::frame::{Bound, ToMaster, ToWorker};
+    use crate::wire::frame::{Bound, Rest, ToMaster, ToWorker};
 
     type Core = WorkerCore<()>;
 
@@ -539,7 +539,7 @@ mod tests {
         let (mut core, listener) = shared_with(parking);
         core.frame(ToWorker::Disconnect).unwrap();
         assert!(core.holds_silent(listener), "a silent client delays others");
-        listener_closed(&mut core, true);
+        listener_closed(&mut core, &[Rest::IsServed]);
         assert!(!core.holds_silent(listener));
         let (core, listener) = shared_with(Parking::default());
         assert!(!core.holds_silent(listener));
@@ -591,12 +591,14 @@ mod tests {
         assert_eq!(core.next_surplus(), None);
     }
 
-    fn listener_closed(core: &mut Core, drain: bool) {
-        let frame = ToWorker::ListenerClosed {
-            handle: HANDLE,
-            drain,
-        };
-        core.frame(frame).unwrap();
+    /// Lets the worker process a `ListenerClosed` frame for each of `rests` at a time.
+    fn listener_closed(core: &mut Core, rests: &[Rest]) {
+        for &rest in rests {
+            let handle = HANDLE;
+            let frame = ToWorker::ListenerClosed { handle, rest };
+            core.frame(frame).unwrap();
+        }
+        core.frames_processed();
     }
 
     #[test]
@@ -613,7 +615,7 @@ mod tests {
         let again = idle(&mut core, listener, 3);
         // No other worker serves the listener, so this worker serves the client that has asked.
         core.data_arrived(resumed);
-        listener_closed(&mut core, true);
+        listener_closed(&mut core, &[Rest::IsServed]);
         assert!(actions(&mut core).contains(&Action::SendLeaving));
         let left = leaving(&mut core);
         assert!(
@@ -638,8 +640,53 @@ mod tests {
         let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
         core.frame(ToWorker::Disconnect).unwrap();
         core.data_arrived(resumed);
-        listener_closed(&mut core, false);
+        listener_closed(&mut core, &[Rest::GoesToOthers]);
         assert_eq!(leaving(&mut core), [(resumed, 1), (other, 2)]);
+    }
+
+    #[test]
+    fn worker_that_was_busy_serves_the_clients_that_no_other_worker_will_serve() {
+        let (mut core, listener) = shared(60);
+        let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        core.frame(ToWorker::Disconnect).unwrap();
+        core.data_arrived(resumed);
+        listener_closed(&mut core, &[Rest::GoesToOthers, Rest::ParkedIsServed]);
+        assert_eq!(leaving(&mut core), [(other, 2)]);
+        assert!(core.is_serving_parked(listener) && !core.has_ended(listener));
+        core.close_if_served(listener);
+        assert!(!core.has_ended(listener), "a client waits");
+        assert_eq!(core.next_resumed(listener), Some((resumed, 1)));
+        assert!(matches!(
+            core.hold(listener, Some(HANDLE), 2, NOW),
+            Held::Leaving(_)
+        ));
+        core.close_if_served(listener);
+        assert!(core.has_ended(listener));
+        let release = ToMaster::Release { handle: HANDLE };
+        assert!(actions(&mut core).contains(&Action::Send(release)));
+    }
+
+    #[test]
+    fn listener_without_waiting_clients_closes_at_once() {
+        for rests in [
+            &[Rest::ParkedIsServed][..],
+            &[Rest::GoesToOthers, Rest::ParkedIsServed],
+        ] {
+            let (mut core, listener) = shared(60);
+            let idle_one = idle(&mut core, listener, 1);
+            core.frame(ToWorker::Disconnect).unwrap();
+            listener_closed(&mut core, rests);
+            assert_eq!(leaving(&mut core), [(idle_one, 1)]);
+            assert!(core.has_ended(listener));
+        }
+    }
+
+    #[test]
+    fn draining_listener_goes_on_when_no_other_worker_serves_it() {
+        let (mut core, listener) = shared(60);
+        core.frame(ToWorker::Disconnect).unwrap();
+        listener_closed(&mut core, &[Rest::IsServed, Rest::ParkedIsServed]);
+        assert!(core.is_draining(listener));
     }
 
     #[test]

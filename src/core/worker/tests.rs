@@ -4,7 +4,7 @@ use crate::types::endpoint::{BindFlags, Kind, Parking, Place};
 use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
-use crate::wire::frame::Bound;
+use crate::wire::frame::{Bound, Rest};
 
 type Core = WorkerCore<()>;
 
@@ -234,8 +234,8 @@ fn disconnecting_worker_ignores_its_connection_limit() {
     assert!(!accepts(&mut core, listener));
     core.frame(ToWorker::Disconnect).unwrap();
     assert!(accepts(&mut core, listener));
-    let (handle, drain) = (HANDLE, true);
-    core.frame(ToWorker::ListenerClosed { handle, drain })
+    let (handle, rest) = (HANDLE, Rest::IsServed);
+    core.frame(ToWorker::ListenerClosed { handle, rest })
         .unwrap();
     assert!(accepts(&mut core, listener), "for the last connections");
     assert!(!core.has_ended(listener));
@@ -294,8 +294,8 @@ fn park_that_finds_the_queue_empty_replaces_the_next_attempt_unless_the_queue_dr
     assert!(core.take_empty_at_park(id));
     assert!(!core.take_empty_at_park(id), "only once");
     core.found_empty_at_park(id);
-    let (handle, drain) = (HANDLE, true);
-    let closed = ToWorker::ListenerClosed { handle, drain };
+    let (handle, rest) = (HANDLE, Rest::IsServed);
+    let closed = ToWorker::ListenerClosed { handle, rest };
     core.frame(closed).unwrap();
     assert!(!core.take_empty_at_park(id), "draining");
 }

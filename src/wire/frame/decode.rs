@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use super::{Bound, ToMaster, ToWorker, kind};
+use super::{Bound, Rest, ToMaster, ToWorker, kind};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
 use crate::types::handle::{HandleId, HandleKey};
@@ -101,7 +101,7 @@ fn decode_reply(body: &mut Body<'_>) -> Option<ToWorker> {
 fn decode_listener_closed(body: &mut Body<'_>) -> Option<ToWorker> {
     Some(ToWorker::ListenerClosed {
         handle: body.handle()?,
-        drain: body.bool()?,
+        rest: body.rest()?,
     })
 }
 
@@ -117,13 +117,6 @@ impl Body<'_> {
     }
     fn u8(&mut self) -> Option<u8> {
         self.array().map(|[byte]| byte)
-    }
-    fn bool(&mut self) -> Option<bool> {
-        match self.u8()? {
-            0 => Some(false),
-            1 => Some(true),
-            _ => None,
-        }
     }
     fn u16(&mut self) -> Option<u16> {
         self.array().map(u16::from_le_bytes)
@@ -213,6 +206,14 @@ impl Body<'_> {
     /// Returns the body of a frame that carries an idle connection.
     fn parked(&mut self) -> Option<(HandleId, u32)> {
         Some((self.handle()?, self.u32()?))
+    }
+    fn rest(&mut self) -> Option<Rest> {
+        match self.u8()? {
+            0 => Some(Rest::GoesToOthers),
+            1 => Some(Rest::IsServed),
+            2 => Some(Rest::ParkedIsServed),
+            _ => None,
+        }
     }
     fn policy(&mut self) -> Option<SchedulingPolicy> {
         match self.u8()? {

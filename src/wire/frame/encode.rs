@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::header::HEADER;
-use super::{ToMaster, ToWorker, kind};
+use super::{Rest, ToMaster, ToWorker, kind};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::handle::HandleId;
@@ -64,10 +64,14 @@ pub(super) fn to_worker(frame: &ToWorker, fds: usize, out: &mut Vec<u8>) {
                 Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
             }
         }),
-        ToWorker::ListenerClosed { handle, drain } => {
+        ToWorker::ListenerClosed { handle, rest } => {
             put_frame(out, kind::LISTENER_CLOSED, fds, |out| {
                 put_handle(out, *handle);
-                out.push(u8::from(*drain));
+                out.push(match rest {
+                    Rest::GoesToOthers => 0,
+                    Rest::IsServed => 1,
+                    Rest::ParkedIsServed => 2,
+                });
             });
         }
         ToWorker::Disconnect => put_frame(out, kind::DISCONNECT, fds, |_| {}),

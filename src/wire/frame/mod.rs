@@ -59,7 +59,7 @@
 //!                            handle 4, policy 1,
 //!                            address                  1
 //!  65   Reply, failure       request 4, errno 4       0
-//!  66   ListenerClosed       handle 4, drain 1        0
+//!  66   ListenerClosed       handle 4, rest 1         0
 //!  67   Disconnect                                    0
 //!  68   Adopt                handle 4, parked 4       1
 //! 127   Message              application's bytes      0 to 16
@@ -202,9 +202,7 @@ pub(crate) enum ToWorker {
     /// Reports that the listener yields no new connections to the worker.
     ListenerClosed {
         handle: HandleId,
-        /// Whether the worker must first accept the listener's remaining connections, because no
-        /// other worker can serve them.
-        drain: bool,
+        rest: Rest,
     },
     /// Requests that the worker disconnect once all its listeners and their connections are closed.
     Disconnect,
@@ -216,6 +214,20 @@ pub(crate) enum ToWorker {
         parked: u32,
     },
     Message(Vec<u8>),
+}
+
+/// What becomes of a listener's connections that the worker's application has not received, when
+/// the listener ends for the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rest {
+    /// Other workers serve the listener. The worker's parked connections go to them.
+    GoesToOthers,
+    /// The worker serves all of them, because no other worker can: those in its backlog or queue,
+    /// and the parked ones whose clients have sent something.
+    IsServed,
+    /// The worker serves only the parked ones whose clients have sent something. No other worker
+    /// will serve the listener, but the backlog is not the worker's concern.
+    ParkedIsServed,
 }
 
 /// A frame type for one direction of a channel.

@@ -154,10 +154,18 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
         (
             ToWorker::ListenerClosed {
                 handle: H,
-                drain: true,
+                rest: Rest::IsServed,
             },
             0,
             vec![5, 0, 0, 0, 3, 66, 0, 0, 4, 3, 2, 1, 1],
+        ),
+        (
+            ToWorker::ListenerClosed {
+                handle: H,
+                rest: Rest::ParkedIsServed,
+            },
+            0,
+            vec![5, 0, 0, 0, 3, 66, 0, 0, 4, 3, 2, 1, 2],
         ),
         (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 3, 67, 0, 0]),
         (

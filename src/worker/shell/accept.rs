@@ -74,9 +74,19 @@ impl Arrived {
 impl WorkerShell {
     /// Returns the next connection of the listener without waiting: a new connection, or a parked
     /// one whose client has sent something. If there are both, they take turns. On a draining
-    /// listener, the parked ones come first, because the listener closes when it is found empty.
+    /// listener, the parked ones come first, because the listener closes when it is found empty. If
+    /// the listener serves only parked ones, nothing is accepted.
     pub(crate) fn try_next(&self, listener: ListenerId) -> Result<Option<Accepted>> {
         let core = self.core.borrow();
+        if core.is_serving_parked(listener) {
+            drop(core);
+            let resumed = self.resume(listener);
+            if resumed.is_none() {
+                self.core.borrow_mut().close_if_served(listener);
+                self.act();
+            }
+            return Ok(resumed);
+        }
         let resumes = core.has_resumed(listener)
             && (self.turn.get() != Turn::New || core.is_draining(listener));
         drop(core);

@@ -117,6 +117,8 @@ impl WorkerShell {
             Received::Data => {
                 self.fault("worker.after_read");
                 while self.process_frame() {}
+                self.core.borrow_mut().frames_processed();
+                self.act();
             }
             Received::EndOfFile => self.channel_closed(),
             Received::Nothing => {}

@@ -1,12 +1,13 @@
 //! Tests requests on connections that workers hold when all workers, or one of them, are stopped.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
 use std::time::Instant;
 
 use cluster::pool::Pool;
-use cluster::{Connection, Master, Worker, WorkerProcess};
+use cluster::{Connection, ListenOptions, Master, Worker, WorkerProcess};
 
-use super::disconnect;
+use super::{disconnect, only};
 use crate::harness::{cluster, for_all_policies, in_background, when, when_listening};
 use crate::parked::{CLOSE, Client, PARK, answer, with_clients};
 use crate::pool::quick;
@@ -14,6 +15,8 @@ use crate::pool::quick;
 crate::scenarios! {
     pool_stop_serves_requests_that_have_arrived
     workers_that_disconnect_together_serve_requests_that_have_arrived
+    worker_that_was_busy_when_the_last_others_disconnected_serves_its_clients
+    workers_of_a_borrowed_descriptor_serve_requests_that_have_arrived
     idle_connections_of_a_worker_that_kills_itself_stay_open
 }
 
@@ -24,13 +27,17 @@ const BUSY: u8 = b'b';
 const KILL: u8 = b'k';
 
 fn serve(worker: Worker) {
-    for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+    serve_on(&worker, "127.0.0.1:0".into());
+}
+
+fn serve_on(worker: &Worker, options: ListenOptions) {
+    for connection in worker.listen(options).unwrap().incoming() {
         let mut connection = connection.unwrap();
         let mut next = [0];
         if connection.peek(&mut next).is_ok_and(|length| length == 1) && next[0] == BUSY {
             wait_for_request(&mut connection);
         }
-        answer(&worker, connection);
+        answer(worker, connection);
         if next[0] == KILL {
             worker.kill();
         }
@@ -130,6 +137,44 @@ fn workers_that_disconnect_together_serve_requests_that_have_arrived() {
         cluster(
             |master| with_clients(master, WORKERS as usize, ask_busy_workers, then),
             serve,
+        );
+    });
+}
+
+fn worker_that_was_busy_when_the_last_others_disconnected_serves_its_clients() {
+    let then = |master: &Master, clients| {
+        stop_busy_workers(master, clients, |master| {
+            // When the first worker disconnects, the others still serve its listener.
+            only(master, 1).disconnect();
+            master.disconnect();
+        });
+    };
+    for_all_policies(|| {
+        cluster(
+            |master| with_clients(master, WORKERS as usize, ask_busy_workers, then),
+            serve,
+        );
+    });
+}
+
+fn workers_of_a_borrowed_descriptor_serve_requests_that_have_arrived() {
+    let then = |master: &Master, clients| stop_busy_workers(master, clients, Master::disconnect);
+    for_all_policies(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        cluster(
+            |master| {
+                let number = listener.as_raw_fd().to_string();
+                when_listening(master, WORKERS as usize, move |master, address| {
+                    in_background(master, move || ask_busy_workers(address), then);
+                });
+                for _ in 0..WORKERS {
+                    master.fork_with([("FD", &number)]).unwrap();
+                }
+            },
+            |worker| {
+                let number = std::env::var("FD").unwrap().parse().unwrap();
+                serve_on(&worker, ListenOptions::fd(number));
+            },
         );
     });
 }

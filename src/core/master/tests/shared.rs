@@ -71,7 +71,7 @@ fn workers_that_disconnect_together_drain_together() {
     core.disconnect_workers(&workers);
     let end_frame = ToWorker::ListenerClosed {
         handle,
-        drain: true,
+        rest: Rest::IsServed,
     };
     let ends = |core: &mut Core| {
         let mut sent = actions(core);
@@ -82,6 +82,64 @@ fn workers_that_disconnect_together_drain_together() {
     let end = core.deadline().unwrap();
     core.tick(end);
     assert_eq!(ends(&mut core), workers.len());
+}
+
+/// Returns the workers that are told to serve the connections that they have parked, although their
+/// listener has ended.
+fn told_to_serve_parked(core: &mut Core, handle: HandleId) -> Vec<WorkerId> {
+    let rest = Rest::ParkedIsServed;
+    let expected = ToWorker::ListenerClosed { handle, rest };
+    let sent = actions(core).into_iter().filter_map(|action| match action {
+        Action::Send { worker, frame, .. } if frame == expected => Some(worker),
+        _ => None,
+    });
+    sent.collect()
+}
+
+#[test]
+fn worker_that_was_busy_during_a_stop_serves_its_parked_connections() {
+    for policy in [SchedulingPolicy::Shared, SchedulingPolicy::Sharded] {
+        let mut core = Core::new(policy);
+        let workers = [(); 4].map(|()| online(&mut core));
+        let handle = HandleId(1);
+        for worker in workers {
+            request(&mut core, worker, port(80));
+            if worker == workers[0] {
+                core.bound(handle, Ok(None));
+            } else if policy == SchedulingPolicy::Sharded {
+                core.shard_bound(handle, worker, 1, Ok(()));
+            }
+            core.frame(worker, ToMaster::Listening { handle });
+        }
+        let [busy, idle, last, late] = workers;
+        core.disconnect(busy);
+        core.disconnect(idle);
+        if let Some(end) = core.deadline() {
+            core.tick(end);
+        }
+        core.frame(idle, ToMaster::Release { handle });
+        core.disconnect(late);
+        assert_eq!(told_to_serve_parked(&mut core, handle), []);
+        core.disconnect(last);
+        let told = told_to_serve_parked(&mut core, handle);
+        // The late worker still serves its shard.
+        let is_told = match policy {
+            SchedulingPolicy::Sharded => vec![busy],
+            _ => vec![busy, late],
+        };
+        assert_eq!(told, is_told);
+    }
+}
+
+#[test]
+fn workers_of_a_borrowed_listener_serve_their_parked_connections() {
+    let mut core = Core::new(SchedulingPolicy::Shared);
+    let worker = online(&mut core);
+    request(&mut core, worker, Endpoint::new(Kind::Tcp, Place::Fd(3)));
+    let handle = HandleId(1);
+    core.bound(handle, Ok(None));
+    core.disconnect(worker);
+    assert_eq!(told_to_serve_parked(&mut core, handle), [worker]);
 }
 
 #[test]

@@ -50,7 +50,8 @@ impl World {
         }
     }
 
-    /// Reads one frame in the worker, or the end of its channel. Returns whether there was anything
+    /// Reads one frame in the worker, or the end of its channel. Also reads the frames that have
+    /// arrived after the end of a listener. Returns whether there was anything
     /// to read.
     pub(crate) fn worker_reads(&mut self, worker: WorkerId) -> bool {
         let now = self.now;
@@ -58,14 +59,26 @@ impl World {
         if !process.worker_end {
             return self.close_worker_channel(worker);
         }
-        let Some(parcel) = process.down.wire.pop_front() else {
+        if process.down.wire.is_empty() {
             let is_over = process.is_shut || !process.master_end;
             return is_over && self.close_worker_channel(worker);
-        };
-        if parcel.lost_fd {
-            process.worker_backoff = process.worker_backoff.or(Some(now + BACKOFF));
         }
-        self.worker_processes(worker, parcel);
+        loop {
+            let process = self.process(worker);
+            let Some(parcel) = process.down.wire.pop_front() else {
+                break;
+            };
+            if parcel.lost_fd {
+                process.worker_backoff = process.worker_backoff.or(Some(now + BACKOFF));
+            }
+            self.worker_processes(worker, parcel);
+            self.gather_from_worker(worker);
+            // The shell processes all frames that have arrived before it closes a listener.
+            if !self.process(worker).core.has_ending() {
+                break;
+            }
+        }
+        self.process(worker).core.frames_processed();
         self.gather_from_worker(worker);
         true
     }
@@ -291,8 +304,14 @@ impl World {
         // New and parked connections take turns. On a draining listener, the parked ones come
         // first, because the listener closes when it is found empty.
         let is_turn = process.counters.received % 2 == 0 || process.core.is_draining(listener);
-        if is_turn && self.resume_parked(worker, listener) {
+        let is_serving_parked = process.core.is_serving_parked(listener);
+        if (is_turn || is_serving_parked) && self.resume_parked(worker, listener) {
             return true;
+        }
+        if is_serving_parked {
+            self.process(worker).core.close_if_served(listener);
+            self.gather_from_worker(worker);
+            return false;
         }
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         let has_queue = process.core.has_queue(listener);
