@@ -289,8 +289,9 @@ fn mark() -> PathBuf {
 /// meanwhile, so that the listener's grace period does not end.
 fn ask_disconnecting_worker(master: &Master, ask: impl FnOnce() + 'static) {
     master.disconnect();
-    // The master has sent the worker's frame when it calls this callback.
-    master.set_timeout(MS, move |_| {
+    // The master calls this callback later in the same iteration of the loop, when it has sent the
+    // worker's frame. A later iteration could find that the grace period has ended.
+    master.set_timeout(Duration::ZERO, move |_| {
         wait_until("a disconnecting worker", || mark().exists().then_some(()));
         std::fs::remove_file(mark()).unwrap();
         ask();
