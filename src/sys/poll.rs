@@ -125,6 +125,11 @@ impl ReadyList {
         }
     }
 
+    /// Returns whether the list has no space left, so that more descriptors may be ready.
+    pub(crate) fn is_full(&self) -> bool {
+        self.count == self.list.len()
+    }
+
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Ready> {
         let written = self.list.iter().take(self.count);
         // SAFETY: the first `count` elements are initialized.

@@ -58,8 +58,8 @@ const TURN_ATTEMPTS: u32 = 3;
 /// |---|---|---|
 /// | any | interrupts were set up or discarded | `Both` |
 /// | any | the shell's `accept_blocking` returned neither a connection nor an error | `Both` |
-/// | `Both` | the poller was checked | `Channel` |
-/// | `Poller` | the poller was checked | `Nothing` |
+/// | `Both` | the poller was checked, and reported less than a full list | `Channel` |
+/// | `Poller` | the poller was checked, and reported less than a full list | `Nothing` |
 /// | `Channel` | the channel was read and found empty | `Nothing` |
 /// | `Both`, `Channel` | poll(2) reported that the poller is ready | `Both` |
 /// | `Both`, `Channel` | poll(2) reported that the poller is not ready | `Channel` |
@@ -135,7 +135,8 @@ impl WaitState {
         unchecked.includes_poller()
     }
 
-    fn poller_reported(&self, is_ready: bool) {
+    /// Records whether the poller may have something to report.
+    pub(super) fn poller_reported(&self, is_ready: bool) {
         let unchecked = self.unchecked.get();
         self.unchecked.set(unchecked.set_poller(is_ready));
     }
@@ -323,6 +324,10 @@ impl Worker {
     fn accept_blocking(&self, listener: ListenerId) -> Result<Attempt<Accepted>> {
         let (shell, event_loop) = (&self.inner.shell, &self.inner.event_loop);
         let wait_state = &self.inner.wait_state;
+        if wait_state.unchecked.get().includes_poller() {
+            // The last check filled its list, so more parked connections may be ready.
+            return Ok(Attempt::Retry);
+        }
         let must_check = wait_state.unchecked.get().includes_channel() || shell.is_writing();
         if must_check && shell.service_channel()? {
             return Ok(Attempt::Retry);

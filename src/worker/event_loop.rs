@@ -241,8 +241,8 @@ impl Worker {
         if limit.is_some() {
             self.settle();
         }
-        let mut ready = ReadyList::new();
-        let ready = event_loop.wait(earlier(limit, timeout), &mut ready)?;
+        let mut list = ReadyList::new();
+        let ready = event_loop.wait(earlier(limit, timeout), &mut list)?;
         self.inner.shell.tick();
         for (token, ready) in ready {
             // A callback may have forked a child and returned in it. Such a child must not continue
@@ -267,6 +267,9 @@ impl Worker {
                 Token::Process(_) | Token::Selector(_) | Token::Log(_) | Token::Successor => {}
             }
             self.settle();
+        }
+        if list.is_full() {
+            self.inner.wait_state.poller_reported(true);
         }
         event_loop.fire_timers(self, || self.settle());
         Ok(())

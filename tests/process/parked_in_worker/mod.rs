@@ -9,10 +9,11 @@ mod resuming;
 mod silent_clients;
 mod stopping;
 
+use std::io::Read as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use cluster::{Master, Worker, WorkerProcess};
+use cluster::{Connection, ListenOptions, Master, Worker, WorkerProcess};
 
 use crate::harness::Scenario;
 use crate::parked::{Client, PARK, answer};
@@ -29,6 +30,36 @@ pub const SCENARIOS: &[&[Scenario]] = &[
 ];
 
 const MS: Duration = Duration::from_millis(1);
+
+/// Request after which the worker waits for another request before it answers.
+const BUSY: u8 = b'b';
+/// Request after whose answer the worker kills itself.
+const KILL: u8 = b'k';
+
+fn serve_slowly(worker: Worker) {
+    serve_slowly_on(&worker, "127.0.0.1:0".into());
+}
+
+fn serve_slowly_on(worker: &Worker, options: ListenOptions) {
+    for connection in worker.listen(options).unwrap().incoming() {
+        let mut connection = connection.unwrap();
+        let mut next = [0];
+        if connection.peek(&mut next).is_ok_and(|length| length == 1) && next[0] == BUSY {
+            wait_for_request(&mut connection);
+        }
+        answer(worker, connection);
+        if next[0] == KILL {
+            worker.kill();
+        }
+    }
+}
+
+/// Reads the request `BUSY`, and waits for the next one.
+fn wait_for_request(connection: &mut Connection) {
+    let mut next = [0];
+    let _ = connection.read_exact(&mut next);
+    let _ = connection.peek(&mut next);
+}
 
 fn disconnect<T>(master: &Master, _: T) {
     master.disconnect();

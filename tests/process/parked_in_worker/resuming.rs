@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use cluster::{Connection, Interest, Master, Worker};
+use cluster::{Connection, Interest, ListenOptions, Master, Worker};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::{MS, ask_in_turn, disconnect, only, serve_with_callback};
+use super::{
+    BUSY, MS, ask_in_turn, disconnect, only, serve_slowly, serve_slowly_on, serve_with_callback,
+};
 use crate::harness::{
     cluster, for_policies_without_dispatch, in_background, scaled, wait_for_state, wait_until,
     when_listening,
@@ -25,6 +27,8 @@ crate::scenarios! {
     half_closed_client_of_a_worker_receives_its_answer
     unix_connections_can_be_parked_in_a_worker
     options_of_a_connection_parked_in_a_worker_are_reset
+    blocking_worker_serves_many_requests_that_arrive_while_it_is_busy
+    blocking_worker_closes_many_connections_that_end_while_it_is_busy
     taken_stream_interrupts_no_accept
     resumed_connection_can_be_watched
 }
@@ -232,6 +236,81 @@ fn options_of_a_connection_parked_in_a_worker_are_reset() {
                         connection.park();
                     }
                 }
+            },
+        );
+    });
+}
+
+/// Parks the connections of `count` clients, makes the worker busy, calls `use_clients`, and then
+/// lets the worker go on.
+fn beside_busy_worker<T>(
+    address: SocketAddr,
+    count: usize,
+    use_clients: impl FnOnce(Vec<Client>) -> T,
+) -> T {
+    let clients = (0..count).map(|_| {
+        let mut client = Client::connect(address);
+        client.ask(PARK);
+        client
+    });
+    let clients = clients.collect();
+    let mut slow = Client::connect(address);
+    slow.send(BUSY);
+    let result = use_clients(clients);
+    slow.ask(CLOSE);
+    result
+}
+
+/// More connections than the poller reports at once.
+const MANY: usize = 100;
+
+fn blocking_worker_serves_many_requests_that_arrive_while_it_is_busy() {
+    let clients = |address| {
+        let mut clients = beside_busy_worker(address, MANY, |mut clients| {
+            // The worker parks no connection afterwards, so nothing makes it check the poller again.
+            clients.iter_mut().for_each(|client| client.send(CLOSE));
+            clients
+        });
+        for client in &mut clients {
+            assert_eq!(client.line(), "1 2");
+        }
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| with_clients(master, 1, clients, disconnect),
+            serve_slowly,
+        );
+    });
+}
+
+fn blocking_worker_closes_many_connections_that_end_while_it_is_busy() {
+    let clients = |address, worker: u32| {
+        let count_open = || {
+            let open = std::fs::read_dir(format!("/proc/{worker}/fd")).unwrap();
+            open.count()
+        };
+        let before = beside_busy_worker(address, MANY, |clients| {
+            let before = count_open();
+            drop(clients);
+            before
+        });
+        wait_until("closed connections", || {
+            (count_open() < before - MANY + 2).then_some(())
+        });
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| {
+                when_listening(master, 1, move |master, address| {
+                    let worker = only(master, 1).process().id();
+                    in_background(master, move || clients(address, worker), disconnect);
+                });
+                drop(master.fork().unwrap());
+            },
+            |worker| {
+                let options = ListenOptions::from("127.0.0.1:0");
+                // The worker's alarm would also make it check the poller.
+                serve_slowly_on(&worker, options.idle_timeout(Duration::from_secs(3600)));
             },
         );
     });

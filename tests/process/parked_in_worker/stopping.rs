@@ -5,11 +5,11 @@ use std::os::fd::AsRawFd as _;
 use std::time::Instant;
 
 use cluster::pool::Pool;
-use cluster::{Connection, ListenOptions, Master, Worker, WorkerProcess};
+use cluster::{ListenOptions, Master, WorkerProcess};
 
-use super::{disconnect, only};
+use super::{BUSY, KILL, disconnect, only, serve_slowly, serve_slowly_on};
 use crate::harness::{cluster, for_all_policies, in_background, when, when_listening};
-use crate::parked::{CLOSE, Client, PARK, answer, with_clients};
+use crate::parked::{CLOSE, Client, PARK, with_clients};
 use crate::pool::quick;
 
 crate::scenarios! {
@@ -21,35 +21,6 @@ crate::scenarios! {
 }
 
 const WORKERS: u32 = 3;
-/// Request after which the worker waits for another request before it answers.
-const BUSY: u8 = b'b';
-/// Request after whose answer the worker kills itself.
-const KILL: u8 = b'k';
-
-fn serve(worker: Worker) {
-    serve_on(&worker, "127.0.0.1:0".into());
-}
-
-fn serve_on(worker: &Worker, options: ListenOptions) {
-    for connection in worker.listen(options).unwrap().incoming() {
-        let mut connection = connection.unwrap();
-        let mut next = [0];
-        if connection.peek(&mut next).is_ok_and(|length| length == 1) && next[0] == BUSY {
-            wait_for_request(&mut connection);
-        }
-        answer(worker, connection);
-        if next[0] == KILL {
-            worker.kill();
-        }
-    }
-}
-
-/// Reads the request `BUSY`, and waits for the next one.
-fn wait_for_request(connection: &mut Connection) {
-    let mut next = [0];
-    let _ = std::io::Read::read_exact(connection, &mut next);
-    let _ = connection.peek(&mut next);
-}
 
 /// The clients of all workers.
 struct Clients {
@@ -121,7 +92,7 @@ fn pool_stop_serves_requests_that_have_arrived() {
                     });
                 });
             },
-            serve,
+            serve_slowly,
         );
     });
 }
@@ -136,7 +107,7 @@ fn workers_that_disconnect_together_serve_requests_that_have_arrived() {
     for_all_policies(|| {
         cluster(
             |master| with_clients(master, WORKERS as usize, ask_busy_workers, then),
-            serve,
+            serve_slowly,
         );
     });
 }
@@ -152,7 +123,7 @@ fn worker_that_was_busy_when_the_last_others_disconnected_serves_its_clients() {
     for_all_policies(|| {
         cluster(
             |master| with_clients(master, WORKERS as usize, ask_busy_workers, then),
-            serve,
+            serve_slowly,
         );
     });
 }
@@ -173,7 +144,7 @@ fn workers_of_a_borrowed_descriptor_serve_requests_that_have_arrived() {
             },
             |worker| {
                 let number = std::env::var("FD").unwrap().parse().unwrap();
-                serve_on(&worker, ListenOptions::fd(number));
+                serve_slowly_on(&worker, ListenOptions::fd(number));
             },
         );
     });
@@ -202,5 +173,10 @@ fn idle_connections_of_a_worker_that_kills_itself_stay_open() {
             in_background(master, ask, disconnect);
         });
     };
-    for_all_policies(|| cluster(|master| with_clients(master, 2, clients, then), serve));
+    for_all_policies(|| {
+        cluster(
+            |master| with_clients(master, 2, clients, then),
+            serve_slowly,
+        )
+    });
 }
