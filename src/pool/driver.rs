@@ -126,6 +126,14 @@ impl Pool {
             }
             Action::PassParked(new_master) => self.pass_parked(master, new_master),
             Action::EndPassing(new_master) => self.end_passing(new_master),
+            Action::EndTakeover(new_master) => {
+                let has_taken_over = self.end_takeover(new_master);
+                let (mut core, now) = (self.0.core.borrow_mut(), self.now());
+                match has_taken_over {
+                    true => core.new_master_took_over(new_master, now),
+                    false => core.new_master_is_late(new_master, now),
+                }
+            }
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
             Action::MeasureWorkers => self.measure_workers(master),
             Action::GiveUp(failure) => master.give_up(failure),

@@ -182,6 +182,9 @@ pub enum UpgradeFailure {
     /// ([`Error::InitProcess`](cluster::Error::InitProcess)). Only upgrades that were requested by
     /// a signal report this failure as an event.
     InitProcess,
+    /// The upgrade is impossible, because this master is itself a new master that has not taken over
+    /// yet.
+    TakeoverPending,
     /// The new master exited before taking over.
     Exited(ExitStatus),
     /// The new master did not take over in time.
@@ -218,6 +221,7 @@ impl fmt::Display for UpgradeFailure {
         match self {
             Self::NotStarted(error) => f.write_str(error),
             Self::InitProcess => cluster::Error::InitProcess.fmt(f),
+            Self::TakeoverPending => f.write_str("this master has not taken over yet"),
             Self::Exited(status) => status.fmt(f),
             Self::Timeout => f.write_str("not ready in time"),
             Self::PoolStopped => f.write_str("the pool is stopping"),

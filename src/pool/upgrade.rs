@@ -6,7 +6,8 @@
 //! same sockets. When the new master has had a quorum for `min_ready_time`, it writes a byte to the
 //! channel. The old master then passes its parked connections over the channel, and its pool stops.
 //! If the new master exits early or misses the deadline, the upgrade fails and the old master
-//! continues.
+//! continues. The old master first shuts down its reading direction, so that the new master can no
+//! longer write the byte.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
@@ -20,7 +21,7 @@ use cluster::{
     WorkerProcess,
 };
 
-use super::event::PoolEvent;
+use super::event::{PoolEvent, UpgradeFailure};
 use super::passed_values::PassedValues;
 use super::sockets::PassedSocket;
 use super::status::StatusSocket;
@@ -201,9 +202,13 @@ impl Pool {
         let Some(mut old_master) = self.0.old_master.take() else {
             return;
         };
+        if old_master.channel.write_all(&[TOOK_OVER]).is_err() && is_connected(&old_master.channel)
+        {
+            // The old master has rejected this process, and sends SIGTERM. It goes on serving.
+            self.0.old_master.replace(Some(old_master));
+            return;
+        }
         self.0.core.borrow_mut().took_over();
-        // Ignore an error, because the old master may have exited.
-        let _ = old_master.channel.write_all(&[TOOK_OVER]);
         let listeners = self.0.listeners.borrow();
         let indexes = old_master.inherits_files.into_iter();
         for inherited in indexes.filter_map(|index| listeners.get(index)) {
@@ -233,6 +238,12 @@ impl Pool {
         // close. The old master's parked connections are closed.
         let _ = master.receive_parked(channel, on_end);
     }
+}
+
+/// Returns whether the old master has not exited. The channel must be non-blocking.
+fn is_connected(mut channel: &UnixStream) -> bool {
+    let read = channel.read(&mut [0]);
+    read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// Reads the fields from the channel, which must be non-blocking.
@@ -292,7 +303,9 @@ impl Pool {
     /// process of some containers does. The pool does not detect such a parent. An application that
     /// upgrades must have only one pool. The new master's pool keeps the number of slots
     /// ([`adopt`](Self::adopt)). If an upgrade is in progress or the pool is stopping, nothing
-    /// happens. The [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
+    /// happens. If this master is itself a new master that has not taken over yet, the upgrade fails
+    /// with [`UpgradeFailure::TakeoverPending`]. The
+    /// [`stop_delay`](super::PoolOptions::stop_delay) is part of the stop.
     ///
     /// The new master is a [detached](Settings::detached()) process, so [`Master::workers`] does
     /// not contain it. As in nginx and gunicorn, the new master stays in this master's session
@@ -311,7 +324,14 @@ impl Pool {
     /// # Ok(()) }
     /// ```
     pub fn upgrade(&self, master: &Master) -> Result<()> {
-        if !self.0.core.borrow().can_upgrade() {
+        let core = self.0.core.borrow();
+        let (can_upgrade, awaits_takeover) = (core.can_upgrade(), core.awaits_takeover());
+        drop(core);
+        if awaits_takeover {
+            let reason = UpgradeFailure::TakeoverPending;
+            self.emit(master, PoolEvent::UpgradeFailed { reason });
+        }
+        if !can_upgrade {
             return Ok(());
         }
         if std::process::id() == 1 {
@@ -339,8 +359,10 @@ impl Pool {
             .collect();
         let slots = self.0.core.borrow().handed_over_slots();
         bytes.extend(PassedValues { slots }.encode());
-        ours.write_all(&bytes)
-            .map_err(Error::io("write to a new master"))?;
+        // The channel has space for these bytes. Later reads must not wait.
+        let written = ours.write_all(&bytes);
+        let written = written.and_then(|()| ours.set_nonblocking(true));
+        written.map_err(Error::io("write to a new master"))?;
         let sockets = sockets.into_iter().map(|socket| (socket.name, socket.fd));
         let channel = (CHANNEL.to_owned(), OwnedFd::from(theirs));
         let mut settings = Settings::default()
@@ -435,8 +457,22 @@ impl Pool {
         }
     }
 
+    /// Makes it impossible for a new master to take over. Returns whether it has taken over before.
+    pub(super) fn end_takeover(&self, new_master: WorkerId) -> bool {
+        let new_masters = self.0.new_masters.borrow();
+        let Some(new_master) = new_masters.get(&new_master) else {
+            return false;
+        };
+        let mut channel = &*new_master.channel;
+        // After this call, the new master cannot write. A byte that it has written before can still
+        // be read. Ignore an error, because it means that the new master has exited.
+        let _ = channel.shutdown(Shutdown::Read);
+        matches!(channel.read(&mut [0]), Ok(1))
+    }
+
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     pub(super) fn terminate_new_master(&self, new_master: WorkerId) {
+        self.end_takeover(new_master);
         if let Some(new_master) = self.0.new_masters.borrow().get(&new_master) {
             let process = new_master.process.process();
             process.reference();

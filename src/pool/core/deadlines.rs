@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::rollout::Rollout;
+use super::upgrade::Upgrade;
 use super::worker::{Worker, WorkerState};
 use super::{Action, Core, Time};
 
@@ -93,12 +94,12 @@ impl Core {
         self.settle(now);
     }
 
-    /// Restarts the workers' start-up or heartbeat timeouts if the tick is late by more than a
-    /// quarter of the timeout in question.
+    /// Restarts the timeouts of starting, ready and disconnecting workers and of an upgrade if the
+    /// tick is late by more than a quarter of the timeout in question.
     ///
     /// If the master was stopped or the machine was asleep, the master may not have read the
-    /// messages that its workers sent in the meantime. A missed deadline then does not mean that a
-    /// worker hangs. If a smaller part of the timeout were enough, a busy loop would restart the
+    /// messages that its workers sent in the meantime, and the workers may have been stopped too. A
+    /// missed deadline then does not mean that a worker hangs. If a smaller part of the timeout were enough, a busy loop would restart the
     /// timeouts again and again. If a larger part were needed, the pool would kill workers whose
     /// messages are still unread. No benchmark chose the quarter.
     fn forgive_absence(&mut self, now: Time) {
@@ -108,6 +109,14 @@ impl Core {
         let is_long = |timeout: Duration| late > timeout / 4;
         let startup_timeout = self.options.startup_timeout;
         let forgives_heartbeats = self.options.heartbeat_timeout.is_some_and(is_long);
+        let drain_timeout = self.options.drain_timeout;
+        let upgrade_timeout = self.upgrade_timeout();
+        match &mut self.upgrade {
+            Upgrade::Pending { deadline, .. } if is_long(upgrade_timeout) => {
+                *deadline = now.saturating_add(upgrade_timeout);
+            }
+            Upgrade::Pending { .. } | Upgrade::Idle | Upgrade::Succeeded { .. } => {}
+        }
         for worker in self.workers.values_mut() {
             match &mut worker.state {
                 WorkerState::Starting { ready_by } if is_long(startup_timeout) => {
@@ -115,6 +124,9 @@ impl Core {
                 }
                 WorkerState::Ready { last_heartbeat, .. } if forgives_heartbeats => {
                     *last_heartbeat = now;
+                }
+                WorkerState::Disconnecting { exit_by } if is_long(drain_timeout) => {
+                    *exit_by = now.saturating_add(drain_timeout);
                 }
                 WorkerState::Starting { .. }
                 | WorkerState::Ready { .. }

@@ -70,6 +70,9 @@ pub(super) enum Action {
     PassParked(WorkerId),
     /// Stops passing connections, because the pool stops at once.
     EndPassing(WorkerId),
+    /// Makes it impossible for a new master to take over from now on. The driver then reports with
+    /// `new_master_took_over` or `new_master_is_late` whether the new master had taken over before.
+    EndTakeover(WorkerId),
     /// Sends SIGTERM to a new master and keeps the loop running until the new master has exited.
     TerminateNewMaster(WorkerId),
     /// Measures each worker's connections and memory. The driver reports the values with

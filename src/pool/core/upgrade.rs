@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::process::ExitStatus;
+use std::time::Duration;
 
 use cluster::WorkerId;
 
@@ -15,11 +16,12 @@ use super::{Action, Core, Time};
 /// | `Idle` | a new master was started | `Pending` |
 /// | `Pending` | the new master has taken over | `Succeeded`; the pool stops |
 /// | `Pending` | the new master has exited | `Idle` |
-/// | `Pending` | the deadline has passed, or the pool stops | `Idle`; the new master is rejected |
+/// | `Pending` | the new master is late, or the pool stops | `Idle`; the new master is rejected |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Upgrade {
     Idle,
-    /// The new master is running and must take over by the deadline.
+    /// The new master is running and must take over by the deadline. After the deadline, the driver
+    /// checks whether the new master has taken over, because its report may not have been read yet.
     Pending {
         new_master: WorkerId,
         deadline: Time,
@@ -68,7 +70,12 @@ impl Core {
 
     /// Returns whether an upgrade can begin.
     pub(in super::super) fn can_upgrade(&self) -> bool {
-        !self.is_stopping() && self.upgrade == Upgrade::Idle
+        !self.is_stopping() && self.upgrade == Upgrade::Idle && !self.awaits_takeover()
+    }
+
+    /// Returns whether an old master still serves, because this pool has not taken over.
+    pub(in super::super) fn awaits_takeover(&self) -> bool {
+        self.takeover == Takeover::Pending
     }
 
     /// Returns whether a new master has taken over from this pool.
@@ -94,16 +101,21 @@ impl Core {
     }
 
     pub(in super::super) fn new_master_started(&mut self, new_master: WorkerId, now: Time) {
+        let deadline = now.saturating_add(self.upgrade_timeout());
+        self.upgrade = Upgrade::Pending {
+            new_master,
+            deadline,
+        };
+    }
+
+    /// Returns the time in which a new master must take over.
+    pub(super) fn upgrade_timeout(&self) -> Duration {
         let options = &self.options;
         // The new master's workers may take the whole start-up timeout. The new master then waits
         // for its `min_ready_time`. Add `min_ready_time` a second time as a reserve for the start
         // of the new master's program.
         let ready = options.min_ready_time.saturating_mul(2);
-        let deadline = now.saturating_add(options.startup_timeout.saturating_add(ready));
-        self.upgrade = Upgrade::Pending {
-            new_master,
-            deadline,
-        };
+        options.startup_timeout.saturating_add(ready)
     }
 
     /// Records that the new master has taken over, and then stops this pool. Does nothing if the
@@ -115,6 +127,13 @@ impl Core {
             self.actions.push_back(Action::PassParked(new_master));
             self.drain(now);
             self.emit(PoolEvent::Upgraded);
+        }
+    }
+
+    /// Records that the new master has missed its deadline and can no longer take over.
+    pub(in super::super) fn new_master_is_late(&mut self, new_master: WorkerId, now: Time) {
+        if self.pending_master() == Some(new_master) {
+            self.fail_upgrade(UpgradeFailure::Timeout, now);
         }
     }
 
@@ -139,8 +158,12 @@ impl Core {
     }
 
     pub(super) fn tick_upgrade(&mut self, now: Time) {
-        if matches!(self.upgrade, Upgrade::Pending { deadline, .. } if deadline <= now) {
-            self.fail_upgrade(UpgradeFailure::Timeout, now);
+        match self.upgrade {
+            Upgrade::Pending {
+                new_master,
+                deadline,
+            } if deadline <= now => self.actions.push_back(Action::EndTakeover(new_master)),
+            Upgrade::Pending { .. } | Upgrade::Idle | Upgrade::Succeeded { .. } => {}
         }
         for (id, state) in &mut self.rejected_masters {
             if matches!(state, RejectedMaster::Terminating { exit_by } if *exit_by <= now) {

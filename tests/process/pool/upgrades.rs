@@ -2,12 +2,13 @@
 
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolEvent};
-use cluster::{Role, Settings, SpawnOptions};
+use cluster::{Master, Role, Settings, SpawnOptions};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{getpgid, getsid};
 
@@ -24,6 +25,8 @@ crate::scenarios! {
     unix_socket_passes_from_master_to_master
     broken_upgrades_change_nothing
     new_master_that_stops_does_not_take_over
+    rejected_new_master_does_not_take_over
+    new_master_that_has_not_taken_over_refuses_an_upgrade
     new_master_stays_in_the_session_and_process_group
 }
 
@@ -190,43 +193,93 @@ fn broken_upgrades_change_nothing() {
 /// Checks that a new master does not take over if it stops in the loop iteration in which its
 /// minimum ready time ends.
 fn new_master_that_stops_does_not_take_over() {
-    const PREDECESSOR: &str = "cluster-predecessor";
     if !is_watched() {
-        return cluster(
-            |master| {
-                let (mut ours, theirs) = UnixStream::pair().unwrap();
-                let own = std::env::current_exe().unwrap();
-                let settings = Settings::default().exec(own).detached(true).setsid(false);
-                let settings = settings.listen_fds([(PREDECESSOR, theirs)]);
-                let successor = master
-                    .fork_as(SpawnOptions::new(settings).envs([WATCHED]))
-                    .unwrap();
-                successor.process().reference();
-                successor.on_exit(move |_, _, status| {
-                    assert!(status.success());
-                    let length = ours.read(&mut [0]).unwrap();
-                    assert_eq!(length, 0, "the new master reported that it serves");
-                });
-            },
-            |_| unreachable!(),
-        );
+        return expect_no_takeover(|_| {});
     }
+    new_master(|pool, master| {
+        // Let the minimum ready time, which is 1 ms, end during this callback.
+        std::thread::sleep(5 * MS);
+        pool.stop(master);
+    });
+}
+
+/// Checks that a new master does not take over if its old master has shut down the channel's
+/// reading direction, because the upgrade has failed.
+fn rejected_new_master_does_not_take_over() {
+    if !is_watched() {
+        return expect_no_takeover(|channel| channel.shutdown(Shutdown::Read).unwrap());
+    }
+    new_master(|pool, master| {
+        // Stop after the timer of the takeover, which is set to 1 ms.
+        let pool = pool.clone();
+        master.set_timeout(5 * MS, move |master| pool.stop(master));
+    });
+}
+
+/// Starts a new master in another process, whose role is [`new_master`], and expects that it exits
+/// without a takeover. Calls `prepare` with the old master's end of the channel first.
+fn expect_no_takeover(prepare: impl Fn(&UnixStream)) {
+    const PREDECESSOR: &str = "cluster-predecessor";
+    cluster(
+        |master| {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            prepare(&ours);
+            let own = std::env::current_exe().unwrap();
+            let settings = Settings::default().exec(own).detached(true).setsid(false);
+            let settings = settings.listen_fds([(PREDECESSOR, theirs)]);
+            let successor = master
+                .fork_as(SpawnOptions::new(settings).envs([WATCHED]))
+                .unwrap();
+            successor.process().reference();
+            successor.on_exit(move |_, _, status| {
+                assert!(status.success());
+                let length = ours.read(&mut [0]).unwrap();
+                assert_eq!(length, 0, "the new master reported that it serves");
+            });
+        },
+        |_| unreachable!(),
+    );
+}
+
+/// Runs a new master, and calls `on_quorum` when its worker is ready.
+fn new_master(on_quorum: impl Fn(&Pool, &Master) + 'static) {
     let passed = cluster::systemd::listen_fds().unwrap();
     match cluster::init().unwrap() {
         Role::Master(master) => {
             let pool = Pool::new(&master, quick().workers(1).min_ready_time(MS));
             pool.adopt(&master, passed).unwrap();
-            pool.on_event(|pool, master, event| {
-                if let PoolEvent::QuorumReached = event {
-                    // Let the minimum ready time, which is 1 ms, end during this callback.
-                    std::thread::sleep(5 * MS);
-                    pool.stop(master);
-                }
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::QuorumReached => on_quorum(pool, master),
+                PoolEvent::TookOver => panic!("it has taken over"),
+                _ => {}
             });
             master.run().unwrap();
         }
         Role::Worker(worker) => serve_slot(&worker),
     }
+}
+
+fn new_master_that_has_not_taken_over_refuses_an_upgrade() {
+    if is_watched() {
+        return server(quick());
+    }
+    let server = Server::start("rr");
+    let old = server.master();
+    server.release("never ready");
+    server.signal(Signal::SIGUSR2);
+    wait_until("a new master", || (server.master() != old).then_some(()));
+    let new = server.master();
+    // Without a handler, the signal would end the new master.
+    wait_until("a worker", || (!children(new).is_empty()).then_some(()));
+    server.signal(Signal::SIGUSR2);
+    let refusal = "the new master failed: this master has not taken over yet";
+    server.wait_for(&format!("{new}: {refusal}"), 1);
+    kill(old, Signal::SIGTERM).unwrap();
+    for master in [old, new] {
+        wait_for_exit(master);
+    }
+    assert!(server.group.end().unwrap().success());
+    std::fs::remove_file(&server.release).unwrap();
 }
 
 /// Checks that a signal to the process group stops both masters if it arrives during an upgrade,

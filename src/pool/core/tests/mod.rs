@@ -58,6 +58,8 @@ struct World {
     /// The new masters that have not exited.
     new_masters: BTreeSet<u32>,
     terminated: Vec<u32>,
+    /// Whether a late new master turns out to have taken over.
+    has_taken_over: bool,
 }
 
 impl World {
@@ -80,6 +82,7 @@ impl World {
             during_fork: None,
             new_masters: BTreeSet::new(),
             terminated: Vec::new(),
+            has_taken_over: false,
         };
         world.carry_out_actions();
         world
@@ -123,6 +126,12 @@ impl World {
                     assert_eq!(other, None, "a generation begins once");
                 }
                 Action::ReleaseSocketFiles | Action::PassParked(_) | Action::EndPassing(_) => {}
+                Action::EndTakeover(new_master) if self.has_taken_over => {
+                    self.core.new_master_took_over(new_master, self.now);
+                }
+                Action::EndTakeover(new_master) => {
+                    self.core.new_master_is_late(new_master, self.now);
+                }
                 Action::TerminateNewMaster(new_master) => self.terminated.push(new_master.get()),
                 Action::Disconnect(worker) => self.disconnected.push(worker.get()),
                 Action::DisconnectAll => self.disconnected.extend(self.workers()),

@@ -29,6 +29,55 @@ fn new_master_whose_upgrade_has_failed_cannot_take_over() {
 }
 
 #[test]
+fn takeover_counts_although_the_master_reads_of_it_only_after_the_deadline() {
+    let mut world = World::serving(options(1));
+    world.upgrade();
+    world.has_taken_over = true;
+    world.advance(32 * SECOND);
+    assert!(world.core.is_upgraded());
+    assert_eq!(
+        (world.upgrade_failures(), &world.terminated[..]),
+        (vec![], &[][..])
+    );
+}
+
+#[test]
+fn time_in_which_the_master_was_stopped_does_not_fail_an_upgrade() {
+    let mut world = World::serving(options(1));
+    let new_master = world.upgrade();
+    world.core.next_deadline();
+    world.now += 100 * SECOND;
+    world.input(Core::tick);
+    world.advance(31 * SECOND);
+    assert_eq!(world.upgrade_failures(), []);
+    world.advance(SECOND);
+    assert_eq!(world.upgrade_failures(), [UpgradeFailure::Timeout]);
+    assert_eq!(world.terminated, [new_master]);
+}
+
+#[test]
+fn time_in_which_the_master_was_stopped_does_not_kill_disconnecting_workers() {
+    let mut world = World::serving(options(1).drain_timeout(8 * SECOND));
+    world.input(Core::stop_signal_received);
+    world.core.next_deadline();
+    world.now += 11 * SECOND;
+    world.input(Core::tick);
+    world.advance(7 * SECOND);
+    assert_eq!(world.killed, []);
+    world.advance(SECOND);
+    assert_eq!(world.killed, [1]);
+}
+
+#[test]
+fn new_master_cannot_upgrade_before_it_has_taken_over() {
+    let mut world = World::new(options(1));
+    world.core.await_takeover();
+    assert!(!world.core.can_upgrade());
+    world.core.took_over();
+    assert!(world.core.can_upgrade());
+}
+
+#[test]
 fn failed_upgrade_allows_the_next_one() {
     let mut world = World::serving(options(1).drain_timeout(5 * SECOND));
     let first = world.upgrade();
