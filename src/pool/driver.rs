@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use cluster::{CallbackId, Master, Settings, Signal, SpawnOptions, WorkerId, WorkerProcess};
+use cluster::{
+    CallbackId, Master, Settings, Signal, SpawnOptions, WorkerId, WorkerProcess, WorkerState,
+};
 
 use super::core::{Action, Core, Time};
 use super::event::PoolEvent;
@@ -258,13 +260,19 @@ impl Pool {
     }
 
     fn disconnect(&self, worker: &WorkerProcess) {
-        let signal = self.0.core.borrow().options().disconnect_signal;
-        match signal {
+        match self.signal_for(worker) {
             Some(signal) => worker.process().kill(signal),
             None => {
                 worker.disconnect();
             }
         }
+    }
+
+    /// Returns the signal that makes the worker disconnect, or `None` if the worker uses this crate
+    /// and therefore reads a disconnect request.
+    fn signal_for(&self, worker: &WorkerProcess) -> Option<Signal> {
+        let signal = self.0.core.borrow().options().disconnect_signal;
+        signal.filter(|_| worker.state() == WorkerState::None)
     }
 
     fn disconnect_all(&self, master: &Master) {
@@ -276,13 +284,13 @@ impl Pool {
         }
         let core = self.0.core.borrow();
         let workers: Vec<_> = core.workers().keys().copied().collect();
-        let signal = core.options().disconnect_signal;
         drop(core);
-        if signal.is_none() {
-            return master.disconnect_workers(&workers);
-        }
         let workers = workers.into_iter().filter_map(|id| master.worker(id));
-        workers.for_each(|worker| self.disconnect(&worker));
+        let signalled = |worker: &WorkerProcess| self.signal_for(worker).is_some();
+        let (others, own): (Vec<_>, Vec<_>) = workers.partition(signalled);
+        others.iter().for_each(|worker| self.disconnect(worker));
+        let own: Vec<_> = own.iter().map(WorkerProcess::id).collect();
+        master.disconnect_workers(&own);
     }
 
     fn measure_workers(&self, master: &Master) {

@@ -11,8 +11,8 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 
 use cluster::systemd::ListenFd;
@@ -129,6 +129,11 @@ impl Pool {
                 }
                 continue;
             }
+            if is_own && is_file_missing(&passed) {
+                // No client can connect to the socket. The old master still serves its backlog, and
+                // `listen` binds the path again.
+                continue;
+            }
             let listener = match master.adopt(passed) {
                 Ok(listener) => listener,
                 Err(error) => {
@@ -238,6 +243,18 @@ impl Pool {
         // close. The old master's parked connections are closed.
         let _ = master.receive_parked(channel, on_end);
     }
+}
+
+/// Returns whether another process has removed the file of a Unix socket.
+fn is_file_missing(passed: &ListenFd) -> bool {
+    let copy = passed.as_fd().try_clone_to_owned();
+    let address = copy.and_then(|copy| UnixListener::from(copy).local_addr());
+    let path = address
+        .ok()
+        .and_then(|address| Some(address.as_pathname()?.to_owned()));
+    // A relative path may be relative to another directory.
+    let path = path.filter(|path| path.is_absolute());
+    path.is_some_and(|path| matches!(path.try_exists(), Ok(false)))
 }
 
 /// Returns whether the old master has not exited. The channel must be non-blocking.

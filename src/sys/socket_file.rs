@@ -36,20 +36,26 @@ pub(crate) struct SocketFile {
 /// Returns an error if a file with this path exists, or if the system rejects the path. An existing
 /// file stays.
 pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, SocketFile)> {
-    // Bind with `path` or with its form relative to the current directory, whichever is shorter,
-    // because the system limits a path to about 100 bytes.
-    let current_dir = std::env::current_dir();
-    let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
     let has_zero = path.as_os_str().as_bytes().contains(&0);
     let (Some(parent), Some(name), false) = (path.parent(), path.file_name(), has_zero) else {
         return Err(io::Error::from_raw_os_error(errno::EINVAL));
     };
     let directory = file::open_directory(parent)?;
-    let listener = UnixListener::bind(&short).map_err(|error| {
-        // Supply the error number, because std checks the length itself, and its error has no
-        // number.
-        let too_long = error.kind() == io::ErrorKind::InvalidInput;
-        let errno = too_long.then_some(errno::ENAMETOOLONG);
+    // std checks the length itself, and its error has no number.
+    let is_too_long = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
+    let bound = match UnixListener::bind(path) {
+        // The system limits a path to about 100 bytes, so try the form relative to the current
+        // directory. Otherwise bind the absolute form, because the system reports the path as it
+        // was bound, and the next master may have another current directory.
+        Err(error) if is_too_long(&error) => {
+            let current_dir = std::env::current_dir();
+            let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
+            UnixListener::bind(short)
+        }
+        bound => bound,
+    };
+    let listener = bound.map_err(|error| {
+        let errno = is_too_long(&error).then_some(errno::ENAMETOOLONG);
         io::Error::from_raw_os_error(error.raw_os_error().or(errno).unwrap_or(errno::EINVAL))
     })?;
     let status = file::status_at(&directory, name)?;

@@ -12,6 +12,7 @@ use libtest_mimic::{Failed, Trial};
 use nix::libc::O_NONBLOCK;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::Backlog;
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo, pipe};
 use tempfile::TempDir;
@@ -27,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
             foreign_socket_file,
         ),
         Trial::test("serve_replaces_the_socket_of_a_killed_master", stale_socket),
+        Trial::test("serve_fails_at_once_beside_a_full_backlog", full_backlog),
         Trial::test("serve_follows_a_switched_link", switched_link),
         Trial::test("serve_writes_its_pid_file_later", pid_file),
         Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
@@ -117,6 +119,19 @@ fn stale_socket() -> Result<(), Failed> {
     assert_eq!(second.status.code(), Some(1), "a socket in use stays");
     UnixStream::connect(&sockets(&directory)[0])?;
     stop(&serve)
+}
+
+/// Starts the tool on a socket whose backlog is full, because its process does not accept.
+fn full_backlog() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path)?;
+    nix::sys::socket::listen(&listener, Backlog::new(0)?)?;
+    let _waiting = UnixStream::connect(&path)?;
+    let mut serve = own_program(path.to_str().unwrap(), &[]);
+    assert_eq!(serve.output()?.status.code(), Some(1));
+    assert!(path.exists(), "a socket in use stays");
+    Ok(())
 }
 
 fn switched_link() -> Result<(), Failed> {

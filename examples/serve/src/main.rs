@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -213,11 +213,11 @@ fn without_stale_socket<T>(
 /// Removes the file of a socket on which no process listens. Returns whether it was removed.
 fn remove_stale_socket(path: &Path) -> bool {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
-    // The kernel refuses a connection only if no process listens on the socket (unix(7)).
-    let connected = is_socket.then(|| UnixStream::connect(path));
-    let is_stale =
-        matches!(connected, Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused);
-    is_stale && fs::remove_file(path).is_ok()
+    // The kernel refuses the connection only if no process has the socket. A datagram socket cannot
+    // connect to a listener, and therefore never waits for space in its backlog (unix(7)).
+    let connect = || UnixDatagram::unbound()?.connect(path);
+    let is_refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+    is_socket && connect().is_err_and(is_refused) && fs::remove_file(path).is_ok()
 }
 
 type NamedFds = Vec<(String, OwnedFd)>;

@@ -1,14 +1,16 @@
-//! Tests signals that stop a pool at once.
+//! Tests how a pool stops, and how it disconnects its workers.
 
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
+use cluster::pool::{Pool, PoolEvent, ignore_pool_signals};
 use nix::sys::signal::{Signal, kill};
 
 use super::{HOLD, MS, Server, pid, quick, server};
-use crate::harness::{is_alive, is_watched, wait_until};
+use crate::harness::{cluster, is_alive, is_watched, wait_until};
 
 crate::scenarios! {
+    worker_of_this_crate_receives_a_request_instead_of_the_signal
     stop_at_once_kills_a_new_master_that_does_not_serve
     second_signal_or_sigquit_kills_busy_workers
 }
@@ -69,4 +71,28 @@ fn second_signal_or_sigquit_kills_busy_workers() {
         std::fs::remove_file(&server.release).unwrap();
         drop(client);
     }
+}
+
+/// Runs workers that ignore SIGTERM, as those of the examples do, in a pool for programs that do not
+/// use this crate.
+fn worker_of_this_crate_receives_a_request_instead_of_the_signal() {
+    cluster(
+        |master| {
+            let options = quick()
+                .workers(2)
+                .disconnect_signal(Some(cluster::Signal::TERM));
+            let pool = Pool::new(master, options);
+            pool.on_event(|pool, master, event| match event {
+                PoolEvent::Reloaded { .. } => pool.stop(master),
+                PoolEvent::QuorumReached => pool.reload(master),
+                PoolEvent::WorkerShutDown { killed, .. } => assert!(!killed, "{event}"),
+                _ => {}
+            });
+        },
+        |worker| {
+            ignore_pool_signals(&worker).unwrap();
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            assert_eq!(listener.incoming().count(), 0);
+        },
+    );
 }

@@ -91,6 +91,8 @@ fn unix_socket_passes_from_master_to_master() {
                 let pool = Pool::new(&master, options);
                 pool.adopt(&master, passed).unwrap();
                 pool.listen(&master, path.as_path()).unwrap();
+                // The next master finds the socket by its absolute path.
+                std::env::set_current_dir("/").unwrap();
                 let own = std::process::id();
                 println!("master {own}");
                 pool.on_event(move |_, _, event| println!("{own}: {event}"));
@@ -111,9 +113,6 @@ fn unix_socket_passes_from_master_to_master() {
         }
         return;
     }
-    // Change the directory to use a shorter path. The kernel records this path as the socket's
-    // address, and the length of an address is limited.
-    std::env::set_current_dir(std::env::temp_dir()).unwrap();
     let server = Server::start("rr");
     let path = std::env::temp_dir().join(PATH);
     let ask = || {
@@ -136,6 +135,12 @@ fn unix_socket_passes_from_master_to_master() {
         server.wait_for(": ready", 1 + round);
         ask();
     }
+    // If somebody removes the file, the next master binds the path again.
+    std::fs::remove_file(&path).unwrap();
+    let old = server.master();
+    kill(old, Signal::SIGUSR2).unwrap();
+    wait_for_exit(old);
+    ask();
     server.stop();
     assert!(!path.exists());
 }
