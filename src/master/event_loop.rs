@@ -193,6 +193,8 @@ impl Master {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
+    /// - [`Error::ForeignProcess`] in a process that did not create this value, such as a forked
+    ///   child;
     /// - [`Error::GaveUp`] if nothing is left to wait for after a call of
     ///   [`give_up`](Self::give_up), for instance by a [`Pool`](crate::pool::Pool);
     /// - [`Error::Io`] if waiting fails.

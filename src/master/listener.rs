@@ -29,7 +29,7 @@ use crate::types::endpoint::BACKLOG;
 /// backlog. If no worker has the listener, the listener closes at once, and the kernel resets the
 /// waiting connections. When a Unix listener closes, the master removes the socket's file, unless
 /// the socket was passed to this process ([`set_removes_file`](Self::set_removes_file) changes
-/// this). If the application stops for good, drop the value before the call of `disconnect`, so
+/// this). If the application stops permanently, drop the value before the call of `disconnect`, so
 /// that the workers serve the backlog. If another process with the same socket should serve the
 /// backlog, keep the value until all workers have exited.
 ///
@@ -107,6 +107,8 @@ impl Master {
     /// - the argument is a socket that is not a stream socket of the requested kind, or that is a
     ///   Unix socket without a name.
     ///
+    /// Returns [`Error::ForeignProcess`] in a process that did not create the master.
+    ///
     /// ```no_run
     /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
     /// let listener = master.listen("127.0.0.1:8000")?;
@@ -164,6 +166,7 @@ impl Master {
     ///
     /// Returns [`Error::Descriptor`] if the descriptor is none of these sockets, and
     /// [`Error::Listen`] if the socket cannot be used, for instance because it has no address.
+    /// Returns [`Error::ForeignProcess`] in a process that did not create the master.
     ///
     /// ```no_run
     /// # fn f(master: &cluster::Master, passed: Vec<cluster::systemd::ListenFd>) -> cluster::Result<()> {

@@ -380,7 +380,7 @@ accessors! {
 
     /// Sets the signal that the pool sends to a worker instead of a disconnect request, if the worker
     /// does not use this crate. A worker that has called [`init`](cluster::init()) receives a
-    /// disconnect request all the same. If the signal was ignored when the master started, it is also
+    /// disconnect request in any case. If the signal was ignored when the master started, it is also
     /// ignored in programs that do not change this, and the pool kills them after `drain_timeout`. With the default, `None`, the pool sends
     /// disconnect requests over the channel. See [`PoolOptions`] for an example.
     disconnect_signal,

@@ -68,16 +68,11 @@ impl Pool {
                 worker_sockets.push(PoolListener { listener, is_own });
             }
         }
-        // Until this process has taken over, do not pass a socket as the service's own. This
-        // process's old master may still serve from the socket. The new master waits only for the
-        // exit of this process. It would then drain or close the socket although the old master
-        // still uses it.
-        let has_taken_over = self.0.old_master.borrow().is_none();
         let copies = listeners.iter().chain(&*worker_sockets).map(|socket| {
             let PoolListener { listener, is_own } = socket;
             let properties = PassedSocket {
                 removes_file: listener.removes_file(),
-                is_own: *is_own && has_taken_over,
+                is_own: *is_own,
                 is_status: false,
             };
             let fd = listener.as_fd().try_clone_to_owned();
@@ -95,7 +90,7 @@ impl Pool {
                 fd: fd.map_err(Error::io("copy a socket for a new master"))?,
                 properties: PassedSocket {
                     removes_file: server.removes_file(),
-                    is_own: has_taken_over,
+                    is_own: true,
                     is_status: true,
                 },
             })

@@ -109,9 +109,9 @@ pub(super) struct WaitState {
     /// The time of the last wait with poll(2), of the last interrupt of accept(2), or of the last
     /// check of the channel in `accept_in_turn`, whichever is latest.
     last_wait: Cell<Instant>,
-    /// Whether the poller has reported a parked connection whose interrupt is probably still
-    /// pending. This interrupt would end the next accept(2) in vain. Discarding the interrupt first
-    /// costs less.
+    /// Whether the worker has handled a parked connection, reported by the poller, whose interrupt is
+    /// probably still pending. The interrupt would end the next accept(2) in vain, and discarding it
+    /// first costs less.
     has_stale_interrupt: Cell<bool>,
 }
 

@@ -184,8 +184,8 @@ impl<S> Connection<S> {
 
 impl<S> Connection<S> {
     /// Returns whether the connection can be [parked](Self::park): it comes from a listener, and
-    /// the channel is open. In a stop, the process that holds the connection may close it all the
-    /// same.
+    /// the channel is open. In a stop, the process that holds the connection may nevertheless
+    /// close it.
     ///
     /// Node has no counterpart.
     ///

@@ -148,6 +148,8 @@ impl Worker {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`] if a callback calls this method;
+    /// - [`Error::ForeignProcess`] in a process that did not create this value, such as a forked
+    ///   child;
     /// - [`Error::Io`] if waiting fails.
     ///
     /// See [`send`](Self::send) for an example.

@@ -207,6 +207,8 @@ impl<S: From<OwnedFd>> Listener<S> {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls this method;
+    /// - [`Error::ForeignProcess`](crate::Error::ForeignProcess) in a process that did not create
+    ///   this value, such as a forked child;
     /// - [`Error::Io`](crate::Error::Io) if waiting fails, or if the descriptor is no longer a
     ///   listener (EBADF, EINVAL, ENOTSOCK).
     ///

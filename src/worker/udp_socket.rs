@@ -103,6 +103,8 @@ impl UdpSocket {
     /// Returns:
     ///
     /// - [`Error::AlreadyRunning`](crate::Error::AlreadyRunning) if a callback calls this method;
+    /// - [`Error::ForeignProcess`](crate::Error::ForeignProcess) in a process that did not create
+    ///   this value, such as a forked child;
     /// - [`Error::Io`](crate::Error::Io) if waiting fails, or if the descriptor is no longer a
     ///   socket (EBADF, EINVAL, ENOTSOCK).
     ///

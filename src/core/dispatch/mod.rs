@@ -17,7 +17,8 @@
 //! | slow | the worker is busy, and connections queued behind its current request were reclaimed | only those that the scheduler has assigned, until the worker is idle |
 //! | ended | the listener has ended for the worker | none |
 //!
-//! In this table, a connection that was reclaimed counts as not dispatched.
+//! In this table, a connection that was reclaimed counts as not dispatched. In the code, a worker that
+//! is idle or busy is `Ready`.
 //!
 //! An idle worker can also be *stalled*: all connections that were dispatched to it since its last
 //! idle report had to be reclaimed, probably because its process is stopped. All other idle workers
@@ -151,20 +152,22 @@ const FAIRNESS_BUSY_SPAN: Time = Duration::from_millis(1);
 /// The maximum difference between two recent loads, in connections.
 ///
 /// A limit keeps a worker from being preferred for too long after it was paused or slow. If the
-/// limit is not well above `FAIRNESS_LEAD`, differences are forgotten before they are corrected.
+/// limit is not well above `FAIRNESS_LEAD`, differences are forgotten before they are corrected. No
+/// benchmark chose this value.
 const RECENT_LOAD_SPAN: u64 = 1000;
 
 /// The number of busy workers, lowest recent load first, that are checked for space in their
 /// window.
 ///
 /// A larger number makes each dispatch more expensive. If the number is smaller, a connection may
-/// wait although some busy worker has space.
+/// wait although some busy worker has space. No benchmark chose this value.
 const BUSY_WORKERS_CHECKED: usize = 16;
 
 /// The time after which an idle worker that receives none of its connections is treated as stalled.
 ///
 /// If it is longer, connections wait longer for a stopped process. If it is shorter than a
-/// process's usual wait for a core on a loaded machine, running workers are penalized.
+/// process's usual wait for a core on a loaded machine, running workers are penalized. No benchmark
+/// chose this value.
 pub(crate) const STALL_TIMEOUT: Time = Duration::from_millis(20);
 
 /// The first penalty of a stalled worker: only twice the `STALL_TIMEOUT`, because the worker may
@@ -175,11 +178,12 @@ const PENALTY_MIN: Time = Duration::from_millis(40);
 ///
 /// After each penalty, a stopped worker delays one connection by `STALL_TIMEOUT`. If penalties are
 /// shorter, these delays are more frequent. If penalties are longer, a worker that continues after
-/// a stop is passed over for longer while other workers are idle.
+/// a stop is passed over for longer while other workers are idle. No benchmark chose this value.
 const PENALTY_MAX: Time = Duration::from_secs(1);
 
 /// A connection with its sequence number. The first connection of a listener has the number 1. A
-/// connection gets another number each time the master receives it.
+/// connection gets a new number each time it enters the dispatcher: when it is accepted, and each time
+/// its client has sent something after it was parked. A reclaimed connection keeps its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequenced<C> {
     pub(crate) sequence: u64,
@@ -365,7 +369,7 @@ impl<C> Dispatcher<C> {
             .ok_or(FrameError::Violation(Violation::UnknownQueue))
     }
 
-    /// Stops dispatching to `worker` for good. The worker may still receive the connections in its
+    /// Stops dispatching to `worker` permanently. The worker may still receive the connections in its
     /// queue. The scheduler is called again for waiting connections that it had assigned to the
     /// worker.
     pub(crate) fn end(&mut self, worker: WorkerId) {

@@ -75,9 +75,10 @@ impl<C, F> MasterCore<C, F> {
                 };
                 listener.stage = Stage::Draining(Some(grace));
                 self.keep_new_connections_out(handle);
+                // If the workers accept, they continue until the grace period ends.
                 if !workers_accept {
                     self.check_backlog(handle);
-                } // If the workers accept, they continue until the grace period ends.
+                }
             }
         }
     }
@@ -279,9 +280,11 @@ impl<C, F> MasterCore<C, F> {
                 self.drop_ready(handle);
                 self.close_idle(handle);
                 self.remove_key(handle);
+                // If the workers accept, close the socket only when the last of them has closed its
+                // copy.
                 if master_accepts {
                     self.close_socket(handle);
-                } // Otherwise, close the socket only when the last worker has closed its copy.
+                }
             }
         }
     }

@@ -303,7 +303,7 @@ impl<C> Listener<C> {
         }
     }
 
-    /// Returns whether new connections are kept out for good.
+    /// Returns whether the drain has shut down this Unix listener, which cannot be undone.
     pub(super) fn is_closed_for_good(&self) -> bool {
         let is_path = self.key.endpoint.kind == Kind::Unix && self.is_sole();
         is_path && self.stage != Stage::Open

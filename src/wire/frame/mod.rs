@@ -216,8 +216,8 @@ pub(crate) enum ToWorker {
     Message(Vec<u8>),
 }
 
-/// What becomes of a listener's connections that the worker's application has not received, when
-/// the listener ends for the worker.
+/// The fate of a listener's connections that the worker's application has not received, when the
+/// listener ends for the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rest {
     /// Other workers serve the listener. The worker's parked connections go to them.

@@ -77,8 +77,8 @@ pub(crate) struct WorkerShell {
     lingering: RefCell<ConnectionMap<Lingering>>,
     turn: Cell<Turn>,
     std_sockets: RefCell<StdSockets>,
-    /// Whether the poller may report a parked connection whose data interrupts no `accept`, because
-    /// the data arrived before the connection was parked.
+    /// Whether a connection was parked since the last check of the poller. Its data may have arrived
+    /// before it could interrupt `accept`, so the worker checks the poller once more before it blocks.
     is_unchecked: Cell<bool>,
     /// Errors that no call of the application could return and that have not been delivered.
     errors: RefCell<VecDeque<Error>>,

@@ -135,7 +135,7 @@ fn unix_socket_passes_from_master_to_master() {
         server.wait_for(": ready", 1 + round);
         ask();
     }
-    // If somebody removes the file, the next master binds the path again.
+    // The next master binds the path again if the file has been removed.
     std::fs::remove_file(&path).unwrap();
     let old = server.master();
     kill(old, Signal::SIGUSR2).unwrap();

@@ -84,9 +84,9 @@ fn workers_that_disconnect_together_drain_together() {
     assert_eq!(ends(&mut core), workers.len());
 }
 
-/// Returns the workers that are told to serve the connections that they have parked, although their
-/// listener has ended.
-fn told_to_serve_parked(core: &mut Core, handle: HandleId) -> Vec<WorkerId> {
+/// Returns the workers to which the master reports that they serve their parked connections although
+/// their listener has ended.
+fn serving_parked(core: &mut Core, handle: HandleId) -> Vec<WorkerId> {
     let rest = Rest::ParkedIsServed;
     let expected = ToWorker::ListenerClosed { handle, rest };
     let sent = actions(core).into_iter().filter_map(|action| match action {
@@ -119,15 +119,15 @@ fn worker_that_was_busy_during_a_stop_serves_its_parked_connections() {
         }
         core.frame(idle, ToMaster::Release { handle });
         core.disconnect(late);
-        assert_eq!(told_to_serve_parked(&mut core, handle), []);
+        assert_eq!(serving_parked(&mut core, handle), []);
         core.disconnect(last);
-        let told = told_to_serve_parked(&mut core, handle);
+        let busy_ones = serving_parked(&mut core, handle);
         // The late worker still serves its shard.
-        let is_told = match policy {
+        let expected = match policy {
             SchedulingPolicy::Sharded => vec![busy],
             _ => vec![busy, late],
         };
-        assert_eq!(told, is_told);
+        assert_eq!(busy_ones, expected);
     }
 }
 
@@ -139,7 +139,7 @@ fn workers_of_a_borrowed_listener_serve_their_parked_connections() {
     let handle = HandleId(1);
     core.bound(handle, Ok(None));
     core.disconnect(worker);
-    assert_eq!(told_to_serve_parked(&mut core, handle), [worker]);
+    assert_eq!(serving_parked(&mut core, handle), [worker]);
 }
 
 #[test]
