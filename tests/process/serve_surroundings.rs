@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -31,6 +31,10 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("serve_fails_at_once_beside_a_full_backlog", full_backlog),
         Trial::test("serve_follows_a_switched_link", switched_link),
         Trial::test("serve_writes_its_pid_file_later", pid_file),
+        Trial::test(
+            "serve_replaces_only_a_regular_file_as_pid_file",
+            special_pid_file,
+        ),
         Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
         Trial::test("serve_searches_a_default_path", default_path),
     ]
@@ -131,6 +135,24 @@ fn full_backlog() -> Result<(), Failed> {
     let mut serve = own_program(path.to_str().unwrap(), &[]);
     assert_eq!(serve.output()?.status.code(), Some(1));
     assert!(path.exists(), "a socket in use stays");
+    Ok(())
+}
+
+fn special_pid_file() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let fifo = directory.path().join("fifo");
+    mkfifo(&fifo, Mode::from_bits_truncate(0o600))?;
+    let link = directory.path().join("link");
+    symlink(&fifo, &link)?;
+    for path in [&fifo, &link] {
+        let options = ["--pid-file", path.to_str().unwrap()];
+        let output = own_program("127.0.0.1:0", &options).output()?;
+        let error = String::from_utf8(output.stderr)?;
+        assert!(error.contains("not a regular file"), "{error}");
+        assert_ne!(output.status.code(), Some(0));
+    }
+    assert!(fs::symlink_metadata(&link)?.is_symlink());
+    assert!(fs::metadata(&link)?.file_type().is_fifo());
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process;
 
 /// The file of `--pid-file`. Without the option, the methods do nothing.
@@ -13,14 +13,16 @@ pub(crate) struct PidFile {
 }
 
 impl PidFile {
-    /// Returns an error if the file's directory cannot be entered.
+    /// Returns an error if the file's directory cannot be entered, or if the path is that of a file
+    /// that must not be replaced, such as /dev/null.
     pub(crate) fn new(path: Option<PathBuf>) -> Result<Self, String> {
         if let Some(path) = &path {
             let directory = match path.parent() {
                 Some(parent) if !parent.as_os_str().is_empty() => parent.join("."),
                 _ => PathBuf::from("."),
             };
-            fs::metadata(directory)
+            let checked = fs::metadata(directory).and_then(|_| check_replaceable(path));
+            checked
                 .map_err(|error| format!("cannot use --pid-file {}: {error}", path.display()))?;
         }
         Ok(Self { path })
@@ -34,7 +36,8 @@ impl PidFile {
         };
         let mut new = OsString::from(path);
         new.push(format!(".{}", process::id()));
-        let replaced = fs::write(&new, format!("{}\n", process::id()))
+        let replaced = check_replaceable(path)
+            .and_then(|()| fs::write(&new, format!("{}\n", process::id())))
             .and_then(|()| fs::rename(&new, path))
             .inspect_err(|_| drop(fs::remove_file(&new)));
         replaced.map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))
@@ -45,11 +48,21 @@ impl PidFile {
         let Some(path) = &self.path else {
             return;
         };
-        let content: io::Result<String> = fs::read_to_string(path);
+        let content = check_replaceable(path).and_then(|()| fs::read_to_string(path));
         if content.is_ok_and(|content| content.trim_end() == process::id().to_string()) {
             // Ignore an error. This process exits soon, and a reader of the file can check whether
             // the process exists.
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+/// Returns an error if the file exists and is not a regular file.
+fn check_replaceable(path: &Path) -> io::Result<()> {
+    match fs::metadata(path) {
+        Ok(data) if !data.is_file() => Err(io::Error::other("not a regular file")),
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }

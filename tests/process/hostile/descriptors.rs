@@ -153,7 +153,7 @@ fn out_of_band_descriptors_do_not_block_the_master() {
 /// The master closes its own copy once the worker has reported that it has received the connection.
 /// This `close` is the last one, and must not block the master.
 fn connection_that_blocks_in_close_does_not_block_the_master() {
-    const LINGER: Duration = Duration::from_secs(10);
+    let linger = scaled(Duration::from_secs(10));
     let log = Log::default();
     let entries = log.clone();
     cluster(
@@ -178,13 +178,13 @@ fn connection_that_blocks_in_close_does_not_block_the_master() {
             worker.on_exit(move |_, _, status| {
                 log.add(status.to_string());
                 println!("{:?}", longest.get());
-                assert!(longest.get() < LINGER / 2, "blocked {:?}", longest.get());
+                assert!(longest.get() < linger / 2, "blocked {:?}", longest.get());
             });
         },
         |worker| {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             let connection = listener.accept().unwrap().unwrap();
-            make_close_block(&connection, LINGER);
+            make_close_block(&connection, linger);
             drop(connection);
             worker.set_timeout(Duration::ZERO, |worker| {
                 assert_eq!(worker.send(b"waiting").unwrap(), Sent::Continue)
