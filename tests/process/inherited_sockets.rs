@@ -18,7 +18,8 @@ use nix::unistd::Pid;
 
 use crate::counting::Load;
 use crate::harness::{
-    Group, WATCHED, is_alive, is_watched, reserve, reserve_port, scaled, talk, wait_until, watched,
+    Group, WATCHED, is_alive, is_watched, reserve, reserve_both_families, reserve_port, scaled,
+    talk, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -477,7 +478,9 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
         return service();
     }
     let v6 = reserve("[::1]:0".parse().unwrap());
-    let (tcp, all) = (reserve_port(), reserve_port());
+    let tcp = reserve_port();
+    let (_reserved, port) = reserve_both_families();
+    let all = SocketAddr::from(([127, 0, 0, 1], port));
     let udp = UdpSocket::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -486,7 +489,7 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
     let mut config = format!(
         "listen {}\nlisten {}\nlisten 127.0.0.1:0\nbind {udp}\nlisten {}",
         tcp.1,
-        all.1.port(),
+        all.port(),
         path.display()
     );
     if let Ok((_, v6)) = &v6 {
@@ -497,8 +500,8 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
         service.upgrade();
         let master = service.master();
         assert_served(tcp.1, master);
-        assert_served(all.1, master);
-        let chosen = chosen_addresses(&service, [tcp.1.port(), all.1.port()]);
+        assert_served(all, master);
+        let chosen = chosen_addresses(&service, [tcp.1.port(), all.port()]);
         let [chosen] = chosen[..] else {
             panic!("not one port: {chosen:?}");
         };

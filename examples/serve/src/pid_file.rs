@@ -57,11 +57,11 @@ impl PidFile {
     }
 }
 
-/// Returns an error if the file exists and is not a regular file.
+/// Returns an error if the file is a device, a socket or a pipe. The system replaces no directory.
 fn check_replaceable(path: &Path) -> io::Result<()> {
     match fs::metadata(path) {
-        Ok(data) if !data.is_file() => Err(io::Error::other("not a regular file")),
-        Ok(_) => Ok(()),
+        Ok(data) if data.is_file() || data.is_dir() => Ok(()),
+        Ok(_) => Err(io::Error::other("not a regular file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }

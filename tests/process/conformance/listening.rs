@@ -2,8 +2,8 @@
 
 use std::cell::RefCell;
 use std::io::{ErrorKind, Read as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::harness::{
     Log, answer, close_at_exit, cluster, expect_listen_error, for_both_policies, idle_server,
-    note_events, note_messages, open_fds, read_answer, reserve, reserve_port, serve_id,
-    share_listeners, wait_until, when_listening, with_env,
+    note_events, note_messages, open_fds, read_answer, reserve_both_families, reserve_port,
+    serve_id, share_listeners, when_listening, with_env,
 };
 use crate::refused::refuse_calls;
 
@@ -455,16 +455,6 @@ fn listen_on_ipv6(
     ];
     let of_each = |id| events.map(|event| format!("{id} {event}"));
     assert_eq!(entries, [1, 2, 3].map(of_each).concat());
-}
-
-/// Reserves a port that is free in both address families.
-fn reserve_both_families() -> ([OwnedFd; 2], u16) {
-    wait_until("a port", || {
-        let (v6, address) = reserve("[::]:0".parse().unwrap()).unwrap();
-        let v4 = SocketAddr::from(([0, 0, 0, 0], address.port()));
-        let (v4, _) = reserve(v4).ok()?;
-        Some(([v6, v4], address.port()))
-    })
 }
 
 fn net_listen_ipv6only_false() {

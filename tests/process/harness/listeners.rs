@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use cluster::{Error, ListenOptions, Master, SchedulingPolicy, Worker, WorkerProcess};
 
+use super::wait_until;
+
 pub fn share_listeners(master: &Master) {
     let policy = SchedulingPolicy::Shared;
     master.set_scheduling_policy(policy).unwrap();
@@ -47,6 +49,16 @@ pub fn expect_listen_error<S: std::fmt::Debug>(
 /// the port, and the kernel does not choose the port for another socket.
 pub fn reserve_port() -> (OwnedFd, SocketAddr) {
     reserve("127.0.0.1:0".parse().unwrap()).unwrap()
+}
+
+/// Reserves a port that is free in both address families, until the returned sockets are dropped.
+pub fn reserve_both_families() -> ([OwnedFd; 2], u16) {
+    wait_until("a port", || {
+        let (v6, address) = reserve("[::]:0".parse().unwrap()).unwrap();
+        let v4 = SocketAddr::from(([0, 0, 0, 0], address.port()));
+        let (v4, _) = reserve(v4).ok()?;
+        Some(([v6, v4], address.port()))
+    })
 }
 
 /// Reserves an address until the returned socket is dropped. An IPv6 address does not reserve the

@@ -232,7 +232,18 @@ fn attack(master: &Master, address: SocketAddr, mut quiet: Measurements, case: C
         }
     });
     let exited = Rc::clone(&finish);
-    attacker.on_exit(move |master, _, _| exited(master));
+    let is_tolerated = matches!(
+        case.outcome,
+        Outcome::Tolerated | Outcome::ToleratedWithLoss(_)
+    );
+    attacker.on_exit(move |master, _, status| {
+        let is_killed = status.signal() == Some(9);
+        assert!(
+            is_killed || !is_tolerated,
+            "the attack has failed: {status}"
+        );
+        exited(master);
+    });
     let served =
         move |master: &Master, attacker: &WorkerProcess, mut busy: Measurements, cpu_before| {
             quiet.show("quiet");
