@@ -146,6 +146,14 @@ impl WaitState {
     }
 }
 
+/// The sources of one attempt to receive a connection or datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sources {
+    /// The socket, and the parked connections whose clients have sent something.
+    All,
+    Parked,
+}
+
 /// The result of one attempt to receive a connection or datagram.
 enum Attempt<T> {
     Received(T),
@@ -187,10 +195,16 @@ impl Worker {
         inner.event_loop.check_own()?;
         inner.prepare_accept(listener)?;
         let mut pause = FIRST_PAUSE;
-        Self::wait_for(inner, listener, |worker| {
+        Self::wait_for(inner, listener, |worker, sources| {
             let shell = &inner.shell;
             if shell.core.borrow().is_paused(listener) {
                 return Ok(Attempt::Nothing);
+            }
+            if sources == Sources::Parked {
+                return match shell.resume(listener) {
+                    Some(resumed) => worker.accepted(listener, resumed),
+                    None => Ok(Attempt::Nothing),
+                };
             }
             let attempt = if worker.may_block(listener)? {
                 worker.accept_in_turn(listener)
@@ -281,8 +295,12 @@ impl Worker {
         }
         if !has_resumed || shell.is_new_next() {
             if shell.has_input(listener) {
-                if let Some(attempt) = self.accept_new_first(listener)? {
-                    return Ok(attempt);
+                match self.accept_new_first(listener)? {
+                    // A parked connection already has a descriptor, so a lack of descriptors must
+                    // not delay it.
+                    Some(Attempt::Failed(_)) if has_resumed => shell.mark_backlog_empty(),
+                    Some(attempt) => return Ok(attempt),
+                    None => {}
                 }
             } else {
                 shell.mark_backlog_empty();
@@ -360,7 +378,10 @@ impl Worker {
         listener: ListenerId,
         buffer: &mut [u8],
     ) -> Result<Option<(usize, SocketAddr)>> {
-        Self::wait_for(inner, listener, |_| {
+        Self::wait_for(inner, listener, |_, sources| {
+            if sources == Sources::Parked {
+                return Ok(Attempt::Nothing);
+            }
             let received = inner.shell.try_receive(listener, buffer);
             received.map_or_else(Attempt::failed, |received| Ok(received.into()))
         })
@@ -372,7 +393,7 @@ impl Worker {
     fn wait_for<T>(
         inner: &Rc<Inner>,
         listener: ListenerId,
-        mut attempt: impl FnMut(&Self) -> Result<Attempt<T>>,
+        mut attempt: impl FnMut(&Self, Sources) -> Result<Attempt<T>>,
     ) -> Result<Option<T>> {
         drop(inner.event_loop.enter()?);
         let (shell, wait_state) = (&inner.shell, &inner.wait_state);
@@ -392,9 +413,10 @@ impl Worker {
             // Check the poller and deliver pending notifications first, because the attempt may
             // wait. Skip the check for newly parked connections while earlier ones are resumed,
             // because the earlier ones come first.
+            // Call `take_unchecked` last, because another listener may need the check otherwise.
             let is_unchecked = !shell.has_resumed(listener)
-                && shell.take_unchecked()
-                && shell.is_blocking(listener);
+                && shell.is_blocking(listener)
+                && shell.take_unchecked();
             let must_check = wait_state.take_poller();
             if must_check || is_unchecked || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
@@ -424,22 +446,26 @@ impl Worker {
         }
     }
 
-    /// Makes an attempt. During the back-off after a failed attempt, instead waits for the end of
-    /// the back-off or for other input.
+    /// Makes an attempt. During the back-off after a failed attempt, only tries to resume a parked
+    /// connection, and otherwise waits for the end of the back-off or for other input.
     fn attempt_after<T>(
         &self,
         backoff: &mut Backoff,
-        attempt: &mut impl FnMut(&Self) -> Result<Attempt<T>>,
+        attempt: &mut impl FnMut(&Self, Sources) -> Result<Attempt<T>>,
     ) -> Result<Attempt<T>> {
         if let Some(deadline) = backoff.deadline() {
             let left = deadline.saturating_sub(self.inner.shell.now());
             if !left.is_zero() {
+                let resumed = attempt(self, Sources::Parked)?;
+                if let Attempt::Received(_) = resumed {
+                    return Ok(resumed);
+                }
                 self.wait_without_listener(left)?;
                 return Ok(Attempt::Retry);
             }
             *backoff = Backoff::default();
         }
-        attempt(self)
+        attempt(self, Sources::All)
     }
 
     /// Waits for the channel and the poller, but not for a listener, for at most `limit`. Reads

@@ -17,6 +17,10 @@ use crate::worker::{Inner, finish};
 ///
 /// Node: `net.Socket`.
 ///
+/// Reading and writing continue after a signal, even if the stream has a timeout, which then starts
+/// again. The methods of the stream itself, and a stream that was taken out of the connection, return
+/// [`Interrupted`](io::ErrorKind::Interrupted) in this case.
+///
 /// Like any new stream, a connection blocks. A worker that is disconnecting in
 /// [`Worker::run`](crate::Worker::run) or [`Worker::dispatch`](crate::Worker::dispatch) keeps its
 /// channel open until all of its connections are dropped.
@@ -380,21 +384,21 @@ macro_rules! read_and_write_by_reference {
     ($($stream:ty),*) => {$(
         impl Read for &Connection<$stream> {
             fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-                (&self.stream).read(buffer)
+                uninterrupted(|| (&self.stream).read(buffer))
             }
 
             fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-                (&self.stream).read_vectored(buffers)
+                uninterrupted(|| (&self.stream).read_vectored(buffers))
             }
         }
 
         impl Write for &Connection<$stream> {
             fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-                (&self.stream).write(buffer)
+                uninterrupted(|| (&self.stream).write(buffer))
             }
 
             fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-                (&self.stream).write_vectored(buffers)
+                uninterrupted(|| (&self.stream).write_vectored(buffers))
             }
 
             fn flush(&mut self) -> io::Result<()> {
@@ -408,25 +412,36 @@ read_and_write_by_reference!(TcpStream, UnixStream);
 
 impl<S: Read> Read for Connection<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(buffer)
+        uninterrupted(|| self.stream.read(buffer))
     }
 
     fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.stream.read_vectored(buffers)
+        uninterrupted(|| self.stream.read_vectored(buffers))
     }
 }
 
 impl<S: Write> Write for Connection<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.write(buffer)
+        uninterrupted(|| self.stream.write(buffer))
     }
 
     fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.stream.write_vectored(buffers)
+        uninterrupted(|| self.stream.write_vectored(buffers))
     }
 
     fn flush(&mut self) -> io::Result<()> {
         self.stream.flush()
+    }
+}
+
+/// Repeats a call that a signal has interrupted. If the stream has a timeout, every signal handler
+/// interrupts the call, and so does SIGCONT (signal(7)).
+fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cluster::{BindOptions, Error, ListenOptions, Master, Settings, Worker};
+use cluster::{BindOptions, Error, ListenOptions, Master, Settings, SpawnOptions, Worker};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
@@ -29,6 +29,7 @@ use crate::refused::refuse_calls;
 crate::scenarios! {
     worker_of_another_user_keeps_no_privileges_of_root: ROOT
     failed_step_of_fork_is_named_and_leaves_no_process: ROOT
+    id_that_means_unchanged_is_an_error: ROOT
     capabilities_that_survive_setuid_are_dropped: SETPRIV
     root_worker_keeps_its_capabilities: ROOT
     fork_returns_when_a_child_of_another_user_is_stopped: ROOT
@@ -132,6 +133,20 @@ fn worker_of_another_user_keeps_no_privileges_of_root() {
 /// Checks that a worker also loses the capabilities that the kernel keeps when a process changes
 /// its user. The master has ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it
 /// also sets `PR_SET_KEEPCAPS`.
+/// Checks that a fork fails with the id that means "unchanged" in system calls.
+fn id_that_means_unchanged_is_an_error() {
+    cluster(
+        |master| {
+            let settings = Settings::default;
+            for settings in [settings().uid(u32::MAX), settings().gid(u32::MAX)] {
+                let error = master.fork_as(SpawnOptions::new(settings)).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}");
+            }
+        },
+        |_| unreachable!(),
+    );
+}
+
 fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use cluster::{BindOptions, Interest, Signal, Worker};
+use cluster::{BindOptions, Interest, ListenOptions, Signal, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::{ptrace, wait::waitpid};
 use nix::unistd::Pid;
@@ -125,6 +125,10 @@ fn durations_of_any_length_are_accepted() {
                     });
                     for _ in DURATIONS {
                         master.fork().unwrap();
+                    }
+                    for duration in DURATIONS {
+                        let options = ListenOptions::from("127.0.0.1:0").idle_timeout(duration);
+                        drop(master.listen(options.first_data_timeout(duration)).unwrap());
                     }
                     for duration in DURATIONS {
                         // `setup_master` causes an event, so `dispatch` does not wait.

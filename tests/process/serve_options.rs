@@ -61,6 +61,11 @@ fn bad_values() -> Result<(), Failed> {
         (&["--drain", "10"], "--drain: invalid value \"10\": "),
         (&["--stop-delay", "1d"], "--stop-delay: invalid value "),
         (&["--max-age", ""], "--max-age: invalid value \"\": "),
+        (&["--max-age", "0s"], "--max-age: invalid value \"0s\": "),
+        (
+            &["--max-memory", "0"],
+            "--max-memory: invalid value \"0\": ",
+        ),
         (
             &["--max-memory", "99999999999999G"],
             "--max-memory: invalid value \"99999999999999G\": ",
@@ -106,6 +111,8 @@ fn unusable() -> Result<(), Failed> {
     let in_use = std::io::Error::from(nix::Error::EADDRINUSE).to_string();
     for (option, value, reason) in [
         ("--user", "no-such-user", "no such user in /etc/passwd"),
+        ("--user", "4294967295", "no such user in /etc/passwd"),
+        ("--user", "+1", "no such user in /etc/passwd"),
         ("--user", "4000000", "its group is unknown; add --group"),
         ("--group", "no-such-group", "no such group in /etc/group"),
         ("--directory", "/no/such", "No such file or directory"),

@@ -151,6 +151,13 @@ fn special_pid_file() -> Result<(), Failed> {
         assert!(error.contains("not a regular file"), "{error}");
         assert_ne!(output.status.code(), Some(0));
     }
+    let text = directory.path().join("text");
+    fs::write(&text, "precious")?;
+    let options = ["--pid-file", text.to_str().unwrap()];
+    let output = own_program("127.0.0.1:0", &options).output()?;
+    let error = String::from_utf8(output.stderr)?;
+    assert!(error.contains("does not contain a process id"), "{error}");
+    assert_eq!(fs::read_to_string(&text)?, "precious");
     assert!(fs::symlink_metadata(&link)?.is_symlink());
     assert!(fs::metadata(&link)?.file_type().is_fifo());
     Ok(())

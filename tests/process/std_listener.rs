@@ -25,6 +25,7 @@ crate::scenarios! {
     reloads_of_std_listeners_lose_no_client
     killed_workers_with_std_listeners_refuse_no_client
     idle_std_listener_ends_at_a_disconnect
+    std_listener_ends_although_the_worker_has_accepted_before
     std_listener_ends_after_its_last_client
     std_listener_ends_alone
     std_listener_of_the_last_worker_serves_its_backlog
@@ -233,6 +234,24 @@ fn idle_std_listener_ends_at_a_disconnect() {
                 disconnect_after_clients(master, 0);
             },
             |worker| serve_std(&worker, "127.0.0.1:0"),
+        );
+    });
+}
+
+/// Checks that a thread does not inherit a blocked signal from the thread that has called the
+/// crate's `accept`.
+fn std_listener_ends_although_the_worker_has_accepted_before() {
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| {
+                retain(master, "127.0.0.1:0");
+                disconnect_after_clients(master, 1);
+            },
+            |worker| {
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                serve(listener.accept().unwrap().unwrap().into_stream());
+                run_beside(&worker, listener.into_std().unwrap(), serve);
+            },
         );
     });
 }

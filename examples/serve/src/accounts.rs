@@ -16,9 +16,9 @@ pub(crate) struct Ids {
 pub(crate) fn find(user: Option<&str>, group: Option<&str>) -> Result<Ids, String> {
     let mut ids = Ids::default();
     if let Some(group) = group {
-        ids.gid = Some(match group.parse() {
-            Ok(gid) => gid,
-            Err(_) => {
+        ids.gid = Some(match parse(group) {
+            Some(gid) => gid,
+            None => {
                 let groups = read(GROUPS, "--group", group)?;
                 let entry = entry(&groups, group).and_then(|entry| entry.id);
                 entry.ok_or_else(|| format!("--group {group}: no such group in {GROUPS}"))?
@@ -26,7 +26,7 @@ pub(crate) fn find(user: Option<&str>, group: Option<&str>) -> Result<Ids, Strin
         });
     }
     if let Some(user) = user {
-        let number: Option<u32> = user.parse().ok();
+        let number = parse(user);
         let users = match (number, group) {
             // Both ids are already known, so no entry is needed.
             (Some(_), Some(_)) => String::new(),
@@ -42,6 +42,14 @@ pub(crate) fn find(user: Option<&str>, group: Option<&str>) -> Result<Ids, Strin
         })?);
     }
     Ok(ids)
+}
+
+/// Returns the id if the text is a number. The highest number is not an id, but means "unchanged" in
+/// system calls.
+fn parse(text: &str) -> Option<u32> {
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    let id = text.parse().ok().filter(|_| is_number);
+    id.filter(|id| *id != u32::MAX)
 }
 
 fn read(path: &str, option: &str, name: &str) -> Result<String, String> {

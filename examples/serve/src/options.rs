@@ -198,9 +198,11 @@ fn set_limit(pool: PoolOptions, name: &str, value: &str) -> Result<PoolOptions, 
     Ok(match name {
         "workers" => pool.workers(value.parse::<NonZeroU16>().map_err(error)?.get().into()),
         "readiness" => pool.readiness(Readiness::Alive(parse_time(value)?)),
-        "max-age" => pool.max_age(Some(parse_time(value)?)),
+        "max-age" => pool.max_age(Some(parse_time(value).and_then(nonzero)?)),
         "max-memory" => pool.max_memory(Some(
-            parse_amount(value, BYTES).ok_or("not a size, such as 512K, 100M or 2G")?,
+            parse_amount(value, BYTES)
+                .filter(|size| *size > 0)
+                .ok_or("not a size, such as 512K, 100M or 2G")?,
         )),
         "max-failures" => pool.max_failures(value.parse().map_err(error)?),
         "stop-delay" => pool.stop_delay(parse_time(value)?),
@@ -215,6 +217,14 @@ fn invalid(option: &str, value: &OsStr, reason: &str) -> String {
 
 fn as_utf8(value: &OsStr) -> Result<&str, String> {
     value.to_str().ok_or_else(|| "not valid UTF-8".to_owned())
+}
+
+/// Returns an error for an age at which each new process would be replaced at once.
+fn nonzero(time: Duration) -> Result<Duration, String> {
+    match time.is_zero() {
+        true => Err("must not be 0".to_owned()),
+        false => Ok(time),
+    }
 }
 
 fn parse_time(value: &str) -> Result<Duration, String> {

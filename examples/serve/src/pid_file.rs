@@ -57,10 +57,18 @@ impl PidFile {
     }
 }
 
-/// Returns an error if the file is a device, a socket or a pipe. The system replaces no directory.
+/// Returns an error if the file is a device, a socket or a pipe, or has other content than a process
+/// id. The system replaces no directory.
 fn check_replaceable(path: &Path) -> io::Result<()> {
     match fs::metadata(path) {
-        Ok(data) if data.is_file() || data.is_dir() => Ok(()),
+        Ok(data) if data.is_dir() => Ok(()),
+        Ok(data) if data.is_file() => {
+            let is_id = |byte: &u8| byte.is_ascii_digit() || byte.is_ascii_whitespace();
+            match fs::read(path)?.iter().all(is_id) {
+                true => Ok(()),
+                false => Err(io::Error::other("the file does not contain a process id")),
+            }
+        }
         Ok(_) => Err(io::Error::other("not a regular file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),

@@ -41,6 +41,10 @@ impl InterruptibleAccept {
         match self.0 {}
     }
 
+    pub(crate) fn unblock_signal(&self) {
+        match self.0 {}
+    }
+
     pub(crate) fn release(&self, _listener: BorrowedFd<'_>) -> io::Result<()> {
         match self.0 {}
     }

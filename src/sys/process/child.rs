@@ -245,9 +245,11 @@ impl Child<'_> {
             self.drop_groups().map_err(at(Step::Groups))?;
         }
         if let Some(gid) = self.gid {
+            check_id(gid).map_err(at(Step::Groups))?;
             platform::set_group(gid).map_err(at(Step::Groups))?;
         }
         if let Some(uid) = self.uid {
+            check_id(uid).map_err(at(Step::User))?;
             platform::set_user(uid).map_err(at(Step::User))?;
             if uid != ROOT {
                 platform::drop_capabilities().map_err(at(Step::Capabilities))?;
@@ -435,5 +437,14 @@ fn close_one_by_one(first: RawFd, last: RawFd) {
     for number in first..=last {
         // SAFETY: this child no longer uses the descriptor.
         unsafe { libc::close(number) };
+    }
+}
+
+/// Returns an error for the id that means "unchanged" to the system (setresuid(2)). A worker would
+/// otherwise keep the master's user.
+fn check_id(id: u32) -> io::Result<()> {
+    match id {
+        u32::MAX => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        _ => Ok(()),
     }
 }

@@ -93,17 +93,21 @@ impl WorkerShell {
         if resumes {
             return Ok(self.resume(listener));
         }
-        let accepted = self.try_accept(listener)?;
-        Ok(match accepted {
-            Some(accepted) => {
+        match self.try_accept(listener) {
+            Ok(Some(accepted)) => {
                 self.turn.set(Turn::Parked);
-                Some(accepted)
+                Ok(Some(accepted))
             }
-            None => {
+            Ok(None) => {
                 self.mark_backlog_empty();
-                self.resume(listener)
+                Ok(self.resume(listener))
             }
-        })
+            // A parked connection already has a descriptor, so a lack of descriptors must not delay
+            // it.
+            Err(error) => self
+                .resume(listener)
+                .map_or(Err(error), |own| Ok(Some(own))),
+        }
     }
 
     /// Accepts the next connection from the listener, or receives it from the queue. Returns `None`

@@ -56,6 +56,9 @@ impl WorkerShell {
             return sys::std_accept::stub(family);
         };
         let (accept, copy) = StdAccept::new(shared.fd.as_fd())?;
+        if let Some(interrupt) = self.interrupt.get() {
+            interrupt.unblock_signal();
+        }
         *entry = Some(accept);
         drop(sockets);
         self.add_name(copy.as_fd());

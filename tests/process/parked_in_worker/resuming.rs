@@ -1,17 +1,21 @@
 //! Tests that a worker resumes the connections that it has parked.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use cluster::pool::ignore_pool_signals;
 use cluster::{Connection, Interest, ListenOptions, Master, Worker};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::{
     BUSY, MS, ask_in_turn, disconnect, only, serve_slowly, serve_slowly_on, serve_with_callback,
 };
+use crate::exhaustion::leave_free;
 use crate::harness::{
     cluster, for_policies_without_dispatch, in_background, scaled, wait_for_state, wait_until,
     when_listening,
@@ -29,6 +33,9 @@ crate::scenarios! {
     options_of_a_connection_parked_in_a_worker_are_reset
     blocking_worker_serves_many_requests_that_arrive_while_it_is_busy
     blocking_worker_closes_many_connections_that_end_while_it_is_busy
+    blocking_worker_finds_data_that_arrived_before_a_datagram
+    parked_clients_are_served_while_no_descriptor_is_free
+    interrupted_reads_continue
     taken_stream_interrupts_no_accept
     resumed_connection_can_be_watched
 }
@@ -311,6 +318,144 @@ fn blocking_worker_closes_many_connections_that_end_while_it_is_busy() {
                 let options = ListenOptions::from("127.0.0.1:0");
                 // The worker's alarm would also make it check the poller.
                 serve_slowly_on(&worker, options.idle_timeout(Duration::from_secs(3600)));
+            },
+        );
+    });
+}
+
+/// Checks that a call for another listener does not use up the check for data that has arrived before
+/// a connection was parked.
+fn blocking_worker_finds_data_that_arrived_before_a_datagram() {
+    const ADDRESS: &str = "ADDRESS";
+    let clients = |server, socket: SocketAddr| {
+        let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut client = Client::connect(server);
+        client.0.get_mut().write_all(&[PARK; 2]).unwrap();
+        // The worker receives one datagram before each connection.
+        for _ in 0..3 {
+            datagrams.send_to(b"x", socket).unwrap();
+        }
+        assert_eq!([client.line(), client.line()], ["1 1", "1 2"]);
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| {
+                let free = UdpSocket::bind("127.0.0.1:0").unwrap();
+                let socket = free.local_addr().unwrap();
+                // The worker first listens on its datagram socket.
+                when_listening(master, 2, move |master, server| {
+                    in_background(master, move || clients(server, socket), disconnect);
+                });
+                let env = [(ADDRESS, socket.to_string())];
+                drop((free, master.fork_with(env).unwrap()));
+            },
+            |worker| {
+                let address = std::env::var(ADDRESS).unwrap();
+                let socket = worker.bind(address.as_str()).unwrap();
+                let listener = worker.listen("127.0.0.1:0").unwrap();
+                while socket.recv_from(&mut [0]).unwrap().is_some() {
+                    let Some(connection) = listener.accept().unwrap() else {
+                        break;
+                    };
+                    answer(&worker, connection);
+                }
+            },
+        );
+    });
+}
+
+/// Request after whose answer the worker uses up its descriptors, until a client has gone.
+const EXHAUST: u8 = b'e';
+
+fn parked_clients_are_served_while_no_descriptor_is_free() {
+    let clients = |address| {
+        let mut clients = [(); 4].map(|()| {
+            let mut client = Client::connect(address);
+            client.ask(PARK);
+            client
+        });
+        clients[0].ask(EXHAUST);
+        // This client waits in the backlog.
+        let mut waiting = Client::connect(address);
+        waiting.send(CLOSE);
+        for _ in 0..3 {
+            for client in &mut clients[1..] {
+                client.ask(PARK);
+            }
+        }
+        for client in &mut clients[1..] {
+            assert_eq!(client.ask(CLOSE).1, 5);
+        }
+        assert_eq!(waiting.line(), "1 1");
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| with_clients(master, 1, clients, disconnect),
+            |worker| {
+                for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                    let connection = connection.unwrap();
+                    let mut request = [0];
+                    let exhausts = connection.peek(&mut request).is_ok() && request[0] == EXHAUST;
+                    if !exhausts {
+                        answer(&worker, connection);
+                        continue;
+                    }
+                    let mut connection = connection;
+                    connection.read_exact(&mut request).unwrap();
+                    let line = format!("{} {}\n", worker.id(), connection.requests());
+                    connection.write_all(line.as_bytes()).unwrap();
+                    connection.park();
+                    // The limit of this process does not matter any more.
+                    let _ = leave_free(0);
+                }
+            },
+        );
+    });
+}
+
+/// Request of which the worker reads the first byte before it answers the second one.
+const HALF: u8 = b'h';
+
+/// Checks that signals and SIGCONT do not end a read with a timeout.
+fn interrupted_reads_continue() {
+    let clients = |address, worker: u32| {
+        let mut client = Client::connect(address);
+        let pid = Pid::from_raw(worker.try_into().unwrap());
+        for signals in [&[Signal::SIGTERM][..], &[Signal::SIGSTOP, Signal::SIGCONT]] {
+            client.send(HALF);
+            assert_eq!(client.line(), "reading");
+            wait_for_state(worker, ") S ");
+            for signal in signals {
+                kill(pid, *signal).unwrap();
+            }
+            // The worker reads on.
+            wait_for_state(worker, ") S ");
+            client.ask(PARK);
+        }
+    };
+    for_policies_without_dispatch(|| {
+        cluster(
+            |master| {
+                when_listening(master, 1, move |master, address| {
+                    let worker = only(master, 1).process().id();
+                    in_background(master, move || clients(address, worker), disconnect);
+                });
+                drop(master.fork().unwrap());
+            },
+            |worker| {
+                ignore_pool_signals(&worker).unwrap();
+                for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {
+                    let mut connection = connection.unwrap();
+                    let timeout = Some(scaled(Duration::from_secs(50)));
+                    connection.set_read_timeout(timeout).unwrap();
+                    let mut request = [0];
+                    if matches!(connection.read(&mut request), Ok(1)) && request[0] == HALF {
+                        connection.write_all(b"reading\n").unwrap();
+                    } else {
+                        continue;
+                    }
+                    answer(&worker, connection);
+                }
             },
         );
     });

@@ -69,6 +69,16 @@ fn time_in_which_the_master_was_stopped_does_not_kill_disconnecting_workers() {
 }
 
 #[test]
+fn short_delays_do_not_postpone_the_end_of_a_drain() {
+    let mut world = World::serving(options(1).drain_timeout(Duration::from_millis(50)));
+    world.input(Core::stop_signal_received);
+    world.core.next_deadline();
+    world.now += Duration::from_millis(500);
+    world.input(Core::tick);
+    assert_eq!(world.killed, [1]);
+}
+
+#[test]
 fn new_master_cannot_upgrade_before_it_has_taken_over() {
     let mut world = World::new(options(1));
     world.core.await_takeover();

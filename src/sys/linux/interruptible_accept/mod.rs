@@ -5,7 +5,9 @@
 //! `accept` although it also has to wait for its channel. The kernel signals each arrival on the
 //! channel to the worker's thread. The signal is SIGURG, because it has no effect without a
 //! handler. The signal is blocked except during the call, so it does not interrupt the
-//! application's calls.
+//! application's calls. If the application has taken a listener out of the crate, the signal stays
+//! unblocked, because it must interrupt the threads that accept from this listener
+//! (`blocked_threads`).
 //!
 //! A signal must not be lost if it arrives after it was unblocked, but before `accept` sleeps. So
 //! `accept` is called on a reserved descriptor, the *slot*, which holds a copy of the listener. The
@@ -205,6 +207,14 @@ impl InterruptibleAccept {
                 }
             }
             Ok(connection) => Ok(Some(connection)),
+        }
+    }
+
+    /// Unblocks the signal on this thread, and therefore on the threads that it starts later, unless
+    /// the application has blocked the signal.
+    pub(crate) fn unblock_signal(&self) {
+        if !self.was_blocked {
+            self.signal.unblock();
         }
     }
 
