@@ -123,10 +123,10 @@ fn http_server(policy: &str) -> Result<(), Failed> {
     if policy == "rr" {
         assert_eq!(count.iter().sum::<u32>(), 200);
         // A worker that has to wait 20 ms for a core loses its turn. On a busy machine, this can
-        // happen several times. Other tests check the exact rotation.
+        // happen many times. Other tests check the exact rotation.
         let shares = &count[1..];
         assert!(
-            shares.iter().all(|share| (45..=55).contains(share)),
+            shares.iter().all(|share| (30..=70).contains(share)),
             "{count:?}"
         );
     }
