@@ -55,8 +55,8 @@ impl StreamOptions {
     /// Gives the options of `connection` the values that they have after accept(2).
     fn reset(self, connection: BorrowedFd<'_>) -> io::Result<()> {
         match self {
-            // In a worker that accepts itself, the three system calls would be an eighth of the cost
-            // of a request on a parked connection (`cargo bench -- keep_alive/cost`).
+            // In a worker that accepts itself, these would be three of the seven system calls of a
+            // request on a parked connection.
             Self::Unchanged => Ok(()),
             Self::Unknown => sys::socket::reset_options(connection),
         }
