@@ -269,10 +269,12 @@ impl Pool {
     }
 
     /// Returns the signal that makes the worker disconnect, or `None` if the worker uses this crate
-    /// and therefore reads a disconnect request.
+    /// and therefore reads a disconnect request. A program that does not use it may have closed the
+    /// channel.
     fn signal_for(&self, worker: &WorkerProcess) -> Option<Signal> {
         let signal = self.0.core.borrow().options().disconnect_signal;
-        signal.filter(|_| worker.state() == WorkerState::None)
+        let reads = matches!(worker.state(), WorkerState::Online | WorkerState::Listening);
+        signal.filter(|_| !reads)
     }
 
     fn disconnect_all(&self, master: &Master) {

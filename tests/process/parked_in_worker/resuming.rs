@@ -51,6 +51,19 @@ fn parked_client_returns_to_its_worker() {
     });
 }
 
+/// Does the same as [`with_clients`] for one worker, and also passes the worker's process id. Then
+/// disconnects the worker.
+fn with_clients_of_a_process(
+    master: &Master,
+    clients: impl FnOnce(SocketAddr, u32) + Send + 'static,
+) {
+    when_listening(master, 1, move |master, address| {
+        let worker = only(master, 1).process().id();
+        in_background(master, move || clients(address, worker), disconnect);
+    });
+    drop(master.fork().unwrap());
+}
+
 fn blocking_worker_is_woken_by_a_parked_client() {
     let clients = |address, worker| {
         let mut client = Client::connect(address);
@@ -61,16 +74,7 @@ fn blocking_worker_is_woken_by_a_parked_client() {
         }
     };
     for_policies_without_dispatch(|| {
-        cluster(
-            |master| {
-                when_listening(master, 1, move |master, address| {
-                    let worker = only(master, 1).process().id();
-                    in_background(master, move || clients(address, worker), disconnect);
-                });
-                drop(master.fork().unwrap());
-            },
-            serve,
-        );
+        cluster(|master| with_clients_of_a_process(master, clients), serve);
     });
 }
 
@@ -307,13 +311,7 @@ fn blocking_worker_closes_many_connections_that_end_while_it_is_busy() {
     };
     for_policies_without_dispatch(|| {
         cluster(
-            |master| {
-                when_listening(master, 1, move |master, address| {
-                    let worker = only(master, 1).process().id();
-                    in_background(master, move || clients(address, worker), disconnect);
-                });
-                drop(master.fork().unwrap());
-            },
+            |master| with_clients_of_a_process(master, clients),
             |worker| {
                 let options = ListenOptions::from("127.0.0.1:0");
                 // The worker's alarm would also make it check the poller.
@@ -435,13 +433,7 @@ fn interrupted_reads_continue() {
     };
     for_policies_without_dispatch(|| {
         cluster(
-            |master| {
-                when_listening(master, 1, move |master, address| {
-                    let worker = only(master, 1).process().id();
-                    in_background(master, move || clients(address, worker), disconnect);
-                });
-                drop(master.fork().unwrap());
-            },
+            |master| with_clients_of_a_process(master, clients),
             |worker| {
                 ignore_pool_signals(&worker).unwrap();
                 for connection in worker.listen("127.0.0.1:0").unwrap().incoming() {

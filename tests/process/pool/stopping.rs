@@ -3,14 +3,16 @@
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
-use cluster::pool::{Pool, PoolEvent, ignore_pool_signals};
+use cluster::Settings;
+use cluster::pool::{Pool, PoolEvent, Readiness, ignore_pool_signals};
 use nix::sys::signal::{Signal, kill};
 
 use super::{HOLD, MS, Server, pid, quick, server};
-use crate::harness::{cluster, is_alive, is_watched, wait_until};
+use crate::harness::{Log, cluster, is_alive, is_watched, wait_until};
 
 crate::scenarios! {
     worker_of_this_crate_receives_a_request_instead_of_the_signal
+    program_that_has_closed_its_channel_receives_the_signal
     stop_at_once_kills_a_new_master_that_does_not_serve
     second_signal_or_sigquit_kills_busy_workers
 }
@@ -95,4 +97,25 @@ fn worker_of_this_crate_receives_a_request_instead_of_the_signal() {
             assert_eq!(listener.incoming().count(), 0);
         },
     );
+}
+
+fn program_that_has_closed_its_channel_receives_the_signal() {
+    const SCRIPT: &str = "trap 'exit 0' TERM; eval \"exec $CLUSTER_CHANNEL_FD>&-\"
+        while :; do sleep 0.05; done";
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            master.setup_master(Settings::default().exec("/bin/bash").args(["-c", SCRIPT]));
+            let options = quick().workers(1).readiness(Readiness::Alive(MS));
+            let options = options.disconnect_signal(Some(cluster::Signal::TERM));
+            let pool = Pool::new(master, options);
+            pool.on_event(move |_, _, event| log.add(event.to_string()));
+            master.on_disconnect(move |master, _| pool.stop(master));
+        },
+        |_| unreachable!(),
+    );
+    let entries = entries.take();
+    let has_exited = "slot 0: worker 1 has exited".to_owned();
+    assert!(entries.contains(&has_exited), "{entries:?}");
 }
