@@ -12,7 +12,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::clients::{self, BODY, post};
 use crate::harness::{
-    Log, cluster, for_all_policies, in_background, scaled, talk, wait_until, when_listening,
+    Log, cluster, for_all_policies, in_background, open_fds, scaled, talk, wait_until,
+    when_listening,
 };
 
 crate::scenarios! {
@@ -30,6 +31,7 @@ crate::scenarios! {
     finish_keeps_a_disconnecting_worker_running
     finish_in_a_callback_keeps_a_disconnecting_worker_running
     finish_in_a_forked_child_delivers_the_answer
+    no_deadline_is_left_when_the_client_of_a_finished_connection_has_closed
 }
 
 const ANSWER: &str = "answer\n";
@@ -316,4 +318,44 @@ fn finish_in_a_forked_child_delivers_the_answer() {
     };
     let post_once = |address| assert_eq!(post(address, b"").unwrap(), ANSWER);
     cluster(|master| with_clients(master, post_once), fork_and_finish);
+}
+
+/// Checks that a worker sleeps without a time limit after all its clients have left, although the
+/// finished connection had one.
+fn no_deadline_is_left_when_the_client_of_a_finished_connection_has_closed() {
+    let log = Log::default();
+    let entries = log.clone();
+    cluster(
+        |master| {
+            when_listening(master, 1, |master, address| {
+                let work = move || connect_and_read(address);
+                in_background(master, work, |_, client| drop(client));
+            });
+            master.on_message(move |master, _, message| {
+                log.add(String::from_utf8_lossy(message.bytes()));
+                master.disconnect();
+            });
+            master.fork().unwrap();
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.set_connection_callback(|_, mut connection| {
+                connection.write_all(ANSWER.as_bytes()).unwrap();
+                connection.finish();
+            });
+            // Descriptors of the idle worker. Each connection adds one.
+            let idle = open_fds().len();
+            let mut has_connection = false;
+            while worker.is_connected() {
+                worker.dispatch(Some(Duration::from_millis(1))).unwrap();
+                let had_connection =
+                    std::mem::replace(&mut has_connection, open_fds().len() > idle);
+                if had_connection && !has_connection {
+                    let left = format!("{:?}", worker.time_left());
+                    let _ = worker.send(left.as_bytes()).unwrap();
+                }
+            }
+        },
+    );
+    assert_eq!(entries.take(), ["None"]);
 }

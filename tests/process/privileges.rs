@@ -266,8 +266,9 @@ fn fork_returns_when_a_child_of_another_user_is_stopped() {
         |master| {
             let leased = Arc::clone(&program);
             let stopper = std::thread::spawn(move || {
-                let child = leased.wait_for_child();
-                nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).unwrap();
+                leased.with_child(|child| {
+                    nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).ok()
+                });
             });
             master.setup_master(settings_of_nobody().exec(program.path()));
             // Retry, because on a busy machine `fork` may time out before the thread has stopped
@@ -287,6 +288,27 @@ fn fork_returns_when_a_child_of_another_user_is_stopped_on_old_kernels() {
     fork_returns_when_a_child_of_another_user_is_stopped();
 }
 
+/// Starts a process that traces `child`. Returns `None` if the child has exited.
+fn start_tracer(child: Pid) -> Option<Pid> {
+    let (begun, tracer_begins) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+    let ForkResult::Parent { child: tracer } = fork_of_the_host() else {
+        let options = nix::sys::ptrace::Options::empty();
+        if nix::sys::ptrace::seize(child, options).is_ok() {
+            nix::unistd::write(&tracer_begins, b"!").unwrap();
+        }
+        drop(tracer_begins);
+        loop {
+            nix::unistd::pause();
+        }
+    };
+    drop(tracer_begins);
+    if File::from(begun).read(&mut [0]).unwrap() == 0 {
+        end_child(tracer);
+        return None;
+    }
+    Some(tracer)
+}
+
 /// Checks that the next `fork` reaps a child that exits slowly. The test attaches a tracer to the
 /// child, because a traced child stays a zombie until its tracer exits. In practice, a child that
 /// waits for a device can exit as slowly.
@@ -296,17 +318,11 @@ fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
         |master| {
             let leased = Arc::clone(&program);
             let tracer_thread = std::thread::spawn(move || {
-                let child = leased.wait_for_child();
-                let (begun, tracer_begins) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-                let ForkResult::Parent { child: tracer } = fork_of_the_host() else {
-                    nix::sys::ptrace::seize(child, nix::sys::ptrace::Options::empty()).unwrap();
-                    nix::unistd::write(&tracer_begins, b"!").unwrap();
-                    loop {
-                        nix::unistd::pause();
-                    }
+                let attach = |child: Pid| {
+                    let tracer = start_tracer(child)?;
+                    Some((child.as_raw().unsigned_abs(), tracer))
                 };
-                File::from(begun).read_exact(&mut [0]).unwrap();
-                (child.as_raw().unsigned_abs(), tracer)
+                leased.with_child(attach)
             });
             master.setup_master(settings_of_nobody().exec(program.path()));
             while !tracer_thread.is_finished() {

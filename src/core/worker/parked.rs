@@ -104,9 +104,9 @@ pub(super) struct ParkedTable {
     leaving: VecDeque<ConnectionId>,
     /// The maximum number of connections that the worker holds.
     limit: usize,
-    /// The time at which the worker checks the expiries. It is not later than the first expiry, and
-    /// it does not move when that connection is resumed. A worker that blocks would otherwise set
-    /// its timer again for nearly every request.
+    /// The time at which the worker checks the expiries, if there are any. It is not later than the
+    /// first expiry, and it does not move when that connection is resumed. A worker that blocks would
+    /// otherwise set its timer again for nearly every request.
     alarm: Option<Time>,
 }
 
@@ -314,9 +314,10 @@ impl<F> WorkerCore<F> {
 
 // Queries, and connections that leave the table.
 impl<F> WorkerCore<F> {
-    /// Returns the time by which `expire_parked` must be called.
+    /// Returns the time by which `expire_parked` must be called. Without an idle or lingering
+    /// connection there is none, so that an idle worker sleeps.
     pub(crate) fn parked_deadline(&self) -> Option<Time> {
-        self.parked.alarm
+        self.parked.expiries.first().and(self.parked.alarm)
     }
 
     /// Returns whether the client of a parked connection of this listener has sent something.
@@ -552,7 +553,7 @@ mod tests {
         let deadline = core.parked_deadline();
         core.data_arrived(id);
         core.next_resumed(listener);
-        assert_eq!(core.parked_deadline(), deadline);
+        assert_eq!(core.parked_deadline(), None, "no connection is idle");
         let later = Time::from_millis(1500);
         assert!(matches!(core.hold(listener, None, 2, later), Held::Idle(_)));
         assert_eq!(core.parked_deadline(), deadline);

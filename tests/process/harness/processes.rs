@@ -135,6 +135,12 @@ pub fn children() -> Vec<u32> {
     numbers.map(|number| number.parse().unwrap()).collect()
 }
 
+/// Returns whether the process exists, and its `/proc/PID/stat` contains `state`.
+fn has_state(pid: u32, state: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| stat.contains(state))
+}
+
 /// Returns whether the process exists and is not a zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -157,7 +163,7 @@ impl LeasedProgram {
     /// Creates the program, and blocks SIGIO, which reports that a child tries to open the program.
     ///
     /// Call this function before other threads start. They must inherit the blocked signal, so that
-    /// [`Self::wait_for_child`] can wait for it in any thread.
+    /// [`Self::with_child`] can wait for it in any thread.
     pub fn new() -> Self {
         SigSet::from(Signal::SIGIO).thread_block().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -175,13 +181,17 @@ impl LeasedProgram {
         self.directory.path().join("program")
     }
 
-    /// Waits until a child sleeps in `execve` of the program, and returns the child's pid.
-    pub fn wait_for_child(&self) -> Pid {
+    /// Waits until a child sleeps in `execve` of the program, calls `act` with the child's pid, and
+    /// returns the result. Repeats this if `act` returns `None`, because the child has exited: on a
+    /// busy machine, `fork` may kill the child before this thread has found it.
+    pub fn with_child<T>(&self, mut act: impl FnMut(Pid) -> Option<T>) -> T {
+        // Only the first child raises the signal, because the kernel then waits for the lease's end.
         SigSet::from(Signal::SIGIO).wait().unwrap();
-        let child = children().into_iter().rfind(|child| is_alive(*child));
-        let child = child.expect("a child");
-        wait_for_state(child, ") S ");
-        Pid::from_raw(i32::try_from(child).unwrap())
+        wait_until("a child in execve", || {
+            let mut children = children().into_iter();
+            let child = children.rfind(|child| has_state(*child, ") S "))?;
+            act(Pid::from_raw(i32::try_from(child).unwrap()))
+        })
     }
 
     pub fn release_lease(&self) {

@@ -237,8 +237,10 @@ fn terminal_stop_does_not_stop_a_child_before_execve() {
             note_events(master, &log);
             let leased = Arc::clone(&program);
             let terminal = std::thread::spawn(move || {
-                let child = leased.wait_for_child();
-                nix::sys::signal::kill(child, Number::SIGTSTP).unwrap();
+                let child = leased.with_child(|child| {
+                    nix::sys::signal::kill(child, Number::SIGTSTP).ok()?;
+                    Some(child)
+                });
                 let stat = format!("/proc/{child}/stat");
                 // `kill` wakes the child. The child has handled the signal when it sleeps again or
                 // is stopped.
