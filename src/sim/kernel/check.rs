@@ -60,6 +60,7 @@ impl World {
         for process in self.processes.values() {
             // Allow two answers to each of the worker's frames, and one disconnect frame.
             let counters = &process.counters;
+            process.check_deadline();
             let is_bounded = counters.answers <= 2 * counters.frames + 1;
             assert!(is_bounded, "too many answers: {counters:?}");
         }

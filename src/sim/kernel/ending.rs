@@ -83,9 +83,10 @@ impl World {
             let held = self.processes[&worker].held.len();
             self.poll_listeners(worker);
             for n in 0..held {
-                match n % 2 {
-                    0 => self.close_connection(worker, 0),
-                    _ => self.park_connection(worker, 0),
+                match n % 3 {
+                    0 => drop(self.close_connection(worker, 0)),
+                    1 => self.park_connection(worker, 0),
+                    _ => self.finish_connection(worker, 0),
                 }
             }
             self.wait_for_events(worker);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::process::ExitStatus;
 
 use super::socket::{Client, Port};
+use super::worker::lingering::Lingering;
 use crate::core::master::{Attachment, Resumed};
 use crate::core::worker::{self as worker_core, ListenerId, WorkerCore};
 use crate::types::connection_id::ConnectionId;
@@ -223,6 +224,7 @@ pub(crate) struct Process {
     pub(crate) held: Vec<Received>,
     /// The connections that the worker holds while their clients send nothing.
     pub(crate) parked: BTreeMap<ConnectionId, Client>,
+    pub(crate) lingering: BTreeMap<ConnectionId, Lingering>,
     /// The connections that a raw worker parks with its next frames. If there are none, the worker
     /// parks a connection that it has opened itself.
     pub(crate) to_park: VecDeque<Client>,
@@ -284,6 +286,7 @@ impl Process {
         self.watched.clear();
         self.held.clear();
         self.parked.clear();
+        self.lingering.clear();
         self.to_park.clear();
         self.listeners.clear();
         self.actions.clear();

@@ -138,7 +138,7 @@ impl Scene {
             (8, Some(worker)) => drop(self.signalled.insert(worker)),
             // Connections that close soon make the worker's reports quick, so that the window
             // grows.
-            (9..=14, Some(worker)) => self.world().close_connection(worker, 0),
+            (9..=14, Some(worker)) => drop(self.world().close_connection(worker, 0)),
             (15..=130, Some(worker)) => {
                 let runner = Some(Runner::Worker(worker));
                 match self.schedule.preemption.step_preempted(runner) {

@@ -49,7 +49,8 @@ impl Script {
                 let parking = requested_parking(self.parking);
                 self.world.listen_with(self.honest, endpoint, parking);
             }
-            1 => self.world.close_connection(self.honest, choice / 8),
+            1 if choice >= 128 => self.world.finish_connection(self.honest, choice / 8),
+            1 => drop(self.world.close_connection(self.honest, choice / 8)),
             2 => self.world.park_connection(self.honest, choice / 8),
             3 => self.poll_honest(),
             4..=7 if count > 0 => {

@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 use crate::core::master::Attachment;
 use crate::core::worker::{ListenStatus, ListenerId};
 use crate::sim::kernel::process::{ProcessState, Received};
-use crate::sim::kernel::socket::{Port, endpoint};
+use crate::sim::kernel::socket::{Client, Port, endpoint};
 use crate::sim::kernel::{KNOWN, World, nth};
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::policy::SchedulingPolicy;
@@ -29,6 +29,8 @@ pub(crate) enum WorkerCall {
     /// Confirms a listener that has been opened, or drops a listener that could not be opened.
     FinishListen,
     CloseConnection,
+    /// Closes a connection whose client may still be sending.
+    Finish,
     /// Parks a connection.
     Park,
     DropListener,
@@ -95,7 +97,8 @@ impl World {
                     ListenStatus::Failed(_) => self.drop_listener(worker, listener),
                 }
             }
-            (WorkerCall::CloseConnection, _) => self.close_connection(worker, n),
+            (WorkerCall::CloseConnection, _) => drop(self.close_connection(worker, n)),
+            (WorkerCall::Finish, _) => self.finish_connection(worker, n),
             (WorkerCall::Park, _) => self.park_connection(worker, n),
             (WorkerCall::DropListener, Some(listener)) => self.drop_listener(worker, listener),
             (WorkerCall::LimitConnections, Some(listener)) => {
@@ -168,16 +171,16 @@ impl World {
     }
 
     /// Makes the application close one of its connections, if it has any. `n` selects the
-    /// connection.
-    pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) {
+    /// connection. Returns the descriptor, which closes when it is dropped.
+    pub(crate) fn close_connection(&mut self, worker: WorkerId, n: u8) -> Option<Client> {
         let process = self.process(worker);
-        if let Some(at) = usize::from(n).checked_rem(process.held.len()) {
-            let received = process.held.swap_remove(at);
-            process.core.connection_closed(Some(received.listener));
-            if let Some(resumed) = received.resumed {
-                process.core.detach(resumed.connection);
-            }
+        let at = usize::from(n).checked_rem(process.held.len())?;
+        let received = process.held.swap_remove(at);
+        process.core.connection_closed(Some(received.listener));
+        if let Some(resumed) = received.resumed {
+            process.core.detach(resumed.connection);
         }
+        Some(received.client)
     }
 
     /// Makes the application park one of its connections, if it has any. `n` selects the
@@ -231,6 +234,7 @@ impl World {
     /// Makes the application wait for events. The application returns from `main` when nothing is
     /// left to wait for.
     pub(crate) fn wait_for_events(&mut self, worker: WorkerId) {
+        self.poll_parked(worker);
         let process = self.process(worker);
         process.core.waiting_for_events();
         let is_finished = process.core.is_finished() && !process.core.has_events();

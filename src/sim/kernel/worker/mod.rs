@@ -2,6 +2,7 @@
 //! application, which calls the core.
 
 pub(crate) mod application;
+pub(crate) mod lingering;
 mod parked;
 
 use super::process::{Parcel, Received};
@@ -150,6 +151,7 @@ impl World {
                     let may_lose = is_private || !process.core.is_connected();
                     assert!(may_lose || !fate.is_pending, "closed with a request");
                 }
+                process.lingering.remove(&id);
             } else {
                 process.actions.push_back(action);
             }
@@ -188,7 +190,9 @@ impl World {
             Action::CloseParked(_) => unreachable!("closed when gathered"),
             Action::SendLeaving => self.send_leaving(worker),
             Action::CloseChannel => {
-                let is_idle = process.held.is_empty() && process.parked.is_empty();
+                let is_idle = process.held.is_empty()
+                    && process.parked.is_empty()
+                    && process.lingering.is_empty();
                 assert!(
                     is_idle || process.is_careless,
                     "disconnects with connections"

@@ -53,8 +53,11 @@ impl World {
                 process.core.hung_up(*id);
             }
         }
-        process.core.expire_parked(self.now);
+        self.poll_lingering(worker);
+        let now = self.now;
+        self.process(worker).core.expire_parked(now);
         self.gather_from_worker(worker);
+        self.check_expired_lingering(worker);
     }
 
     /// Resumes the listener's next connection whose client has sent something. Returns whether
