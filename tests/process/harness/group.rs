@@ -101,11 +101,11 @@ impl Group {
         wait_until(&format!("a line that starts with {prefix:?}"), || {
             // Check whether the program is running before reading its output. In the opposite
             // order, the program could print the line and exit between the two steps.
-            let is_running = matches!(self.child.borrow_mut().try_wait(), Ok(None));
+            let status = self.child.borrow_mut().try_wait().unwrap();
             let found = find();
             assert!(
-                found.is_some() || is_running,
-                "exited without a line that starts with {prefix:?}:\n{}",
+                found.is_some() || status.is_none(),
+                "exited ({status:?}) without a line that starts with {prefix:?}:\n{}",
                 self.output()
             );
             found
