@@ -73,6 +73,12 @@ fn bad_values() -> Result<(), Failed> {
         (&["--max-failures", "-1"], "--max-failures: invalid value "),
         (&["--env", "A"], "--env: invalid value \"A\": "),
         (&["--env", "=a"], "--env: invalid value \"=a\": "),
+        (
+            &["--directory", ""],
+            "--directory: invalid value \"\": must",
+        ),
+        (&["--pid-file", ""], "--pid-file: invalid value \"\": must"),
+        (&["--log", ""], "--log: invalid value \"\": must"),
         (&["--status", "9100"], "--status: invalid value \"9100\": "),
         (&["--status", "192.0.2.1:9100"], "not a loopback address"),
         (&["--log-format", "xml"], "--log-format: invalid value "),

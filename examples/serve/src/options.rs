@@ -179,12 +179,12 @@ impl Options {
         match name {
             "listen" => self.listen.push(as_utf8(value)?.to_owned()),
             "env" => self.env.push(parse_variable(value)?),
-            "directory" => self.directory = Some(value.into()),
+            "directory" => self.directory = Some(path(value)?),
             "user" => self.user = Some(as_utf8(value)?.to_owned()),
             "group" => self.group = Some(as_utf8(value)?.to_owned()),
-            "pid-file" => self.pid_file = Some(value.into()),
+            "pid-file" => self.pid_file = Some(path(value)?),
             "status" => self.status = Some(status_address(value)?),
-            "log" => self.log = Some(value.into()),
+            "log" => self.log = Some(path(value)?),
             "log-format" => self.log_format = as_utf8(value)?.parse()?,
             _ => self.pool = set_limit(mem::take(&mut self.pool), name, as_utf8(value)?)?,
         }
@@ -217,6 +217,13 @@ fn invalid(option: &str, value: &OsStr, reason: &str) -> String {
 
 fn as_utf8(value: &OsStr) -> Result<&str, String> {
     value.to_str().ok_or_else(|| "not valid UTF-8".to_owned())
+}
+
+fn path(value: &OsStr) -> Result<PathBuf, String> {
+    match value.is_empty() {
+        true => Err("must not be empty".to_owned()),
+        false => Ok(value.into()),
+    }
 }
 
 /// Returns an error for an age at which each new process would be replaced at once.
