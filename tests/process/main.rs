@@ -16,6 +16,7 @@ mod adopted;
 mod blocking;
 mod callbacks;
 mod clients;
+mod clocks;
 mod conformance;
 mod counting;
 mod deadlines;
@@ -180,6 +181,7 @@ fn main() -> ExitCode {
     assert!(matches!(subreaper, Ok(()) | Err(nix::Error::EINVAL)));
     let mut trials: Vec<_> = scenarios.iter().map(|s| harness::trial(s)).collect();
     trials.extend(old_kernels::trials(&scenarios));
+    trials.extend(clocks::trials(&scenarios));
     trials.extend(examples::trials());
     trials.extend(clients::trials());
     trials.extend(usage::trials());

@@ -109,8 +109,12 @@ fn run(name: &str) -> Result<(), Failed> {
 /// Runs a scenario with additional environment variables, and fails if its process fails.
 pub fn run_with(name: &str, env: &[(&str, &str)]) -> Result<(), Failed> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.env(SCENARIO, name).envs(env.iter().copied());
-    let group = Group::start(&mut command)?;
+    run_by(command.envs(env.iter().copied()), name)
+}
+
+/// Runs a scenario by a command that executes this program, and fails if its process fails.
+pub fn run_by(command: &mut Command, name: &str) -> Result<(), Failed> {
+    let group = Group::start(command.env(SCENARIO, name))?;
     let status = group.finish()?;
     status
         .success()

@@ -50,6 +50,14 @@ pub const USER_NAMESPACE: Need = Need {
         unshare.output().is_ok_and(|run| run.status.success())
     },
 };
+pub const TIME_NAMESPACE: Need = Need {
+    name: "unshare and time namespaces",
+    is_met: || {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--time", "--monotonic", "1", "true"]);
+        unshare.output().is_ok_and(|run| run.status.success())
+    },
+};
 pub const MOUNT_NAMESPACE: Need = Need {
     name: "unshare and mount namespaces",
     is_met: || {
