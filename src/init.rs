@@ -287,9 +287,11 @@ fn inspect_port() -> Result<Option<u16>> {
     }
 }
 
-/// Reads the policy that `CLUSTER_SCHED_POLICY` selects. Returns `None` if the variable is not set.
+/// Reads the policy that `CLUSTER_SCHED_POLICY` selects. Returns `None` if the variable is not set, or
+/// is empty, as after `CLUSTER_SCHED_POLICY=${POLICY}` without the other variable.
 fn policy() -> Result<Option<SchedulingPolicy>> {
-    let Some(value) = std::env::var_os(SCHED_POLICY) else {
+    let value = std::env::var_os(SCHED_POLICY).filter(|value| !value.is_empty());
+    let Some(value) = value else {
         return Ok(None);
     };
     let value = value.to_string_lossy().into_owned();

@@ -16,8 +16,13 @@ use std::fs;
 /// master. Reading `smaps_rollup` requires the permission to trace the process (`PTRACE_MODE_READ`
 /// in ptrace(2)). A master that is not root does not have it for a worker of another user.
 ///
-/// Returns `None` if the memory is unknown, for example outside Linux or without `/proc`.
+/// Returns `None` if the memory is unknown, for example outside Linux, without `/proc`, or with the
+/// `/proc` of another PID namespace, in which `pid` is another process.
 pub(super) fn own_memory(pid: u32, limit: u64) -> Option<u64> {
+    let own = fs::read_link("/proc/self").ok()?;
+    if own.as_os_str() != std::process::id().to_string().as_str() {
+        return None;
+    }
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let resident = bytes(&status, "VmRSS:")?;
     if resident < limit {

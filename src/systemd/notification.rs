@@ -131,7 +131,7 @@ pub fn reloading() -> Result<bool> {
 ///
 /// - One of the two variables is not valid UTF-8.
 /// - `WATCHDOG_USEC` is set, and `WATCHDOG_PID` is set but is not a process id.
-/// - `WATCHDOG_USEC` is not a positive number, although `WATCHDOG_PID` is missing or contains this
+/// - `WATCHDOG_USEC` is neither empty nor a positive number, although `WATCHDOG_PID` is missing or contains this
 ///   process's id.
 pub fn watchdog() -> Result<Option<Duration>> {
     let (pid, time) = (variable(WATCHDOG_PID), variable(WATCHDOG_USEC));
@@ -139,7 +139,7 @@ pub fn watchdog() -> Result<Option<Duration>> {
 }
 
 fn parse_watchdog(own: u32, pid: Option<String>, time: Option<String>) -> Result<Option<Duration>> {
-    let Some(time) = time else {
+    let Some(time) = time.filter(|time| !time.is_empty()) else {
         return Ok(None);
     };
     if let Some(pid) = pid {
@@ -169,7 +169,8 @@ mod tests {
         assert_eq!(watchdog(Some("8"), Some("3000")).unwrap(), None);
         assert_eq!(watchdog(Some("7"), None).unwrap(), None);
         assert_eq!(rejected(watchdog(Some("x"), Some("3000"))), WATCHDOG_PID);
-        for time in ["", "0", "-1", "soon"] {
+        assert_eq!(watchdog(Some("x"), Some("")).unwrap(), None, "not set");
+        for time in ["0", "-1", "soon"] {
             assert_eq!(rejected(watchdog(None, Some(time))), WATCHDOG_USEC);
         }
     }

@@ -2,10 +2,11 @@
 //! has a worker's environment but is not a worker.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::Arc;
@@ -37,6 +38,7 @@ crate::scenarios! {
     child_that_exits_slowly_is_reaped_before_the_next_fork: ROOT
     fork_returns_when_a_child_without_exec_of_another_user_is_stopped: ROOT_AND_FAULT_POINTS
     fork_returns_when_a_child_without_exec_of_another_user_is_stopped_on_old_kernels: ROOT_AND_FAULT_POINTS
+    worker_that_cannot_be_signalled_is_an_error: SETPRIV
     worker_of_another_user_cannot_access_the_master: ROOT
     worker_cannot_access_a_worker_of_another_user: ROOT
     worker_gets_only_sockets_of_the_host_by_number: ROOT
@@ -387,6 +389,50 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
         },
         |_| unreachable!("no worker was forked"),
     );
+}
+
+/// Checks that the application learns why a worker does not end: the master may change the worker's
+/// user, but has no CAP_KILL.
+fn worker_that_cannot_be_signalled_is_an_error() {
+    const END: &str = "END";
+    if std::env::var_os(END).is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+        let status = Command::new("setpriv")
+            .args(["--inh-caps=-kill", "--bounding-set=-kill"])
+            .arg(std::env::current_exe().unwrap())
+            .env(END, directory.path().join("end"))
+            .status()
+            .unwrap();
+        return assert!(status.success(), "{status}");
+    }
+    let log = Log::default();
+    let entries = log.clone();
+    let end = || std::path::PathBuf::from(std::env::var_os(END).unwrap());
+    cluster(
+        |master| {
+            let errors = log.clone();
+            master.on_error(move |_, worker, error| {
+                errors.add(format!("{} {error}", worker.unwrap().id()));
+                File::create(end()).unwrap();
+            });
+            master.on_exit(move |_, _, status| log.add(status.to_string()));
+            master.on_online(|master, _| master.disconnect_within(Duration::ZERO));
+            master.setup_master(settings_of_nobody());
+            fork_patiently(|| master.fork());
+        },
+        |worker| {
+            // Run until the master has failed to kill this worker.
+            worker.set_interval(Duration::from_millis(1), move |_| {
+                if end().exists() {
+                    std::process::exit(0);
+                }
+            });
+            worker.run().unwrap();
+        },
+    );
+    let refused = "1 cannot send a signal to a worker: Operation not permitted (os error 1)";
+    assert_eq!(entries.take(), [refused, "exit status: 0"]);
 }
 
 fn open(path: String) -> nix::Result<File> {

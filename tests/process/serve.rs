@@ -303,7 +303,10 @@ pub fn under_load(address: SocketAddr, operation: impl FnOnce()) {
         })
     };
     let clients: Vec<_> = std::iter::repeat_with(client).take(8).collect();
+    // On a busy machine, the operation may end before a client gets a core.
+    let many_are_answered = || (outcomes.answered.load(Ordering::SeqCst) > 100).then_some(());
     operation();
+    wait_until("answers", many_are_answered);
     is_over.store(true, Ordering::SeqCst);
     clients
         .into_iter()
@@ -317,7 +320,7 @@ pub fn under_load(address: SocketAddr, operation: impl FnOnce()) {
     } = &*outcomes;
     let failed = [refused, reset, timeout, wrong].map(|count| count.load(Ordering::SeqCst));
     assert_eq!(failed, [0; 4], "{outcomes:?}");
-    assert!(answered.load(Ordering::SeqCst) > 100, "{outcomes:?}");
+    println!("{answered:?} requests are answered");
 }
 
 fn reloads() -> Result<(), Failed> {

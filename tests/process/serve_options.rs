@@ -99,7 +99,7 @@ fn bad_variables() -> Result<(), Failed> {
         ("WORKERS", "many"),
         ("MAX_MEMORY", "1T"),
         ("STATUS", "0.0.0.0:1"),
-        ("LOG_FORMAT", ""),
+        ("LOG_FORMAT", "xml"),
     ] {
         let variable = format!("CLUSTER_SERVE_{name}");
         let mut command = cluster_serve();
@@ -147,6 +147,19 @@ fn variables() -> Result<(), Failed> {
         format!("127.0.0.1:0 {}", path.display()),
     );
     command.env("CLUSTER_SERVE_READINESS", "50ms");
+    // Empty variables count as not set.
+    for name in [
+        "DRAIN",
+        "STATUS",
+        "LOG",
+        "USER",
+        "PID_FILE",
+        "DIRECTORY",
+        "LOG_FORMAT",
+    ] {
+        command.env(format!("CLUSTER_SERVE_{name}"), "");
+    }
+    command.envs([("CLUSTER_SCHED_POLICY", ""), ("WATCHDOG_USEC", "")]);
     // The command line overrides this variable.
     command.env("CLUSTER_SERVE_WORKERS", "0");
     command.args(["--workers", "1", "--"]);

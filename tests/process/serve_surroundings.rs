@@ -35,6 +35,7 @@ pub fn trials() -> Vec<Trial> {
             "serve_replaces_only_a_regular_file_as_pid_file",
             special_pid_file,
         ),
+        Trial::test("serve_writes_its_pid_file_through_no_link", planted_link),
         Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
         Trial::test("serve_searches_a_default_path", default_path),
     ]
@@ -241,5 +242,29 @@ fn default_path() -> Result<(), Failed> {
     let serve = Group::start(command.args(["--", "sleep", "600"]).env_remove("PATH"))?;
     line_after(&serve, " ready");
     assert!(Path::new("/bin/sleep").exists());
+    stop(&serve)
+}
+
+/// Checks that another user cannot make the master write to a file of its choice. The user knows the
+/// process id of the master, and may own the pid file's directory.
+fn planted_link() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let [victim, pid_file] = ["victim", "pid"].map(|name| directory.path().join(name));
+    fs::write(&victim, "precious")?;
+    let serve = own_program("127.0.0.1:0", &["--pid-file", pid_file.to_str().unwrap()]);
+    // The shell plants the links, and then becomes the master.
+    let script = "ln -s \"$1\" \"$2.$$\" && ln -s \"$1\" \"$2.$$.0\" && shift 2 && exec \"$@\"";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script, "sh"])
+        .args([&victim, &pid_file]);
+    command.arg(serve.get_program()).args(serve.get_args());
+    command.env(SCENARIO, PROGRAM);
+    let serve = Group::start(&mut command)?;
+    line_after(&serve, "ready");
+    let id = wait_until("the pid file", || fs::read_to_string(&pid_file).ok());
+    assert_eq!(id.trim_end(), serve.pid().to_string());
+    assert!(!pid_file.is_symlink());
+    assert_eq!(fs::read_to_string(&victim)?, "precious");
     stop(&serve)
 }

@@ -55,7 +55,7 @@ Operation:
 
 A TIME is 500ms, 10s, 5m or 2h; a SIZE is 4096, 512K, 100M or 2G. Each option except --env can also be
 set in the environment: CLUSTER_SERVE_STOP_DELAY=5s. CLUSTER_SERVE_LISTEN is a list, separated by
-spaces. The command line overrides the environment.
+spaces. An empty variable counts as not set. The command line overrides the environment.
 
 Signals: HUP replaces all processes, one after the other. USR2 upgrades cluster-serve itself. TTIN and
 TTOU add and remove a process. USR1 opens the file of --log again. TERM and INT stop; a second one, at
@@ -155,7 +155,7 @@ impl Options {
                 continue;
             }
             let variable = format!("CLUSTER_SERVE_{}", name.replace('-', "_").to_uppercase());
-            let Some(value) = env::var_os(&variable) else {
+            let Some(value) = env::var_os(&variable).filter(|value| !value.is_empty()) else {
                 continue;
             };
             let values = match (name, value.to_str()) {

@@ -2,9 +2,12 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process;
+
+/// Maximum number of names that are tried for a new file.
+const NAMES_MAX: u32 = 100;
 
 /// The file of `--pid-file`. Without the option, the methods do nothing.
 #[derive(Debug)]
@@ -34,12 +37,7 @@ impl PidFile {
         let Some(path) = &self.path else {
             return Ok(());
         };
-        let mut new = OsString::from(path);
-        new.push(format!(".{}", process::id()));
-        let replaced = check_replaceable(path)
-            .and_then(|()| fs::write(&new, format!("{}\n", process::id())))
-            .and_then(|()| fs::rename(&new, path))
-            .inspect_err(|_| drop(fs::remove_file(&new)));
+        let replaced = check_replaceable(path).and_then(|()| replace(path));
         replaced.map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))
     }
 
@@ -55,6 +53,29 @@ impl PidFile {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Replaces the file by a new one with this process's id.
+///
+/// The directory may belong to another user, who knows the name of the new file. The file is
+/// therefore created, and a file or link with this name is neither opened nor removed.
+fn replace(path: &Path) -> io::Result<()> {
+    for number in 0..NAMES_MAX {
+        let mut new = OsString::from(path);
+        new.push(format!(".{}.{number}", process::id()));
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&new);
+        return match file {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            Err(error) => Err(error),
+            Ok(mut file) => writeln!(file, "{}", process::id())
+                .and_then(|()| fs::rename(&new, path))
+                .inspect_err(|_| drop(fs::remove_file(&new))),
+        };
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 /// Returns an error if the file is a device, a socket or a pipe, or has other content than a process

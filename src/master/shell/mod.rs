@@ -387,9 +387,17 @@ impl MasterShell {
         if let Some(worker_io) = self.worker_io(worker) {
             let process = worker_io.process.borrow();
             let process = process.as_ref().map(|process| process.as_fd());
-            // Ignore the error. If the process has exited, its process descriptor or SIGCHLD
-            // reports the exit.
-            let _ = worker_io.pid.signal(process, signal.number());
+            match worker_io.pid.signal(process, signal.number()) {
+                // Without CAP_KILL, the kernel refuses signals to another user's process (kill(2)).
+                // Nothing else would tell the application why its worker does not end.
+                Err(reason) if reason.kind() == std::io::ErrorKind::PermissionDenied => {
+                    let attempt = "send a signal to a worker";
+                    let error = Error::Io { attempt, reason };
+                    self.core.borrow_mut().error(Some(worker), error);
+                }
+                // If the process has exited, its process descriptor or SIGCHLD reports the exit.
+                Err(_) | Ok(()) => {}
+            }
             self.leader_signalled(&worker_io, signal);
         }
     }
