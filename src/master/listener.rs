@@ -359,6 +359,30 @@ impl MasterListener {
         master.is_some_and(|master| master.removes_file(self.retained.handle))
     }
 
+    /// Returns whether the path of a Unix socket no longer leads to the socket, so that no client can
+    /// connect. The file may have been removed or replaced, or a symbolic link to a directory in the
+    /// path may have been switched.
+    ///
+    /// Node has no counterpart.
+    ///
+    /// The result is `false` for other kinds of listeners, if this process does not remove the file
+    /// ([`removes_file`](Self::removes_file)), and after the master has been dropped.
+    ///
+    /// ```no_run
+    /// # fn f(master: &cluster::Master) -> cluster::Result<()> {
+    /// use std::path::Path;
+    ///
+    /// let listener = master.listen(Path::new("app.sock"))?;
+    /// std::fs::remove_file("app.sock").ok();
+    /// assert!(listener.has_lost_path());
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn has_lost_path(&self) -> bool {
+        let master = self.master.upgrade();
+        master.is_some_and(|master| master.has_lost_path(self.retained.handle))
+    }
+
     /// Sets whether this process removes the file of a Unix socket when the listener closes. By
     /// default, the process removes the file unless the socket was passed to this process.
     ///

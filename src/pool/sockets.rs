@@ -23,18 +23,22 @@ pub(super) struct PassedSocket {
     /// Whether the pool serves its status on the socket. A release that does not know this property
     /// treats the socket as a listener that no worker requests, and closes it.
     pub(super) is_status: bool,
+    /// Whether the path of a Unix socket no longer leads to the socket.
+    pub(super) has_lost_path: bool,
 }
 
 impl PassedSocket {
     const REMOVES_FILE: u8 = 1;
     const OWN: u8 = 2;
     const STATUS: u8 = 4;
+    const LOST_PATH: u8 = 8;
 
     pub(super) fn encode(self) -> u8 {
         let bit = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
         bit(self.removes_file, Self::REMOVES_FILE)
             | bit(self.is_own, Self::OWN)
             | bit(self.is_status, Self::STATUS)
+            | bit(self.has_lost_path, Self::LOST_PATH)
     }
 
     pub(super) fn decode(byte: u8) -> Self {
@@ -42,6 +46,7 @@ impl PassedSocket {
             removes_file: byte & Self::REMOVES_FILE != 0,
             is_own: byte & Self::OWN != 0,
             is_status: byte & Self::STATUS != 0,
+            has_lost_path: byte & Self::LOST_PATH != 0,
         }
     }
 }
@@ -74,6 +79,7 @@ impl Pool {
                 removes_file: listener.removes_file(),
                 is_own: *is_own,
                 is_status: false,
+                has_lost_path: listener.has_lost_path(),
             };
             let fd = listener.as_fd().try_clone_to_owned();
             Ok(SocketCopy {
@@ -92,6 +98,7 @@ impl Pool {
                     removes_file: server.removes_file(),
                     is_own: true,
                     is_status: true,
+                    has_lost_path: server.has_lost_path(),
                 },
             })
         });
@@ -181,11 +188,12 @@ mod tests {
 
     #[test]
     fn decode_returns_the_encoded_properties_of_a_socket() {
-        for bits in 0..8 {
+        for bits in 0..16 {
             let properties = PassedSocket {
                 removes_file: bits & 1 != 0,
                 is_own: bits & 2 != 0,
                 is_status: bits & 4 != 0,
+                has_lost_path: bits & 8 != 0,
             };
             assert_eq!(PassedSocket::decode(properties.encode()), properties);
         }

@@ -11,8 +11,8 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
 use cluster::systemd::ListenFd;
@@ -120,18 +120,19 @@ impl Pool {
                 removes_file,
                 is_own,
                 is_status,
+                has_lost_path,
             } = socket.unwrap_or_default();
+            if has_lost_path {
+                // No client can connect to the socket. The old master still serves its backlog, and
+                // `listen` and `serve_status` bind the path again.
+                continue;
+            }
             if is_status {
                 let socket = StatusSocket::passed(passed.into(), removes_file);
                 match socket.map_err(Error::io("take over a status socket")) {
                     Ok(socket) => self.0.inherited_status_sockets.borrow_mut().push(socket),
                     Err(error) => result = result.and(Err(error)),
                 }
-                continue;
-            }
-            if is_own && is_file_missing(&passed) {
-                // No client can connect to the socket. The old master still serves its backlog, and
-                // `listen` binds the path again.
                 continue;
             }
             let listener = match master.adopt(passed) {
@@ -243,18 +244,6 @@ impl Pool {
         // close. The old master's parked connections are closed.
         let _ = master.receive_parked(channel, on_end);
     }
-}
-
-/// Returns whether another process has removed the file of a Unix socket.
-fn is_file_missing(passed: &ListenFd) -> bool {
-    let copy = passed.as_fd().try_clone_to_owned();
-    let address = copy.and_then(|copy| UnixListener::from(copy).local_addr());
-    let path = address
-        .ok()
-        .and_then(|address| Some(address.as_pathname()?.to_owned()));
-    // A relative path may be relative to another directory.
-    let path = path.filter(|path| path.is_absolute());
-    path.is_some_and(|path| matches!(path.try_exists(), Ok(false)))
 }
 
 /// Returns whether the old master has not exited. The channel must be non-blocking.
@@ -467,7 +456,10 @@ impl Pool {
     /// Leaves the listeners' socket files to the new master.
     pub(super) fn release_socket_files(&self) {
         let (listeners, others) = (self.0.listeners.borrow(), self.0.worker_sockets.borrow());
-        for PoolListener { listener, .. } in listeners.iter().chain(&*others) {
+        let all = listeners.iter().chain(&*others);
+        // The new master has bound the path of a socket that has lost it. This process removes the
+        // file, which is elsewhere, at its end.
+        for PoolListener { listener, .. } in all.filter(|own| !own.listener.has_lost_path()) {
             // Ignore the result. `set_removes_file(false)` fails only in a forked child of the
             // master, which does not run this code.
             let _ = listener.set_removes_file(false);

@@ -116,6 +116,19 @@ impl SocketFile {
         found.is_ok_and(|found| found.is_same_file(self.status))
     }
 
+    /// Returns whether `path` leads to this file. It may not, although the file is in its place, if a
+    /// symbolic link to a directory was switched. If the system cannot tell, returns true.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return true;
+        };
+        let found = file::open_directory(parent).and_then(|at| file::status_at(&at, name));
+        match found {
+            Ok(found) => found.is_same_file(self.status),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
+    }
+
     /// Drops this value without removing the file.
     pub(crate) fn persist(mut self) {
         self.is_persistent = true;

@@ -17,7 +17,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo, pipe};
 use tempfile::TempDir;
 
-use crate::harness::{Group, SCENARIO, wait_until};
+use crate::harness::{Group, SCENARIO, is_alive, wait_until};
 use crate::serve::{PROGRAM, ask, ask_all, command, line_after, stop};
 
 pub fn trials() -> Vec<Trial> {
@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
             foreign_socket_file,
         ),
         Trial::test("serve_replaces_the_socket_of_a_killed_master", stale_socket),
+        Trial::test("serve_binds_lost_paths_again_in_an_upgrade", lost_paths),
         Trial::test("serve_fails_at_once_beside_a_full_backlog", full_backlog),
         Trial::test("serve_follows_a_switched_link", switched_link),
         Trial::test("serve_writes_its_pid_file_later", pid_file),
@@ -93,13 +94,10 @@ fn foreign_socket_file() -> Result<(), Failed> {
         fs::remove_file(&path).unwrap();
         UnixListener::bind(path).unwrap()
     });
+    // The new master cannot bind the paths, so the old one stays.
     kill(serve.pid(), Signal::SIGUSR2)?;
-    line_after(&serve, " this master has taken over");
-    let output = serve.output();
-    let (before, _) = output.split_once("] this master has taken over").unwrap();
-    let (_, new) = before.rsplit_once('[').unwrap();
-    kill(Pid::from_raw(new.parse()?), Signal::SIGTERM)?;
-    serve.finish()?;
+    line_after(&serve, " the new master failed");
+    stop(&serve)?;
     for path in sockets(&directory) {
         UnixStream::connect(path)?;
     }
@@ -243,6 +241,51 @@ fn default_path() -> Result<(), Failed> {
     line_after(&serve, " ready");
     assert!(Path::new("/bin/sleep").exists());
     stop(&serve)
+}
+
+/// Checks that an upgrade binds the paths of sockets again if their files were removed, or if a
+/// symbolic link to their directory was switched, and that no master leaves its own file behind.
+fn lost_paths() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let [first, second, link] = ["1", "2", "link"].map(|name| directory.path().join(name));
+    fs::create_dir(&first)?;
+    fs::create_dir(&second)?;
+    symlink(&first, &link)?;
+    let [socket, status] = ["socket", "status"].map(|name| link.join(name));
+    let options = ["--status", status.to_str().unwrap()];
+    let serve = Group::start(&mut own_program(socket.to_str().unwrap(), &options))?;
+    line_after(&serve, " ready");
+    let mut master = serve.pid();
+    let mut upgrade = |count: usize| -> Result<Pid, Failed> {
+        kill(master, Signal::SIGUSR2)?;
+        let lines = wait_until("the new master", || {
+            let output = serve.output();
+            let lines = output.lines();
+            let lines = lines.filter(|line| line.ends_with("] this master has taken over"));
+            let lines: Vec<_> = lines.map(str::to_owned).collect();
+            (lines.len() == count).then_some(lines)
+        });
+        let (_, rest) = lines[count - 1].split_once('[').unwrap();
+        let (new, _) = rest.split_once(']').unwrap();
+        wait_until("the exit of the old master", || {
+            (!is_alive(master.as_raw().unsigned_abs())).then_some(())
+        });
+        master = Pid::from_raw(new.parse()?);
+        UnixStream::connect(&socket)?;
+        UnixStream::connect(&status)?;
+        Ok(master)
+    };
+    fs::remove_file(&link)?;
+    symlink(&second, &link)?;
+    upgrade(1)?;
+    assert!(!first.join("socket").exists(), "the old master's file");
+    fs::remove_file(&socket)?;
+    fs::remove_file(&status)?;
+    let last = upgrade(2)?;
+    kill(last, Signal::SIGTERM)?;
+    serve.finish()?;
+    assert_eq!(fs::read_dir(&second)?.count(), 0, "the last master's files");
+    Ok(())
 }
 
 /// Checks that another user cannot make the master write to a file of its choice. The user knows the

@@ -283,6 +283,16 @@ impl MasterShell {
         file.is_some_and(SocketFile::is_in_place)
     }
 
+    pub(crate) fn has_lost_path(&self, handle: HandleId) -> bool {
+        let path = self.core.borrow().path_of(handle);
+        let sockets = self.sockets.borrow();
+        let file = sockets
+            .get(&handle)
+            .and_then(|listener| listener.file.as_ref());
+        file.zip(path)
+            .is_some_and(|(file, path)| !file.is_at(&path))
+    }
+
     pub(crate) fn set_removes_file(&self, handle: HandleId, removes: bool) -> io::Result<()> {
         let path = self.core.borrow().path_of(handle);
         let mut sockets = self.sockets.borrow_mut();

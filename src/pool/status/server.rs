@@ -178,6 +178,10 @@ impl StatusServer {
         self.socket.removes_file()
     }
 
+    pub(in super::super) fn has_lost_path(&self) -> bool {
+        self.socket.has_lost_path()
+    }
+
     fn new(socket: StatusSocket) -> Self {
         Self {
             socket,

@@ -136,6 +136,12 @@ impl StatusSocket {
         file.as_ref().is_some_and(SocketFile::is_in_place)
     }
 
+    /// Returns whether this process removes the socket's file, and the path does not lead to it.
+    pub(super) fn has_lost_path(&self) -> bool {
+        let file = self.file.borrow();
+        file.as_ref().is_some_and(|file| !file.is_in_place())
+    }
+
     /// Makes this process remove the socket's file, if the old master has left it to this process.
     pub(super) fn inherit_file(&self) {
         if self.inherits_file && self.file.borrow().is_none() {
