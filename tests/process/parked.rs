@@ -319,8 +319,8 @@ fn client_that_hangs_up_while_parked_is_forgotten() {
 fn silent_client_is_closed_after_the_idle_timeout() {
     let clients = |address| {
         let mut client = Client::connect(address);
-        client.ask(PARK);
         let start = Instant::now();
+        client.ask(PARK);
         assert_eq!(client.line(), "", "end-of-file");
         let elapsed = start.elapsed();
         assert!(elapsed >= Duration::from_millis(900), "{elapsed:?}");

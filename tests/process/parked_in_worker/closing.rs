@@ -79,8 +79,8 @@ fn worker_closes_parked_clients_that_hang_up() {
 fn worker_closes_silent_clients_after_the_idle_timeout() {
     let clients = |address| {
         let mut client = Client::connect(address);
-        client.ask(PARK);
         let start = Instant::now();
+        client.ask(PARK);
         assert_eq!(client.line(), "", "end-of-file");
         let elapsed = start.elapsed();
         assert!(elapsed >= 900 * MS, "{elapsed:?}");
