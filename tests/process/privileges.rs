@@ -22,7 +22,7 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 
 use crate::harness::{
     LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, fork_patiently,
-    is_alive, note_messages, open_fds, scaled, wait_for_state, wait_until, with_env,
+    is_alive, note_messages, open_fds, scaled, try_patiently, wait_for_state, wait_until, with_env,
 };
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
 use crate::refused::refuse_calls;
@@ -132,16 +132,14 @@ fn worker_of_another_user_keeps_no_privileges_of_root() {
     });
 }
 
-/// Checks that a worker also loses the capabilities that the kernel keeps when a process changes
-/// its user. The master has ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it
-/// also sets `PR_SET_KEEPCAPS`.
 /// Checks that a fork fails with the id that means "unchanged" in system calls.
 fn id_that_means_unchanged_is_an_error() {
     cluster(
         |master| {
             let settings = Settings::default;
             for settings in [settings().uid(u32::MAX), settings().gid(u32::MAX)] {
-                let error = master.fork_as(SpawnOptions::new(settings)).unwrap_err();
+                let fork = || master.fork_as(SpawnOptions::new(settings.clone()));
+                let error = try_patiently(fork).unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}");
             }
         },
@@ -149,6 +147,9 @@ fn id_that_means_unchanged_is_an_error() {
     );
 }
 
+/// Checks that a worker also loses the capabilities that the kernel keeps when a process changes
+/// its user. The master has ambient capabilities with `SECBIT_NO_SETUID_FIXUP`, and in one case it
+/// also sets `PR_SET_KEEPCAPS`.
 fn capabilities_that_survive_setuid_are_dropped() {
     const RAISED: &str = "RAISED";
     let Ok(how) = std::env::var(RAISED) else {
@@ -375,7 +376,7 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
             ];
             for (call, errno, expected) in steps {
                 refuse_calls(&[call], errno);
-                match master.fork().unwrap_err() {
+                match try_patiently(|| master.fork()).unwrap_err() {
                     Error::Fork { step, reason, .. } => {
                         assert_eq!(step.to_string(), expected);
                         assert_eq!(reason.raw_os_error(), Some(errno));

@@ -30,14 +30,21 @@ pub fn wait_for_state(pid: u32, state: &str) {
 
 /// Forks a worker with another user. Forks again if the child was killed because it had not started
 /// in time, because on a busy machine it may wait for a core for longer than `fork` waits for it.
-pub fn fork_patiently(mut fork: impl FnMut() -> cluster::Result<WorkerProcess>) -> WorkerProcess {
+pub fn fork_patiently(fork: impl FnMut() -> cluster::Result<WorkerProcess>) -> WorkerProcess {
+    try_patiently(fork).unwrap()
+}
+
+/// Does the same as [`fork_patiently`], but returns other errors.
+pub fn try_patiently(
+    mut fork: impl FnMut() -> cluster::Result<WorkerProcess>,
+) -> cluster::Result<WorkerProcess> {
     loop {
         match fork() {
             Err(Error::Fork {
                 step: ForkStep::WaitForStart,
                 ..
             }) => {}
-            forked => return forked.unwrap(),
+            forked => return forked,
         }
     }
 }
