@@ -131,8 +131,8 @@ pub fn reloading() -> Result<bool> {
 ///
 /// - One of the two variables is not valid UTF-8.
 /// - `WATCHDOG_USEC` is set, and `WATCHDOG_PID` is set but is not a process id.
-/// - `WATCHDOG_USEC` is neither empty nor a positive number, although `WATCHDOG_PID` is missing or contains this
-///   process's id.
+/// - `WATCHDOG_USEC` is neither empty nor a positive number, although `WATCHDOG_PID` is missing or
+///   contains this process's id.
 pub fn watchdog() -> Result<Option<Duration>> {
     let (pid, time) = (variable(WATCHDOG_PID), variable(WATCHDOG_USEC));
     parse_watchdog(std::process::id(), pid?, time?)

@@ -57,7 +57,7 @@ impl PidFile {
 
 /// Replaces the file by a new one with this process's id.
 ///
-/// The directory may belong to another user, who knows the name of the new file. The file is
+/// The directory may belong to another user, and the name of the new file is predictable. The file is
 /// therefore created, and a file or link with this name is neither opened nor removed.
 fn replace(path: &Path) -> io::Result<()> {
     for number in 0..NAMES_MAX {
