@@ -87,6 +87,9 @@ impl Pool {
     /// slots. If the old pool was scaled to 0 slots, this pool uses its own options, because it
     /// could not take over without workers.
     ///
+    /// A Unix socket of the old master whose path no longer leads to it is closed, because no client
+    /// can connect to it. The next `listen` binds the path again.
+    ///
     /// # Errors
     ///
     /// Returns the same errors as [`Master::adopt`]. If a descriptor cannot be adopted, the pool

@@ -6,7 +6,8 @@ use libtest_mimic::Trial;
 
 use crate::harness::{Scenario, TIME_NAMESPACE, run_by};
 
-/// Scenarios with a timer in the master, in a worker that waits in accept(2), and in a pool.
+/// Scenarios with timers of the application, with time limits that the master keeps, and with one
+/// that a worker keeps while it waits in accept(2).
 const SCENARIO_NAMES: [&str; 4] = [
     "timers_fire_in_order_and_can_be_cleared",
     "silent_client_is_closed_after_the_idle_timeout",
