@@ -80,7 +80,7 @@ impl Pool {
             notifier
                 .feeds_watchdog
                 .set(pool.is_main_process() && is_healthy);
-            if let Some(state) = pool.state_after(event) {
+            if let Some(state) = pool.state_after(event, notifier.last.get()) {
                 notifier.send(pool, master, state);
             }
             if pool.is_main_process() {
@@ -100,8 +100,8 @@ impl Pool {
     }
 
     /// Returns the state to report for this event, or `None` if the event does not change the
-    /// state.
-    fn state_after(&self, event: &PoolEvent) -> Option<State> {
+    /// state. `last` is the state that was reported last.
+    fn state_after(&self, event: &PoolEvent, last: Option<State>) -> Option<State> {
         if *event == PoolEvent::Upgraded {
             // Report the new master's state, because with `NotifyAccess=main` systemd ignores the
             // new master's own report if it arrives before this one.
@@ -109,6 +109,9 @@ impl Pool {
         }
         if !self.is_main_process() {
             return None;
+        }
+        if self.is_stopping() {
+            return (last != Some(State::Stopping)).then_some(State::Stopping);
         }
         let begins_or_reloaded = matches!(
             event,
@@ -121,16 +124,12 @@ impl Pool {
             let pid = std::process::id();
             return Some(State::Ready { pid });
         }
-        if matches!(event, PoolEvent::Reloading { .. }) {
-            return Some(State::Reloading);
-        }
-        let stops = self.is_stopping() && *event == PoolEvent::QuorumLost;
-        stops.then_some(State::Stopping)
+        matches!(event, PoolEvent::Reloading { .. }).then_some(State::Reloading)
     }
 }
 
 /// A state of the service.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// The service is ready, and its main process has this process id.
     Ready {
@@ -157,6 +156,8 @@ impl State {
 struct Notifier {
     /// The states that wait for space in systemd's queue, oldest first.
     waiting: RefCell<VecDeque<State>>,
+    /// The state that was added to `waiting` last.
+    last: Cell<Option<State>>,
     /// Whether this process was the service's main process, and had a quorum or was stopping, at the
     /// last event. The timer feeds the watchdog only while this is `true`, and therefore never
     /// before READY=1 is due. A stopping pool has its own deadline, which may be later than the
@@ -175,6 +176,7 @@ impl Notifier {
             waiting.pop_front();
         }
         waiting.push_back(state);
+        self.last.set(Some(state));
         drop(waiting);
         if is_first {
             self.send_waiting(pool, master);

@@ -147,13 +147,13 @@ const ERRORS: u32 = 3;
 /// the errors. Each error must be `errno`.
 fn close_after_errors(worker: &Worker, errno: i32, close: impl Fn() + 'static) {
     let errors = Cell::new(0);
-    let first = Cell::new(None::<Instant>);
+    // Begin before the first error, because the worker may get no core between the error and the
+    // callback.
+    let begun = Instant::now();
     worker.on_error(move |_, error| {
         assert!(matches!(error, Error::Io { .. }), "{error}");
         assert_eq!(error.raw_os_error(), Some(errno), "{error}");
         errors.set(errors.get() + 1);
-        let begun = first.get().unwrap_or_else(Instant::now);
-        first.set(Some(begun));
         if errors.get() == ERRORS {
             // The worker pauses for 100 ms after each error.
             let pauses = (ERRORS - 1) * Duration::from_millis(100);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::pool::{Pool, PoolOptions, Readiness, SLOT, ignore_pool_signals};
+use cluster::pool::{Pool, PoolOptions, READY, Readiness, SLOT, ignore_pool_signals};
 use cluster::{ListenOptions, Master, Role, Worker, systemd};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -42,7 +42,7 @@ crate::scenarios! {
 const MS: Duration = Duration::from_millis(1);
 
 /// Environment variable with the path of the file that configures the service. Each line contains a
-/// verb and, unless the verb is `exit` or `online`, an address:
+/// verb and, unless the verb is `exit`, `online` or `message`, an address:
 ///
 /// - `pool`: the pool and the workers listen on the address.
 /// - `listen`: only the workers listen on the address.
@@ -52,6 +52,7 @@ const MS: Duration = Duration::from_millis(1);
 /// - `slow`: only the worker in slot 1 listens on the address, and only once the file `go` exists.
 /// - `late`: only the workers listen on the address, and only once the file `go` exists.
 /// - `online`: the pool treats workers as ready when they are online.
+/// - `message`: the pool treats workers as ready when they have opened all sockets.
 /// - `exit`: the workers exit at once.
 const CONFIG: &str = "CONFIG";
 
@@ -65,9 +66,16 @@ pub fn service() {
             println!("{} sockets were passed", passed.len());
             let options = PoolOptions::default().workers(2).quorum(Some(1)).jitter(0);
             let options = options.min_ready_time(20 * MS);
-            let mut options = options.startup_timeout(scaled(2000 * MS));
-            if config.lines().any(|line| line == "online") {
-                options = options.readiness(Readiness::Online);
+            // A new master whose workers exit must fail because of this time limit.
+            let mut options = options
+                .startup_timeout(scaled(2000 * MS))
+                .max_failures(u32::MAX);
+            for line in config.lines() {
+                options = match line {
+                    "online" => options.readiness(Readiness::Online),
+                    "message" => options.readiness(Readiness::Message),
+                    _ => options,
+                };
             }
             let pool = Pool::new(&master, options);
             if let Err(error) = pool.adopt(&master, passed) {
@@ -89,6 +97,9 @@ pub fn service() {
                 .lines()
                 .for_each(|line| configure_worker(&worker, line, &go));
             println!("worker of {} has opened its sockets", master_of_worker());
+            if config.lines().any(|line| line == "message") {
+                let _ = worker.send(READY).unwrap();
+            }
             worker.run().unwrap();
         }
     }
@@ -122,7 +133,7 @@ fn configure_worker(worker: &Worker, line: &str, go: &Path) {
             wait_until("the file", || go.exists().then_some(()));
             serve(worker, address);
         }
-        "slow" | "online" => {}
+        "slow" | "online" | "message" => {}
         "private" => serve_with(worker, ListenOptions::from(address).exclusive(true)),
         "late" => {
             wait_until("the file", || go.exists().then_some(()));
@@ -487,7 +498,7 @@ fn sockets_that_only_workers_opened_pass_to_the_new_master(policy: &str) {
         .unwrap();
     let path = std::env::temp_dir().join("workers.sock");
     let mut config = format!(
-        "listen {}\nlisten {}\nlisten 127.0.0.1:0\nbind {udp}\nlisten {}",
+        "message\nlisten {}\nlisten {}\nlisten 127.0.0.1:0\nbind {udp}\nlisten {}",
         tcp.1,
         all.port(),
         path.display()

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::unistd::Pid;
 
@@ -17,6 +17,7 @@ use crate::pool::{Server, children, quick, server, wait_for_exit};
 crate::scenarios! {
     old_master_announces_the_new_main_process
     failed_upgrade_leaves_the_main_process
+    pool_without_a_quorum_announces_its_stop
     pool_serves_without_a_reachable_manager
     pool_serves_with_a_manager_that_never_reads
 }
@@ -129,6 +130,33 @@ fn old_master_announces_the_new_main_process() {
         let notification = manager.next()?;
         assert_eq!(notification.sender, new);
         (notification.text == "STOPPING=1").then_some(())
+    });
+    server.stop();
+    manager.remove();
+}
+
+/// Checks that the manager learns of the stop although the pool had lost its quorum before. The pool
+/// reports the loss of the quorum only once.
+fn pool_without_a_quorum_announces_its_stop() {
+    if is_watched() {
+        return server(quick());
+    }
+    let manager = Manager::new();
+    let server = manager.start();
+    server.release("never ready");
+    let killed = server.workers();
+    for worker in &killed {
+        kill(*worker, Signal::SIGKILL).unwrap();
+    }
+    server.wait_for(": not ready", 1);
+    wait_until("new workers", || {
+        let workers = server.workers();
+        let are_new = workers.iter().all(|worker| !killed.contains(worker));
+        (are_new && workers.len() == 2).then_some(())
+    });
+    server.signal(Signal::SIGTERM);
+    wait_until("STOPPING=1", || {
+        (manager.next()?.text == "STOPPING=1").then_some(())
     });
     server.stop();
     manager.remove();

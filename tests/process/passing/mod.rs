@@ -65,7 +65,8 @@ fn server(options: PoolOptions) {
         }
         Role::Worker(worker) => {
             ignore_pool_signals(&worker).unwrap();
-            let options = ListenOptions::from(address.as_str());
+            // Some clients are silent during several upgrades, which take long on a busy machine.
+            let options = ListenOptions::from(address.as_str()).idle_timeout(scaled(60_000 * MS));
             let options = options.wait_for_data(release == "waits for data");
             for connection in worker.listen(options).unwrap().incoming() {
                 answer(connection.unwrap());
