@@ -164,15 +164,25 @@ impl Attacker {
         (kind, body)
     }
 
+    /// Closes the descriptors that have arrived with frames.
+    pub fn discard_descriptors(&self) {
+        self.fds.borrow_mut().clear();
+    }
+
+    /// Returns the body of the next reply.
+    pub fn receive_reply(&self) -> Vec<u8> {
+        loop {
+            let (kind, body) = self.receive_frame();
+            if kind == REPLY {
+                return body;
+            }
+        }
+    }
+
     /// Requests a listener on a free port, and reports to the master that the worker is listening.
     pub fn listen(&self, index: u32) -> Listener<'_> {
         self.send(&listen(index));
-        let body = loop {
-            let (kind, body) = self.receive_frame();
-            if kind == REPLY {
-                break body;
-            }
-        };
+        let body = self.receive_reply();
         let handle = u32::from_le_bytes(body[8..12].try_into().unwrap());
         let port = u16::from_le_bytes(body[14..16].try_into().unwrap());
         self.send(&handle_frame(LISTENING, handle));
