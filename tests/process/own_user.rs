@@ -14,7 +14,9 @@ use nix::sys::socket::{
 };
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
-use crate::harness::{Log, NOBODY, OWN_PROGRAM, cluster, fork_patiently, note_messages, with_env};
+use crate::harness::{
+    Log, NOBODY, OWN_PROGRAM, cluster, fork_patiently, note_messages, try_patiently, with_env,
+};
 use crate::privileges::credentials;
 
 crate::scenarios! {
@@ -75,7 +77,8 @@ fn outcome(become_user: impl FnOnce(), settings: Settings) -> String {
 }
 
 fn fork(master: &Master, settings: Settings) -> Result<(), &'static str> {
-    match master.fork_as(settings.exec(OWN_PROGRAM)) {
+    let settings = settings.exec(OWN_PROGRAM);
+    match try_patiently(|| master.fork_as(settings.clone())) {
         Ok(_) => Ok(()),
         Err(Error::Fork { step, reason, .. }) => {
             assert_eq!(reason.raw_os_error(), Some(libc::EPERM), "{reason}");

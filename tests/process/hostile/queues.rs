@@ -45,11 +45,14 @@ fn worker_that_receives_nothing_gets_at_most_its_window() {
         let _clients = own.clients(3 * WINDOW);
         for _ in 0..10 {
             own.idle(0);
+            // The master accepts the first connection after it has processed the report.
+            own.wait();
             own.wait_for_the_master();
             assert_eq!(own.queued(), 1);
         }
         assert!(own.receive().is_some());
         own.idle(1);
+        own.wait();
         own.wait_for_the_master();
         assert!((1..=2).contains(&own.queued()), "{}", own.queued());
         attacker.start_clients();

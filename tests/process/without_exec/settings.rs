@@ -9,7 +9,7 @@ use nix::libc;
 use nix::unistd::{Gid, Uid};
 
 use super::{cluster_without_exec, set_main};
-use crate::harness::{NOBODY, cluster};
+use crate::harness::{NOBODY, cluster, fork_patiently, try_patiently};
 use crate::refused::refuse_calls;
 
 crate::scenarios! {
@@ -62,14 +62,14 @@ fn copy_runs_as_the_user_of_the_settings() {
             assert!(nix::unistd::setuid(Uid::from_raw(0)).is_err());
             drop(worker.listen("127.0.0.1:0").unwrap());
         });
-        let worker = master.fork().unwrap();
+        let worker = fork_patiently(|| master.fork());
         worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
     });
 }
 
 #[track_caller]
 fn assert_fails(master: &Master, expected: &str, errno: Option<i32>) {
-    match master.fork().unwrap_err() {
+    match try_patiently(|| master.fork()).unwrap_err() {
         Error::Fork { step, reason, .. } => {
             let found = (step.to_string(), reason.raw_os_error());
             assert_eq!(found, (expected.to_owned(), errno));
