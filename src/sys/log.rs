@@ -320,6 +320,7 @@ mod no_wait {
     use std::os::fd::AsRawFd as _;
 
     use super::{BorrowedFd, io};
+    use crate::sys::is_unavailable;
 
     /// Writes without waiting, even if the open file description is blocking.
     pub(super) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
@@ -347,16 +348,7 @@ mod no_wait {
     /// Returns whether an error of `write` means that the kernel, the kind of file or a sandbox
     /// does not support `RWF_NOWAIT`.
     pub(super) fn is_missing(error: &io::Error) -> bool {
-        let number = error.raw_os_error();
-        [
-            libc::EOPNOTSUPP,
-            libc::ENOSYS,
-            libc::EINVAL,
-            libc::EPERM,
-            libc::EACCES,
-        ]
-        .map(Some)
-        .contains(&number)
+        is_unavailable(error) || error.raw_os_error() == Some(libc::EOPNOTSUPP)
     }
 }
 

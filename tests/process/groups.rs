@@ -33,7 +33,16 @@ pub const PROGRAMS: &[Scenario] = &[
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        Trial::test("server_behind_a_shell_drains_at_a_reload", drains_at_reload),
+        Trial::test("server_behind_a_shell_drains_at_a_reload", || {
+            drains_at_reload(BEHIND_A_SHELL)
+        }),
+        Trial::test("server_without_the_channel_drains_at_a_reload", || {
+            drains_at_reload(WITHOUT_THE_CHANNEL)
+        }),
+        Trial::test(
+            "daemon_of_a_server_delays_no_reload",
+            reloads_beside_a_daemon,
+        ),
         Trial::test(
             "server_behind_a_shell_is_killed_at_the_deadline",
             killed_at_the_deadline,
@@ -62,13 +71,26 @@ fn serve(end: Option<Signal>) {
     });
 }
 
+/// Script of a shell that waits for the program. A shell may replace itself with its last command.
+/// `true` is last, so that the shell remains.
+const BEHIND_A_SHELL: &str = "\"$0\"; true";
+/// The same, but the program inherits only its listener, like a child of Python's `subprocess`.
+const WITHOUT_THE_CHANNEL: &str = "eval \"\\\"\\$0\\\" $CLUSTER_CHANNEL_FD>&-\"; true";
+/// Script of a shell that starts a daemon, and then replaces itself with the program.
+const BESIDE_A_DAEMON: &str = "setsid sleep 1000 & echo daemon $!; exec \"$0\"";
+
 /// Starts `cluster-serve` with a program that runs behind a shell.
 fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
+    start_script(BEHIND_A_SHELL, program, options)
+}
+
+/// Starts `cluster-serve` with a shell that runs the script. The script starts the program `$0`.
+fn start_script(script: &str, program: &str, options: &[&str]) -> (Group, SocketAddr) {
     let mut command = cluster_serve();
     command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
     command.args(["--workers", "1"]).args(options);
-    // A shell may replace itself with its last command. `true` is last, so that the shell remains.
-    command.args(["--", "sh", "-c", "\"$0\"; true"]);
+    // Some shells redirect only descriptors with one digit, but bash redirects any.
+    command.args(["--", "bash", "-c", script]);
     command.arg(std::env::current_exe().unwrap());
     let serve = Group::start(command.env(SCENARIO, program)).unwrap();
     let address = wait_until("the address", || {
@@ -113,17 +135,22 @@ fn assert_refused(address: SocketAddr) {
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
-fn drains_at_reload() -> Result<(), Failed> {
-    let (serve, address) = start("server_that_drains", &[]);
+/// Returns the number of the sockets that a process has.
+fn sockets(pid: u32) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+    let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
+    sockets.count()
+}
+
+fn drains_at_reload(script: &str) -> Result<(), Failed> {
+    let (serve, address) = start_script(script, "server_that_drains", &[]);
     let old = ask(connect(address));
+    // The listener, and perhaps the channel.
+    let before = sockets(old);
     let client = connect(address);
     wait_until("the server to accept the client", || {
-        let fds = std::fs::read_dir(format!("/proc/{old}/fd")).unwrap();
-        let targets = fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
-        let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
-        // Expect three sockets: the listener, the channel to the master, and the accepted
-        // connection.
-        (sockets.count() >= 3).then_some(())
+        (sockets(old) > before).then_some(())
     });
     kill(serve.pid(), Signal::SIGHUP)?;
     wait_for_output(&serve, "worker 2 is ready");
@@ -147,7 +174,31 @@ fn drains_at_reload() -> Result<(), Failed> {
 fn is_child_of_a_shell(pid: u32) -> bool {
     let parent = parent(pid).as_raw();
     let name = std::fs::read_to_string(format!("/proc/{parent}/comm")).unwrap_or_default();
-    name.trim_end() == "sh"
+    name.trim_end() == "bash"
+}
+
+/// The daemon has left the process group, and has a copy of the channel.
+fn reloads_beside_a_daemon() -> Result<(), Failed> {
+    let (serve, address) = start_script(BESIDE_A_DAEMON, "server_that_drains", &[]);
+    let old = ask(connect(address));
+    kill(serve.pid(), Signal::SIGHUP)?;
+    wait_for_output(&serve, "generation 1 serves");
+    wait_for_output(&serve, "worker 1 has exited");
+    assert!(!is_alive(old));
+    kill(serve.pid(), Signal::SIGTERM)?;
+    assert_eq!(serve.finish()?.code(), Some(0));
+    let output = serve.output();
+    assert!(!output.contains("killed"), "{output}");
+    let daemons = output
+        .lines()
+        .filter_map(|line| line.strip_prefix("daemon "));
+    let daemons: Vec<i32> = daemons.map(|pid| pid.parse().unwrap()).collect();
+    assert_eq!(daemons.len(), 2, "{output}");
+    for daemon in daemons {
+        kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
+        wait_for_end(daemon.unsigned_abs());
+    }
+    Ok(())
 }
 
 fn killed_at_the_deadline() -> Result<(), Failed> {

@@ -29,8 +29,9 @@ const SYSTEM: &str = "SYSTEM";
 struct System {
     name: &'static str,
     missing: &'static [libc::c_long],
-    /// System calls that fail with EPERM, as in old sandboxes.
+    /// System calls that fail with `refusal`, as in sandboxes.
     forbidden: &'static [libc::c_long],
+    refusal: libc::c_int,
     /// Whether only SIGCHLD reports the exits of children.
     signals: bool,
     has_proc: bool,
@@ -82,6 +83,15 @@ const SYSTEMS: &[System] = &[
         forbidden: &[libc::SYS_pidfd_send_signal],
         ..without("permission_for_pidfd_send_signal", &[])
     },
+    System {
+        forbidden: &[libc::SYS_pidfd_send_signal],
+        refusal: libc::EACCES,
+        ..without("access_to_pidfd_send_signal", &[])
+    },
+    System {
+        forbidden: &[libc::SYS_waitid],
+        ..without("permission_for_waitid", &[])
+    },
 ];
 
 /// Systems without /proc. Only root can hide it, so other users skip these systems.
@@ -102,6 +112,7 @@ const fn without(name: &'static str, missing: &'static [libc::c_long]) -> System
         name,
         missing,
         forbidden: &[],
+        refusal: libc::EPERM,
         signals: false,
         has_proc: true,
     }
@@ -166,7 +177,7 @@ pub fn become_old() {
     }
     for (calls, errno) in [
         (system.missing, libc::ENOSYS),
-        (system.forbidden, libc::EPERM),
+        (system.forbidden, system.refusal),
     ] {
         if !calls.is_empty() {
             refuse_calls(calls, errno);

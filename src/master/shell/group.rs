@@ -6,13 +6,17 @@
 //! would otherwise serve forever.
 //!
 //! If the master has sent the leader a signal that asks it to end, such as SIGTERM, the members
-//! receive the same signal instead of SIGKILL, so that they can finish their requests. Each member
-//! inherits the worker's end of the channel, so the master reads end-of-file when all members have
-//! exited. Until then, the master does not reap the leader. The id of the group is the leader's
-//! process id, which could otherwise be reused.
+//! receive the same signal instead of SIGKILL, so that they can finish their requests. The master
+//! then checks every 100 ms whether a member is left, because no event reports the end of a group.
+//! Until then, the master does not reap the leader. The id of the group is the leader's process id,
+//! which could otherwise be reused.
+//!
+//! If the system does not list the members, the master assumes that each has inherited the worker's
+//! end of the channel, and reads end-of-file when all have exited. A member may have closed its
+//! copy, and a process that has left the group may have kept one, so `/proc` is the better source.
 //!
 //! If the kernel has no process descriptors, the members are killed even after such a signal,
-//! because the loop could not wait for the channel to close before it reaps the leader.
+//! because the loop could not wait for their end before it reaps the leader.
 
 use super::{MasterShell, WorkerIo};
 use crate::types::signal::Signal;
@@ -31,6 +35,12 @@ pub(super) enum GroupState {
     Draining,
     /// The group has been killed.
     Killed,
+}
+
+/// Returns whether a member of the worker's group is left. The leader has exited.
+fn has_members(worker_io: &WorkerIo) -> bool {
+    let is_open = || worker_io.channel.with(|_| ()).is_some();
+    worker_io.pid.has_group_members().unwrap_or_else(is_open)
 }
 
 impl MasterShell {
@@ -69,27 +79,27 @@ impl MasterShell {
             // caller try, so that it reports the unknown exit status.
             return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
-        let is_open = worker_io.channel.with(|_| ()).is_some();
-        match (state, process.as_ref()) {
-            (GroupState::Ending(signal), Some(process)) if is_open => {
-                // Stop watching the process, because its descriptor stays readable. The call cannot
-                // fail, because the descriptor is registered with the poller.
-                let _ = process.set_interest(None);
+        let may_drain = match state {
+            GroupState::Ending(_) => process.is_some(),
+            GroupState::Draining => true,
+            GroupState::None | GroupState::Running | GroupState::Killed => false,
+        };
+        drop(process);
+        if may_drain && has_members(worker_io) {
+            if let GroupState::Ending(signal) = state {
                 self.signal_group(worker_io, signal);
                 worker_io.group.set(GroupState::Draining);
-                true
             }
-            (GroupState::Draining, _) if is_open => true,
-            _ => {
-                self.signal_group(worker_io, Signal::KILL);
-                worker_io.group.set(GroupState::Killed);
-                false
-            }
+            self.reap_later(worker_io);
+            return true;
         }
+        self.signal_group(worker_io, Signal::KILL);
+        worker_io.group.set(GroupState::Killed);
+        false
     }
 
-    /// Lets the loop reap the leader of a draining group after the channel has closed.
-    pub(super) fn group_drained(&self, worker_io: &WorkerIo) {
+    /// Checks a draining group now, because its channel has closed, probably with its last member.
+    pub(super) fn check_draining_group(&self, worker_io: &WorkerIo) {
         if worker_io.group.get() == GroupState::Draining {
             self.watch_exit(worker_io.id);
         }

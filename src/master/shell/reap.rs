@@ -44,7 +44,7 @@ impl MasterShell {
 
     /// Stops watching a process that cannot be reaped yet, and schedules a retry. The descriptor of
     /// an exited process stays readable until the process is reaped, so the loop would spin.
-    fn reap_later(&self, worker_io: &WorkerIo) {
+    pub(super) fn reap_later(&self, worker_io: &WorkerIo) {
         let process = worker_io.process.borrow();
         let Some(process) = process.as_ref().filter(|process| process.is_watched()) else {
             return;

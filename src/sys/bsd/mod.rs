@@ -32,9 +32,14 @@ pub(super) mod blocked_threads {
     }
 }
 
-pub(super) mod children {
+pub(super) mod proc {
     /// Returns `None`, because there is no portable call that lists children.
-    pub(in crate::sys) fn list() -> Option<Vec<libc::pid_t>> {
+    pub(in crate::sys) fn children() -> Option<Vec<libc::pid_t>> {
+        None
+    }
+
+    /// Returns `None`, because there is no portable call that lists the members of a group.
+    pub(in crate::sys) fn has_group_members(_leader: libc::pid_t) -> Option<bool> {
         None
     }
 }

@@ -4,10 +4,10 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::sys::check;
 use crate::sys::fd::adopt;
 use crate::sys::process::child::{Child, ParentWait};
 use crate::sys::process::{Pid, Started};
+use crate::sys::{check, is_unavailable};
 
 /// Size of the child's stack in bytes, which is about twice what the child needs.
 const STACK: usize = 64 << 10;
@@ -29,14 +29,7 @@ const STACK: usize = 64 << 10;
 /// traces the child could otherwise reach the parent.
 pub(in crate::sys) fn clone(child: &Child<'_>) -> Option<io::Result<Started>> {
     match try_clone(child) {
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::ENOSYS | libc::EINVAL | libc::EPERM)
-            ) =>
-        {
-            None
-        }
+        Err(error) if is_unavailable(&error) => None,
         cloned => Some(cloned),
     }
 }

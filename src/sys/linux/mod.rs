@@ -6,7 +6,6 @@
 
 pub(super) mod blocked_threads;
 pub(super) mod child;
-pub(super) mod children;
 pub(super) mod clone;
 pub(super) mod epoll;
 pub(super) mod file;
@@ -15,6 +14,7 @@ pub(crate) mod interruptible_accept;
 pub(super) mod own_program;
 pub(crate) mod parent_death_signal;
 pub(super) mod pidfd;
+pub(super) mod proc;
 pub(crate) mod shared_number;
 pub(super) mod socket;
 pub(super) mod threads;

@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use crate::sys::process::pid::{Exit, Usage, cpu_time, max_rss};
-use crate::sys::{check, fd, retry};
+use crate::sys::{check, fd, is_unavailable, retry};
 
 /// Opens a process's descriptor, which becomes readable when the process exits. Returns `None` if
 /// the call fails.
@@ -31,7 +31,7 @@ struct KernelUsage {
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
 /// may have the same id after the application has waited for this child. Returns `None` if the
-/// kernel does not support this call. The inner result is `None` if `options` contains WNOHANG and
+/// kernel does not support this call, or if a sandbox rejects it. The inner result is `None` if `options` contains WNOHANG and
 /// the process is still running.
 ///
 /// The system call is made directly, because the C library's `waitid` does not return the usage.
@@ -51,8 +51,7 @@ pub(in crate::sys) fn wait(
         check(libc::c_int::try_from(waited).unwrap_or(-1))
     });
     if let Err(error) = waited {
-        let unsupported = [libc::EINVAL, libc::ENOSYS].map(Some);
-        return (!unsupported.contains(&error.raw_os_error())).then_some(Err(error));
+        return (!is_unavailable(&error)).then_some(Err(error));
     }
     // SAFETY: the call has filled in the structure for a child, or left it zero.
     let pid = unsafe { info.si_pid() };
@@ -132,7 +131,7 @@ fn send_signal(
         return Some(Ok(()));
     }
     let error = io::Error::last_os_error();
-    // EINVAL means that the kernel does not know the flags.
-    let refused = [libc::ENOSYS, libc::EPERM, libc::EINVAL].map(Some);
-    (!refused.contains(&error.raw_os_error())).then_some(Err(error))
+    // EPERM may also mean that this process lacks the right to signal the other one. The call that
+    // the caller makes instead then fails in the same way.
+    (!is_unavailable(&error)).then_some(Err(error))
 }

@@ -6,7 +6,7 @@ use crate::sys::{check, platform, retry};
 /// Returns the children that have exited and have not been reaped, except those for which `is_own`
 /// returns `true`. If the system does not list the children of a process, returns at most one.
 pub(crate) fn exited_children(is_own: impl Fn(Pid) -> bool) -> Vec<Pid> {
-    let Some(children) = platform::children::list() else {
+    let Some(children) = platform::proc::children() else {
         let first = first_exited_child().filter(|child| !is_own(*child));
         return first.into_iter().collect();
     };
@@ -39,7 +39,7 @@ mod tests {
     fn exited_children_are_found_and_stay_waitable() {
         // Skip the test if the system does not list children, because the search then finds at most
         // one of the two.
-        if platform::children::list().is_none() {
+        if platform::proc::children().is_none() {
             return;
         }
         let mut children: Vec<_> = ["exit 1", "exit 2"]

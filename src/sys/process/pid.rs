@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use crate::sys::platform::{MAX_RSS_UNIT, pidfd};
+use crate::sys::platform::{self, MAX_RSS_UNIT, pidfd};
 use crate::sys::{check, retry};
 use crate::types::ordered_set::Id;
 
@@ -221,6 +221,12 @@ impl Pid {
     ///
     /// # Errors
     ///
+    /// Returns whether the process group that this process leads has another process that has not
+    /// exited. Returns `None` if the system does not report this.
+    pub(crate) fn has_group_members(self) -> Option<bool> {
+        platform::proc::has_group_members(self.0)
+    }
+
     /// Returns ESRCH if the group has no process. Also returns ESRCH if the child has been reaped
     /// and the kernel cannot find the group by the process descriptor (before Linux 6.9), because
     /// the child's id may then belong to another group.
