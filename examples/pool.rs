@@ -22,6 +22,8 @@ fn main() -> cluster::Result<()> {
             pool.adopt(&master, passed)?;
             let bound = pool.listen(&master, address.as_str())?;
             log.line(format_args!("listening on {bound}"));
+            let errors = log.clone();
+            master.on_error(move |_, _, error| errors.line(error));
             pool.on_event(move |_, _, event| log.line(event));
             pool.on_default_signals(&master)?;
             pool.notify_systemd(&master)?;

@@ -13,11 +13,11 @@ use nix::libc::O_NONBLOCK;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::Backlog;
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, mkfifo, pipe};
 use tempfile::TempDir;
 
-use crate::harness::{Group, SCENARIO, is_alive, wait_until};
+use crate::harness::{Group, NOBODY, ROOT, SCENARIO, is_alive, wait_until};
 use crate::serve::{PROGRAM, ask, ask_all, command, line_after, stop};
 
 pub fn trials() -> Vec<Trial> {
@@ -39,6 +39,15 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("serve_writes_its_pid_file_through_no_link", planted_link),
         Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
         Trial::test("serve_searches_a_default_path", default_path),
+        Trial::test("serve_writes_no_file_that_others_may_change", umask_of_zero),
+        Trial::test(
+            "serve_reaps_children_that_it_has_inherited",
+            inherited_child,
+        ),
+        ROOT.of(Trial::test(
+            "serve_logs_why_a_program_cannot_be_signalled",
+            refused_signal,
+        )),
     ]
 }
 
@@ -216,8 +225,13 @@ fn pid_file() -> Result<(), Failed> {
     Ok(())
 }
 
+/// Checks that the tool goes on although it cannot write its pid file. The kernel would end it by
+/// SIGXFSZ.
 fn file_size_limit() -> Result<(), Failed> {
-    let mut command = own_program("127.0.0.1:0", &[]);
+    let directory = tempfile::tempdir()?;
+    let pid_file = directory.path().join("pid");
+    let options = ["--pid-file", pid_file.to_str().unwrap()];
+    let mut command = own_program("127.0.0.1:0", &options);
     #[allow(unsafe_code)]
     // SAFETY: setrlimit is async-signal-safe.
     unsafe {
@@ -231,8 +245,76 @@ fn file_size_limit() -> Result<(), Failed> {
     let address =
         lines.find_map(|line| Some(line.ok()?.split_once(" listening on ")?.1.to_owned()));
     let address = address.ok_or("not listening")?.parse()?;
+    let is_reported =
+        |line: Result<String, _>| line.is_ok_and(|line| line.contains(" cannot write --pid-file "));
+    assert!(lines.any(is_reported), "no error");
     wait_until("an answer", || ask(address));
+    stop(&serve)?;
+    assert_eq!(fs::read_dir(directory.path())?.count(), 0);
+    Ok(())
+}
+
+fn umask_of_zero() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let files = ["pid", "log"].map(|name| directory.path().join(name));
+    let [pid_file, log] = files.each_ref().map(|path| path.to_str().unwrap());
+    let mut command = own_program("127.0.0.1:0", &["--pid-file", pid_file, "--log", log]);
+    #[allow(unsafe_code)]
+    // SAFETY: umask is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            umask(Mode::empty());
+            Ok(())
+        });
+    }
+    let serve = Group::start(&mut command)?;
+    for file in &files {
+        let mode = wait_until("the file", || Some(fs::metadata(file).ok()?.permissions()));
+        assert_eq!(mode.mode() & 0o777, 0o644, "{}", file.display());
+    }
     stop(&serve)
+}
+
+/// Checks that a child that a shell has started before it executes the tool stays no zombie.
+fn inherited_child() -> Result<(), Failed> {
+    let tool = command(1, "127.0.0.1:0");
+    let mut command = Command::new("sh");
+    command.args(["-c", "sleep 600 & echo child $!; exec \"$0\" \"$@\""]);
+    command.arg(tool.get_program()).args(tool.get_args());
+    let serve = Group::start(command.args(["--", "sleep", "600"]))?;
+    let child = line_after(&serve, "child ");
+    line_after(&serve, " ready");
+    kill(Pid::from_raw(child.parse()?), Signal::SIGKILL)?;
+    wait_until("the end of the child", || {
+        (!Path::new("/proc").join(&child).exists()).then_some(())
+    });
+    stop(&serve)
+}
+
+/// Checks that the log tells why a program does not end: the tool may change the program's user, but
+/// has no CAP_KILL.
+fn refused_signal() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+    let end = directory.path().join("end");
+    let tool = command(1, "127.0.0.1:0");
+    let mut command = Command::new("setpriv");
+    command.args(["--inh-caps=-kill", "--bounding-set=-kill"]);
+    command.arg(tool.get_program()).args(tool.get_args());
+    command.args(["--user", &NOBODY.to_string(), "--directory", "/"]);
+    command.args(["--", "sh", "-c", "until [ -e \"$0\" ]; do sleep 0.01; done"]);
+    let serve = Group::start(command.arg(&end))?;
+    line_after(&serve, " ready");
+    kill(serve.pid(), Signal::SIGTERM)?;
+    line_after(
+        &serve,
+        " cannot send a signal to a worker: Operation not permitted",
+    );
+    fs::write(end, "")?;
+    let status = serve.finish()?;
+    (status.code() == Some(0))
+        .then_some(())
+        .ok_or_else(|| status.to_string().into())
 }
 
 fn default_path() -> Result<(), Failed> {

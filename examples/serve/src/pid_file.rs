@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process;
 
@@ -66,6 +67,7 @@ fn replace(path: &Path) -> io::Result<()> {
         let file = fs::OpenOptions::new()
             .write(true)
             .create_new(true)
+            .mode(0o644) // not writable for other users, also with a umask of 0
             .open(&new);
         return match file {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
