@@ -85,7 +85,7 @@ impl std::fmt::Display for ForkStep {
             Self::User => "change its user",
             Self::Capabilities => "give up its capabilities",
             Self::BecomeWorker => "make it a worker",
-            Self::Session => "begin its session",
+            Self::Session => "begin its session or process group",
         })
     }
 }
