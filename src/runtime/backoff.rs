@@ -11,6 +11,9 @@ use crate::types::time::Time;
 /// connections that could continue. A shorter time costs CPU time while the system is short of
 /// resources. A person does not notice a delay of 100 ms, and ten attempts per second are cheap. No
 /// benchmark chose the value.
+///
+/// This is also the time between two checks of a draining process group: a longer time delays the
+/// worker's `exit` event, and a shorter time reads `/proc` more often.
 pub(crate) const BACKOFF: Duration = Duration::from_millis(100);
 
 /// The time of the next attempt, if one is scheduled. Further failures do not change this time. The

@@ -320,7 +320,7 @@ mod no_wait {
     use std::os::fd::AsRawFd as _;
 
     use super::{BorrowedFd, io};
-    use crate::sys::is_unavailable;
+    use crate::sys::platform::is_unavailable;
 
     /// Writes without waiting, even if the open file description is blocking.
     pub(super) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {

@@ -60,15 +60,6 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Returns whether an error of a newer system call means that the kernel lacks the call or does not
-/// know its flags, or that a sandbox rejects it. Sandboxes use different error numbers.
-fn is_unavailable(error: &io::Error) -> bool {
-    let number = error.raw_os_error();
-    [libc::ENOSYS, libc::EINVAL, libc::EPERM, libc::EACCES]
-        .map(Some)
-        .contains(&number)
-}
-
 /// Repeats a call while signals interrupt it.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {

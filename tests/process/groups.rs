@@ -4,17 +4,21 @@
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::FromRawFd as _;
+use std::process::Command;
 
 use cluster::Settings;
 use libtest_mimic::{Failed, Trial};
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::unistd::{Pid, getpgid, getpgrp, getppid};
+use nix::unistd::{Pid, getpgid, getpgrp, getppid, getsid};
 
-use crate::harness::{Group, SCENARIO, Scenario, cluster, cluster_serve, is_alive, wait_until};
+use crate::harness::{
+    Group, ROOT, SCENARIO, Scenario, cluster, cluster_serve, is_alive, wait_until,
+};
 use crate::serve::serve_until;
 
 crate::scenarios! {
     worker_with_passed_descriptors_leads_a_process_group
+    group_of_a_worker_ends_before_its_exit_event
 }
 
 /// The scenarios that `cluster-serve` runs as its program. They do not use this crate.
@@ -34,10 +38,14 @@ pub const PROGRAMS: &[Scenario] = &[
 pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("server_behind_a_shell_drains_at_a_reload", || {
-            drains_at_reload(BEHIND_A_SHELL)
+            drains_at_reload(cluster_serve(), BEHIND_A_SHELL)
         }),
+        ROOT.of(Trial::test(
+            "server_behind_a_shell_drains_at_a_reload_without_proc",
+            || drains_at_reload(cluster_serve_without_proc(), BEHIND_A_SHELL),
+        )),
         Trial::test("server_without_the_channel_drains_at_a_reload", || {
-            drains_at_reload(WITHOUT_THE_CHANNEL)
+            drains_at_reload(cluster_serve(), WITHOUT_THE_CHANNEL)
         }),
         Trial::test(
             "daemon_of_a_server_delays_no_reload",
@@ -81,12 +89,25 @@ const BESIDE_A_DAEMON: &str = "setsid sleep 1000 & echo daemon $!; exec \"$0\"";
 
 /// Starts `cluster-serve` with a program that runs behind a shell.
 fn start(program: &str, options: &[&str]) -> (Group, SocketAddr) {
-    start_script(BEHIND_A_SHELL, program, options)
+    start_script(cluster_serve(), BEHIND_A_SHELL, program, options)
+}
+
+/// Returns a command that runs the tool without `/proc`.
+fn cluster_serve_without_proc() -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c"]);
+    command.arg("mount -t tmpfs tmpfs /proc && exec \"$0\" \"$@\"");
+    command.arg(cluster_serve().get_program());
+    command
 }
 
 /// Starts `cluster-serve` with a shell that runs the script. The script starts the program `$0`.
-fn start_script(script: &str, program: &str, options: &[&str]) -> (Group, SocketAddr) {
-    let mut command = cluster_serve();
+fn start_script(
+    mut command: Command,
+    script: &str,
+    program: &str,
+    options: &[&str],
+) -> (Group, SocketAddr) {
     command.args(["--listen", "127.0.0.1:0", "--readiness", "50ms"]);
     command.args(["--workers", "1"]).args(options);
     // Some shells redirect only descriptors with one digit, but bash redirects any.
@@ -143,8 +164,8 @@ fn sockets(pid: u32) -> usize {
     sockets.count()
 }
 
-fn drains_at_reload(script: &str) -> Result<(), Failed> {
-    let (serve, address) = start_script(script, "server_that_drains", &[]);
+fn drains_at_reload(command: Command, script: &str) -> Result<(), Failed> {
+    let (serve, address) = start_script(command, script, "server_that_drains", &[]);
     let old = ask(connect(address));
     // The listener, and perhaps the channel.
     let before = sockets(old);
@@ -177,27 +198,55 @@ fn is_child_of_a_shell(pid: u32) -> bool {
     name.trim_end() == "bash"
 }
 
-/// The daemon has left the process group, and has a copy of the channel.
+/// Daemons that the scenario's servers have started. They have left the process group that the
+/// scenario kills.
+struct Daemons<'a>(&'a Group);
+
+impl Daemons<'_> {
+    fn ids(&self) -> Vec<Pid> {
+        let output = self.0.output();
+        let lines = output.lines();
+        let ids = lines.filter_map(|line| line.strip_prefix("daemon ")?.parse().ok());
+        ids.map(Pid::from_raw).collect()
+    }
+
+    /// Waits until `count` daemons have left their process groups.
+    fn wait(&self, count: usize) {
+        wait_until("a daemon", || {
+            let ids = self.ids();
+            let are_ready = ids.iter().all(|id| getsid(Some(*id)) == Ok(*id));
+            (ids.len() == count && are_ready).then_some(())
+        });
+    }
+}
+
+impl Drop for Daemons<'_> {
+    fn drop(&mut self) {
+        for id in self.ids() {
+            if kill(id, Signal::SIGKILL).is_ok() {
+                wait_for_end(id.as_raw().unsigned_abs());
+            }
+        }
+    }
+}
+
+/// Checks that a daemon that has left the process group delays no reload and no stop, although it
+/// has a copy of the channel.
 fn reloads_beside_a_daemon() -> Result<(), Failed> {
-    let (serve, address) = start_script(BESIDE_A_DAEMON, "server_that_drains", &[]);
+    let (serve, address) =
+        start_script(cluster_serve(), BESIDE_A_DAEMON, "server_that_drains", &[]);
+    let daemons = Daemons(&serve);
     let old = ask(connect(address));
+    daemons.wait(1);
     kill(serve.pid(), Signal::SIGHUP)?;
     wait_for_output(&serve, "generation 1 serves");
     wait_for_output(&serve, "worker 1 has exited");
     assert!(!is_alive(old));
+    daemons.wait(2);
+    ask(connect(address));
     kill(serve.pid(), Signal::SIGTERM)?;
     assert_eq!(serve.finish()?.code(), Some(0));
-    let output = serve.output();
-    assert!(!output.contains("killed"), "{output}");
-    let daemons = output
-        .lines()
-        .filter_map(|line| line.strip_prefix("daemon "));
-    let daemons: Vec<i32> = daemons.map(|pid| pid.parse().unwrap()).collect();
-    assert_eq!(daemons.len(), 2, "{output}");
-    for daemon in daemons {
-        kill(Pid::from_raw(daemon), Signal::SIGKILL)?;
-        wait_for_end(daemon.unsigned_abs());
-    }
+    assert!(!serve.output().contains("killed"), "{}", serve.output());
     Ok(())
 }
 
@@ -250,4 +299,24 @@ fn worker_with_passed_descriptors_leads_a_process_group() {
             worker.disconnect().run().unwrap();
         },
     );
+}
+
+/// Checks a worker that is a shell, and exits at SIGTERM before the process that it has started.
+fn group_of_a_worker_ends_before_its_exit_event() {
+    let file = std::env::temp_dir().join("member");
+    cluster(
+        |master| {
+            let null = std::fs::File::open("/dev/null").unwrap();
+            let shell = Settings::default().exec("/bin/sh");
+            let script = "sleep 1000 & echo $! > \"$0.new\"; mv \"$0.new\" \"$0\"; wait";
+            let shell = shell.args(["-c", script, file.to_str().unwrap()]);
+            let worker = master.fork_as(shell.listen_fds([("null", null)])).unwrap();
+            let member = wait_until("the member", || std::fs::read_to_string(&file).ok());
+            let member = member.trim().parse().unwrap();
+            worker.process().kill(cluster::Signal::TERM);
+            worker.on_exit(move |_, _, _| wait_for_end(member));
+        },
+        |_| unreachable!("the worker is a shell"),
+    );
+    std::fs::remove_file(file).unwrap();
 }

@@ -158,7 +158,11 @@ fn pool_without_a_quorum_announces_its_stop() {
     wait_until("STOPPING=1", || {
         (manager.next()?.text == "STOPPING=1").then_some(())
     });
-    server.stop();
+    server.stop_and_check(|_| {
+        while let Some(notification) = manager.next() {
+            assert_ne!(notification.text, "STOPPING=1");
+        }
+    });
     manager.remove();
 }
 

@@ -136,6 +136,7 @@ const SCENARIO_NAMES: &[&str] = &[
     "copy_runs_from_fork_to_exit",
     "resource_usage_is_known_after_exit",
     "exit_of_a_detached_process_is_delivered_and_leaves_no_zombie",
+    "group_of_a_worker_ends_before_its_exit_event",
 ];
 
 pub fn trials(scenarios: &[&'static Scenario]) -> Vec<Trial> {

@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, mkfifo, pipe};
 use tempfile::TempDir;
 
-use crate::harness::{Group, NOBODY, ROOT, SCENARIO, is_alive, wait_until};
+use crate::harness::{Group, NOBODY, SCENARIO, SETPRIV, is_alive, wait_until};
 use crate::serve::{PROGRAM, ask, ask_all, command, line_after, stop};
 
 pub fn trials() -> Vec<Trial> {
@@ -39,12 +39,15 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("serve_writes_its_pid_file_through_no_link", planted_link),
         Trial::test("serve_runs_with_a_file_size_limit_of_zero", file_size_limit),
         Trial::test("serve_searches_a_default_path", default_path),
-        Trial::test("serve_writes_no_file_that_others_may_change", umask_of_zero),
+        Trial::test(
+            "files_of_serve_are_writable_only_by_their_owner",
+            umask_of_zero,
+        ),
         Trial::test(
             "serve_reaps_children_that_it_has_inherited",
             inherited_child,
         ),
-        ROOT.of(Trial::test(
+        SETPRIV.of(Trial::test(
             "serve_logs_why_a_program_cannot_be_signalled",
             refused_signal,
         )),
@@ -275,7 +278,7 @@ fn umask_of_zero() -> Result<(), Failed> {
     stop(&serve)
 }
 
-/// Checks that a child that a shell has started before it executes the tool stays no zombie.
+/// Checks that a child that a shell has started before it executes the tool does not remain a zombie.
 fn inherited_child() -> Result<(), Failed> {
     let tool = command(1, "127.0.0.1:0");
     let mut command = Command::new("sh");
@@ -291,7 +294,7 @@ fn inherited_child() -> Result<(), Failed> {
     stop(&serve)
 }
 
-/// Checks that the log tells why a program does not end: the tool may change the program's user, but
+/// Checks that the log says why a program does not exit: the tool may change the program's user, but
 /// has no CAP_KILL.
 fn refused_signal() -> Result<(), Failed> {
     let directory = tempfile::tempdir()?;
@@ -308,7 +311,7 @@ fn refused_signal() -> Result<(), Failed> {
     kill(serve.pid(), Signal::SIGTERM)?;
     line_after(
         &serve,
-        " cannot send a signal to a worker: Operation not permitted",
+        " worker 1: cannot send a signal to a worker: Operation not permitted",
     );
     fs::write(end, "")?;
     let status = serve.finish()?;

@@ -145,7 +145,7 @@ fn open(path: &Path) -> Result<LogWriter, String> {
     options
         .append(true)
         .create(true)
-        .mode(0o644) // not writable for other users, also with a umask of 0
+        .mode(0o644) // Only the owner may write, even with a umask of 0.
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let file = options.open(path);
     let file = file.map_err(|error| format!("cannot open --log {}: {error}", path.display()))?;

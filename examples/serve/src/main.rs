@@ -110,12 +110,21 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
     let pid_file = Rc::new(PidFile::new(options.pid_file)?);
     on_events(&pool, log, &pid_file);
     let errors = Rc::clone(log);
-    master.on_error(move |_, _, error| errors.line(Level::Error, error));
+    master.on_error(move |_, worker, error| match worker {
+        Some(worker) => {
+            errors.line(
+                Level::Error,
+                format_args!("worker {}: {error}", worker.id()),
+            );
+        }
+        None => errors.line(Level::Error, error),
+    });
     pool.on_default_signals(&master)?;
     // Handle the signal, because a file size limit (RLIMIT_FSIZE) would otherwise end this process
     // when it writes the pid file. With a handler, the write fails with EFBIG.
     master.on_signal(Signal::try_from(libc::SIGXFSZ)?, |_, _| ())?;
-    // This process may have inherited children by `execve`, and orphans if it is a subreaper.
+    // Children may exist that this process has not started: a script that executes this program may
+    // have started some, and a subreaper receives orphans.
     master.reap_orphans();
     let reopened = Rc::clone(log);
     master.on_signal(Signal::USR1, move |master, _| reopened.reopen(master))?;

@@ -67,7 +67,7 @@ fn replace(path: &Path) -> io::Result<()> {
         let file = fs::OpenOptions::new()
             .write(true)
             .create_new(true)
-            .mode(0o644) // not writable for other users, also with a umask of 0
+            .mode(0o644) // Only the owner may write, even with a umask of 0.
             .open(&new);
         return match file {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,

@@ -225,9 +225,9 @@ impl Settings {
     /// - When the worker's process has exited, the master kills the rest of the group.
     /// - If the master had already sent SIGTERM, SIGINT or SIGQUIT to the worker, the master sends
     ///   the same signal to the rest of the group instead. The worker's `exit` event then waits
-    ///   until the whole group has exited. The master finds the group's processes in `/proc`, every
-    ///   100 ms. Without `/proc`, the event waits for the processes that still have the channel. On
-    ///   Linux before 5.3, the master kills the rest of the group.
+    ///   until the whole group has exited. The master checks `/proc` for processes of the group
+    ///   every 100 ms. Without `/proc`, the event waits for the processes that still have the
+    ///   channel. On Linux before 5.3, the master kills the rest of the group.
     /// - If the master sends SIGKILL to the worker, for example at a deadline, the signal kills the
     ///   whole group.
     ///

@@ -410,7 +410,7 @@ impl MasterShell {
         let receipts = worker_io.channel.close(Unprocessed::Discard);
         self.add_receipts(worker, receipts);
         self.set_writing(worker, false);
-        self.check_draining_group(&worker_io);
+        self.recheck_draining_group(&worker_io);
         let is_reaped = self.core.borrow().exit_status(worker).is_some();
         if worker_io.process.borrow().is_none() && !is_reaped {
             self.unwatched_exits.borrow_mut().insert(worker);

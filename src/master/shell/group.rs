@@ -11,14 +11,15 @@
 //! Until then, the master does not reap the leader. The id of the group is the leader's process id,
 //! which could otherwise be reused.
 //!
-//! If the system does not list the members, the master assumes that each has inherited the worker's
-//! end of the channel, and reads end-of-file when all have exited. A member may have closed its
-//! copy, and a process that has left the group may have kept one, so `/proc` is the better source.
+//! Without a usable `/proc`, the master assumes that each member has inherited the worker's end of
+//! the channel. It then reads end-of-file when all have exited. `/proc` is preferred, because a
+//! member may have closed its copy, and a process that has left the group may have kept one.
 //!
 //! If the kernel has no process descriptors, the members are killed even after such a signal,
 //! because the loop could not wait for their end before it reaps the leader.
 
 use super::{MasterShell, WorkerIo};
+use crate::sys::process::{GroupSearch, Pid};
 use crate::types::signal::Signal;
 
 /// The state of a worker's process group.
@@ -31,16 +32,30 @@ pub(super) enum GroupState {
     /// The leader has been sent this signal, which asks it to end.
     Ending(Signal),
     /// The leader has exited, and the members have been sent the signal that the leader had been
-    /// sent. They may still run.
-    Draining,
+    /// sent. They may still run. This member was found last.
+    Draining(Option<Pid>),
     /// The group has been killed.
     Killed,
 }
 
-/// Returns whether a member of the worker's group is left. The leader has exited.
-fn has_members(worker_io: &WorkerIo) -> bool {
-    let is_open = || worker_io.channel.with(|_| ()).is_some();
-    worker_io.pid.has_group_members().unwrap_or_else(is_open)
+/// What is left of a group whose leader has exited.
+enum Rest {
+    None,
+    /// Members that may still run. One of them is known, if a search has found it.
+    Left(Option<Pid>),
+}
+
+/// Checks what is left of a worker's group. `last` is the member that was found last.
+fn rest_of_group(worker_io: &WorkerIo, last: Option<Pid>) -> Rest {
+    match worker_io.pid.find_group_member(last) {
+        GroupSearch::Found(member) => Rest::Left(Some(member)),
+        GroupSearch::Empty => Rest::None,
+        // Assume that a member is left. The next search may succeed, and the deadline of the stop
+        // or reload limits the time.
+        GroupSearch::Failed => Rest::Left(last),
+        GroupSearch::Impossible if worker_io.channel.with(|_| ()).is_some() => Rest::Left(None),
+        GroupSearch::Impossible => Rest::None,
+    }
 }
 
 impl MasterShell {
@@ -52,14 +67,14 @@ impl MasterShell {
             (state, Signal::KILL) => {
                 self.signal_group(worker_io, Signal::KILL);
                 worker_io.group.set(GroupState::Killed);
-                if state == GroupState::Draining {
+                if matches!(state, GroupState::Draining(_)) {
                     self.watch_exit(worker_io.id);
                 }
             }
             (GroupState::Running, Signal::TERM | Signal::INT | Signal::QUIT) => {
                 worker_io.group.set(GroupState::Ending(signal));
             }
-            (GroupState::Draining, _) => self.signal_group(worker_io, signal),
+            (GroupState::Draining(_), _) => self.signal_group(worker_io, signal),
             (GroupState::Running | GroupState::Ending(_) | GroupState::Killed, _) => {}
         }
     }
@@ -79,28 +94,31 @@ impl MasterShell {
             // caller try, so that it reports the unknown exit status.
             return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
-        let may_drain = match state {
-            GroupState::Ending(_) => process.is_some(),
-            GroupState::Draining => true,
-            GroupState::None | GroupState::Running | GroupState::Killed => false,
+        let rest = match state {
+            GroupState::Ending(_) if process.is_some() => rest_of_group(worker_io, None),
+            GroupState::Draining(last) => rest_of_group(worker_io, last),
+            GroupState::None | GroupState::Running | GroupState::Ending(_) | GroupState::Killed => {
+                Rest::None
+            }
         };
         drop(process);
-        if may_drain && has_members(worker_io) {
-            if let GroupState::Ending(signal) = state {
-                self.signal_group(worker_io, signal);
-                worker_io.group.set(GroupState::Draining);
-            }
-            self.reap_later(worker_io);
-            return true;
+        let Rest::Left(member) = rest else {
+            self.signal_group(worker_io, Signal::KILL);
+            worker_io.group.set(GroupState::Killed);
+            return false;
+        };
+        if let GroupState::Ending(signal) = state {
+            self.signal_group(worker_io, signal);
         }
-        self.signal_group(worker_io, Signal::KILL);
-        worker_io.group.set(GroupState::Killed);
-        false
+        worker_io.group.set(GroupState::Draining(member));
+        self.reap_later(worker_io);
+        true
     }
 
-    /// Checks a draining group now, because its channel has closed, probably with its last member.
-    pub(super) fn check_draining_group(&self, worker_io: &WorkerIo) {
-        if worker_io.group.get() == GroupState::Draining {
+    /// Lets the loop check a draining group in its next iteration, because the channel has closed,
+    /// probably with the last member.
+    pub(super) fn recheck_draining_group(&self, worker_io: &WorkerIo) {
+        if matches!(worker_io.group.get(), GroupState::Draining(_)) {
             self.watch_exit(worker_io.id);
         }
     }

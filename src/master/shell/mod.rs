@@ -150,7 +150,7 @@ pub(crate) struct MasterShell {
     scratch: RefCell<Vec<u8>>,
 }
 
-/// The steps that have failed and are retried after the back-off delay, all at the same time.
+/// The steps that are tried again after the back-off delay, all at the same time.
 #[derive(Debug, Default)]
 struct Retries {
     /// The channels that must be flushed.
@@ -158,9 +158,9 @@ struct Retries {
     /// The queues that must be closed and may still contain connections.
     queues: Vec<(HandleId, WorkerId)>,
     /// The workers whose process descriptors must be watched again. Either watching has failed, or
-    /// the worker has exited and cannot be reaped because another process, such as a debugger,
-    /// traces it. The descriptor of such a worker stays readable, so it is not watched until the
-    /// retry.
+    /// the worker has exited and must not be reaped yet: another process, such as a debugger, traces
+    /// it, or its group is draining. The descriptor of such a worker stays readable, so it is not
+    /// watched until the retry.
     processes: Vec<WorkerId>,
     backoff: Backoff,
 }

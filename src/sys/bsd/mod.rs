@@ -33,14 +33,20 @@ pub(super) mod blocked_threads {
 }
 
 pub(super) mod proc {
+    use crate::sys::process::GroupSearch;
+
     /// Returns `None`, because there is no portable call that lists children.
     pub(in crate::sys) fn children() -> Option<Vec<libc::pid_t>> {
         None
     }
 
-    /// Returns `None`, because there is no portable call that lists the members of a group.
-    pub(in crate::sys) fn has_group_members(_leader: libc::pid_t) -> Option<bool> {
-        None
+    /// Finds nothing, because there is no portable call that lists the members of a group.
+    pub(in crate::sys) fn find_group_member(_leader: libc::pid_t) -> GroupSearch {
+        GroupSearch::Impossible
+    }
+
+    pub(in crate::sys) fn is_running_member(_process: libc::pid_t, _leader: libc::pid_t) -> bool {
+        false
     }
 }
 

@@ -4,10 +4,11 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use super::is_unavailable;
+use crate::sys::check;
 use crate::sys::fd::adopt;
 use crate::sys::process::child::{Child, ParentWait};
 use crate::sys::process::{Pid, Started};
-use crate::sys::{check, is_unavailable};
 
 /// Size of the child's stack in bytes, which is about twice what the child needs.
 const STACK: usize = 64 << 10;

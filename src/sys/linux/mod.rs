@@ -34,3 +34,13 @@ pub(super) const SI_KERNEL: libc::c_int = 0x80;
 
 /// The number of bytes in one unit of `ru_maxrss`.
 pub(super) const MAX_RSS_UNIT: u64 = 1024;
+
+/// Returns whether an error may mean that the kernel lacks a system call or does not know its flags,
+/// or that a sandbox rejects the call. Sandboxes use different error numbers. The caller falls back
+/// to an older call, which returns the real error if there is another one.
+pub(super) fn is_unavailable(error: &std::io::Error) -> bool {
+    let number = error.raw_os_error();
+    [libc::ENOSYS, libc::EINVAL, libc::EPERM, libc::EACCES]
+        .map(Some)
+        .contains(&number)
+}

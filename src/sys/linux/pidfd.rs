@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
+use super::is_unavailable;
 use crate::sys::process::pid::{Exit, Usage, cpu_time, max_rss};
-use crate::sys::{check, fd, is_unavailable, retry};
+use crate::sys::{check, fd, retry};
 
 /// Opens a process's descriptor, which becomes readable when the process exits. Returns `None` if
 /// the call fails.
@@ -31,8 +32,8 @@ struct KernelUsage {
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
 /// may have the same id after the application has waited for this child. Returns `None` if the
-/// kernel does not support this call, or if a sandbox rejects it. The inner result is `None` if `options` contains WNOHANG and
-/// the process is still running.
+/// kernel does not support this call, or if a sandbox rejects it. The inner result is `None` if
+/// `options` contains WNOHANG and the process is still running.
 ///
 /// The system call is made directly, because the C library's `waitid` does not return the usage.
 pub(in crate::sys) fn wait(
@@ -131,7 +132,7 @@ fn send_signal(
         return Some(Ok(()));
     }
     let error = io::Error::last_os_error();
-    // EPERM may also mean that this process lacks the right to signal the other one. The call that
-    // the caller makes instead then fails in the same way.
+    // EPERM may also mean that this process may not signal the other one. The caller then uses
+    // kill(2), which returns the same error.
     (!is_unavailable(&error)).then_some(Err(error))
 }

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::sys::process::{GroupSearch, Pid};
+
 /// Returns the process ids of the children of all threads. Returns `None` if `/proc` is not
 /// mounted, belongs to another PID namespace, or does not list children (`CONFIG_PROC_CHILDREN`,
 /// see proc_tid_children(5)).
@@ -29,38 +31,59 @@ pub(in crate::sys) fn children() -> Option<Vec<libc::pid_t>> {
     Some(children)
 }
 
-/// Returns whether a process group has a member that has not exited, besides its leader. Returns
-/// `None` if `/proc` is not mounted or belongs to another PID namespace.
+/// Searches for a process of a process group that has not exited, besides the group's leader.
 ///
-/// The call reads one file for each process of the system. Members that `/proc` hides from this
-/// process (`hidepid` in proc(5)) are not found.
-pub(in crate::sys) fn has_group_members(leader: libc::pid_t) -> Option<bool> {
-    if !is_of_this_namespace() {
-        return None;
+/// Without a match, the call makes one system call for each process of the system.
+pub(in crate::sys) fn find_group_member(leader: libc::pid_t) -> GroupSearch {
+    // Process 1 always exists, so if it is not visible, others may be hidden too (`hidepid`).
+    if !is_of_this_namespace() || !Path::new("/proc/1").exists() {
+        return GroupSearch::Impossible;
     }
-    let is_member = |directory: &Path| {
-        let name = directory.file_name()?.to_str()?;
-        let number: libc::pid_t = name.parse().ok()?;
-        if number == leader {
-            return None;
-        }
-        let stat = std::fs::read_to_string(directory.join("stat")).ok()?;
-        is_running_member(&stat, leader)
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return GroupSearch::Failed;
     };
-    let mut entries = std::fs::read_dir("/proc").ok()?.flatten();
-    Some(entries.any(|entry| is_member(&entry.path()) == Some(true)))
+    for entry in entries {
+        let Ok(entry) = entry else {
+            return GroupSearch::Failed;
+        };
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        if let Some(number) = number.filter(|number| *number != leader) {
+            if is_running_member(number, leader) {
+                return GroupSearch::Found(Pid::from_raw(number));
+            }
+        }
+    }
+    GroupSearch::Empty
 }
 
-/// Returns whether the process with this line in `/proc/PID/stat` belongs to the group of `leader`
-/// and has not exited. Returns `None` if the line is not valid.
-fn is_running_member(stat: &str, leader: libc::pid_t) -> Option<bool> {
-    // The second field is the name of the program in parentheses, which may contain any character.
-    let (_, fields) = stat.rsplit_once(") ")?;
-    let mut fields = fields.split_ascii_whitespace();
-    let (state, group, threads) = (fields.next()?, fields.nth(1)?, fields.nth(14)?);
+/// Returns whether a process belongs to the group of `leader` and is not known to have exited.
+pub(in crate::sys) fn is_running_member(process: libc::pid_t, leader: libc::pid_t) -> bool {
+    // SAFETY: getpgid accesses no memory of this process.
+    if unsafe { libc::getpgid(process) } != leader {
+        return false;
+    }
+    match std::fs::read(format!("/proc/{process}/stat")) {
+        Ok(stat) => !has_exited(&stat),
+        Err(error) => {
+            let gone = [libc::ENOENT, libc::ESRCH].map(Some);
+            !gone.contains(&error.raw_os_error())
+        }
+    }
+}
+
+/// Returns whether the process with this line in `/proc/PID/stat` has exited.
+fn has_exited(stat: &[u8]) -> bool {
+    // The second field is the name of the program in parentheses. It may contain any byte, also a
+    // part of a character.
+    let end = stat.windows(2).rposition(|two| two == b") ");
+    let fields = stat.get(end.unwrap_or(0)..).unwrap_or_default();
+    let fields = String::from_utf8_lossy(fields);
+    let mut fields = fields.split_ascii_whitespace().skip(1);
+    let (state, threads) = (fields.next(), fields.nth(16));
     // If only the first thread has exited, the state is `Z`, but other threads are left.
-    let has_exited = matches!(state, "Z" | "X") && threads.parse::<u32>().ok()? <= 1;
-    Some(group.parse() == Ok(leader) && !has_exited)
+    let is_last_thread = threads.is_some_and(|threads| matches!(threads, "0" | "1"));
+    matches!(state, Some("Z" | "X")) && is_last_thread
 }
 
 /// Returns whether `/proc` is mounted, and shows the process ids of this process's namespace.
@@ -71,36 +94,56 @@ fn is_of_this_namespace() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+    use std::os::unix::process::CommandExt as _;
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
-    fn member_is_running_until_all_its_threads_have_exited() {
-        let stat = |state, group, threads| {
-            format!(
-                "42 (a) b (c)) {state} 1 {group} 7 0 -1 4194304 9 0 0 0 1 2 0 0 20 0 {threads} 0 \
-                 5 0 0\n"
-            )
+    fn process_has_exited_when_its_last_thread_has_exited() {
+        let stat = |state, threads| {
+            let fields = format!("1 7 7 0 -1 4194304 9 0 0 0 1 2 0 0 20 0 {threads} 0 5 0 0\n");
+            let name: &[u8] = b"42 (a) b (c\xc3) ";
+            [name, format!("{state} {fields}").as_bytes()].concat()
         };
-        for (state, group, threads, is_member) in [
-            ("S", 7, 1, true),
-            ("R", 7, 3, true),
-            ("S", 8, 1, false),
-            ("Z", 7, 1, false),
-            ("Z", 7, 2, true),
-            ("X", 7, 0, false),
+        for (state, threads, is_exited) in [
+            ("S", 1, false),
+            ("R", 3, false),
+            ("Z", 1, true),
+            ("Z", 2, false),
+            ("X", 0, true),
         ] {
-            let stat = stat(state, group, threads);
-            assert_eq!(is_running_member(&stat, 7), Some(is_member), "{stat}");
+            let stat = stat(state, threads);
+            assert_eq!(has_exited(&stat), is_exited, "{state} {threads}");
         }
-        assert_eq!(is_running_member("", 7), None);
-        assert_eq!(is_running_member("42 (x) S 1", 7), None);
+        assert!(!has_exited(b""));
+        assert!(!has_exited(b"42 (x) Z 1"));
     }
 
     #[test]
-    fn own_line_is_read() {
-        let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-        // SAFETY: getpgrp accesses no memory of this process.
-        let group = unsafe { libc::getpgrp() };
-        assert_eq!(is_running_member(&stat, group), Some(true));
+    fn group_is_empty_when_its_last_member_has_exited() {
+        // The leader is a shell that exits, and stays a zombie until the end of the test.
+        let mut leader = Command::new("sh");
+        leader.args(["-c", "sleep 600 >/dev/null & echo $!"]);
+        let leader = leader.process_group(0).stdout(Stdio::piped());
+        let mut leader = leader.spawn().unwrap();
+        let mut member = String::new();
+        let output = leader.stdout.take().unwrap();
+        BufReader::new(output).read_line(&mut member).unwrap();
+        let member = Pid::from_raw(member.trim().parse().unwrap());
+        let group = libc::pid_t::try_from(leader.id()).unwrap();
+        let other = Pid::from_raw(group);
+        assert_eq!(other.find_group_member(None), GroupSearch::Found(member));
+        assert_eq!(
+            other.find_group_member(Some(member)),
+            GroupSearch::Found(member)
+        );
+        member.signal(None, libc::SIGKILL).unwrap();
+        // The member may run until the kernel has killed it.
+        while other.find_group_member(Some(member)) != GroupSearch::Empty {
+            std::thread::yield_now();
+        }
+        leader.wait().unwrap();
     }
 }

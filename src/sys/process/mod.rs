@@ -14,6 +14,6 @@ mod report;
 
 pub(crate) use children::exited_children;
 pub use pid::Usage;
-pub(crate) use pid::{Exit, Pid, Unreaped};
+pub(crate) use pid::{Exit, GroupSearch, Pid, Unreaped};
 pub(super) use program::Started;
 pub(crate) use program::{Failure, Program};

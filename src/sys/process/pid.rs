@@ -11,7 +11,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use crate::sys::platform::{self, MAX_RSS_UNIT, pidfd};
-use crate::sys::{check, retry};
+use crate::sys::{check, poll, retry};
 use crate::types::ordered_set::Id;
 
 /// Number of attempts to reap a killed child. With [`REAP_INTERVAL`], the attempts take 100 ms in
@@ -137,12 +137,24 @@ impl Pid {
         let options = libc::WNOHANG | libc::WNOWAIT;
         match process.and_then(|process| pidfd::wait(process.as_fd(), options)) {
             Some(waited) => matches!(waited, Ok(Some(_))),
-            None => self.wait_without_reaping() == Some(true),
+            None => match self.wait_without_reaping() {
+                Ok(has_exited) => has_exited,
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => false,
+                // A sandbox rejects waitid(2). The descriptor is readable once the child has exited.
+                Err(_) => process.is_some_and(|process| {
+                    let ready = poll::wait_readable([process.as_fd()], Some(Duration::ZERO));
+                    matches!(ready, Ok([true]))
+                }),
+            },
         }
     }
 
-    /// Returns whether the child has exited, or `None` if this process has no such child.
-    fn wait_without_reaping(self) -> Option<bool> {
+    /// Returns whether the child has exited.
+    ///
+    /// # Errors
+    ///
+    /// Returns ECHILD if this process has no such child, for instance because it has been reaped.
+    fn wait_without_reaping(self) -> io::Result<bool> {
         // SAFETY: all zeroes is a valid `siginfo_t`.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
@@ -154,7 +166,7 @@ impl Pid {
             check(unsafe { libc::waitid(libc::P_PID, id, &raw mut info, options) })
         });
         // SAFETY: the call has filled in the structure for a child, or left it zero.
-        waited.ok().map(|_| unsafe { info.si_pid() } == self.0)
+        waited.map(|_| unsafe { info.si_pid() } == self.0)
     }
 
     /// Reaps a child that has exited, and discards its status.
@@ -216,17 +228,37 @@ impl Pid {
     }
 }
 
+/// The result of a search for a process of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GroupSearch {
+    /// This process of the group has not exited.
+    Found(Pid),
+    /// The group has no process besides its leader.
+    #[allow(dead_code, reason = "only Linux shows the processes of a group")]
+    Empty,
+    /// The search has failed, for instance because no descriptor is free. A later one may succeed.
+    #[allow(dead_code, reason = "only Linux shows the processes of a group")]
+    Failed,
+    /// The system does not show the processes of a group, for instance because `/proc` is not
+    /// mounted, belongs to another PID namespace, or hides processes.
+    Impossible,
+}
+
 impl Pid {
+    /// Searches for a process of the group that the child leads, besides the child. Checks first
+    /// whether the process `last` is still one, because a complete search takes longer.
+    pub(crate) fn find_group_member(self, last: Option<Self>) -> GroupSearch {
+        let is_left = |last: &Self| platform::proc::is_running_member(last.0, self.0);
+        match last.filter(is_left) {
+            Some(last) => GroupSearch::Found(last),
+            None => platform::proc::find_group_member(self.0),
+        }
+    }
+
     /// Sends a signal to the process group that the child leads.
     ///
     /// # Errors
     ///
-    /// Returns whether the process group that this process leads has another process that has not
-    /// exited. Returns `None` if the system does not report this.
-    pub(crate) fn has_group_members(self) -> Option<bool> {
-        platform::proc::has_group_members(self.0)
-    }
-
     /// Returns ESRCH if the group has no process. Also returns ESRCH if the child has been reaped
     /// and the kernel cannot find the group by the process descriptor (before Linux 6.9), because
     /// the child's id may then belong to another group.
@@ -239,8 +271,11 @@ impl Pid {
         if let Some(sent) = by_fd {
             return sent;
         }
-        if self.wait_without_reaping().is_none() {
-            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        match self.wait_without_reaping() {
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            Ok(_) | Err(_) => {}
         }
         // SAFETY: kill accesses no memory of this process.
         check(unsafe { libc::kill(-self.0, signal) })?;

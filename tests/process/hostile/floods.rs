@@ -26,8 +26,8 @@ crate::scenarios! {
 /// leaves more than 256 replies with descriptors unread.
 const BATCH: u32 = 100;
 
-/// Floods the master with requests, and discards the replies. At most two batches of requests have
-/// no reply yet, and the master always has at least one of them.
+/// Floods the master with requests, and discards the replies. Fewer than 256 replies are unread,
+/// because the attacker sends a batch only when it has read all replies but those of the last one.
 fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
     let send_batch = |first: u32| {
         let batch: Vec<_> = (first..first + BATCH).flat_map(&next).collect();
