@@ -38,14 +38,14 @@ pub(super) enum GroupState {
     Killed,
 }
 
-/// What is left of a group whose leader has exited.
+/// The rest of a group whose leader has exited.
 enum Rest {
     None,
     /// Members that may still run. One of them is known, if a search has found it.
     Left(Option<Pid>),
 }
 
-/// Checks what is left of a worker's group. `last` is the member that was found last.
+/// Returns the rest of a worker's group. `last` is the member that was found last.
 fn rest_of_group(worker_io: &WorkerIo, last: Option<Pid>) -> Rest {
     match worker_io.pid.find_group_member(last) {
         GroupSearch::Found(member) => Rest::Left(Some(member)),
