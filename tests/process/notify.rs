@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::unistd::Pid;
 
-use crate::harness::{is_watched, talk, wait_until};
+use crate::harness::{is_watched, scaled, talk, wait_until};
 use crate::pool::{Server, children, quick, server, wait_for_exit};
 
 crate::scenarios! {
@@ -171,7 +171,8 @@ fn pool_without_a_quorum_announces_its_stop() {
 fn failed_upgrade_leaves_the_main_process() {
     if is_watched() {
         let options = quick().startup_timeout(Duration::from_millis(500));
-        return server(options.min_ready_time(Duration::from_millis(300)));
+        // A worker that gets no core for a while must still abort within this time.
+        return server(options.min_ready_time(scaled(Duration::from_secs(1))));
     }
     let manager = Manager::new();
     let server = manager.start();
