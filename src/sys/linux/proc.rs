@@ -132,16 +132,15 @@ mod tests {
         let output = leader.stdout.take().unwrap();
         BufReader::new(output).read_line(&mut member).unwrap();
         let member = Pid::from_raw(member.trim().parse().unwrap());
-        let group = libc::pid_t::try_from(leader.id()).unwrap();
-        let other = Pid::from_raw(group);
-        assert_eq!(other.find_group_member(None), GroupSearch::Found(member));
+        let group = Pid::from_raw(leader.id().try_into().unwrap());
+        assert_eq!(group.find_group_member(None), GroupSearch::Found(member));
         assert_eq!(
-            other.find_group_member(Some(member)),
+            group.find_group_member(Some(member)),
             GroupSearch::Found(member)
         );
         member.signal(None, libc::SIGKILL).unwrap();
         // The member may run until the kernel has killed it.
-        while other.find_group_member(Some(member)) != GroupSearch::Empty {
+        while group.find_group_member(Some(member)) != GroupSearch::Empty {
             std::thread::yield_now();
         }
         leader.wait().unwrap();
