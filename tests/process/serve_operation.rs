@@ -29,6 +29,10 @@ pub fn trials() -> Vec<Trial> {
         )),
         Trial::test("serve_keeps_another_masters_pid_file", foreign_pid_file),
         Trial::test(
+            "serve_starts_no_second_instance_with_its_pid_file",
+            second_instance,
+        ),
+        Trial::test(
             "serve_keeps_its_pid_file_if_an_upgrade_fails",
             failed_upgrade,
         ),
@@ -151,6 +155,34 @@ fn foreign_pid_file() -> Result<(), Failed> {
     stop(&serve)?;
     assert_eq!(fs::read_to_string(&path)?, "1\n");
     Ok(())
+}
+
+/// Checks that a second instance does not start with the first one's pid file, also after an upgrade,
+/// and that it starts when the first one has been killed.
+fn second_instance() -> Result<(), Failed> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("serve.pid");
+    let options = ["--pid-file", path.to_str().unwrap()];
+    let (first, _) = start(&options);
+    let refused = |owner: Pid| {
+        let (second, _) = start(&options);
+        let status = second.finish().unwrap();
+        assert_eq!(status.code(), Some(1), "{}", second.output());
+        line_after(&second, &format!(": process {owner} uses it"));
+        assert_eq!(pid_in(&path, Pid::from_raw(0)), owner);
+    };
+    let old = pid_in(&path, Pid::from_raw(0));
+    refused(old);
+    kill(old, Signal::SIGUSR2)?;
+    let new = pid_in(&path, old);
+    refused(new);
+    line_after(&first, " this master has taken over");
+    refused(new);
+    kill(new, Signal::SIGKILL)?;
+    first.finish()?;
+    let (third, _) = start(&options);
+    assert_eq!(pid_in(&path, new), third.pid());
+    stop(&third)
 }
 
 fn failed_upgrade() -> Result<(), Failed> {

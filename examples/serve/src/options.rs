@@ -46,7 +46,8 @@ Stopping:
   --drain TIME         a process that has not exited this long after TERM is killed [default: 30s]
 
 Operation:
-  --pid-file PATH      contains the master's process id while the pool is ready, also after upgrades
+  --pid-file PATH      contains the master's process id while the pool is ready, also after upgrades;
+                       no other instance starts with the same file
   --status ADDRESS     serves /health, /metrics and /status on IP:PORT (loopback only) or on a Unix
                        socket (a path with a slash)
   --log PATH           appends the log to a file [default: standard error]

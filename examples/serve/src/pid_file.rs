@@ -1,9 +1,15 @@
 //! The file that contains the master's process id.
+//!
+//! A master locks its file (flock(2)), so that a second instance with the same option does not start.
+//! The kernel releases the lock when the master exits, so the file of a killed master is replaced.
 
+use std::cell::RefCell;
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process;
 
@@ -14,11 +20,13 @@ const NAMES_MAX: u32 = 100;
 #[derive(Debug)]
 pub(crate) struct PidFile {
     path: Option<PathBuf>,
+    /// The file that this process has written, with its lock.
+    written: RefCell<Option<File>>,
 }
 
 impl PidFile {
-    /// Returns an error if the file's directory cannot be entered, or if the path is that of a file
-    /// that must not be replaced, such as /dev/null.
+    /// Returns an error if the file's directory cannot be entered, if another instance uses the file,
+    /// or if the path is that of a file that must not be replaced, such as /dev/null.
     pub(crate) fn new(path: Option<PathBuf>) -> Result<Self, String> {
         if let Some(path) = &path {
             let directory = match path.parent() {
@@ -29,7 +37,10 @@ impl PidFile {
             checked
                 .map_err(|error| format!("cannot use --pid-file {}: {error}", path.display()))?;
         }
-        Ok(Self { path })
+        Ok(Self {
+            path,
+            written: RefCell::default(),
+        })
     }
 
     /// Writes this process's id. A reader sees either the previous content or the whole id, because
@@ -39,7 +50,10 @@ impl PidFile {
             return Ok(());
         };
         let replaced = check_replaceable(path).and_then(|()| replace(path));
-        replaced.map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))
+        let file = replaced
+            .map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))?;
+        *self.written.borrow_mut() = Some(file);
+        Ok(())
     }
 
     /// Removes the file, unless it contains another process's id, for example that of a new master.
@@ -56,11 +70,11 @@ impl PidFile {
     }
 }
 
-/// Replaces the file by a new one with this process's id.
+/// Replaces the file by a new one with this process's id, and returns the new file.
 ///
 /// The directory may belong to another user, and the name of the new file is predictable. The file is
 /// therefore created, and a file or link with this name is neither opened nor removed.
-fn replace(path: &Path) -> io::Result<()> {
+fn replace(path: &Path) -> io::Result<File> {
     for number in 0..NAMES_MAX {
         let mut new = OsString::from(path);
         new.push(format!(".{}.{number}", process::id()));
@@ -72,25 +86,54 @@ fn replace(path: &Path) -> io::Result<()> {
         return match file {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             Err(error) => Err(error),
-            Ok(mut file) => writeln!(file, "{}", process::id())
-                .and_then(|()| fs::rename(&new, path))
-                .inspect_err(|_| drop(fs::remove_file(&new))),
+            Ok(mut file) => {
+                // Some file systems have no locks. The file is then written without one.
+                let _ = lock(&file, libc::LOCK_EX);
+                writeln!(file, "{}", process::id())
+                    .and_then(|()| fs::rename(&new, path))
+                    .inspect_err(|_| drop(fs::remove_file(&new)))?;
+                Ok(file)
+            }
         };
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
 
-/// Returns an error if the file is a device, a socket or a pipe, or has other content than a process
-/// id. The system replaces no directory.
+/// Locks the file unless another process has locked it. `mode` is `LOCK_SH` or `LOCK_EX`.
+fn lock(file: &File, mode: libc::c_int) -> io::Result<()> {
+    #[allow(unsafe_code)]
+    // SAFETY: flock accesses no memory of this process.
+    match unsafe { libc::flock(file.as_raw_fd(), mode | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Returns whether another process has locked the file.
+fn is_locked(path: &Path) -> io::Result<bool> {
+    let locked = lock(&File::open(path)?, libc::LOCK_SH);
+    Ok(locked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+}
+
+/// Returns an error if the file is a device, a socket or a pipe, has other content than a process
+/// id, or is in use by another instance. The system replaces no directory.
 fn check_replaceable(path: &Path) -> io::Result<()> {
     match fs::metadata(path) {
         Ok(data) if data.is_dir() => Ok(()),
         Ok(data) if data.is_file() => {
+            let content = fs::read(path)?;
             let is_id = |byte: &u8| byte.is_ascii_digit() || byte.is_ascii_whitespace();
-            match fs::read(path)?.iter().all(is_id) {
-                true => Ok(()),
-                false => Err(io::Error::other("the file does not contain a process id")),
+            if !content.iter().all(is_id) {
+                return Err(io::Error::other("the file does not contain a process id"));
             }
+            let content = String::from_utf8_lossy(&content);
+            let owner = content.trim();
+            // In an upgrade, the new master replaces the file of the old one, which is its parent.
+            let may_replace = [process::id(), parent_id()].map(|id| id.to_string());
+            if may_replace.iter().any(|id| id == owner) || !is_locked(path)? {
+                return Ok(());
+            }
+            Err(io::Error::other(format!("process {owner} uses it")))
         }
         Ok(_) => Err(io::Error::other("not a regular file")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
