@@ -116,6 +116,10 @@ pub enum PoolEvent {
     /// [`PoolOptions::quorum`](super::PoolOptions::quorum) workers are ready or the pool is
     /// stopping.
     QuorumLost,
+    /// The pool has begun to stop: [`Pool::stop`](super::Pool::stop) or a signal has requested it, or
+    /// the pool gives up. Not emitted if the pool stops because a new master has taken over; see
+    /// `Upgraded`.
+    Stopping,
     /// This master has taken over from the old master. The old master's pool stops.
     TookOver,
     /// A new master has taken over. This pool stops.
@@ -280,6 +284,7 @@ impl fmt::Display for PoolEvent {
             ),
             Self::QuorumReached => f.write_str("ready"),
             Self::QuorumLost => f.write_str("not ready"),
+            Self::Stopping => f.write_str("stopping"),
             Self::TookOver => f.write_str("this master has taken over"),
             Self::Upgraded => f.write_str("a new master has taken over"),
             Self::NotificationFailed { reason } => f.write_str(reason),

@@ -559,7 +559,8 @@ fn stop_is_reported_to_systemd_when_the_delay_begins() {
     assert_eq!(health(status_of(&server)), 503);
     assert_eq!(server.count("is disconnecting"), 0);
     std::fs::remove_file(path).unwrap();
-    server.stop();
+    let master = server.master();
+    server.finish(master, |_| {});
 }
 
 fn status_sockets_pass_from_master_to_master() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use cluster::WorkerId;
 
-use super::super::event::UpgradeFailure;
+use super::super::event::{PoolEvent, UpgradeFailure};
 use super::slots::Occupancy;
 use super::upgrade::{RejectedMaster, Takeover};
 use super::worker::WorkerState;
@@ -105,7 +105,16 @@ impl Core {
         }
     }
 
+    /// Emits `Stopping`, unless the pool has already begun to stop or a new master has taken over.
+    /// The caller must not have changed the state yet.
+    fn emit_stopping(&mut self) {
+        if self.stop == StopState::Running && !self.is_upgraded() {
+            self.emit(PoolEvent::Stopping);
+        }
+    }
+
     fn delay_stop(&mut self, now: Time, delay: Duration) {
+        self.emit_stopping();
         self.stop = StopState::Delayed {
             began_at: now,
             until: now.saturating_add(delay),
@@ -121,6 +130,7 @@ impl Core {
         if !self.keeps_workers() {
             return;
         }
+        self.emit_stopping();
         let exit_by = now.saturating_add(self.options.drain_timeout);
         self.stop = StopState::Draining {
             began_at: now,

@@ -72,6 +72,7 @@ fn assert_replaced_without_a_gap(options: PoolOptions, limit: Limit, reach_limit
                 PoolEvent::WorkerReady { .. }
                 | PoolEvent::WorkerDisconnecting { .. }
                 | PoolEvent::QuorumReached
+                | PoolEvent::Stopping
                 | PoolEvent::RecyclingPostponed { .. } => {}
                 other => panic!("{other}"),
             });

@@ -158,6 +158,7 @@ fn pool_notifies_systemd() {
     assert_eq!(next_notification(), "STOPPING=1");
     // Check that the watchdog does not expire while the pool stops.
     while receive() != "WATCHDOG=1" {}
-    server.stop();
+    let master = server.master();
+    server.finish(master, |_| {});
     std::fs::remove_file(path).unwrap();
 }

@@ -88,6 +88,7 @@ fn worker_reports_its_own_readiness() {
             "listening",
             "slot 0: worker 1 is ready",
             "ready",
+            "stopping",
             "slot 0: worker 1 is disconnecting",
             "not ready",
             "slot 0: worker 1 has exited"

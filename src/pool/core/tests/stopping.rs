@@ -153,7 +153,7 @@ fn pool_serves_until_the_stop_delay_has_passed() {
     let mut world = World::serving(delayed(2));
     world.input(Core::stop);
     assert!(world.core.is_stopping() && !world.core.has_quorum());
-    assert_eq!(world.events, [PoolEvent::QuorumLost]);
+    assert_eq!(world.events, [PoolEvent::Stopping, PoolEvent::QuorumLost]);
     assert_eq!(world.core.delayed_until(), Some(10 * SECOND));
     world.advance(10 * SECOND - MS);
     assert_eq!(world.disconnected, []);
@@ -168,6 +168,28 @@ fn pool_serves_until_the_stop_delay_has_passed() {
         [1, 2],
         "the drain timeout begins after the delay"
     );
+}
+
+#[test]
+fn begin_of_a_stop_is_reported_once() {
+    type Stop = fn(&mut Core, Time);
+    let stops: [&[Stop]; 3] = [
+        &[Core::stop, Core::stop],
+        &[Core::stop, Core::stop_at_once],
+        &[Core::stop_at_once],
+    ];
+    for options in [options(2), delayed(2)] {
+        for stops in stops {
+            let mut world = World::serving(options.clone());
+            for stop in stops {
+                world.input(stop);
+                world.advance(SECOND);
+            }
+            world.advance(60 * SECOND);
+            let is_stopping = |event: &&PoolEvent| **event == PoolEvent::Stopping;
+            assert_eq!(world.events.iter().filter(is_stopping).count(), 1);
+        }
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ fn new_master_that_serves_outlives_the_stop() {
     let new_master = world.upgrade();
     world.input(|core, now| core.new_master_took_over(id(new_master), now));
     assert_eq!(world.events.last(), Some(&PoolEvent::Upgraded));
+    assert!(!world.events.contains(&PoolEvent::Stopping));
     assert!(world.core.is_upgraded());
     world.input(Core::stop_at_once);
     assert_eq!(
