@@ -12,7 +12,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use touche::{Response, Server};
 
-/// A certificate and its key. The key is public, so use it only for tests.
+/// A certificate and its private key. The private key is published with this example, so use it only
+/// for tests.
 const PEM: &[u8] = include_bytes!("localhost.pem");
 
 fn main() -> pooled::Result {
