@@ -19,7 +19,7 @@ pub(crate) enum Level {
 /// An event. `F` is the type of the descriptors that arrive with a message.
 #[derive(Debug)]
 pub(crate) enum Event<F> {
-    /// The settings have changed.
+    /// The application has called `setup_master`.
     Setup,
     /// A worker has been forked.
     Fork,

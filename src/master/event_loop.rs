@@ -75,8 +75,8 @@ impl Master {
         self.event_loop.set_timeout(after, callback)
     }
 
-    /// Calls `callback` repeatedly, each time when the interval `every` has passed. The interval is
-    /// at least 1 ms.
+    /// Calls `callback` each time the interval `every` has passed. An interval below 1 ms is treated as
+    /// 1 ms.
     ///
     /// Node: `setInterval`.
     ///

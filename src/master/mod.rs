@@ -383,9 +383,9 @@ impl Master {
     /// backlog of every listener, with two exceptions: the backlog of a retained listener waits for
     /// the next worker ([`MasterListener`](crate::MasterListener) describes the sharded policy),
     /// and the application keeps the backlog of a listener that it has opened itself
-    /// ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving the backlogs may take any time;
+    /// ([`ListenOptions::fd`](crate::ListenOptions::fd)). Serving the backlogs can take arbitrarily long;
     /// [`disconnect_within`](Self::disconnect_within) sets a limit. If a worker is forked in the
-    /// meantime, the disconnect also waits for that worker, but does not request it to disconnect.
+    /// meantime, the disconnect also waits for that worker, but does not ask it to disconnect.
     /// Therefore, an application that replaces exited workers stops doing so first, like the
     /// example of [`Master`]. Callbacks are never called inside this call.
     ///

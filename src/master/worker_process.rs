@@ -239,7 +239,7 @@ impl WorkerProcess {
         self
     }
 
-    /// Requests the worker to disconnect, and kills it if it has not exited by the deadline, which
+    /// Asks the worker to disconnect, and kills it if it has not exited by the deadline, which
     /// is `timeout` after the call. Returns this handle.
     ///
     /// Node has no counterpart: in Node, applications set a timer.

@@ -116,8 +116,8 @@ impl Pool {
         }
     }
 
-    /// Returns whether no old master of this process and no new master that it has started is
-    /// running.
+    /// Returns whether no other master of the service is running: neither the old master that started
+    /// this one, nor a new master that this one has started.
     fn is_only_master(&self) -> bool {
         self.0.old_master.borrow().is_none()
             && !self.0.is_old_master_running.get()

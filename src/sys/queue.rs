@@ -34,7 +34,7 @@ pub(crate) struct Label {
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
     /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
+    pub(crate) times_parked: u32,
 }
 
 impl Label {
@@ -43,7 +43,7 @@ impl Label {
         let mut bytes = [0; MESSAGE_LENGTH];
         bytes[..8].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[8..12].copy_from_slice(&held.to_le_bytes());
-        bytes[12..].copy_from_slice(&self.parked.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.times_parked.to_le_bytes());
         bytes
     }
 
@@ -57,7 +57,7 @@ impl Label {
         Self {
             sequence: u64::from(number(0)) | u64::from(number(4)) << 32,
             held: (held != NOT_HELD).then_some(ConnectionId(held)),
-            parked: number(12),
+            times_parked: number(12),
         }
     }
 }
@@ -211,7 +211,7 @@ mod tests {
         Label {
             sequence,
             held: None,
-            parked: 0,
+            times_parked: 0,
         }
     }
 
@@ -255,7 +255,7 @@ mod tests {
             let label = Label {
                 sequence: 0x0102_0304_0506_0708,
                 held,
-                parked: 9,
+                times_parked: 9,
             };
             assert_eq!(Label::decode(label.encode()), label);
         }

@@ -38,7 +38,7 @@ pub(crate) struct ParkedMessage {
     /// The listening socket that accepted the connections.
     pub(crate) socket: SocketId,
     /// The number of times that each connection has been parked.
-    pub(crate) parked: Vec<u32>,
+    pub(crate) times_parked: Vec<u32>,
 }
 
 /// The result of parsing the bytes that have arrived.
@@ -64,12 +64,12 @@ impl ParkedMessage {
     /// `MAX_CONNECTIONS`.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(MAX_LENGTH);
-        let count = u8::try_from(self.parked.len()).unwrap_or(u8::MAX);
+        let count = u8::try_from(self.times_parked.len()).unwrap_or(u8::MAX);
         bytes.extend([VERSION, count]);
         bytes.extend(self.socket.device.to_be_bytes());
         bytes.extend(self.socket.inode.to_be_bytes());
-        for parked in &self.parked {
-            bytes.extend(parked.to_be_bytes());
+        for times in &self.times_parked {
+            bytes.extend(times.to_be_bytes());
         }
         bytes
     }
@@ -102,11 +102,14 @@ impl ParkedMessage {
         match (header, length.checked_sub(bytes.len())) {
             (_, None) => Err(Invalid::Excess),
             (Some((socket, rest)), Some(0)) => {
-                let parked = rest.chunks_exact(PARKED_LENGTH);
-                let parked =
-                    parked.filter_map(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)));
-                let parked = parked.collect();
-                Ok(Parsed::Complete(Self { socket, parked }))
+                let times = rest.chunks_exact(PARKED_LENGTH);
+                let times =
+                    times.filter_map(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)));
+                let times_parked = times.collect();
+                Ok(Parsed::Complete(Self {
+                    socket,
+                    times_parked,
+                }))
             }
             (_, Some(missing)) => Ok(Parsed::Incomplete(missing)),
         }
@@ -119,10 +122,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn message() -> impl Strategy<Value = ParkedMessage> {
-        let parked = proptest::collection::vec(any::<u32>(), 1..=MAX_CONNECTIONS);
-        (any::<u64>(), any::<u64>(), parked).prop_map(|(device, inode, parked)| ParkedMessage {
-            socket: SocketId { device, inode },
-            parked,
+        let times = proptest::collection::vec(any::<u32>(), 1..=MAX_CONNECTIONS);
+        (any::<u64>(), any::<u64>(), times).prop_map(|(device, inode, times_parked)| {
+            ParkedMessage {
+                socket: SocketId { device, inode },
+                times_parked,
+            }
         })
     }
 

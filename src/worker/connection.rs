@@ -47,8 +47,8 @@ use crate::worker::{Inner, finish};
 /// ```
 #[derive(Debug)]
 pub struct Connection<S = TcpStream> {
-    // Keep this field order. Fields are dropped in order, and the stream must be closed before the
-    // worker, and through it the master, is notified.
+    // Keep `stream` before `counted`, because fields are dropped in this order. The stream must be
+    // closed before `counted` notifies the worker, which notifies the master.
     stream: S,
     counted: Counted,
     options: Cell<StreamOptions>,
@@ -117,7 +117,7 @@ impl<S> Connection<S> {
     /// ```
     #[must_use]
     pub fn requests(&self) -> u64 {
-        u64::from(self.counted.origin.parked) + 1
+        u64::from(self.counted.origin.times_parked) + 1
     }
 
     /// Returns the stream, which the worker no longer counts.

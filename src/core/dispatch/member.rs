@@ -23,8 +23,9 @@ enum State {
     Paused,
     /// Connections may be dispatched to the worker, whether it is idle or busy.
     Ready,
-    /// The worker is busy with a request that turned out to be slow. Until the worker is idle, it
-    /// receives only connections that the scheduler has assigned to it.
+    /// Connections in the worker's queue were reclaimed, because the worker had been busy for `QUICK`
+    /// or received nothing. Until it reports that it is idle, it receives only connections that the
+    /// scheduler has assigned to it. If all its connections were reclaimed, it is idle and stalled.
     Slow,
     /// Nothing more is dispatched to the worker. The worker may still receive the connections in
     /// its queue.
@@ -64,7 +65,8 @@ enum Response {
 pub(super) struct Member {
     state: State,
     response: Response,
-    /// The number of connections that were put into the worker's queue and not reclaimed.
+    /// The number of connections that were dispatched to the worker and not reclaimed. A connection
+    /// counts from the dispatcher's choice, before the shell puts it into the queue.
     pub(super) dispatched: u64,
     /// The number of `dispatched` connections that the worker is known to have received.
     received: u64,
@@ -241,15 +243,15 @@ impl Member {
         self.received_at_idle = self.received_at_idle.min(self.received);
     }
 
-    /// Records that `count` connections were reclaimed. If the queue is now empty, `queued` is the
-    /// number of connections that are still on their way to the queue. Otherwise, `queued` is
-    /// `None`.
-    pub(super) fn reclaimed(&mut self, count: u64, queued: Option<u64>) {
+    /// Records that `count` connections were reclaimed. If the queue is now empty, `undelivered` is
+    /// the number of connections that are still on their way to the queue. Otherwise, `undelivered`
+    /// is `None`.
+    pub(super) fn reclaimed(&mut self, count: u64, undelivered: Option<u64>) {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
         self.recent_load = self.recent_load.saturating_sub(count);
-        self.received = match queued {
-            Some(queued) => self.dispatched.saturating_sub(queued),
+        self.received = match undelivered {
+            Some(undelivered) => self.dispatched.saturating_sub(undelivered),
             None => self.received.min(self.dispatched),
         };
         self.received_at_idle = self.received_at_idle.min(self.received);

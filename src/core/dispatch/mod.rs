@@ -17,18 +17,23 @@
 //! | slow | the worker is busy, and connections queued behind its current request were reclaimed | only those that the scheduler has assigned, until the worker is idle |
 //! | ended | the listener has ended for the worker | none |
 //!
-//! In this table, a connection that was reclaimed counts as not dispatched. In the code, a worker that
-//! is idle or busy is `Ready`.
+//! In this table, a connection that was reclaimed counts as not dispatched. In the code, a busy
+//! worker is `Ready`. An idle worker is `Ready`, or `Slow` if all its connections were reclaimed.
 //!
 //! An idle worker can also be *stalled*: all connections that were dispatched to it since its last
 //! idle report had to be reclaimed, probably because its process is stopped. All other idle workers
-//! are *prompt*. Until its penalty ends, a stalled worker comes after all prompt workers.
+//! are *prompt* (`Response::Prompt` or `Response::Retried` in the code). Until its penalty ends, a
+//! stalled worker comes after all prompt workers.
+//!
+//! A dispatch is a decision, which the shell carries out later. Until then, the connection is
+//! *undelivered*: it counts as dispatched, but it is not in the queue.
 //!
 //! # The next connection
 //!
 //! The dispatcher applies these rules in order. Among the connections that are assigned to one
-//! worker, and among those that are assigned to none, the connection that was accepted first is
-//! next. A reclaimed connection keeps its position.
+//! worker, and among those that are assigned to none, the connection that entered the dispatcher
+//! first is next. A parked connection enters again each time its client sends something. A reclaimed
+//! connection keeps its position.
 //!
 //! 1. A connection that the scheduler has assigned to a worker waits for that worker. The worker
 //!    must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its queue.
@@ -126,7 +131,8 @@ use waiting::{Target, Waiting};
 /// be reclaimed from a slow worker. `cargo bench -- connections mixed` measures both.
 pub(crate) const MAX_WINDOW: u32 = 16;
 
-/// The maximum time that a quick worker needs for one connection.
+/// The average time per connection up to which an idle report is quick. Also the time for which a
+/// worker must have been busy before the connections queued behind its request are reclaimed.
 ///
 /// If it is longer, connections wait longer behind a slow request. If it is shorter than a time
 /// slice of the kernel's scheduler (a few milliseconds), workers that only wait for a core lose
@@ -145,7 +151,7 @@ const FAIRNESS_LEAD: u64 = 4;
 /// it.
 ///
 /// If it is longer, more connections are queued behind requests that turn out to be slow. If it is
-/// shorter than a typical short request, no idle worker ever yields. `cargo bench -- fairness
+/// much shorter than a typical short request, idle workers rarely yield. `cargo bench -- fairness
 /// mixed` measures both.
 const FAIRNESS_BUSY_SPAN: Time = Duration::from_millis(1);
 
@@ -170,8 +176,12 @@ const BUSY_WORKERS_CHECKED: usize = 16;
 /// chose this value.
 pub(crate) const STALL_TIMEOUT: Time = Duration::from_millis(20);
 
-/// The first penalty of a stalled worker: only twice the `STALL_TIMEOUT`, because the worker may
-/// only have waited for a core. Each later penalty is twice as long as the previous one.
+/// The first penalty of a stalled worker. A penalty begins when the connection is dispatched, so
+/// `STALL_TIMEOUT` of it has passed when the stall is noticed.
+///
+/// If the value is not larger than `STALL_TIMEOUT`, the penalty has no effect. If it is larger, a
+/// worker that only waited for a core is passed over for longer. Each later penalty is twice as long
+/// as the previous one. No benchmark chose this value.
 const PENALTY_MIN: Time = Duration::from_millis(40);
 
 /// The longest penalty.
@@ -182,8 +192,9 @@ const PENALTY_MIN: Time = Duration::from_millis(40);
 const PENALTY_MAX: Time = Duration::from_secs(1);
 
 /// A connection with its sequence number. The first connection of a listener has the number 1. A
-/// connection gets a new number each time it enters the dispatcher: when it is accepted, and each time
-/// its client has sent something after it was parked. A reclaimed connection keeps its number.
+/// connection gets a new number each time it enters the dispatcher: when it is accepted without being
+/// held, and each time its client sends something while the master holds it. A reclaimed connection
+/// keeps its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequenced<C> {
     pub(crate) sequence: u64,
@@ -394,9 +405,9 @@ impl<C> Dispatcher<C> {
         counted.map_or(0, |((), received)| received)
     }
 
-    /// Takes back connections that were reclaimed from the worker's queue. If the queue is now
-    /// empty, `queued` is the number of connections that are still on their way to the queue.
-    /// Otherwise, `queued` is `None`.
+    /// Lets connections that were reclaimed from the worker's queue wait again. If the queue is now
+    /// empty, `undelivered` is the number of connections that are still on their way to the queue.
+    /// Otherwise, `undelivered` is `None`.
     ///
     /// Returns how many more connections are now known to have been received. The number is
     /// negative if the worker had reported receiving connections that were in fact reclaimed.
@@ -404,15 +415,15 @@ impl<C> Dispatcher<C> {
         &mut self,
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
-        queued: Option<u64>,
+        undelivered: Option<u64>,
     ) -> i64 {
         let count = connections.len() as u64;
-        let reclaimed = self.update(worker, |member| member.reclaimed(count, queued));
+        let reclaimed = self.update(worker, |member| member.reclaimed(count, undelivered));
         self.push_back(connections);
         reclaimed.map_or(0, |((), received)| received)
     }
 
-    /// Takes back a connection that could not be put into the worker's queue. If `connection` is
+    /// Lets a connection that could not be put into the worker's queue wait again. If `connection` is
     /// `None`, only reverts the count of the dispatch. If the queue `is_full`, nothing more is
     /// dispatched to the worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
@@ -445,8 +456,8 @@ impl<C> Dispatcher<C> {
         reclaimed.map_or(0, |((), received)| received)
     }
 
-    /// Removes a worker whose queue has been closed, and takes back the connections that were in
-    /// it. `queued` connections were still on their way to the queue.
+    /// Removes a worker whose queue has been closed, and lets the connections that were in it wait
+    /// again. `undelivered` connections were still on their way to the queue.
     ///
     /// Returns the final load of the worker, and how many more connections are now known to have
     /// been received.
@@ -454,10 +465,10 @@ impl<C> Dispatcher<C> {
         &mut self,
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
-        queued: u64,
+        undelivered: u64,
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
-        let received = self.reclaimed(worker, connections, Some(queued));
+        let received = self.reclaimed(worker, connections, Some(undelivered));
         // The worker has ended and its queue is empty, so no ordered set contains it.
         let member = self.members.remove(&worker);
         let load = member.map(|member| WorkerLoad {

@@ -91,8 +91,8 @@ impl<C, F> MasterCore<C, F> {
             };
             // Do not watch a Unix listener that the master has shut down for a drain, because the
             // poller would report it endlessly.
-            let is_closed_for_good = listener.is_closed_for_good();
-            self.watch(handle, has_capacity && !is_closed_for_good);
+            let is_unwatchable = listener.is_unwatchable();
+            self.watch(handle, has_capacity && !is_unwatchable);
             self.await_space(handle);
             self.dispatch_rest(handle);
             self.rebalance(handle);

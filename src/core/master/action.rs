@@ -45,7 +45,7 @@ pub(crate) enum Action<C> {
         /// The listener that accepted the connection. The listener may have been closed.
         handle: HandleId,
         /// The number of times that the connection has been parked.
-        parked: u32,
+        times_parked: u32,
         /// The connection, or `None` if the shell already keeps it.
         connection: Option<C>,
     },
@@ -62,7 +62,7 @@ pub(crate) enum Action<C> {
         worker: WorkerId,
         connection: HandOff<C>,
         /// The number of times that the connection has been parked.
-        parked: u32,
+        times_parked: u32,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
     /// `reclaimed`. If the shell lacks descriptors, it first answers with `cannot_reclaim`.

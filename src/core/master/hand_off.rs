@@ -17,7 +17,7 @@ pub(crate) enum HandOff<C> {
 pub(crate) struct Resumed {
     pub(crate) connection: ConnectionId,
     /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
+    pub(crate) times_parked: u32,
 }
 
 impl<C, F> MasterCore<C, F> {

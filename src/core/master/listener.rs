@@ -303,8 +303,9 @@ impl<C> Listener<C> {
         }
     }
 
-    /// Returns whether the drain has shut down this Unix listener, which cannot be undone.
-    pub(super) fn is_closed_for_good(&self) -> bool {
+    /// Returns whether the poller must not watch this Unix listener, because a drain has shut it down,
+    /// which cannot be undone, or is pausing it.
+    pub(super) fn is_unwatchable(&self) -> bool {
         let is_path = self.key.endpoint.kind == Kind::Unix && self.is_sole();
         is_path && self.stage != Stage::Open
     }

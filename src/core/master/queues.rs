@@ -9,7 +9,8 @@ use crate::types::worker_id::WorkerId;
 
 // Reports from the shell about queues.
 impl<C, F> MasterCore<C, F> {
-    /// Takes back a connection that could not be put into the worker's queue.
+    /// Lets a connection that could not be put into the worker's queue wait again. Counts it as
+    /// dropped if the worker has already parked or detached it.
     ///
     /// If `is_exhausted`, the system lacks a resource, and none of the listener's connections is
     /// dispatched until `RETRY_DELAY` has passed. Otherwise, the queue is full or broken, and
@@ -21,14 +22,14 @@ impl<C, F> MasterCore<C, F> {
         connection: Sequenced<HandOff<C>>,
         is_exhausted: bool,
     ) {
-        let is_left = self.parked.take_back(&connection.connection, worker);
+        let still_waits = self.parked.take_back(&connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
-            let left = is_left.then_some(connection.connection);
-            return self.drop_hand_offs(left.into_iter().collect());
+            let waiting = still_waits.then_some(connection.connection);
+            return self.drop_hand_offs(waiting.into_iter().collect());
         };
         let is_full = !is_exhausted;
-        self.ledger.dropped += u64::from(!is_left);
-        let connection = is_left.then_some(connection);
+        self.ledger.dropped += u64::from(!still_waits);
+        let connection = still_waits.then_some(connection);
         listener
             .dispatcher
             .not_dispatched(worker, connection, is_full);
@@ -68,7 +69,7 @@ impl<C, F> MasterCore<C, F> {
         undelivered.count() as u64
     }
 
-    /// Takes back connections that have been reclaimed from the worker's queue. `is_empty` says
+    /// Lets connections that have been reclaimed from the worker's queue wait again. `is_empty` says
     /// whether the queue is now empty.
     pub(crate) fn reclaimed(
         &mut self,
@@ -78,10 +79,10 @@ impl<C, F> MasterCore<C, F> {
         is_empty: bool,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
-        let queued = is_empty.then(|| self.count_undelivered(handle, worker));
+        let undelivered = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
             let dispatcher = &mut listener.dispatcher;
-            let received = dispatcher.reclaimed(worker, connections, queued);
+            let received = dispatcher.reclaimed(worker, connections, undelivered);
             self.count_received(received);
             self.redistribute(handle);
         }
@@ -101,8 +102,8 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Takes back the connections of a worker's queue that has been closed, and removes the worker
-    /// from the listener.
+    /// Lets the connections of a worker's queue that has been closed wait again, and removes the
+    /// worker from the listener.
     pub(crate) fn queue_closed(
         &mut self,
         handle: HandleId,
@@ -110,14 +111,15 @@ impl<C, F> MasterCore<C, F> {
         connections: Vec<Sequenced<HandOff<C>>>,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
-        let queued = self.count_undelivered(handle, worker);
+        let undelivered = self.count_undelivered(handle, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if listener.members.remove(worker) {
-            let (load, received) = listener
-                .dispatcher
-                .queue_closed(worker, connections, queued);
+            let (load, received) =
+                listener
+                    .dispatcher
+                    .queue_closed(worker, connections, undelivered);
             if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
                 entry.past_load.add(&load);
             }

@@ -15,15 +15,15 @@ use crate::wire::frame::ToMaster;
 ///
 /// | report | event | next |
 /// |---|---|---|
-/// | `Paused` | the queue is found empty while the listener is not paused | `Idle` |
+/// | `Withheld` | the queue is found empty while the listener is not paused | `Idle` |
 /// | `Idle` | the queue is found empty after more connections were received | `Idle` |
 /// | `Idle` | a connection closes, none was received, and at most half of `open` are open | `Idle` |
-/// | `Idle` | the listener is paused, or its callback is removed | `Paused` |
+/// | `Idle` | the listener is paused, or its callback is removed | `Withheld` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueReport {
-    /// The worker wants no connections. A new listener is `Paused` too, because the master assumes
-    /// a pause until the first report.
-    Paused,
+    /// The master dispatches nothing, because the worker has sent `Pause`, or nothing yet. Not the
+    /// same as `is_paused`, which is the reason to send `Pause`.
+    Withheld,
     /// The worker has reported that the queue is empty and that it wants connections.
     Idle {
         /// The number of connections received from the queue by the time of the report.
@@ -51,12 +51,12 @@ impl<F> WorkerCore<F> {
     }
 
     /// Records that the queue was found empty when the application parked a connection, before it
-    /// waits for the next one. Sends no report if the last one is `Paused`, because a pause ends
+    /// waits for the next one. Sends no report if the last one is `Withheld`, because a pause ends
     /// only when the application waits for a connection.
     pub(crate) fn found_empty_at_park(&mut self, listener: ListenerId) {
         self.empty_at_park = Some(listener);
         let entry = self.listeners.get(&listener);
-        if entry.is_some_and(|entry| entry.report != QueueReport::Paused) {
+        if entry.is_some_and(|entry| entry.report != QueueReport::Withheld) {
             self.found_empty(listener);
         }
     }
@@ -65,7 +65,8 @@ impl<F> WorkerCore<F> {
     /// The application then waits for the next connection without trying to receive one first,
     /// because the attempt would cost a system call and almost always fail. Returns `false` for a
     /// draining queue, which closes when such an attempt finds it empty, and from the second call
-    /// on.
+    /// on. If the result is `true`, also sends the idle report that `found_empty_at_park` left out
+    /// after a pause.
     pub(crate) fn take_empty_at_park(&mut self, listener: ListenerId) -> bool {
         let was_empty = self.empty_at_park.take() == Some(listener);
         let skips_attempt = was_empty && !self.is_draining(listener);
@@ -92,24 +93,24 @@ impl<F> WorkerCore<F> {
     }
 
     /// Sends `Pause` if the listener is paused and the master has not been notified.
-    fn pause_if_full(&mut self, listener: ListenerId) {
+    fn send_pause_if_paused(&mut self, listener: ListenerId) {
         if self.is_paused(listener) {
-            self.pause(listener);
+            self.send_pause(listener);
         }
     }
 
-    fn pause(&mut self, listener: ListenerId) {
+    fn send_pause(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
-            let report = std::mem::replace(&mut entry.report, QueueReport::Paused);
-            if let (Some(handle), true) = (entry.handle(), report != QueueReport::Paused) {
+            let report = std::mem::replace(&mut entry.report, QueueReport::Withheld);
+            if let (Some(handle), true) = (entry.handle(), report != QueueReport::Withheld) {
                 self.send(ToMaster::Pause { handle });
             }
         }
     }
 
-    fn pause_full_listeners(&mut self) {
+    fn send_pauses(&mut self) {
         for listener in self.paused_listeners() {
-            self.pause_if_full(listener);
+            self.send_pause_if_paused(listener);
         }
     }
 
@@ -123,7 +124,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Notifies the callbacks of the listeners in `were_paused` that are no longer paused.
-    pub(super) fn resume(&mut self, were_paused: Vec<ListenerId>) {
+    pub(super) fn notify_unpaused(&mut self, were_paused: Vec<ListenerId>) {
         for listener in were_paused {
             self.notify_ready(listener);
         }
@@ -145,7 +146,7 @@ impl<F> WorkerCore<F> {
     pub(crate) fn remove_callback(&mut self, listener: ListenerId) {
         if let Some(entry) = self.listeners.get_mut(&listener) {
             entry.receiver = Receiver::Accept;
-            self.pause(listener);
+            self.send_pause(listener);
         }
     }
 
@@ -159,7 +160,7 @@ impl<F> WorkerCore<F> {
         let is_excess = entry.drops_excess && entry.is_at_limit();
         entry.open_connections += 1;
         entry.received += u64::from(entry.has_queue());
-        self.pause_if_full(listener);
+        self.send_pause_if_paused(listener);
         is_excess
     }
 
@@ -187,7 +188,7 @@ impl<F> WorkerCore<F> {
                 }
             }
         }
-        self.resume(paused);
+        self.notify_unpaused(paused);
     }
 }
 
@@ -204,7 +205,7 @@ impl<F> WorkerCore<F> {
         };
         let is_full = entry.is_at_limit() && !entry.drops_excess;
         let is_scarce = self
-            .connection_limit
+            .scarce_fds_limit
             .is_some_and(|limit| entry.has_callback() && self.open_connections >= limit);
         let lacks_fds = entry.has_queue() && (self.backing_off || is_scarce);
         match entry.stage {
@@ -221,7 +222,7 @@ impl<F> WorkerCore<F> {
     }
 
     pub(super) fn paused_listeners(&self) -> Vec<ListenerId> {
-        let is_limited = self.connection_limit.is_some() || self.backing_off;
+        let is_limited = self.scarce_fds_limit.is_some() || self.backing_off;
         let limited = self
             .listeners
             .iter()
@@ -243,7 +244,7 @@ impl<F> WorkerCore<F> {
             return;
         }
         entry.connection_limit = limit;
-        self.pause_if_full(listener);
+        self.send_pause_if_paused(listener);
         self.notify_ready(listener);
     }
 
@@ -264,27 +265,27 @@ impl<F> WorkerCore<F> {
             if serves_all {
                 entry.connection_limit = None;
             }
-            self.pause_if_full(listener);
+            self.send_pause_if_paused(listener);
         }
     }
 
-    /// Limits callbacks to the number of connections that the application holds now, because
-    /// descriptors are scarce.
+    /// Limits the listeners with a callback and a queue to the number of connections that the
+    /// application holds now, but to at least one, because descriptors are scarce.
     pub(crate) fn fds_scarce(&mut self) {
         // Allow at least one connection, because a process may start with hardly any free
         // descriptors.
         let held = self.open_connections.max(1);
-        let limit = self.connection_limit;
-        self.connection_limit = Some(limit.map_or(held, |limit| limit.min(held)));
-        self.pause_full_listeners();
+        let limit = self.scarce_fds_limit;
+        self.scarce_fds_limit = Some(limit.map_or(held, |limit| limit.min(held)));
+        self.send_pauses();
     }
 
     /// Lifts the limit of `fds_scarce`, because there are plenty of descriptors.
     pub(crate) fn fds_plentiful(&mut self) {
-        if self.connection_limit.is_some() {
+        if self.scarce_fds_limit.is_some() {
             let paused = self.paused_listeners();
-            self.connection_limit = None;
-            self.resume(paused);
+            self.scarce_fds_limit = None;
+            self.notify_unpaused(paused);
         }
     }
 
@@ -292,14 +293,14 @@ impl<F> WorkerCore<F> {
     /// descriptor is left.
     pub(crate) fn fds_exhausted(&mut self) {
         self.backing_off = true;
-        self.pause_full_listeners();
+        self.send_pauses();
     }
 
     /// Ends the pause of `fds_exhausted`, because descriptors may be available.
     pub(crate) fn backoff_elapsed(&mut self) {
         let paused = self.paused_listeners();
         self.backing_off = false;
-        self.resume(paused);
+        self.notify_unpaused(paused);
     }
 }
 

@@ -268,7 +268,7 @@ impl<F> WorkerCore<F> {
             stage: if is_late { Stage::Closed } else { stage },
             receiver: Receiver::Accept,
             received: 0,
-            report: QueueReport::Paused,
+            report: QueueReport::Withheld,
             open_connections: 0,
             connection_limit: None,
             drops_excess: false,

@@ -125,7 +125,7 @@ pub(crate) struct WorkerCore<F> {
     /// The maximum number of connections that the application may hold while descriptors are
     /// scarce, or `None` while they are plentiful. The limit applies only to listeners with a
     /// callback and a queue.
-    connection_limit: Option<u64>,
+    scarce_fds_limit: Option<u64>,
     /// Whether the queues are paused until `backoff_elapsed`, because no descriptor was left for a
     /// connection.
     backing_off: bool,
@@ -159,7 +159,7 @@ impl<F> WorkerCore<F> {
             disconnect: Disconnect::NotRequested,
             killed: false,
             referenced: true,
-            connection_limit: None,
+            scarce_fds_limit: None,
             backing_off: false,
             empty_at_park: None,
             last_listener: 0,
@@ -406,7 +406,7 @@ impl<F> WorkerCore<F> {
             self.actions.push_back(Action::AttachSynFilter(listener));
             self.drain(listener);
         }
-        self.resume(paused);
+        self.notify_unpaused(paused);
         if self.killed {
             // Let the connections leave before the channel closes, because the listeners do not end
             // before that.

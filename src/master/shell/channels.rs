@@ -264,14 +264,17 @@ impl MasterShell {
         }
         match frame {
             ToMaster::Message(bytes) => core.message(worker, bytes, fds),
-            ToMaster::Park { handle, parked } if !fds.is_empty() => {
+            ToMaster::Park {
+                handle,
+                times_parked,
+            } if !fds.is_empty() => {
                 self.fault("master.before_park", worker);
                 core.set_time(self.start.elapsed());
                 for connection in fds {
                     match sys::socket::is_connection(connection.as_fd()) {
                         true => {
                             self.check_surplus(&mut core);
-                            core.park(worker, handle, connection, parked);
+                            core.park(worker, handle, connection, times_parked);
                         }
                         false => core.violation(worker, NOT_A_CONNECTION),
                     }

@@ -1,15 +1,15 @@
 //! The process groups of workers with [`Settings::listen_fds`](crate::Settings::listen_fds()).
 //!
-//! The program of such a worker may not use this crate, and may consist of several processes, for
-//! example a shell and the server that it has started. The worker's process leads a group, and the
+//! The program of such a worker does not have to use this crate, and can consist of several
+//! processes, for example a shell and the server that it has started. The worker's process leads a group, and the
 //! others are its members. When the leader has exited, the master kills the members, because they
 //! would otherwise serve forever.
 //!
-//! If the master has sent the leader a signal that asks it to end, such as SIGTERM, the members
-//! receive the same signal instead of SIGKILL, so that they can finish their requests. The master
-//! then checks every 100 ms whether a member is left, because no event reports the end of a group.
-//! Until then, the master does not reap the leader. The id of the group is the leader's process id,
-//! which could otherwise be reused.
+//! If the master has sent the leader SIGTERM, SIGINT or SIGQUIT, the members receive the same signal
+//! instead of SIGKILL, so that they can finish their requests. The master then checks every 100 ms
+//! whether a member is left, because no event reports the end of a group. While a member is left, the
+//! master does not reap the leader, because the group's id is the leader's process id, which could
+//! otherwise be reused.
 //!
 //! Without a usable `/proc`, the master assumes that each member has inherited the worker's end of
 //! the channel. It then reads end-of-file when all have exited. `/proc` is preferred, because a
@@ -23,13 +23,25 @@ use crate::sys::process::{GroupSearch, Pid};
 use crate::types::signal::Signal;
 
 /// The state of a worker's process group.
+///
+/// ```text
+/// from                       event                                                 to
+/// -------------------------  ----------------------------------------------------  --------
+/// Running                    the leader is sent SIGTERM, SIGINT or SIGQUIT         Ending
+/// Running                    the leader has exited                                 Killed
+/// Ending                     the leader has exited, and a member may be left       Draining
+/// Ending                     the leader has exited, and no member is left, or the  Killed
+///                            kernel has no process descriptors
+/// Draining                   no member is left                                     Killed
+/// Running, Ending, Draining  the leader is sent SIGKILL                            Killed
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GroupState {
     /// The worker leads no group.
     None,
-    /// The leader has not been sent a signal that asks it to end.
+    /// The leader has not been sent SIGTERM, SIGINT or SIGQUIT.
     Running,
-    /// The leader has been sent this signal, which asks it to end.
+    /// The leader has been sent this signal: SIGTERM, SIGINT or SIGQUIT.
     Ending(Signal),
     /// The leader has exited, and the members have been sent the signal that the leader had been
     /// sent. They may still run. This member was found last.
@@ -38,23 +50,23 @@ pub(super) enum GroupState {
     Killed,
 }
 
-/// The rest of a group whose leader has exited.
-enum Rest {
+/// The members of a group whose leader has exited.
+enum Members {
     None,
-    /// Members that may still run. One of them is known, if a search has found it.
+    /// Some may still run. One of them is known, if a search has found it.
     Left(Option<Pid>),
 }
 
-/// Returns the rest of a worker's group. `last` is the member that was found last.
-fn rest_of_group(worker_io: &WorkerIo, last: Option<Pid>) -> Rest {
+/// Returns the members of a worker's group. `last` is the member that was found last.
+fn find_members(worker_io: &WorkerIo, last: Option<Pid>) -> Members {
     match worker_io.pid.find_group_member(last) {
-        GroupSearch::Found(member) => Rest::Left(Some(member)),
-        GroupSearch::Empty => Rest::None,
-        // Assume that a member is left. The next search may succeed, and the deadline of the stop
-        // or reload limits the time.
-        GroupSearch::Failed => Rest::Left(last),
-        GroupSearch::Impossible if worker_io.channel.with(|_| ()).is_some() => Rest::Left(None),
-        GroupSearch::Impossible => Rest::None,
+        GroupSearch::Found(member) => Members::Left(Some(member)),
+        GroupSearch::Empty => Members::None,
+        // Assume that a member is left, because the next search may succeed. Only a deadline, if one
+        // is set, limits the time.
+        GroupSearch::Failed => Members::Left(last),
+        GroupSearch::Impossible if worker_io.channel.with(|_| ()).is_some() => Members::Left(None),
+        GroupSearch::Impossible => Members::None,
     }
 }
 
@@ -79,10 +91,10 @@ impl MasterShell {
         }
     }
 
-    /// Ends the group of a worker if its process has exited. Returns whether the process must not
-    /// be reaped yet, because the members are draining, or because the process was still running
-    /// and has no process descriptor.
-    pub(super) fn drain_group(&self, worker_io: &WorkerIo) -> bool {
+    /// Drains or kills the group of a worker if its process has exited. Returns whether the process
+    /// must not be reaped yet, because the members are draining, or because the process was still
+    /// running and has no process descriptor.
+    pub(super) fn end_group(&self, worker_io: &WorkerIo) -> bool {
         let (state, process) = (worker_io.group.get(), worker_io.process.borrow());
         if state == GroupState::None {
             return false;
@@ -94,15 +106,15 @@ impl MasterShell {
             // caller try, so that it reports the unknown exit status.
             return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
         }
-        let rest = match state {
-            GroupState::Ending(_) if process.is_some() => rest_of_group(worker_io, None),
-            GroupState::Draining(last) => rest_of_group(worker_io, last),
+        let members = match state {
+            GroupState::Ending(_) if process.is_some() => find_members(worker_io, None),
+            GroupState::Draining(last) => find_members(worker_io, last),
             GroupState::None | GroupState::Running | GroupState::Ending(_) | GroupState::Killed => {
-                Rest::None
+                Members::None
             }
         };
         drop(process);
-        let Rest::Left(member) = rest else {
+        let Members::Left(member) = members else {
             self.signal_group(worker_io, Signal::KILL);
             worker_io.group.set(GroupState::Killed);
             return false;

@@ -336,16 +336,23 @@ impl MasterShell {
             Action::Pass {
                 id,
                 handle,
-                parked,
+                times_parked,
                 connection,
-            } => self.pass(Passed { id, handle, parked }, connection),
+            } => self.pass(
+                Passed {
+                    id,
+                    handle,
+                    times_parked,
+                },
+                connection,
+            ),
             Action::CloseHeld { id } => self.close_held(id),
             Action::Adopt {
                 handle,
                 worker,
                 connection,
-                parked,
-            } => self.give(handle, worker, connection, parked),
+                times_parked,
+            } => self.give(handle, worker, connection, times_parked),
             Action::Reclaim {
                 handle,
                 worker,

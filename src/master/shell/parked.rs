@@ -75,7 +75,7 @@ impl MasterShell {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<NoLingerFd>,
-        parked: u32,
+        times_parked: u32,
     ) {
         let connection = match connection {
             HandOff::New(connection) => Some(connection),
@@ -96,12 +96,17 @@ impl MasterShell {
         let worker_io = self.worker_io(worker).filter(|_| has_space);
         match worker_io {
             Some(worker_io) => {
-                let frame = ToWorker::Adopt { handle, parked };
+                let frame = ToWorker::Adopt {
+                    handle,
+                    times_parked,
+                };
                 let fd = connection.into_owned_fd();
                 worker_io.channel.queue(&frame, Some(fd));
                 self.unflushed.borrow_mut().push_back(worker);
             }
-            None => self.core_now().not_adopted(handle, connection, parked),
+            None => self
+                .core_now()
+                .not_adopted(handle, connection, times_parked),
         }
     }
 

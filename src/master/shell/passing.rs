@@ -49,7 +49,7 @@ const RECEIVE: &str = "receive connections from another master";
 pub(super) struct Passed {
     pub(super) id: ConnectionId,
     pub(super) handle: HandleId,
-    pub(super) parked: u32,
+    pub(super) times_parked: u32,
 }
 
 /// A message that has not been written completely.
@@ -69,7 +69,7 @@ struct Message {
 /// | `Ready` | the stream's buffer is full | `Full` |
 /// | `Full` | the stream is writable | `Ready` |
 /// | `Ready` | the system lacks a resource | `BackingOff` |
-/// | `BackingOff` | the time has come | `Ready` |
+/// | `BackingOff` | the back-off delay ends | `Ready` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SendState {
     Ready,
@@ -82,9 +82,9 @@ enum SendState {
 #[derive(Debug)]
 pub(super) struct Successor {
     stream: Registered<UnixStream>,
-    /// The listening sockets. They stay here after they have been closed, because workers park
-    /// connections even then.
-    sockets: SortedMap<HandleId, SocketId>,
+    /// The identity of each listening socket. It stays here after the socket is closed, because
+    /// workers park connections even then.
+    socket_ids: SortedMap<HandleId, SocketId>,
     queue: VecDeque<Passed>,
     message: Option<Message>,
     state: SendState,
@@ -119,7 +119,7 @@ impl Successor {
             let Some(&Passed { id, handle, .. }) = self.queue.front() else {
                 return Ok(Sent::Nothing);
             };
-            let Some(&socket) = self.sockets.get(&handle) else {
+            let Some(&socket) = self.socket_ids.get(&handle) else {
                 self.queue.pop_front();
                 return Ok(Sent::Unsendable(id));
             };
@@ -145,9 +145,15 @@ impl Successor {
         let first = self.queue.iter().take(MAX_CONNECTIONS);
         let count = first.take_while(|passed| passed.handle == handle).count();
         let passed = (0..count).filter_map(|_| self.queue.pop_front());
-        let (connections, parked) = passed.map(|passed| (passed.id, passed.parked)).unzip();
+        let (connections, times_parked) = passed
+            .map(|passed| (passed.id, passed.times_parked))
+            .unzip();
         Message {
-            rest: ParkedMessage { socket, parked }.encode(),
+            rest: ParkedMessage {
+                socket,
+                times_parked,
+            }
+            .encode(),
             connections,
             is_begun: false,
         }
@@ -168,17 +174,17 @@ impl MasterShell {
         // Carry out the actions for a previous successor before there is a new one.
         self.end_passing(None);
         self.act();
-        let mut sockets = SortedMap::new();
+        let mut socket_ids = SortedMap::new();
         for (handle, own) in self.sockets.borrow().iter() {
             let socket = own.sockets.first();
             let id = socket.map(|socket| sys::file::socket_id(socket.as_fd()));
             if let Some(Ok(id)) = id {
-                sockets.insert(*handle, id);
+                socket_ids.insert(*handle, id);
             }
         }
         self.successor.replace(Some(Successor {
             stream,
-            sockets,
+            socket_ids,
             queue: VecDeque::new(),
             message: None,
             state: SendState::Ready,
@@ -373,14 +379,14 @@ impl MasterShell {
         // If this process had too few free descriptors, the kernel has delivered the message's
         // first descriptors and closed the others.
         self.core_now()
-            .lost_parked(message.parked.len().saturating_sub(fds.len()));
-        let mut parked = message.parked.iter();
+            .lost_parked(message.times_parked.len().saturating_sub(fds.len()));
+        let mut times = message.times_parked.iter();
         for connection in fds {
-            match parked.next() {
-                Some(parked) if sys::socket::is_connection(connection.as_fd()) => {
+            match times.next() {
+                Some(times_parked) if sys::socket::is_connection(connection.as_fd()) => {
                     let mut core = self.core_now();
                     self.check_surplus(&mut core);
-                    core.receive_parked(handle, connection, *parked);
+                    core.receive_parked(handle, connection, *times_parked);
                 }
                 _ => self.lose(vec![connection]),
             }

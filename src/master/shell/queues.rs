@@ -52,11 +52,14 @@ fn reclaim(queue: &Queue, at_most: usize) -> Reclaimed {
         let Label {
             sequence,
             held,
-            parked,
+            times_parked,
         } = label;
         let connection = match (held, copy) {
             // The master still has its own copy.
-            (Some(connection), _) => HandOff::Held(Resumed { connection, parked }),
+            (Some(connection), _) => HandOff::Held(Resumed {
+                connection,
+                times_parked,
+            }),
             (None, Some(copy)) => HandOff::New(copy),
             (None, None) => break QueueState::Unknown,
         };
@@ -119,14 +122,14 @@ impl MasterShell {
         let queue = queue.ok_or(io::ErrorKind::NotFound)?;
         let hand_off = &connection.connection;
         let fd = descriptor_of(&held, hand_off).ok_or(io::ErrorKind::NotFound)?;
-        let (held, parked) = match hand_off {
+        let (held, times_parked) = match hand_off {
             HandOff::New(_) => (None, 0),
-            HandOff::Held(resumed) => (Some(resumed.connection), resumed.parked),
+            HandOff::Held(resumed) => (Some(resumed.connection), resumed.times_parked),
         };
         let label = Label {
             sequence: connection.sequence,
             held,
-            parked,
+            times_parked,
         };
         queue.send(label, fd)
     }

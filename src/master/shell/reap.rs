@@ -21,7 +21,7 @@ impl MasterShell {
         if is_reaped || worker_io.exit_report.get().is_some() {
             return;
         }
-        if self.drain_group(&worker_io) {
+        if self.end_group(&worker_io) {
             return;
         }
         let process = worker_io.process.borrow();

@@ -57,7 +57,7 @@ fn round_trip(bytes: &[u8]) {
                 assert_eq!(message.encode(), bytes);
                 let longer = [bytes, &[0]].concat();
                 assert_eq!(ParkedMessage::parse(&longer), Err(Invalid::Excess));
-                let allocated = message.parked.capacity() * size_of::<u32>();
+                let allocated = message.times_parked.capacity() * size_of::<u32>();
                 assert!(allocated <= 2 * length, "{allocated} bytes for {length}");
             }
             Err(_) => {}

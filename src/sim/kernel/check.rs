@@ -121,11 +121,15 @@ impl World {
     /// connection has been parked. If a worker has forged frames, checks only connections of which
     /// the master holds no copy. `parked` is the number of times that the connection has been
     /// parked, and `is_held` is whether the master holds a copy.
-    pub(crate) fn mark_served(&mut self, client: u32, parked: u32, is_held: bool) {
+    pub(crate) fn mark_served(&mut self, client: u32, times_parked: u32, is_held: bool) {
         let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];
         if !is_held || is_trusted {
-            assert_eq!(fate.served, parked > 0, "client {client} served twice");
+            assert_eq!(
+                fate.served,
+                times_parked > 0,
+                "client {client} served twice"
+            );
         }
         self.served += u64::from(!fate.served);
         (fate.served, fate.is_pending) = (true, false);

@@ -30,7 +30,7 @@ pub(crate) struct Received {
     /// copy.
     pub(crate) resumed: Option<Resumed>,
     /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
+    pub(crate) times_parked: u32,
 }
 
 /// A frame and the descriptor that it carries. The frame is an error if the writer wrote bytes that

@@ -65,7 +65,7 @@ impl Scene {
         processes.map(|process| process.held.len()).sum()
     }
 
-    /// Returns the number of clients that have connected and are not served.
+    /// Returns the number of clients that have connected and have never been served.
     fn waiting(&self) -> u64 {
         self.schedule.world.clients() - self.schedule.world.served
     }

@@ -367,7 +367,10 @@ impl World {
             Forgery::Release => Ok(ToMaster::Release { handle }),
             Forgery::Pause => Ok(ToMaster::Pause { handle }),
             Forgery::DisconnectRequest => Ok(ToMaster::DisconnectRequest),
-            Forgery::Park => Ok(ToMaster::Park { handle, parked: 1 }),
+            Forgery::Park => Ok(ToMaster::Park {
+                handle,
+                times_parked: 1,
+            }),
             Forgery::ParkAgain => Ok(ToMaster::ParkAgain { connection }),
             Forgery::Detach => Ok(ToMaster::Detach { connection }),
             Forgery::Message => Ok(ToMaster::Message(vec![n; 4])),

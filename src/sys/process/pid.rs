@@ -32,10 +32,9 @@ const REAP_INTERVAL: Duration = Duration::from_millis(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Usage {
-    /// The CPU time that the process spent in its own code. The value is a whole number of
-    /// microseconds. Its precision depends on the system.
+    /// The CPU time in user mode, in whole microseconds. Its precision depends on the system.
     pub user_cpu_time: Duration,
-    /// The CPU time that the system spent on behalf of the process.
+    /// The CPU time in kernel mode.
     pub system_cpu_time: Duration,
     /// The peak of resident memory, in bytes. On Linux, this is at least the memory that the master
     /// had when it forked the worker. The kernel also counts the memory that a worker has before it
@@ -112,8 +111,8 @@ impl Pid {
     ///
     /// # Errors
     ///
-    /// Returns an error if other code of this process has waited for the child and the kernel does
-    /// not report the status again.
+    /// Returns an error if the status is lost: other code of this process has waited for the child,
+    /// or the process ignores SIGCHLD, and the kernel does not report the status again.
     pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<Exit>> {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));

@@ -24,7 +24,10 @@ pub(super) fn to_master(kind: u8, fds: usize, body: &[u8]) -> Result<ToMaster, F
         kind::DISCONNECT_REQUEST => Some(ToMaster::DisconnectRequest),
         kind::PARK => {
             let parked = body.parked();
-            parked.map(|(handle, parked)| ToMaster::Park { handle, parked })
+            parked.map(|(handle, times_parked)| ToMaster::Park {
+                handle,
+                times_parked,
+            })
         }
         kind::PARK_AGAIN => {
             let connection = body.connection();
@@ -73,7 +76,10 @@ pub(super) fn to_worker(kind: u8, fds: usize, body: &[u8]) -> Result<ToWorker, F
         kind::DISCONNECT => Some(ToWorker::Disconnect),
         kind::ADOPT => {
             let parked = body.parked();
-            parked.map(|(handle, parked)| ToWorker::Adopt { handle, parked })
+            parked.map(|(handle, times_parked)| ToWorker::Adopt {
+                handle,
+                times_parked,
+            })
         }
         _ => return Err(FrameError::Kind(kind)),
     };

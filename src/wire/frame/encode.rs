@@ -37,8 +37,11 @@ pub(super) fn to_master(frame: &ToMaster, fds: usize, out: &mut Vec<u8>) {
         ToMaster::Pause { handle } => put_handle_frame(out, kind::PAUSE, fds, *handle),
         ToMaster::Release { handle } => put_handle_frame(out, kind::RELEASE, fds, *handle),
         ToMaster::DisconnectRequest => put_frame(out, kind::DISCONNECT_REQUEST, fds, |_| {}),
-        ToMaster::Park { handle, parked } => {
-            put_parked_frame(out, kind::PARK, fds, *handle, *parked);
+        ToMaster::Park {
+            handle,
+            times_parked,
+        } => {
+            put_parked_frame(out, kind::PARK, fds, *handle, *times_parked);
         }
         ToMaster::ParkAgain { connection } => {
             put_connection_frame(out, kind::PARK_AGAIN, fds, *connection);
@@ -75,8 +78,11 @@ pub(super) fn to_worker(frame: &ToWorker, fds: usize, out: &mut Vec<u8>) {
             });
         }
         ToWorker::Disconnect => put_frame(out, kind::DISCONNECT, fds, |_| {}),
-        ToWorker::Adopt { handle, parked } => {
-            put_parked_frame(out, kind::ADOPT, fds, *handle, *parked);
+        ToWorker::Adopt {
+            handle,
+            times_parked,
+        } => {
+            put_parked_frame(out, kind::ADOPT, fds, *handle, *times_parked);
         }
         ToWorker::Message(bytes) => put_message(out, fds, bytes),
     }
@@ -105,10 +111,10 @@ fn put_handle_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId) {
 }
 
 /// Appends a frame that carries an idle connection.
-fn put_parked_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId, parked: u32) {
+fn put_parked_frame(out: &mut Vec<u8>, kind: u8, fds: usize, handle: HandleId, times_parked: u32) {
     put_frame(out, kind, fds, |out| {
         put_handle(out, handle);
-        out.extend_from_slice(&parked.to_le_bytes());
+        out.extend_from_slice(&times_parked.to_le_bytes());
     });
 }
 

@@ -177,7 +177,7 @@ pub(crate) enum ToMaster {
     Park {
         handle: HandleId,
         /// The number of times that the connection has been parked.
-        parked: u32,
+        times_parked: u32,
     },
     /// Reports that the worker has closed its copy of a connection that the master holds. The
     /// master dispatches the connection again when its client sends something.
@@ -211,7 +211,7 @@ pub(crate) enum ToWorker {
     Adopt {
         handle: HandleId,
         /// The number of times that the connection has been parked.
-        parked: u32,
+        times_parked: u32,
     },
     Message(Vec<u8>),
 }

@@ -171,7 +171,7 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
         (
             ToWorker::Adopt {
                 handle: H,
-                parked: 3,
+                times_parked: 3,
             },
             1,
             vec![8, 0, 0, 0, 3, 68, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0],
@@ -198,8 +198,11 @@ fn frames_encode_to_fixed_bytes() {
 
 #[test]
 fn parked_connection_needs_exactly_one_descriptor() {
-    let (handle, parked) = (H, 3);
-    let park = ToMaster::Park { handle, parked };
+    let (handle, times_parked) = (H, 3);
+    let park = ToMaster::Park {
+        handle,
+        times_parked,
+    };
     let golden = [8, 0, 0, 0, 3, 8, 1, 0, 4, 3, 2, 1, 3, 0, 0, 0];
     assert_eq!(bytes(&park, 1), golden);
     let decode = |fds| ToMaster::decode(kind::PARK, fds, &golden[HEADER..]);

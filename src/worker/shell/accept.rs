@@ -55,7 +55,7 @@ pub(crate) enum Blocked {
 pub(super) struct Arrived {
     pub(super) fd: OwnedFd,
     pub(super) held: Option<ConnectionId>,
-    pub(super) parked: u32,
+    pub(super) times_parked: u32,
     pub(super) registration: Option<Registration>,
 }
 
@@ -65,7 +65,7 @@ impl Arrived {
         Self {
             fd,
             held: None,
-            parked: 0,
+            times_parked: 0,
             registration: None,
         }
     }
@@ -144,7 +144,7 @@ impl WorkerShell {
         let Arrived {
             fd,
             held,
-            parked,
+            times_parked,
             registration,
         } = arrived;
         let mut core = self.core.borrow_mut();
@@ -157,7 +157,7 @@ impl WorkerShell {
             listener: Some(listener),
             holder,
             held,
-            parked,
+            times_parked,
             registration,
         };
         let is_excess = core.connection_opened(listener);
@@ -226,7 +226,7 @@ impl WorkerShell {
                 Ok(Some(Arrived {
                     fd: connection.into_owned_fd(),
                     held: label.held,
-                    parked: label.parked,
+                    times_parked: label.times_parked,
                     registration: None,
                 }))
             }

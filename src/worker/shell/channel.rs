@@ -171,10 +171,13 @@ impl WorkerShell {
         }
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
-            ToWorker::Adopt { handle, parked } if !fds.is_empty() => {
+            ToWorker::Adopt {
+                handle,
+                times_parked,
+            } if !fds.is_empty() => {
                 drop(core);
                 for connection in fds {
-                    self.adopt(handle, connection.into_owned_fd(), parked);
+                    self.adopt(handle, connection.into_owned_fd(), times_parked);
                 }
             }
             ToWorker::Reply { ref result, .. } => {

@@ -28,7 +28,8 @@ pub(super) struct Lingering {
 
 impl Lingering {
     /// Discards bytes that have arrived, and makes the poller report the next ones. Returns `false`
-    /// if the connection has ended.
+    /// if nothing more will be read: the client has closed the connection, the limit of bytes is
+    /// reached, or an error has occurred.
     fn advance(&self, poller: &Poller, key: usize) -> bool {
         let stream = self.stream.as_fd();
         let mut bytes_left = self.bytes_left.get();

@@ -25,7 +25,7 @@ pub(crate) struct Origin {
     /// The connection's id if the master holds a copy.
     pub(crate) held: Option<ConnectionId>,
     /// The number of times that the connection has been parked.
-    pub(crate) parked: u32,
+    pub(crate) times_parked: u32,
     /// The registrations that this worker has made for the connection while it was parked.
     pub(crate) registration: Option<Registration>,
 }
@@ -170,8 +170,11 @@ impl WorkerShell {
             }
             (Some(connection), _) => core.park_again(connection),
             (None, Some(handle)) => {
-                let parked = origin.parked.saturating_add(1);
-                let frame = ToMaster::Park { handle, parked };
+                let times_parked = origin.times_parked.saturating_add(1);
+                let frame = ToMaster::Park {
+                    handle,
+                    times_parked,
+                };
                 self.channel.queue(&frame, Some(fd));
             }
             (None, None) => {}
@@ -210,9 +213,9 @@ impl WorkerShell {
         self.check_surplus();
         let mut core = self.core.borrow_mut();
         core.connection_closed(origin.listener);
-        let parked = origin.parked.saturating_add(1);
+        let times_parked = origin.times_parked.saturating_add(1);
         let held = match options.reset(fd.as_fd()) {
-            Ok(()) => core.hold(listener, handle, parked, self.now()),
+            Ok(()) => core.hold(listener, handle, times_parked, self.now()),
             // The client has reset the connection.
             Err(_) => Held::Closed,
         };
@@ -249,9 +252,12 @@ impl WorkerShell {
     }
 
     /// Holds a connection that another worker parked.
-    pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, parked: u32) {
+    pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, times_parked: u32) {
         self.check_surplus();
-        let held = self.core.borrow_mut().adopt(handle, parked, self.now());
+        let held = self
+            .core
+            .borrow_mut()
+            .adopt(handle, times_parked, self.now());
         self.keep(held, fd, None);
     }
 
@@ -427,7 +433,7 @@ impl WorkerShell {
         if !core.has_resumed(listener) || core.is_paused(listener) {
             return None;
         }
-        let (id, parked) = core.next_resumed(listener)?;
+        let (id, times_parked) = core.next_resumed(listener)?;
         drop(core);
         let ParkedConnection { fd, interrupts } = self.parked.borrow_mut().remove(id)?;
         self.poller.keep_dormant(fd.as_fd());
@@ -438,7 +444,7 @@ impl WorkerShell {
         let arrived = Arrived {
             fd,
             held: None,
-            parked,
+            times_parked,
             registration: Some(Registration { number, interrupts }),
         };
         Some(self.accepted(listener, arrived))
@@ -484,14 +490,21 @@ impl WorkerShell {
             let Some(leaving) = self.core.borrow_mut().next_leaving() else {
                 break;
             };
-            let Leaving { id, handle, parked } = leaving;
+            let Leaving {
+                id,
+                handle,
+                times_parked,
+            } = leaving;
             let removed = self.parked.borrow_mut().remove(id);
             if let Some(ParkedConnection { fd, interrupts }) = removed {
                 self.poller.delete(fd.as_fd());
                 if interrupts {
                     InterruptibleAccept::remove_connection(fd.as_raw_fd());
                 }
-                let frame = ToMaster::Park { handle, parked };
+                let frame = ToMaster::Park {
+                    handle,
+                    times_parked,
+                };
                 self.channel.queue(&frame, Some(fd));
                 has_queued = true;
             }

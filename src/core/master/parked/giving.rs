@@ -27,7 +27,7 @@ impl<C, F> MasterCore<C, F> {
         handle: HandleId,
         from: Option<WorkerId>,
         connection: HandOff<C>,
-        parked: u32,
+        times_parked: u32,
     ) {
         match (self.next_adopter(handle, from), connection) {
             (Some(worker), connection) => {
@@ -39,11 +39,11 @@ impl<C, F> MasterCore<C, F> {
                     handle,
                     worker,
                     connection,
-                    parked,
+                    times_parked,
                 });
             }
             (None, HandOff::New(connection)) => {
-                self.hold(handle, connection, parked);
+                self.hold(handle, connection, times_parked);
                 // `from` may have closed its listener and listened again before it parked this
                 // connection. Otherwise, it will soon no longer serve the listener.
                 if from.is_some_and(|from| self.may_adopt(handle, from)) {
@@ -95,9 +95,15 @@ impl<C, F> MasterCore<C, F> {
         let is_more = held.len() > GIVE_BATCH;
         held.truncate(GIVE_BATCH);
         for connection in held {
-            let parked = self.parked.get(connection).map_or(0, |entry| entry.parked);
-            let resumed = Resumed { connection, parked };
-            self.give(handle, None, HandOff::Held(resumed), parked);
+            let times_parked = self
+                .parked
+                .get(connection)
+                .map_or(0, |entry| entry.times_parked);
+            let resumed = Resumed {
+                connection,
+                times_parked,
+            };
+            self.give(handle, None, HandOff::Held(resumed), times_parked);
         }
         if is_more {
             let now = self.now;
@@ -107,9 +113,9 @@ impl<C, F> MasterCore<C, F> {
 
     /// Takes back a connection that was not sent to a worker, because the worker has not read the
     /// earlier ones. The master holds the connection, and tries again after `RETRY_DELAY`.
-    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, parked: u32) {
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         self.ledger.received -= 1;
-        self.hold(handle, connection, parked);
+        self.hold(handle, connection, times_parked);
         let retry = self.now.saturating_add(RETRY_DELAY);
         self.give_held_at(handle, retry);
     }

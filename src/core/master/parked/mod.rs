@@ -62,7 +62,7 @@ struct Entry {
     handle: HandleId,
     state: State,
     /// The number of times that the connection has been parked.
-    parked: u32,
+    times_parked: u32,
 }
 
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
@@ -255,7 +255,13 @@ impl<C, F> MasterCore<C, F> {
     /// the listener can no longer hold. If the listener has closed, closes the connection. Kills a
     /// worker that has not sent `Online`, or that has never had the listener, unless the listener
     /// no longer exists.
-    pub(crate) fn park(&mut self, worker: WorkerId, handle: HandleId, connection: C, parked: u32) {
+    pub(crate) fn park(
+        &mut self,
+        worker: WorkerId,
+        handle: HandleId,
+        connection: C,
+        times_parked: u32,
+    ) {
         if !self.is_connected(worker) {
             return;
         }
@@ -269,7 +275,7 @@ impl<C, F> MasterCore<C, F> {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
         self.ledger.parked += 1;
-        self.give_or_hold(handle, Some(worker), connection, parked);
+        self.give_or_hold(handle, Some(worker), connection, times_parked);
     }
 
     /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
@@ -279,22 +285,22 @@ impl<C, F> MasterCore<C, F> {
         handle: HandleId,
         from: Option<WorkerId>,
         connection: C,
-        parked: u32,
+        times_parked: u32,
     ) {
         let listener = self.listeners.get(&handle);
         match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, from, HandOff::New(connection), parked),
-            false => self.hold(handle, connection, parked),
+            true => self.give(handle, from, HandOff::New(connection), times_parked),
+            false => self.hold(handle, connection, times_parked),
         }
     }
 
     /// Holds a connection until its client sends something. If the master holds too many
     /// connections, closes the one that would expire first.
-    pub(super) fn hold(&mut self, handle: HandleId, connection: C, parked: u32) {
+    pub(super) fn hold(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         if self.parked.keeper == Keeper::OtherMaster {
-            return self.pass_new(handle, connection, parked);
+            return self.pass_new(handle, connection, times_parked);
         }
-        let Some(timeout) = self.silence_timeout(handle, parked) else {
+        let Some(timeout) = self.silence_timeout(handle, times_parked) else {
             self.ledger.idle_closed += 1;
             return;
         };
@@ -310,7 +316,7 @@ impl<C, F> MasterCore<C, F> {
         let entry = Entry {
             handle,
             state: State::Idle(self.parked.expiries.next_expiry(self.now, timeout)),
-            parked,
+            times_parked,
         };
         match self.parked.insert(entry) {
             Some(id) => self.actions.push_back(Action::Hold { id, connection }),
@@ -321,10 +327,10 @@ impl<C, F> MasterCore<C, F> {
     /// Returns how long the client of a connection that has been parked `parked` times may be
     /// silent. Returns `None` if the listener has closed, or if it closes as soon as its workers have
     /// emptied its backlog. A client that would send a request meanwhile would wait in vain.
-    fn silence_timeout(&self, handle: HandleId, parked: u32) -> Option<Time> {
+    fn silence_timeout(&self, handle: HandleId, times_parked: u32) -> Option<Time> {
         let listener = self.listeners.get(&handle)?;
         let has_ended = matches!(listener.stage, Stage::Emptying | Stage::Unbound);
-        (!has_ended).then(|| match parked {
+        (!has_ended).then(|| match times_parked {
             0 => listener.parking.first_data_timeout(),
             1.. => listener.parking.idle_timeout(),
         })
@@ -347,20 +353,25 @@ impl<C, F> MasterCore<C, F> {
         let Some(entry) = self.parked.get_mut(connection) else {
             return Ok(());
         };
-        entry.parked = entry.parked.saturating_add(1);
+        entry.times_parked = entry.times_parked.saturating_add(1);
         self.hold_again(connection);
         Ok(())
     }
 
     /// Holds a connection again until its client sends something. The master already has a copy.
     fn hold_again(&mut self, connection: ConnectionId) {
-        let Some(&Entry { handle, parked, .. }) = self.parked.get(connection) else {
+        let Some(&Entry {
+            handle,
+            times_parked,
+            ..
+        }) = self.parked.get(connection)
+        else {
             return;
         };
         if self.parked.keeper == Keeper::OtherMaster {
             return self.pass(connection);
         }
-        match self.silence_timeout(handle, parked) {
+        match self.silence_timeout(handle, times_parked) {
             Some(timeout) => {
                 let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
@@ -459,7 +470,7 @@ impl<C, F> MasterCore<C, F> {
         let Some(&Entry {
             handle,
             state: State::Idle(_),
-            parked,
+            times_parked,
         }) = self.parked.get(connection)
         else {
             return;
@@ -472,8 +483,11 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         self.parked.set(connection, State::Ready);
-        self.ledger.resumed += u64::from(parked > 0);
-        let resumed = Resumed { connection, parked };
+        self.ledger.resumed += u64::from(times_parked > 0);
+        let resumed = Resumed {
+            connection,
+            times_parked,
+        };
         listener.ready.connections.push_back(resumed);
         self.accept_if_possible(handle);
     }

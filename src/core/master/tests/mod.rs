@@ -86,14 +86,14 @@ fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
         Action::Adopt {
             worker,
             connection,
-            parked,
+            times_parked,
             ..
-        } => Some((worker, connection, parked)),
+        } => Some((worker, connection, times_parked)),
         _ => None,
     });
-    let adopted = adopted.map(|(worker, connection, parked)| match connection {
-        HandOff::New(connection) => (worker, connection, parked),
-        HandOff::Held(_) => (worker, u32::MAX, parked),
+    let adopted = adopted.map(|(worker, connection, times_parked)| match connection {
+        HandOff::New(connection) => (worker, connection, times_parked),
+        HandOff::Held(_) => (worker, u32::MAX, times_parked),
     });
     adopted.collect()
 }

@@ -110,7 +110,7 @@ fn parked_connection_goes_to_an_idle_worker_when_its_client_sends_something() {
     let (worker, connection) = dispatch(&mut core, id);
     let resumed = Resumed {
         connection: id,
-        parked: 1,
+        times_parked: 1,
     };
     assert_eq!(worker, workers[0]);
     assert_eq!(connection.connection, HandOff::Held(resumed));
@@ -131,7 +131,8 @@ fn new_connection_waits_for_data_and_does_not_count_as_resumed() {
     check(&core);
     let (worker, connection) = dispatch(&mut core, id);
     assert_eq!(worker, workers[0]);
-    let is_new = matches!(connection.connection, HandOff::Held(resumed) if resumed.parked == 0);
+    let is_new =
+        matches!(connection.connection, HandOff::Held(resumed) if resumed.times_parked == 0);
     assert!(is_new, "{connection:?}");
     let ledger = core.ledger();
     assert_eq!((ledger.accepted, ledger.parked, ledger.resumed), (1, 0, 0));
@@ -184,16 +185,16 @@ fn reclaimed_connection_goes_to_another_worker() {
 fn connection_that_is_parked_again_waits_in_the_master() {
     let (mut core, handle, workers) = serving(1);
     let id = park(&mut core, workers[0], handle, 7);
-    for parked in 2..5_u32 {
+    for times_parked in 2..5_u32 {
         let (worker, _) = dispatch(&mut core, id);
         core.frame(worker, ToMaster::ParkAgain { connection: id });
         let awaits =
             |action: &Action<u32>| matches!(action, Action::AwaitData { id: own } if *own == id);
         assert!(actions(&mut core).iter().any(awaits));
-        report_idle(&mut core, worker, handle, u64::from(parked) - 1);
+        report_idle(&mut core, worker, handle, u64::from(times_parked) - 1);
         actions(&mut core);
         check(&core);
-        assert_eq!(core.ledger().parked, u64::from(parked));
+        assert_eq!(core.ledger().parked, u64::from(times_parked));
     }
     assert_eq!(core.ledger().received, 3);
     assert_eq!(core.sizes().held, 1);

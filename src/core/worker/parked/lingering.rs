@@ -45,7 +45,7 @@ impl<F> WorkerCore<F> {
         self.insert_within_limit(Entry {
             listener: NO_LISTENER,
             handle: None,
-            parked: 0,
+            times_parked: 0,
             state: State::Lingering(expiry),
         })
     }

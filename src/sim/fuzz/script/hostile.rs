@@ -136,7 +136,7 @@ impl Script {
             _ if choice == 255 => ToMaster::DisconnectRequest,
             _ if choice == 15 => ToMaster::Park {
                 handle: HandleId(input.number()),
-                parked: 1,
+                times_parked: 1,
             },
             _ if choice == 23 => ToMaster::ParkAgain {
                 connection: self.connection(input.number()),
@@ -193,7 +193,10 @@ impl Script {
                 (_, None) => {
                     let process = self.world.process(self.hostile.id);
                     process.to_park.push_back(connection);
-                    ToMaster::Park { handle, parked: 1 }
+                    ToMaster::Park {
+                        handle,
+                        times_parked: 1,
+                    }
                 }
             };
             let fds = usize::from(matches!(frame, ToMaster::Park { .. }));

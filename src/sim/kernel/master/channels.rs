@@ -141,9 +141,12 @@ impl World {
         }
         match frame {
             ToMaster::Message(bytes) => self.report(|core| core.message(worker, bytes, fds)),
-            ToMaster::Park { handle, parked } => {
+            ToMaster::Park {
+                handle,
+                times_parked,
+            } => {
                 let is_lost = self.processes[&worker].is_raw() && fds.is_empty();
-                self.read_parked(worker, handle, parked, is_lost);
+                self.read_parked(worker, handle, times_parked, is_lost);
             }
             frame @ (ToMaster::Online
             | ToMaster::Listen { .. }
@@ -162,20 +165,29 @@ impl World {
 
     /// Reads a connection that a worker parks. If the connection `is_lost`, or `failing` contains
     /// `Park`, the master has no free descriptor number for it.
-    fn read_parked(&mut self, worker: WorkerId, handle: HandleId, parked: u32, is_lost: bool) {
+    fn read_parked(
+        &mut self,
+        worker: WorkerId,
+        handle: HandleId,
+        times_parked: u32,
+        is_lost: bool,
+    ) {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         let connection = process.to_park.pop_front();
         if self.failing.remove(&Failure::Park) || is_lost {
             let error = Error::no_descriptors(Some(worker));
             self.report(|core| core.error(Some(worker), error));
-            let frame = ToMaster::Park { handle, parked };
+            let frame = ToMaster::Park {
+                handle,
+                times_parked,
+            };
             return self.report(|core| core.frame(worker, frame));
         }
         assert!(connection.is_some() || process.is_liar, "parks nothing");
         let connection = connection.unwrap_or_else(|| self.own_connection());
         self.fates[connection.client as usize].is_in_worker = false;
         self.check_surplus();
-        self.report(|core| core.park(worker, handle, connection, parked));
+        self.report(|core| core.park(worker, handle, connection, times_parked));
     }
 
     /// Returns a connection to a client that is a worker itself. The client has sent something.

@@ -72,8 +72,8 @@ impl World {
                 handle,
                 worker,
                 connection,
-                parked,
-            } => self.give(handle, worker, connection, parked),
+                times_parked,
+            } => self.give(handle, worker, connection, times_parked),
             Action::Reclaim {
                 handle,
                 worker,

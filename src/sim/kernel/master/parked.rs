@@ -145,7 +145,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<Client>,
-        parked: u32,
+        times_parked: u32,
     ) {
         let client = match connection {
             HandOff::New(client) => Some(client),
@@ -158,11 +158,14 @@ impl World {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         match client {
             Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, client, parked));
+                self.report(|core| core.not_adopted(handle, client, times_parked));
             }
             Some(client) => {
                 self.fates[client.client as usize].is_in_worker = true;
-                let frame = ToWorker::Adopt { handle, parked };
+                let frame = ToWorker::Adopt {
+                    handle,
+                    times_parked,
+                };
                 process.down.queue_connection(frame, client);
                 self.given_to_exited += usize::from(!process.worker_end);
                 self.unflushed.insert(worker);
@@ -182,9 +185,9 @@ impl World {
             ..fate
         });
         let connection = Connection::new(client, &self.closed);
-        let parked = u32::from(fate.served);
+        let times_parked = u32::from(fate.served);
         self.served += u64::from(fate.served);
         self.check_surplus();
-        self.report(|core| core.receive_parked(Some(handle), connection, parked));
+        self.report(|core| core.receive_parked(Some(handle), connection, times_parked));
     }
 }

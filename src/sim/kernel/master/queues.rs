@@ -138,8 +138,12 @@ impl World {
         worker: WorkerId,
     ) -> Option<Queued> {
         let queued = self.receive(handle, worker)?;
-        let parked = queued.resumed.map_or(0, |resumed| resumed.parked);
-        self.mark_served(queued.connection.client, parked, queued.resumed.is_some());
+        let times_parked = queued.resumed.map_or(0, |resumed| resumed.times_parked);
+        self.mark_served(
+            queued.connection.client,
+            times_parked,
+            queued.resumed.is_some(),
+        );
         self.process(worker).counters.received += 1;
         Some(queued)
     }

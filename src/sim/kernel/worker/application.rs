@@ -195,18 +195,21 @@ impl World {
             listener,
             handle,
             resumed,
-            parked,
+            times_parked,
         } = process.held.swap_remove(at);
         let core = &mut process.core;
         core.connection_closed(Some(listener));
         if handle.is_none() || self.config.policy != SchedulingPolicy::RoundRobin {
-            let held = core.hold(listener, handle, parked + 1, self.now);
+            let held = core.hold(listener, handle, times_parked + 1, self.now);
             return self.keep(worker, held, client);
         }
         match (resumed, handle) {
             (Some(resumed), _) if core.is_writable() => core.park_again(resumed.connection),
             (None, Some(handle)) if core.is_writable() && core.has_queue(listener) => {
-                let frame = ToMaster::Park { handle, parked: 1 };
+                let frame = ToMaster::Park {
+                    handle,
+                    times_parked: 1,
+                };
                 process.up.queue_connection(frame, client);
                 process.is_unflushed = true;
             }

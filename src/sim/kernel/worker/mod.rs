@@ -51,9 +51,8 @@ impl World {
         }
     }
 
-    /// Reads one frame in the worker, or the end of its channel. Also reads the frames that have
-    /// arrived after the end of a listener. Returns whether there was anything
-    /// to read.
+    /// Reads one frame in the worker, or the end of its channel. If the frame ends a listener, also
+    /// reads the frames that have arrived after it. Returns whether there was anything to read.
     pub(crate) fn worker_reads(&mut self, worker: WorkerId) -> bool {
         let now = self.now;
         let process = self.process(worker);
@@ -88,8 +87,15 @@ impl World {
         let now = self.now;
         let process = self.process(worker);
         let frame = parcel.frame.expect("the master's frames are well formed");
-        if let (ToWorker::Adopt { handle, parked }, Some(client)) = (&frame, parcel.connection) {
-            let held = process.core.adopt(*handle, *parked, now);
+        if let (
+            ToWorker::Adopt {
+                handle,
+                times_parked,
+            },
+            Some(client),
+        ) = (&frame, parcel.connection)
+        {
+            let held = process.core.adopt(*handle, *times_parked, now);
             return self.keep(worker, held, client);
         }
         let handle = match parcel.attachment {
@@ -359,7 +365,7 @@ impl World {
                 listener,
                 handle,
                 resumed,
-                parked: resumed.map_or(0, |resumed| resumed.parked),
+                times_parked: resumed.map_or(0, |resumed| resumed.times_parked),
             };
             self.hold(worker, received);
             return true;
@@ -380,7 +386,7 @@ impl World {
     /// hold more than its limit, unless the worker is disconnecting.
     pub(super) fn hold(&mut self, worker: WorkerId, received: Received) {
         let (client, listener) = (received.client.client, received.listener);
-        let (parked, is_held) = (received.parked, received.resumed.is_some());
+        let (times_parked, is_held) = (received.times_parked, received.resumed.is_some());
         if !self.process(worker).is_liar {
             self.check_sole(worker, client);
         }
@@ -393,7 +399,7 @@ impl World {
             let is_allowed = held.count() <= *limit || process.core.closes_new_listeners();
             assert!(is_allowed, "more connections than the application wants");
         }
-        self.mark_served(client, parked, is_held);
+        self.mark_served(client, times_parked, is_held);
     }
 }
 

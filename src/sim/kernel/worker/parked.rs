@@ -64,7 +64,7 @@ impl World {
     /// there was one.
     pub(super) fn resume_parked(&mut self, worker: WorkerId, listener: ListenerId) -> bool {
         let process = self.process(worker);
-        let Some((id, parked)) = process.core.next_resumed(listener) else {
+        let Some((id, times_parked)) = process.core.next_resumed(listener) else {
             return false;
         };
         let client = process.parked.remove(&id).expect("a parked connection");
@@ -74,7 +74,7 @@ impl World {
             listener,
             handle: process.shared.get(&listener).copied(),
             resumed: None,
-            parked,
+            times_parked,
         };
         self.hold(worker, received);
         true
@@ -87,7 +87,7 @@ impl World {
             let client = process.parked.remove(&leaving.id);
             let frame = ToMaster::Park {
                 handle: leaving.handle,
-                parked: leaving.parked,
+                times_parked: leaving.times_parked,
             };
             let client = client.expect("a parked connection");
             process.up.queue_connection(frame, client);

@@ -39,7 +39,8 @@ impl Timer {
         Ok(Self(id, PhantomData))
     }
 
-    /// Makes the timer expire after `left`, or never.
+    /// Makes the timer expire after `left`, or never if `left` is `None`. `left` must not be zero,
+    /// because the kernel would disarm the timer.
     pub(super) fn set(self, left: Option<Duration>) -> io::Result<()> {
         let value = left.map_or([0, 0], |left| {
             // If the seconds do not fit, because they have only 32 bits on some systems, wait for

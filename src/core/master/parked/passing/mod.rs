@@ -79,23 +79,28 @@ impl<C, F> MasterCore<C, F> {
 
     /// Passes a connection of which the master has a copy.
     pub(super) fn pass(&mut self, connection: ConnectionId) {
-        if let Some(&Entry { handle, parked, .. }) = self.parked.set(connection, State::Passing) {
+        if let Some(&Entry {
+            handle,
+            times_parked,
+            ..
+        }) = self.parked.set(connection, State::Passing)
+        {
             self.actions.push_back(Action::Pass {
                 id: connection,
                 handle,
-                parked,
+                times_parked,
                 connection: None,
             });
         }
     }
 
     /// Passes a connection of which the master has no copy.
-    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, parked: u32) {
+    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         let is_full = self.parked.len() >= self.parked.limit;
         let entry = Entry {
             handle,
             state: State::Passing,
-            parked,
+            times_parked,
         };
         let id = (!is_full).then(|| self.parked.insert(entry)).flatten();
         let Some(id) = id else {
@@ -105,7 +110,7 @@ impl<C, F> MasterCore<C, F> {
         self.actions.push_back(Action::Pass {
             id,
             handle,
-            parked,
+            times_parked,
             connection: Some(connection),
         });
     }
@@ -175,10 +180,15 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Takes a connection that another master has passed, and that the listener accepted. Closes
     /// the connection if this master does not have the listener (`None`).
-    pub(crate) fn receive_parked(&mut self, handle: Option<HandleId>, connection: C, parked: u32) {
+    pub(crate) fn receive_parked(
+        &mut self,
+        handle: Option<HandleId>,
+        connection: C,
+        times_parked: u32,
+    ) {
         self.ledger.parked += 1;
         match handle {
-            Some(handle) => self.give_or_hold(handle, None, connection, parked),
+            Some(handle) => self.give_or_hold(handle, None, connection, times_parked),
             None => self.ledger.idle_closed += 1,
         }
     }
