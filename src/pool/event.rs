@@ -164,7 +164,8 @@ pub enum Limit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ReloadFailure {
-    /// A new worker failed or was not ready in time.
+    /// A new worker failed or was not ready in time, or failed soon after it had replaced the old one
+    /// (see [`Pool::reload`](super::Pool::reload)).
     WorkerFailed(WorkerFailure),
     /// The application called [`Pool::cancel_reload`](super::Pool::cancel_reload).
     Cancelled,

@@ -468,7 +468,9 @@ impl Pool {
     ///
     /// A successful reload ends with [`PoolEvent::Reloaded`]. If a new worker fails or is not ready
     /// in time, the reload ends with [`PoolEvent::ReloadFailed`], and old workers that have not
-    /// been replaced stay. If the [`surge`](PoolOptions::surge) is at least the number of slots and
+    /// been replaced stay. This also holds for a new worker that has already replaced the old one, if
+    /// it was ready for less than [`PoolOptions::back_off_reset`] and other workers are still to be
+    /// replaced. If the [`surge`](PoolOptions::surge) is at least the number of slots and
     /// there is no canary, a reload replaces either all workers or none. If this method is called
     /// during a reload, one more reload begins after that reload has ended.
     ///

@@ -4,7 +4,8 @@
 //! that have reached a limit. Only one rollout runs at a time. A rollout handles the slots in
 //! batches and forks a successor for each slot of the batch. After all successors have been ready
 //! for `PoolOptions::min_ready_time`, or in a canary step for the canary's duration, the old
-//! workers are disconnected. If a successor fails, the rollout fails.
+//! workers are disconnected. If a successor fails, the rollout fails. A reload also fails if a worker
+//! fails soon after it has replaced the old one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use cluster::WorkerId;
 
 use super::super::event::{Limit, PoolEvent, ReloadFailure};
+use super::super::failure::{FailureCause, WorkerFailure};
 use super::super::options::Canary;
 use super::worker::Worker;
 use super::{Action, Core, MIN_PAUSE, Time};
@@ -49,6 +51,7 @@ enum Kind {
 /// | `Observing` | the time has passed | `Retiring` |
 /// | `Starting`, `Observing` | all slots of the batch were removed | `Retiring` without workers |
 /// | `Starting`, `Observing` | a successor has failed | (ended: failure) |
+/// | any | the new worker of a slot that the reload has replaced fails soon | (ended: failure) |
 /// | any | the reload is cancelled | (ended: failure) |
 /// | any | the pool stops | (ended) |
 #[derive(Debug)]
@@ -223,6 +226,28 @@ impl Core {
             };
             is_of_rollout && rollout.batch.get(&slot) == Some(&None)
         })
+    }
+
+    /// Returns whether the failure of a slot's worker also fails the reload that is in progress. It
+    /// does if the worker is of the new generation, was ready for less than
+    /// `PoolOptions::back_off_reset`, and slots are left to be replaced. The new release probably
+    /// fails everywhere, so the reload must not replace the workers that still serve. A later failure
+    /// is probably no fault of the release.
+    pub(super) fn fails_reload(
+        &self,
+        failure: &WorkerFailure,
+        ready_since: Option<Time>,
+        now: Time,
+    ) -> bool {
+        let generation = failure.generation;
+        let rollout = self.rollout.as_ref();
+        let is_of_reload =
+            rollout.is_some_and(|rollout| rollout.kind == Kind::Reload { generation });
+        let are_left = self.slots.iter().any(|slot| slot.generation != generation);
+        let reset = self.options.back_off_reset;
+        let is_soon = ready_since.is_none_or(|since| now.saturating_sub(since) < reset);
+        let is_fault = failure.cause != FailureCause::OutOfResources;
+        is_of_reload && are_left && is_soon && is_fault
     }
 
     /// Makes all transitions of the rollout that are due. If no rollout is in progress, begins the

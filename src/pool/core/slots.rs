@@ -339,6 +339,9 @@ impl Core {
         if self.is_awaited(slot, generation) {
             self.fail_rollout(ReloadFailure::WorkerFailed(failure), now);
         } else if self.slots.get(slot).is_some_and(|s| s.needs(generation)) {
+            if self.fails_reload(&failure, None, now) {
+                self.fail_rollout(ReloadFailure::WorkerFailed(failure.clone()), now);
+            }
             self.worker_failed(failure, None, now);
         }
         self.settle(now);
@@ -381,11 +384,14 @@ impl Core {
         };
         let was_current = self.slots.get(slot).is_some_and(|s| s.worker() == Some(id));
         let rollout = self.rollout.as_ref();
-        if rollout.is_some_and(|rollout| rollout.batch.get(&slot) == Some(&Some(id))) {
+        let is_of_batch =
+            rollout.is_some_and(|rollout| rollout.batch.get(&slot) == Some(&Some(id)));
+        let ready_since = worker.ready_since();
+        if is_of_batch || (was_current && self.fails_reload(&failure, ready_since, now)) {
             self.fail_rollout(ReloadFailure::WorkerFailed(failure.clone()), now);
         }
         if was_current {
-            self.worker_failed(failure, worker.ready_since(), now);
+            self.worker_failed(failure, ready_since, now);
         }
         self.settle(now);
     }

@@ -23,6 +23,46 @@ crate::scenarios! {
     reload_before_the_first_fork_uses_its_own_settings
     detached_workers_are_not_forked
     broken_reloads_change_nothing
+    reload_stops_when_replaced_workers_crash
+}
+
+/// Kills the first new worker when it has replaced the old worker of slot 0. The reload must not
+/// replace the other two.
+fn reload_stops_when_replaced_workers_crash() {
+    let failed = Rc::new(Cell::new(None));
+    let seen = Rc::clone(&failed);
+    cluster(
+        |master| {
+            let pool = Pool::new(master, quick().workers(3).quorum(Some(3)));
+            pool.listen(master, "127.0.0.1:0").unwrap();
+            pool.on_event(move |pool, master, event| match event {
+                PoolEvent::QuorumReached if pool.status(master).generation == 0 => {
+                    pool.reload(master);
+                }
+                PoolEvent::WorkerShutDown { slot: 0, .. } if !pool.is_stopping() => {
+                    let new = master.worker(4_u32).unwrap();
+                    new.process().kill(cluster::Signal::KILL);
+                }
+                PoolEvent::ReloadFailed {
+                    replaced,
+                    reason: ReloadFailure::WorkerFailed(failure),
+                    ..
+                } => {
+                    seen.set(Some((*replaced, failure.worker.unwrap().get())));
+                    let old = [2_u32, 3].map(|old| master.worker(old).unwrap());
+                    assert!(old.iter().all(|old| old.is_connected()), "{old:?}");
+                    pool.stop(master);
+                }
+                PoolEvent::Reloaded { .. } => pool.stop(master),
+                _ => {}
+            });
+        },
+        |worker| {
+            let listener = worker.listen("127.0.0.1:0").unwrap();
+            listener.incoming().for_each(drop);
+        },
+    );
+    assert_eq!(failed.get(), Some((1, 4)));
 }
 
 fn old_workers_are_replaced_without_a_gap() {

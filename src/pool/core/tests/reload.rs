@@ -121,6 +121,58 @@ fn failed_reload_leaves_the_old_workers() {
     }
 }
 
+fn has_failed(world: &World) -> bool {
+    let is_failure =
+        |event: &PoolEvent| matches!(event, PoolEvent::ReloadFailed { replaced: 1, .. });
+    world.events.iter().any(is_failure)
+}
+
+/// Checks a release whose workers fail after they have replaced the old ones. With the default of
+/// `back_off_reset`, 10 s after a worker became ready its failure is no fault of the release.
+#[test]
+fn reload_fails_if_a_new_worker_fails_soon_after_the_replacement() {
+    for (wait, fails) in [
+        (Time::ZERO, true),
+        (9 * SECOND - MS, true),
+        (9 * SECOND, false),
+    ] {
+        for is_next_starting in [false, true] {
+            let mut world = World::serving(options(3));
+            world.input(Core::reload);
+            world.ready(4);
+            world.advance(SECOND);
+            assert_eq!(world.disconnected, [1]);
+            if is_next_starting {
+                world.exit(1);
+                assert_eq!(world.last_id, 5);
+            }
+            world.advance(wait);
+            world.exit(4);
+            assert_eq!(has_failed(&world), fails);
+            let is_disconnected = world.disconnected.contains(&5);
+            assert_eq!(is_disconnected, fails && is_next_starting);
+            assert_eq!(world.slot_workers()[1..], [Some(2), Some(3)]);
+        }
+    }
+}
+
+#[test]
+fn reload_fails_if_a_replaced_worker_cannot_be_forked_again() {
+    for (cause, fails) in [
+        (FailureCause::ForkFailed, true),
+        (FailureCause::OutOfResources, false),
+    ] {
+        let mut world = World::serving(options(3));
+        world.input(Core::reload);
+        world.ready(4);
+        world.advance(15 * SECOND);
+        world.fork_failure = Some(cause);
+        world.exit(4);
+        assert_eq!(has_failed(&world), fails);
+        assert_eq!(world.slot_workers()[1..], [Some(2), Some(3)]);
+    }
+}
+
 #[test]
 fn reload_fails_when_its_successor_is_not_ready_in_time() {
     let mut world = World::serving(options(1));
