@@ -49,8 +49,9 @@ pub enum FailureCause {
     /// The worker could not be forked for a reason other than `OutOfResources`, for example because
     /// its program does not exist.
     ForkFailed,
-    /// The worker could not be forked, because the system lacked processes, memory or descriptors.
-    /// This failure does not count towards the slot's failure limit. The pool tries again after
+    /// The worker could not be forked, because the system lacked processes, memory or descriptors, or
+    /// because the machine was too slow ([`Error::Fork`](cluster::Error::Fork) with
+    /// [`TimedOut`](std::io::ErrorKind::TimedOut)). This failure does not count towards the slot's failure limit. The pool tries again after
     /// [`PoolOptions::back_off`](super::PoolOptions::back_off). The pause doubles with each
     /// attempt, up to [`PoolOptions::back_off_cap`](super::PoolOptions::back_off_cap).
     OutOfResources,
@@ -89,7 +90,9 @@ pub enum FailureAction {
 impl FailureCause {
     /// Returns the cause of a failure for an error of `Master::fork`.
     pub(super) fn of_fork_error(error: &cluster::Error) -> Self {
-        if error.is_out_of_resources() {
+        let is_late = matches!(error, cluster::Error::Fork { reason, .. }
+            if reason.kind() == std::io::ErrorKind::TimedOut);
+        if is_late || error.is_out_of_resources() {
             Self::OutOfResources
         } else {
             Self::ForkFailed
@@ -127,5 +130,29 @@ impl fmt::Display for WorkerFailure {
             write!(f, " after {age:.1} s ({status})")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use cluster::{Error, ForkStep};
+
+    use super::*;
+
+    #[test]
+    fn slow_start_does_not_count_towards_the_failure_limit() {
+        for (kind, cause) in [
+            (io::ErrorKind::TimedOut, FailureCause::OutOfResources),
+            (io::ErrorKind::NotFound, FailureCause::ForkFailed),
+        ] {
+            let error = Error::Fork {
+                program: "app".into(),
+                step: ForkStep::WaitForStart,
+                reason: kind.into(),
+            };
+            assert_eq!(FailureCause::of_fork_error(&error), cause);
+        }
     }
 }
