@@ -166,16 +166,18 @@ impl Pool {
     }
 
     /// Returns whether each slot has a ready worker that has opened its sockets, or has been given
-    /// up.
     fn have_workers_listened(&self, master: &Master) -> bool {
         let core = self.0.core.borrow();
         let has_listened = |id: &WorkerId| match core.options().readiness {
             // Assume that a ready worker has opened all of its sockets, because no event shows that
             // a worker has opened its last one.
             Readiness::Listening | Readiness::Message => true,
+            // A program that does not use this crate requests no socket. A ready worker is such a
+            // program if it has not called `init`.
             Readiness::Online | Readiness::Alive(_) => {
                 let worker = master.worker(*id);
-                worker.is_some_and(|worker| worker.state() == WorkerState::Listening)
+                let state = worker.map(|worker| worker.state());
+                matches!(state, Some(WorkerState::Listening | WorkerState::None))
             }
         };
         core.has_all_workers() && core.workers().keys().all(has_listened)

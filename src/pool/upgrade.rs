@@ -76,8 +76,8 @@ impl Pool {
     /// After an upgrade, the new release may not use all sockets of the old release. The pool waits
     /// until the old master has exited and all workers are ready. With
     /// [`Readiness::Online`](super::Readiness::Online) or
-    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker
-    /// listens. It then closes each socket whose address neither a worker nor
+    /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker that has
+    /// called [`init`](cluster::init()) listens. It then closes each socket whose address neither a worker nor
     /// [`listen`](Self::listen) has requested. The kernel resets the clients in the socket's
     /// backlog, and the file of a Unix socket is removed. If a worker requests the address later,
     /// the master opens a new socket. Sockets that systemd has passed stay open.

@@ -74,6 +74,7 @@ mod round_robin;
 mod running;
 mod scheduler;
 mod serve;
+mod serve_listeners;
 mod serve_operation;
 mod serve_options;
 mod serve_surroundings;
@@ -189,6 +190,7 @@ fn main() -> ExitCode {
     trials.extend(serve::trials());
     trials.extend(serve_options::trials());
     trials.extend(serve_operation::trials());
+    trials.extend(serve_listeners::trials());
     trials.extend(serve_surroundings::trials());
     trials.extend(groups::trials());
     trials.extend(inherited::trials());

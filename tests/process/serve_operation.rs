@@ -57,7 +57,7 @@ fn start(options: &[&str]) -> (Group, SocketAddr) {
 }
 
 /// Waits until the file contains a process id other than `old`, and returns the id.
-fn pid_in(path: &Path, old: Pid) -> Pid {
+pub fn pid_in(path: &Path, old: Pid) -> Pid {
     wait_until("a new process id in the pid file", || {
         let text = fs::read_to_string(path).ok()?;
         let pid = text.strip_suffix('\n').expect("a whole line").parse();

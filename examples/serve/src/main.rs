@@ -1,9 +1,11 @@
 //! Runs any program that takes its listeners from `LISTEN_FDS` as a pool of processes.
 //!
 //! `cluster-serve --help` lists the options. `options` reads them, `accounts` finds users and
-//! groups, `log` writes the log, and `pid_file` keeps the process id of the master in a file.
+//! groups, `listeners` opens the listeners, `log` writes the log, and `pid_file` keeps the process id
+//! of the master in a file.
 
 mod accounts;
+mod listeners;
 mod log;
 mod options;
 mod pid_file;
@@ -13,10 +15,7 @@ use std::env;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -24,8 +23,9 @@ use std::time::Duration;
 
 use cluster::pool::{FailureCause, Pool, PoolEvent, Status, StatusAddress};
 use cluster::systemd::{self, ListenFd};
-use cluster::{LogWriter, Master, MasterListener, Role, SchedulingPolicy, Settings, Signal};
+use cluster::{LogWriter, Master, Role, SchedulingPolicy, Settings, Signal};
 
+use crate::listeners::{Listeners, without_stale_socket};
 use crate::log::{Level, Log};
 use crate::options::{Options, Request, USAGE};
 use crate::pid_file::PidFile;
@@ -95,8 +95,8 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
     master.set_scheduling_policy(SchedulingPolicy::Shared)?;
     let pool = Pool::new(&master, options.pool);
     pool.adopt(&master, passed)?;
-    // Keep these listeners open, so that clients wait in the backlogs while no process runs.
-    let (listeners, fds) = listen(&master, &options.listen, log)?;
+    let (listeners, fds) = Listeners::open(&master, &options.listen, log)?;
+    let listeners = Rc::new(listeners);
     master.setup_master(settings.listen_fds(fds));
     if let Some(address) = options.status {
         let serve = || pool.serve_status(&master, address.clone());
@@ -108,7 +108,7 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
         log.line(Level::Info, format_args!("serving the status on {address}"));
     }
     let pid_file = Rc::new(PidFile::new(options.pid_file)?);
-    on_events(&pool, log, &pid_file);
+    on_events(&pool, log, &pid_file, &listeners);
     let errors = Rc::clone(log);
     master.on_error(move |_, worker, error| match worker {
         Some(worker) => {
@@ -119,6 +119,17 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
         }
         None => errors.line(Level::Error, error),
     });
+    for signal in [Signal::HUP, Signal::USR2] {
+        // The pool does not handle a signal that was ignored at the start either.
+        if !master.is_signal_ignored(signal) {
+            let (pool, listeners) = (pool.clone(), Rc::clone(&listeners));
+            master.on_signal(signal, move |master, _| {
+                if !pool.status(master).is_reloading {
+                    listeners.record_modes();
+                }
+            })?;
+        }
+    }
     pool.on_default_signals(&master)?;
     // Handle the signal, because a file size limit (RLIMIT_FSIZE) would otherwise end this process
     // when it writes the pid file. With a handler, the write fails with EFBIG.
@@ -137,7 +148,6 @@ fn serve(options: Options, passed: Vec<ListenFd>, log: &Rc<Log>) -> Result<(), B
     let outcome = master.run();
     log.show(String::new());
     pid_file.remove();
-    drop(listeners);
     Ok(outcome?)
 }
 
@@ -210,72 +220,11 @@ fn absolute(path: PathBuf) -> PathBuf {
     directory.map_or_else(|_| path.clone(), |directory| directory.join(&path))
 }
 
-/// Opens a Unix socket. If its path is in use, removes the file of a socket whose process no longer
-/// exists, for example because it was killed, and tries once more.
-fn without_stale_socket<T>(
-    path: &Path,
-    open: impl Fn() -> cluster::Result<T>,
-) -> cluster::Result<T> {
-    let is_in_use = |error: &cluster::Error| {
-        matches!(error, cluster::Error::Listen { reason, .. } | cluster::Error::Io { reason, .. }
-            if reason.kind() == io::ErrorKind::AddrInUse)
-    };
-    match open() {
-        Err(error) if is_in_use(&error) && remove_stale_socket(path) => open(),
-        opened => opened,
-    }
-}
-
-/// Removes the file of a socket on which no process listens. Returns whether it was removed.
-fn remove_stale_socket(path: &Path) -> bool {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
-    // The kernel refuses the connection only if no process has the socket. A datagram socket cannot
-    // connect to a listener, and therefore never waits for space in its backlog (unix(7)).
-    let connect = || UnixDatagram::unbound()?.connect(path);
-    let is_refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    is_socket && connect().is_err_and(is_refused) && fs::remove_file(path).is_ok()
-}
-
-type NamedFds = Vec<(String, OwnedFd)>;
-
-/// Opens the listeners. Returns them, and the descriptors that each program receives: first those
-/// that were passed to this process, then the listeners.
-fn listen(
-    master: &Master,
-    addresses: &[String],
-    log: &Log,
-) -> Result<(Vec<MasterListener>, NamedFds), Box<dyn Error>> {
-    let mut opened = Vec::new();
-    for address in addresses {
-        let listener = match address.contains('/') {
-            true => {
-                let path = Path::new(address);
-                without_stale_socket(path, || master.listen(path))?
-            }
-            false => master.listen(address.as_str())?,
-        };
-        log.line(
-            Level::Info,
-            format_args!("listening on {}", listener.address()),
-        );
-        opened.push(listener);
-    }
-    let passed = master.retain_all().into_iter();
-    let passed = passed.filter(|listener| !listener.is_requested());
-    let mut fds = NamedFds::new();
-    for listener in passed {
-        fds.push((listener.name(), listener.as_fd().try_clone_to_owned()?));
-    }
-    for listener in &opened {
-        fds.push(("listen".to_owned(), listener.as_fd().try_clone_to_owned()?));
-    }
-    Ok((opened, fds))
-}
-
-/// Logs the pool's events and keeps the pid file. Gives up at once if a fork fails before any
-/// program has become ready.
-fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
+/// Logs the pool's events, and keeps the pid file and the listeners. Gives up at once if a fork fails
+/// before any program has become ready.
+fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>, listeners: &Rc<Listeners>) {
     let (log, pid_file) = (Rc::clone(log), Rc::clone(pid_file));
+    let listeners = Rc::clone(listeners);
     let has_started = Cell::new(false);
     pool.on_event(move |pool, master, event| {
         log.line(level(event), event);
@@ -290,6 +239,20 @@ fn on_events(pool: &Pool, log: &Rc<Log>, pid_file: &Rc<PidFile>) {
                 master.give_up(failure.clone());
                 pool.stop_at_once(master);
             }
+        }
+        if matches!(event, PoolEvent::Reloaded { .. }) {
+            listeners.record_modes();
+        }
+        let has_failed = matches!(
+            event,
+            PoolEvent::ReloadFailed { .. } | PoolEvent::UpgradeFailed { .. }
+        );
+        if has_failed && listeners.restore_modes() {
+            let text = "the new release had changed the mode of a listener (O_NONBLOCK)";
+            log.line(Level::Warning, text);
+        }
+        if pool.is_stopping() && pool.status(master).stop_in.is_none() {
+            listeners.close(master);
         }
         if *event == PoolEvent::QuorumReached {
             if let Err(error) = pid_file.write() {

@@ -7,11 +7,13 @@ use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 /// Maximum number of names that are tried for a new file.
 const NAMES_MAX: u32 = 100;
@@ -20,11 +22,15 @@ const NAMES_MAX: u32 = 100;
 #[derive(Debug)]
 pub(crate) struct PidFile {
     path: Option<PathBuf>,
-    /// The file that this process has written, with its lock.
-    written: RefCell<Option<File>>,
+    /// The lock of the file that this process has written.
+    lock: RefCell<Option<Flock<File>>>,
 }
 
 impl PidFile {
+    /// Checks that a pid file can be written to the path.
+    ///
+    /// # Errors
+    ///
     /// Returns an error if the file's directory cannot be entered, if another instance uses the file,
     /// or if the path is that of a file that must not be replaced, such as /dev/null.
     pub(crate) fn new(path: Option<PathBuf>) -> Result<Self, String> {
@@ -39,7 +45,7 @@ impl PidFile {
         }
         Ok(Self {
             path,
-            written: RefCell::default(),
+            lock: RefCell::default(),
         })
     }
 
@@ -50,9 +56,9 @@ impl PidFile {
             return Ok(());
         };
         let replaced = check_replaceable(path).and_then(|()| replace(path));
-        let file = replaced
+        let lock = replaced
             .map_err(|error| format!("cannot write --pid-file {}: {error}", path.display()))?;
-        *self.written.borrow_mut() = Some(file);
+        self.lock.replace(lock);
         Ok(())
     }
 
@@ -70,11 +76,11 @@ impl PidFile {
     }
 }
 
-/// Replaces the file by a new one with this process's id, and returns the new file.
+/// Replaces the file by a new one with this process's id. Returns the lock of the new file.
 ///
 /// The directory may belong to another user, and the name of the new file is predictable. The file is
 /// therefore created, and a file or link with this name is neither opened nor removed.
-fn replace(path: &Path) -> io::Result<File> {
+fn replace(path: &Path) -> io::Result<Option<Flock<File>>> {
     for number in 0..NAMES_MAX {
         let mut new = OsString::from(path);
         new.push(format!(".{}.{number}", process::id()));
@@ -87,32 +93,23 @@ fn replace(path: &Path) -> io::Result<File> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             Err(error) => Err(error),
             Ok(mut file) => {
-                // Some file systems have no locks. The file is then written without one.
-                let _ = lock(&file, libc::LOCK_EX);
-                writeln!(file, "{}", process::id())
+                let written = writeln!(file, "{}", process::id());
+                // Some file systems have no locks. The file is then used without one.
+                let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok();
+                written
                     .and_then(|()| fs::rename(&new, path))
                     .inspect_err(|_| drop(fs::remove_file(&new)))?;
-                Ok(file)
+                Ok(lock)
             }
         };
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
 
-/// Locks the file unless another process has locked it. `mode` is `LOCK_SH` or `LOCK_EX`.
-fn lock(file: &File, mode: libc::c_int) -> io::Result<()> {
-    #[allow(unsafe_code)]
-    // SAFETY: flock accesses no memory of this process.
-    match unsafe { libc::flock(file.as_raw_fd(), mode | libc::LOCK_NB) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Returns whether another process has locked the file.
 fn is_locked(path: &Path) -> io::Result<bool> {
-    let locked = lock(&File::open(path)?, libc::LOCK_SH);
-    Ok(locked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+    let locked = Flock::lock(File::open(path)?, FlockArg::LockSharedNonblock);
+    Ok(matches!(locked, Err((_, Errno::EWOULDBLOCK))))
 }
 
 /// Returns an error if the file is a device, a socket or a pipe, has other content than a process
