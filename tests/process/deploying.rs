@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use libtest_mimic::{Failed, Trial};
@@ -111,7 +110,7 @@ fn units() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Returns the unit `app.service` with the lines for `cluster-serve` in place of its own.
+/// Returns the unit `app.service` with the lines for `cluster-serve`.
 fn serve_unit() -> Result<String, Failed> {
     let (_, block) = page("servers").split_once("```ini\n").ok_or("no lines")?;
     let (lines, _) = block.split_once("```").ok_or("no end")?;
@@ -122,8 +121,10 @@ fn serve_unit() -> Result<String, Failed> {
         let own = unit
             .lines()
             .find(|own| own.starts_with(&format!("{setting}=")));
-        let own = own.ok_or(setting)?.to_owned();
-        unit = replace(&unit, 1, &own, line);
+        unit = match own.map(str::to_owned) {
+            Some(own) => replace(&unit, 1, &own, line),
+            None => replace(&unit, 1, "[Service]\n", &format!("[Service]\n{line}\n")),
+        };
     }
     Ok(unit)
 }
@@ -355,12 +356,14 @@ fn init_script() -> Result<(), Failed> {
     let directory = TempDir::new()?;
     let path = |name: &str| directory.path().join(name);
     let (_reserved, address) = reserve_port();
-    let program = example("pool").get_program().to_owned();
-    let program = Path::new(&program).to_str().ok_or("a path in UTF-8")?;
+    let name = "server-with-a-long-name";
+    let program = path(name);
+    symlink(example("pool").get_program(), &program)?;
+    let program = program.to_str().ok_or("a path in UTF-8")?;
     let mut script = file("S50app").to_owned();
     for (old, new) in [
         ("=/usr/bin/app\n", format!("=\"{program} {address}\"\n")),
-        ("NAME=app\n", "NAME=pool\n".to_owned()),
+        ("NAME=app\n", format!("NAME={name}\n")),
         ("=/run/app.pid\n", format!("={}\n", path("pid").display())),
         (
             "=/var/log/app.log\n",
