@@ -195,8 +195,9 @@ accessors! {
     get_back_off_cap: Duration;
 
     /// Sets how long a worker must stay ready before its slot's back-off is reset. If the worker
-    /// fails after that time, the pool treats the failure as the slot's first. The default is 10 s.
-    /// See [`PoolOptions`] for an example.
+    /// fails after that time, the pool treats the failure as the slot's first. During a reload, a new
+    /// worker that fails before that time also fails the reload ([`Pool::reload`](super::Pool::reload)).
+    /// The default is 10 s. See [`PoolOptions`] for an example.
     back_off_reset,
     /// Returns how long a worker must stay ready before its slot's back-off is reset. See
     /// [`PoolOptions`] for an example.

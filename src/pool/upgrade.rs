@@ -77,10 +77,10 @@ impl Pool {
     /// until the old master has exited and all workers are ready. With
     /// [`Readiness::Online`](super::Readiness::Online) or
     /// [`Readiness::Alive`](super::Readiness::Alive), the pool also waits until each worker that has
-    /// called [`init`](cluster::init()) listens. It then closes each socket whose address neither a worker nor
-    /// [`listen`](Self::listen) has requested. The kernel resets the clients in the socket's
-    /// backlog, and the file of a Unix socket is removed. If a worker requests the address later,
-    /// the master opens a new socket. Sockets that systemd has passed stay open.
+    /// called [`init`](cluster::init()) listens. It then closes each socket whose address neither a
+    /// worker nor [`listen`](Self::listen) has requested. The kernel resets the clients in the
+    /// socket's backlog, and the file of a Unix socket is removed. If a worker requests the address
+    /// later, the master opens a new socket. Sockets that systemd has passed stay open.
     ///
     /// If the old pool was [scaled](Self::scale) to a number of slots other than its
     /// [`PoolOptions::workers`](super::PoolOptions::workers), this pool receives the same number of
