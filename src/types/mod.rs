@@ -4,6 +4,7 @@
 
 pub(crate) mod address;
 pub(crate) mod connection_id;
+pub(crate) mod credentials;
 pub(crate) mod endpoint;
 pub(crate) mod errno;
 pub(crate) mod fork_step;

@@ -86,6 +86,7 @@ mod sticky;
 mod systemd;
 mod threads;
 mod usage;
+mod users;
 mod watchdog;
 mod without_exec;
 
@@ -128,6 +129,7 @@ fn main() -> ExitCode {
         groups::SCENARIOS,
         inherited::SCENARIOS,
         privileges::SCENARIOS,
+        users::SCENARIOS,
         program_path::SCENARIOS,
         own_user::SCENARIOS,
         sharded::SCENARIOS,

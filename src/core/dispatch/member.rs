@@ -135,7 +135,7 @@ impl Member {
         }
     }
 
-    fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.is_available() && self.load() == 0
     }
 

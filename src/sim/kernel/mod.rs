@@ -27,6 +27,7 @@ use crate::core::event::{EmittedEvent, Event};
 use crate::core::master::{HandOff, MasterCore};
 use crate::sys::fd::NoLingerFd;
 use crate::types::connection_id::ConnectionId;
+use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
@@ -320,7 +321,12 @@ impl World {
     // Process lifecycle.
 
     pub(crate) fn fork(&mut self) -> WorkerId {
-        let worker = self.add_worker(None);
+        self.fork_as(0)
+    }
+
+    /// Forks a worker of a user.
+    pub(crate) fn fork_as(&mut self, uid: u32) -> WorkerId {
+        let worker = self.add_worker(None, uid);
         // Collect the worker's first action, which sends an `Online` frame.
         self.gather_from_worker(worker);
         worker
@@ -328,14 +334,14 @@ impl World {
 
     /// Forks a raw worker. The driver writes the worker's bytes.
     pub(crate) fn fork_raw(&mut self) -> WorkerId {
-        self.add_worker(Some(Inbox::default()))
+        self.add_worker(Some(Inbox::default()), 0)
     }
 
-    fn add_worker(&mut self, inbox: Option<Inbox>) -> WorkerId {
+    fn add_worker(&mut self, inbox: Option<Inbox>, uid: u32) -> WorkerId {
         let id = self.master.next_worker_id().expect("a free number");
-        self.processes.insert(id, Process::new(inbox));
+        self.processes.insert(id, Process::new(inbox, uid));
         self.referenced.insert(id);
-        self.report(|core| core.forked(id));
+        self.report(|core| core.forked(id, Credentials { uid, gid: 0 }));
         id
     }
 

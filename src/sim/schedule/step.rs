@@ -162,7 +162,7 @@ impl Step {
 }
 
 fn random_call(rng: &mut Rng) -> StepKind {
-    let call = match rng.u8(0..46) {
+    let call = match rng.u8(0..48) {
         0..=11 => Call::Fork,
         12..=19 => Call::Send,
         20..=21 => Call::Disconnect,
@@ -182,6 +182,7 @@ fn random_call(rng: &mut Rng) -> StepKind {
         42 => Call::Unref,
         43 => Call::PassParked,
         44 => Call::EndSuccessor,
+        45..=46 => Call::ForkAs,
         _ => return StepKind::CallInCallback(Call::Fork),
     };
     if rng.bool() {

@@ -21,6 +21,8 @@ const MAX_DETACHED: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Fork,
+    /// Forks a worker of another user.
+    ForkAs,
     /// Starts a detached process.
     Detach,
     /// Makes `run` wait until a process exits.
@@ -60,9 +62,9 @@ impl World {
         let within = Time::from_millis(u64::from(n) * 4);
         let by = |deadline: Option<Time>, now: Time| earlier(deadline, Some(now + within));
         match (call, process) {
-            (Call::Fork, _) => {
+            (Call::Fork | Call::ForkAs, _) => {
                 if self.processes.values().filter(|p| p.is_alive()).count() < MAX_WORKERS {
-                    self.fork();
+                    self.fork_as(u32::from(call == Call::ForkAs));
                 }
             }
             (Call::Detach, _) => {

@@ -25,6 +25,7 @@ mod tests;
 use super::{Entry, HandOff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
+use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 
 /// The master that keeps connections until their clients send something.
@@ -95,12 +96,19 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Passes a connection of which the master has no copy.
-    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, times_parked: u32) {
+    pub(super) fn pass_new(
+        &mut self,
+        handle: HandleId,
+        connection: C,
+        times_parked: u32,
+        parked_by: Option<Credentials>,
+    ) {
         let is_full = self.parked.len() >= self.parked.limit;
         let entry = Entry {
             handle,
             state: State::Passing,
             times_parked,
+            parked_by,
         };
         let id = (!is_full).then(|| self.parked.insert(entry)).flatten();
         let Some(id) = id else {
@@ -187,9 +195,14 @@ impl<C, F> MasterCore<C, F> {
         times_parked: u32,
     ) {
         self.ledger.parked += 1;
-        match handle {
-            Some(handle) => self.give_or_hold(handle, None, connection, times_parked),
-            None => self.ledger.idle_closed += 1,
+        let Some(handle) = handle else {
+            self.ledger.idle_closed += 1;
+            return;
+        };
+        let listener = self.listeners.get(&handle);
+        match listener.is_some_and(|own| !own.master_accepts()) {
+            true => self.give(handle, None, HandOff::New(connection), times_parked, None),
+            false => self.hold(handle, connection, times_parked, None),
         }
     }
 
