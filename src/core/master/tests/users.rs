@@ -102,6 +102,23 @@ fn reclaimed_connection_waits_for_a_worker_of_the_same_user() {
 }
 
 #[test]
+fn connection_for_a_busy_worker_stays_in_the_master_while_a_worker_of_another_user_is_idle() {
+    let (mut core, handle, [first, second, _]) = serving_as_two_users();
+    core.disconnect(second);
+    actions(&mut core);
+    let ids = [first, first].map(|worker| park(&mut core, worker, handle));
+    core.data_arrived(ids[0]);
+    assert_eq!(dispatched(&mut core).len(), 1);
+    core.data_arrived(ids[1]);
+    // In the worker's queue, the connection could be reclaimed for the idle worker again and again.
+    assert!(dispatched(&mut core).is_empty());
+    check(&core);
+    report_idle(&mut core, first, handle, 1);
+    assert_eq!(dispatched(&mut core)[0].0, first);
+    check(&core);
+}
+
+#[test]
 fn idle_connections_close_when_the_last_worker_of_their_user_disconnects() {
     let (mut core, handle, [first, second, other]) = serving_as_two_users();
     let ids = [first, second, other].map(|worker| park(&mut core, worker, handle));
