@@ -1,38 +1,20 @@
-//! The master's loop: timers, the application's descriptors, and the delivery of events.
+//! The master's loop: timers, the application's descriptors, and the workers' channels and exits.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
 use crate::error::{Error, Result, WatchError};
 use crate::master::Master;
 use crate::master::shell::{Processed, WorkerIo};
-use crate::master::worker_process::WorkerProcess;
 use crate::runtime::event_loop::{LoopId, WatchId};
-use crate::runtime::log::{AttachedLogs, LogWriter};
 use crate::runtime::timers::TimerId;
 use crate::runtime::token::Token;
 use crate::sys;
-use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::{Interest, Ready, ReadyList};
 use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::message::Message;
-use crate::wire::receipts::Receipt;
 
-/// Delay before the next write to a log whose target was reported as writable but accepted no
-/// bytes, such as a terminal with less space than one line feed needs.
-///
-/// With a much shorter delay, the loop would nearly spin. A longer delay holds the lines back
-/// longer.
-const LOG_BACK_OFF: Duration = Duration::from_millis(100);
-
-/// Maximum number of events per call of `settle`. The remaining events wait for a later call.
-///
-/// Without a limit, an `error` callback that causes another error each time would block the loop
-/// forever. A lower limit costs more polls in a burst of events.
-const EVENTS_PER_ITERATION: u32 = 1024;
 /// Maximum number of reads from an exited worker's channel before the worker is reaped.
 ///
 /// A full socket buffer usually needs fewer reads. The limit ends the reads if a process continues
@@ -401,195 +383,6 @@ impl AsFd for Master {
     }
 }
 
-// Delivering events.
-impl Master {
-    /// Carries out the core's decisions, and calls the application's scheduler if connections wait
-    /// for it.
-    fn act(&self) {
-        self.shell.act();
-        if self.shell.core.borrow().has_unscheduled() {
-            self.schedule();
-        }
-    }
-
-    /// Lets the application's scheduler choose a worker for each accepted connection that waits for
-    /// this choice.
-    fn schedule(&self) {
-        loop {
-            // Clone the reference, because the scheduler may replace itself with another one during
-            // the call.
-            let scheduler = self.scheduler.borrow().clone();
-            let Some(scheduler) = scheduler else {
-                return;
-            };
-            let core = self.shell.core.borrow();
-            let Some((handle, sequence, connection)) = core.unscheduled() else {
-                return;
-            };
-            let peer = self.shell.peer_addr(connection);
-            let mut candidates = core.candidates(handle);
-            self.shell.add_held(&mut candidates);
-            drop(core);
-            // If the scheduler is already running, it cannot be called again. The connection then
-            // goes to the next worker by round robin.
-            let chosen = scheduler.try_borrow_mut();
-            let chosen = chosen.ok().and_then(|mut choose| choose(peer, &candidates));
-            self.shell
-                .core
-                .borrow_mut()
-                .choose(handle, sequence, chosen);
-            self.shell.act();
-        }
-    }
-
-    /// Carries out the core's decisions and delivers events until none is left, or until
-    /// `EVENTS_PER_ITERATION` events have been delivered.
-    fn settle(&self) {
-        self.act();
-        for _ in 0..EVENTS_PER_ITERATION {
-            if self.event_loop.check_own().is_err() {
-                break;
-            }
-            let pending = &self.callbacks.all_disconnected_pending;
-            let next = pending.borrow_mut().pop_front();
-            if let Some(id) = next {
-                self.callbacks.all_disconnected.call(id, |f| f(self));
-                self.act();
-                continue;
-            }
-            self.deliver_receipts();
-            let emit = self.shell.core.borrow_mut().next_event();
-            let Some(emit) = emit else {
-                break;
-            };
-            self.deliver(emit);
-            self.act();
-        }
-    }
-
-    /// Reports the messages that have been written or lost. Receipts that arise in the meantime
-    /// wait for the next call, because they could otherwise delay events forever.
-    fn deliver_receipts(&self) {
-        for _ in 0..self.shell.count_receipts() {
-            if let Some((worker, receipt)) = self.shell.next_receipt() {
-                self.deliver_receipt(worker, receipt);
-                self.shell.act();
-            }
-        }
-    }
-
-    fn deliver_receipt(&self, worker: WorkerId, receipt: Receipt) {
-        let found = self.find(worker);
-        let callback = found.and_then(|worker| worker.callbacks().receipts.take(receipt.id));
-        if let Some(callback) = callback {
-            callback(self, receipt.outcome(Some(worker)));
-        }
-    }
-
-    fn deliver(&self, emit: EmittedEvent<Vec<NoLingerFd>>) {
-        let worker = emit.worker.and_then(|id| self.find(id));
-        match (emit.event, worker) {
-            (Event::Setup, _) => {
-                let settings = self.settings();
-                self.callbacks.setup.each(|f| f(self, &settings));
-            }
-            (Event::Disconnected, _) => {
-                let ids = self.callbacks.all_disconnected.ids();
-                let pending = &self.callbacks.all_disconnected_pending;
-                pending.borrow_mut().extend(ids);
-            }
-            (Event::Error(error), worker) => {
-                self.deliver_error(emit.level, worker.as_ref(), &error)
-            }
-            (event, Some(worker)) => self.deliver_worker_event(emit.level, &worker, event),
-            (_, None) => {}
-        }
-    }
-
-    fn deliver_error(&self, level: Level, worker: Option<&WorkerProcess>, error: &Error) {
-        let callbacks = match (level, worker) {
-            (Level::Cluster, _) => &self.callbacks.workers,
-            (Level::Worker, Some(worker)) => worker.callbacks(),
-            (Level::Worker, None) => return,
-        };
-        callbacks.error.each(|f| f(self, worker, error));
-    }
-
-    fn deliver_worker_event(
-        &self,
-        level: Level,
-        worker: &WorkerProcess,
-        event: Event<Vec<NoLingerFd>>,
-    ) {
-        let callbacks = match level {
-            Level::Worker => worker.callbacks(),
-            Level::Cluster => &self.callbacks.workers,
-        };
-        match event {
-            Event::Fork => self.callbacks.fork.each(|f| f(self, worker)),
-            Event::Online => {
-                if level == Level::Cluster {
-                    self.log(format_args!("Worker {} online", worker.process().id()));
-                }
-                callbacks.online.each(|f| f(self, worker));
-            }
-            Event::Listening(address) => {
-                callbacks.listening.each(|f| f(self, worker, &address));
-            }
-            Event::Message { bytes, fds } => {
-                let message = Message::new(bytes, fds);
-                if let Some(untaken) = message.unclaimed_fds() {
-                    *self.shell.delivering_fds.borrow_mut() = std::rc::Rc::downgrade(untaken);
-                }
-                callbacks.message.each(|f| f(self, worker, &message));
-                let own = &worker.callbacks().message;
-                own.each(|f| f(self, worker, &message));
-            }
-            Event::Disconnect => callbacks.disconnect.each(|f| f(self, worker)),
-            Event::Exit(exit_report) => {
-                worker.set_exit_report(exit_report);
-                callbacks.exit.each(|f| f(self, worker, exit_report.status));
-                if level == Level::Cluster {
-                    self.forget(worker);
-                }
-            }
-            Event::DetachedExit(status) => {
-                let exited_after_disconnect = false;
-                worker.set_exit_report(ExitReport {
-                    status,
-                    exited_after_disconnect,
-                });
-                callbacks.exit.each(|f| f(self, worker, status));
-                self.forget(worker);
-            }
-            Event::Error(_) | Event::Setup | Event::Disconnected => {}
-        }
-    }
-
-    /// Removes a process after its last event has been delivered.
-    fn forget(&self, process: &WorkerProcess) {
-        self.shell.forget(process.id());
-        self.worker_callbacks.borrow_mut().remove(&process.id());
-        // Clear the callbacks to break reference cycles, because a callback may own a handle of
-        // this process.
-        process.callbacks().clear();
-    }
-
-    /// Writes a line to standard error if `CLUSTER_DEBUG` is `1`.
-    fn log(&self, event: std::fmt::Arguments<'_>) {
-        if let Some(log) = &self.debug_log {
-            log.line(format_args!("{},Master {event}", std::process::id()));
-        }
-    }
-
-    fn log_ready(&self, number: u32) {
-        if let Some(log) = self.logs.ready(number) {
-            let timer = self.set_timeout(LOG_BACK_OFF, move |_| AttachedLogs::try_again(&log));
-            self.unreference(timer);
-        }
-    }
-}
-
 // Reading channels, and handling exits and signals.
 impl Master {
     fn channel_ready(&self, worker: WorkerId, ready: &Ready) {
@@ -676,26 +469,5 @@ impl Master {
             self.event_loop.call_signal(self, signal);
             self.settle();
         }
-    }
-}
-
-impl LogWriter {
-    /// Lets the master's loop write the waiting lines as soon as the log's target accepts them.
-    ///
-    /// Node has no counterpart.
-    ///
-    /// While no line waits, attaching costs nothing. The master's [`run`](Master::run) returns even
-    /// if lines still wait. If the log is not attached, or after the master has been dropped,
-    /// waiting lines are written together with the next line.
-    ///
-    /// ```no_run
-    /// # fn f(master: &cluster::Master) {
-    /// let log = cluster::LogWriter::stderr().attached_to(master);
-    /// # }
-    /// ```
-    #[must_use]
-    pub fn attached_to(self, master: &Master) -> Self {
-        master.attach_log(&self);
-        self
     }
 }

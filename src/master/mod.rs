@@ -2,16 +2,19 @@
 //!
 //! Decisions belong to `core::master`, and system calls to `sys`. The master's public methods are
 //! spread over several files: `fork` starts workers, `listener` retains sockets, `callbacks` adds
-//! and removes callbacks, `event_loop` runs the loop and delivers events, `orphans` reaps orphans,
-//! `passing` passes idle connections to the next master, and this file has the others.
+//! and removes callbacks, `event_loop` runs the loop, `logs` attaches logs to the loop, and `passing`
+//! passes idle connections to the next master. `delivery` calls the callbacks, `orphans` reaps
+//! orphans, and this file has the other methods.
 //!
 //! `master` and `worker_process` refer to each other, because callbacks receive both handles and
 //! the master makes the workers' handles.
 
 pub(crate) mod callbacks;
+mod delivery;
 mod event_loop;
 mod fork;
 pub(crate) mod listener;
+mod logs;
 mod orphans;
 mod passed_name;
 mod passing;
@@ -192,11 +195,6 @@ impl Master {
             master.attach_log(log);
         }
         Ok(master)
-    }
-
-    /// Lets the loop write the lines that wait in a log.
-    pub(crate) fn attach_log(&self, log: &LogWriter) {
-        self.logs.add(log, self.event_loop.poller());
     }
 
     /// Installs a handler of SIGCHLD, so that the exit of any child wakes up the loop. Also
