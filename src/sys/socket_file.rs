@@ -50,7 +50,7 @@ pub(crate) fn listen(path: &Path, flags: &BindFlags) -> io::Result<(OwnedFd, Soc
         Err(error) if is_too_long(&error) => {
             let current_dir = std::env::current_dir();
             let short = current_dir.map_or_else(|_| path.into(), |dir| shortest(path, &dir));
-            UnixListener::bind(short)
+            UnixListener::bind(short.as_path())
         }
         bound => bound,
     };
@@ -165,23 +165,17 @@ pub(crate) fn absolute(path: &Path) -> io::Result<PathBuf> {
 /// Returns the shorter of `path` and the same path relative to `current_dir`. Both arguments must
 /// be absolute.
 fn shortest(path: &Path, current_dir: &Path) -> PathBuf {
-    let (mut to, mut from) = (path.components(), current_dir.components());
-    let mut rest = (to.clone(), from.clone());
-    while let (Some(a), Some(b)) = (to.next(), from.next()) {
-        if a != b {
-            break;
-        }
-        rest = (to.clone(), from.clone());
-    }
+    let longest_common = current_dir
+        .ancestors()
+        .enumerate()
+        .find_map(|(levels, parent)| Some((levels, path.strip_prefix(parent).ok()?)));
     // Each `..` leads to the parent in the path, because the system reports the current directory
     // without symbolic links.
-    let up = rest.1.map(|_| Component::ParentDir);
-    let relative: PathBuf = up.chain(rest.0).collect();
-    let length = |path: &Path| path.as_os_str().as_bytes().len();
-    if (1..length(path)).contains(&length(&relative)) {
-        relative
-    } else {
-        path.into()
+    let relative = longest_common.map(|(levels, rest)| Path::new(&"../".repeat(levels)).join(rest));
+    let length = |path: &Path| path.as_os_str().len();
+    match relative {
+        Some(relative) if (1..length(path)).contains(&length(&relative)) => relative,
+        _ => path.into(),
     }
 }
 
