@@ -353,9 +353,9 @@ fn program(
         // worker's.
         exec = std::path::absolute(exec)?;
     }
-    let exec_args = settings.get_exec_args().unwrap_or_default().iter().cloned();
-    let args = settings.get_args().unwrap_or_default().iter().cloned();
-    let args = std::iter::once(name).chain(exec_args).chain(args);
+    let mut args = vec![name];
+    args.extend_from_slice(settings.get_exec_args().unwrap_or_default());
+    args.extend_from_slice(settings.get_args().unwrap_or_default());
     let mut program = Program::new(exec.into(), args, env)?;
     apply_cwd_and_ids(&mut program, settings)?;
     Ok(program)

@@ -91,7 +91,7 @@ impl Program {
     /// Returns an error if one of the strings contains a zero byte.
     pub(crate) fn new(
         path: OsString,
-        args: impl IntoIterator<Item = OsString>,
+        args: Vec<OsString>,
         env: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> io::Result<Self> {
         let pair = |(mut name, value): (OsString, OsString)| {
