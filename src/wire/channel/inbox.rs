@@ -12,7 +12,10 @@ use crate::wire::frame::header::{HEADER, Header, MAX_BATCH};
 ///
 /// With a smaller value, a burst of frames takes more system calls. With a larger value, each process
 /// and each inbox keep more memory after a burst.
-pub(crate) const READ_SIZE: usize = 64 << 10;
+///
+/// A buffer of this size fills 16 pages with musl's allocator, which adds 20 bytes. A buffer of 64 KiB
+/// would take 19 pages, and the allocator would write to the last one.
+pub(crate) const READ_SIZE: usize = (64 << 10) - 20;
 /// The maximum number of descriptors that may arrive before their frames.
 ///
 /// A well-behaved peer has at most two batches in flight, because it sends the next batch only when
