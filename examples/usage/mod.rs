@@ -32,19 +32,21 @@ fn fill(values: &mut [String]) -> Result<(), lexopt::Error> {
 /// the usage to standard output, and exits with status 0. For any other error, prints the error and
 /// the usage to standard error, and exits with status 2.
 pub(crate) fn or_exit<T>(source: &str, parsed: Result<T, lexopt::Error>) -> T {
-    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
-    let lines: Vec<_> = lines
-        .map(|line| line.strip_prefix(' ').unwrap_or(line))
-        .collect();
-    let usage = lines.join("\n");
+    let usage = || {
+        let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
+        let lines: Vec<_> = lines
+            .map(|line| line.strip_prefix(' ').unwrap_or(line))
+            .collect();
+        lines.join("\n")
+    };
     match parsed {
         Ok(options) => options,
         Err(lexopt::Error::UnexpectedOption(option)) if option == "--help" || option == "-h" => {
-            LogWriter::stdout().line(usage);
+            LogWriter::stdout().line(usage());
             exit(0)
         }
         Err(error) => {
-            LogWriter::stderr().line(format_args!("{error}\n\n{usage}"));
+            LogWriter::stderr().line(format_args!("{error}\n\n{}", usage()));
             exit(2)
         }
     }
