@@ -50,6 +50,10 @@ pub(super) struct ListenerCallbacks {
     /// The callback for connections beyond the application's limit.
     pub(super) drop: Option<Shared<OnConnection>>,
     pub(super) datagram: Option<Shared<OnDatagram>>,
+    /// Passes connections or datagrams to their callback when the socket is ready. The linker
+    /// removes this function from programs without such callbacks, because nothing else refers to
+    /// it.
+    pub(super) ready: Option<fn(&Worker, ListenerId)>,
 }
 
 /// The methods that add and remove callbacks.
@@ -186,7 +190,10 @@ impl Worker {
 impl Inner {
     /// Passes a listener's connections to `callback` from now on.
     pub(super) fn serve(&self, listener: ListenerId, callback: Shared<OnConnection>) {
-        self.set_callback(listener, |callbacks| callbacks.connection.replace(callback));
+        self.set_callback(listener, |callbacks| {
+            callbacks.ready = Some(Worker::accept_all);
+            callbacks.connection.replace(callback)
+        });
         self.shell.serve(listener);
         self.forget_callbacks(listener);
     }
@@ -199,7 +206,10 @@ impl Inner {
 
     /// Passes a socket's datagrams to `callback` from now on.
     pub(super) fn serve_datagrams(&self, listener: ListenerId, callback: Shared<OnDatagram>) {
-        self.set_callback(listener, |callbacks| callbacks.datagram.replace(callback));
+        self.set_callback(listener, |callbacks| {
+            callbacks.ready = Some(Worker::receive_datagrams);
+            callbacks.datagram.replace(callback)
+        });
         self.shell.serve(listener);
         self.forget_callbacks(listener);
     }

@@ -300,7 +300,7 @@ impl Worker {
                 }
                 Some(Event::ListenerReady(listener)) => {
                     self.inner.shell.update_watch(listener);
-                    self.accept_all(listener);
+                    self.call_ready(listener);
                 }
                 Some(Event::Disconnecting) => self.inner.callbacks.disconnecting.each(|f| f(self)),
                 Some(Event::Disconnect) => self.inner.callbacks.disconnect.each(|f| f(self)),
@@ -358,10 +358,16 @@ impl Worker {
         if socket.is_some_and(|socket| !socket.is_watched()) {
             return;
         }
-        if self.inner.shell.core.borrow().is_datagram(listener) {
-            self.receive_datagrams(listener);
-        } else {
-            self.accept_all(listener);
+        self.call_ready(listener);
+    }
+
+    /// Lets a listener or UDP socket with a callback pass what has arrived to the callback.
+    fn call_ready(&self, listener: ListenerId) {
+        let all = self.inner.listener_callbacks.borrow();
+        let ready = all.get(&listener).and_then(|callbacks| callbacks.ready);
+        drop(all);
+        if let Some(ready) = ready {
+            ready(self, listener);
         }
     }
 
@@ -377,7 +383,7 @@ impl Worker {
 
     /// Accepts up to `ACCEPT_BATCH` waiting connections of a listener with a callback. Parked
     /// connections whose clients have sent something count too.
-    fn accept_all(&self, listener: ListenerId) {
+    pub(super) fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
         for _ in 0..ACCEPT_BATCH {
             // Check each time, because a callback may have removed itself.
@@ -405,7 +411,7 @@ impl Worker {
 
     /// Receives up to `ACCEPT_BATCH` datagrams. If a callback closes the socket or removes itself,
     /// other workers receive the remaining datagrams.
-    fn receive_datagrams(&self, listener: ListenerId) {
+    pub(super) fn receive_datagrams(&self, listener: ListenerId) {
         for _ in 0..ACCEPT_BATCH {
             let all = self.inner.listener_callbacks.borrow();
             let callback = all.get(&listener).and_then(|c| c.datagram.as_ref());
