@@ -27,8 +27,8 @@ fn parse(bytes: &[u8]) -> Head {
         Ok(httparse::Status::Complete(length)) => {
             let ends = |header: &httparse::Header<'_>| match header.name {
                 name if name.eq_ignore_ascii_case("connection") => {
-                    let options = String::from_utf8_lossy(header.value);
-                    options.to_ascii_lowercase().contains("close")
+                    let mut options = header.value.split(|byte| *byte == b',');
+                    options.any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"))
                 }
                 // A request with either header may have a body. This server does not read bodies,
                 // so it cannot find the request that follows a body.
