@@ -29,11 +29,11 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns whether the listener is served, but by no worker that may have the connection.
     pub(super) fn is_foreign(&self, handle: HandleId, parked_by: Option<Credentials>) -> bool {
-        let Some(listener) = self.listeners.get(&handle).filter(|_| parked_by.is_some()) else {
-            return false;
-        };
-        let mut serving = listener.members.serving().peekable();
-        serving.peek().is_some() && !serving.any(|worker| self.may_have(parked_by, worker))
+        let listener = self.listeners.get(&handle);
+        listener.is_some_and(|own| {
+            let mut serving = own.members.serving();
+            own.members.is_served() && !serving.any(|worker| self.may_have(parked_by, worker))
+        })
     }
 
     /// Closes the idle connections of the listener that none of its workers may have any more,
