@@ -168,6 +168,10 @@ impl WorkerShell {
                     core.detach(connection);
                 }
             }
+            // Report with a frame. A trial wrote the report into shared memory instead, where the
+            // master found it when it woke up for another reason. Such a request cost 9 % less CPU
+            // time with 32 clients, but not less with 2: their next requests often came before the
+            // report, or the master was still awake.
             (Some(connection), _) => core.park_again(connection),
             (None, Some(handle)) => {
                 let times_parked = origin.times_parked.saturating_add(1);
