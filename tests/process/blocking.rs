@@ -22,8 +22,8 @@ use nix::unistd::Pid;
 
 use crate::harness::{
     Group, Log, StoppedMaster, answer, answer_pings, cluster, in_background, is_watched, scaled,
-    serve_id, share_listeners, talk, wait_for_state, wait_until_asleep, watched, when_all_wait,
-    when_listening,
+    serve_id, share_listeners, spin, talk, wait_for_state, wait_until_asleep, watched,
+    when_all_wait, when_listening,
 };
 
 crate::scenarios! {
@@ -61,7 +61,7 @@ impl Stress {
             let stop = Arc::clone(&stop);
             std::thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
+                    spin();
                 }
             })
         };

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cluster::{Master, Settings, Signal, Worker, WorkerProcess};
 
 use crate::harness::{
-    Log, cluster, for_both_policies, is_alive, note_events, of, scaled, stop, wait_for_state,
+    Log, cluster, for_both_policies, is_alive, note_events, of, scaled, spin, stop, wait_for_state,
     wait_until_asleep,
 };
 
@@ -69,7 +69,7 @@ fn fork(master: &Master, part: &str) -> WorkerProcess {
 
 fn spin_forever() -> ! {
     loop {
-        std::hint::spin_loop();
+        spin();
     }
 }
 
@@ -489,7 +489,7 @@ fn deadline_starts_at_the_call() {
 fn spin_past_the_deadline() {
     let began = Instant::now();
     while began.elapsed() < soon() * 2 {
-        std::hint::spin_loop();
+        spin();
     }
 }
 

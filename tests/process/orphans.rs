@@ -15,8 +15,8 @@ use nix::unistd::{Pid, pause};
 use tempfile::TempDir;
 
 use crate::harness::{
-    NOBODY, OWN_PROGRAM, cluster, fork_patiently, is_alive, is_watched, scaled, wait_for_state,
-    wait_until, watched,
+    NOBODY, OWN_PROGRAM, cluster, fork_patiently, is_alive, is_watched, scaled, spin,
+    wait_for_state, wait_until, watched,
 };
 
 crate::scenarios! {
@@ -68,7 +68,7 @@ fn kind() -> String {
 
 fn loop_for_ever() -> ! {
     loop {
-        std::hint::spin_loop();
+        spin();
     }
 }
 

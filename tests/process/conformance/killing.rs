@@ -7,7 +7,9 @@ use std::time::Duration;
 use cluster::{Signal, WorkerProcess};
 
 use super::events::Events;
-use crate::harness::{Log, cluster, is_alive, is_watched, run_until_killed, wait_until, watched};
+use crate::harness::{
+    Log, cluster, is_alive, is_watched, run_until_killed, spin, wait_until, watched,
+};
 use crate::scenarios;
 
 scenarios! {
@@ -139,7 +141,7 @@ fn kill_infinite_loop() {
         },
         |_| {
             loop {
-                std::hint::spin_loop();
+                spin();
             }
         },
     );

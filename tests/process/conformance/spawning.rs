@@ -12,7 +12,7 @@ use cluster::{InspectPort, Interest, Master, Role, Sent, Settings, Stdio, Worker
 
 use crate::harness::{
     Log, NOBODY, OWN_PROGRAM, cluster, fork_patiently, is_alive, is_root, note_events,
-    note_messages, wait_until,
+    note_messages, spin, wait_until,
 };
 
 crate::scenarios! {
@@ -505,7 +505,7 @@ fn worker_of_another_user_exits_with_the_master() {
                 .unwrap();
             output.flush().unwrap();
             loop {
-                std::hint::spin_loop();
+                spin();
             }
         }
     }

@@ -19,6 +19,15 @@ pub const NOBODY: u32 = 65534;
 /// Path through which every user can execute this test binary.
 pub const OWN_PROGRAM: &str = "/proc/self/exe";
 
+/// Does nothing. Tests call this function in loops that keep a core busy.
+///
+/// They do not call [`std::hint::spin_loop`], because it executes `pause` on x86-64. An emulator with
+/// one core interrupts its translated code at each `pause`, and needs 16 times as long for one second
+/// of its clock.
+pub fn spin() {
+    std::hint::black_box(());
+}
+
 /// Waits until `/proc/PID/stat` contains `state`, for example `") T "` for a stopped process.
 pub fn wait_for_state(pid: u32, state: &str) {
     let stat = format!("/proc/{pid}/stat");

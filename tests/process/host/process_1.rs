@@ -13,7 +13,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 use super::{is_process_1, output_of, panic_on_errors, run_to_completion, start_as_process_1};
-use crate::harness::{Log, SIGNALS, cluster, note_events, of, run_until_killed, scaled};
+use crate::harness::{Log, SIGNALS, cluster, note_events, of, run_until_killed, scaled, spin};
 
 crate::scenarios! {
     process_1_can_be_a_master: PID_NAMESPACE
@@ -124,7 +124,7 @@ fn workers_exit_with_a_master_that_is_process_1() {
             println!("ready");
             match std::env::var("PART").unwrap().as_str() {
                 "looping" => loop {
-                    std::hint::spin_loop();
+                    spin();
                 },
                 "stopped" => raise(Number::SIGSTOP).unwrap(),
                 _ => {}

@@ -5,7 +5,7 @@ use std::time::Duration;
 use cluster::pool::{FailureCause, HEARTBEAT, Pool, PoolEvent, READY, Readiness, SLOT};
 
 use super::{MS, note, quick, serve_slot};
-use crate::harness::{Log, cluster};
+use crate::harness::{Log, cluster, spin};
 
 crate::scenarios! {
     worker_that_is_never_ready_is_killed
@@ -53,7 +53,7 @@ fn worker_without_heartbeat_is_killed() {
             let listener = worker.listen("127.0.0.1:0").unwrap();
             if std::env::var(SLOT).unwrap() == "1" {
                 loop {
-                    std::hint::spin_loop();
+                    spin();
                 }
             }
             listener.incoming().for_each(drop);

@@ -8,7 +8,7 @@ use cluster::{Master, Settings, Signal};
 use nix::sys::signal::{SigHandler, signal};
 
 use super::{cluster_without_exec, set_main};
-use crate::harness::{Log, cluster, note_events, of};
+use crate::harness::{Log, cluster, note_events, of, spin};
 
 crate::scenarios! {
     return_value_of_a_copy_is_its_exit_code
@@ -109,7 +109,7 @@ fn use_cpu_time(time: Duration) {
     let own = || Duration::from(nix::time::clock_gettime(clock).unwrap());
     let begun = own();
     while own() < begun + time {
-        std::hint::spin_loop();
+        spin();
     }
 }
 
