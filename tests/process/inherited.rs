@@ -118,7 +118,8 @@ fn workers_ignore_signals_that_were_ignored_at_the_start() {
 fn program_ignores_signals() {
     SIGNALS.store(true, Ordering::SeqCst);
     let file = tempfile::NamedTempFile::new().unwrap();
-    let script = format!("cat /proc/self/status > {}", file.path().display());
+    // The script replaces the shell, because BusyBox's shell ignores SIGQUIT.
+    let script = format!("exec cat /proc/self/status > {}", file.path().display());
     cluster(
         |master| {
             // The application ignores this signal itself, after the start. The worker must not
