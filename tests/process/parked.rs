@@ -101,6 +101,11 @@ impl Client {
     /// requests.
     pub fn ask(&mut self, request: u8) -> (u32, u64) {
         self.send(request);
+        self.answer()
+    }
+
+    /// Returns the id of the worker that answers, and the connection's number of requests.
+    pub fn answer(&mut self) -> (u32, u64) {
         let line = self.line();
         let (id, requests) = line.split_once(' ').expect("an answer");
         (id.parse().unwrap(), requests.parse().unwrap())

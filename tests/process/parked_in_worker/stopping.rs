@@ -36,8 +36,14 @@ fn ask_busy_workers(address: SocketAddr) -> Clients {
     let mut all = Vec::new();
     let count = |all: &[(u32, Client)], id| all.iter().filter(|(own, _)| *own == id).count();
     while (1..=WORKERS).any(|id| count(&all, id) < 3) {
-        let mut client = Client::connect(address);
-        all.push((client.ask(PARK).0, client));
+        // Connect a client for each worker before any of them sends a request. A worker waits for the
+        // request of its client, so the kernel gives the next connection to another worker.
+        let connect = |_| Client::connect(address);
+        let mut clients: Vec<_> = (0..WORKERS).map(connect).collect();
+        clients.iter_mut().for_each(|client| client.send(PARK));
+        for mut client in clients {
+            all.push((client.answer().0, client));
+        }
     }
     let busy = (1..=WORKERS).map(|id| {
         let index = all.iter().position(|(own, _)| *own == id).unwrap();
