@@ -39,17 +39,20 @@ fn with_two_users(master: &Master, then: impl FnOnce(&Master, SocketAddr) + 'sta
 /// the master's user first.
 fn clients_of_both_users(address: SocketAddr) -> [Client; 2] {
     let (mut own, mut nobodys) = (None, None);
-    loop {
-        let mut client = Client::connect(address);
-        match client.ask(PARK) {
-            (NOBODYS, 1) => nobodys = Some(client),
-            (_, 1) => own = Some(client),
-            other => panic!("{other:?}"),
-        }
-        if let (Some(_), Some(_)) = (&own, &nobodys) {
-            return [own, nobodys].map(Option::unwrap);
+    while own.is_none() || nobodys.is_none() {
+        // Connect a client for each worker before any of them sends a request. A worker waits for the
+        // request of its client, so the kernel gives the next connection to another worker.
+        let mut clients: Vec<_> = (1..=3).map(|_| Client::connect(address)).collect();
+        clients.iter_mut().for_each(|client| client.send(PARK));
+        for mut client in clients {
+            match client.answer() {
+                (NOBODYS, 1) => nobodys = Some(client),
+                (_, 1) => own = Some(client),
+                other => panic!("{other:?}"),
+            }
         }
     }
+    [own, nobodys].map(Option::unwrap)
 }
 
 fn parked_connection_returns_only_to_workers_of_the_same_user() {
