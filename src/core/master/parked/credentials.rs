@@ -1,10 +1,10 @@
 //! The workers that may receive a connection that other workers have parked.
 //!
 //! A worker can keep a copy of every connection that it has had, and can read the client's next
-//! requests with it. A parked connection therefore goes only to workers with the user and the group
-//! of those that have parked it. Once none of these workers serves the listener and others do, the
-//! idle connections close. Without this rule, a worker could read requests that are meant for
-//! another user's worker.
+//! requests with it. Therefore, a connection that a worker has parked goes only to workers with that
+//! worker's user and group. Once none of these workers serves the listener and others do, the idle
+//! connections close. Without this rule, a worker could read requests that are meant for another
+//! user's worker.
 //!
 //! The dispatcher does not know the rule, because nearly all masters have workers of one user only.
 //! If it chooses a worker that may not have the connection, the connection is assigned to another

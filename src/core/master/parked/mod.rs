@@ -280,16 +280,25 @@ impl<C, F> MasterCore<C, F> {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
         self.ledger.parked += 1;
-        let parked_by = self.credentials(worker);
-        match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(
-                handle,
-                Some(worker),
-                HandOff::New(connection),
-                times_parked,
-                parked_by,
-            ),
-            false => self.hold(handle, connection, times_parked, parked_by),
+        self.give_or_hold(handle, Some(worker), connection, times_parked);
+    }
+
+    /// Gives an idle connection to a worker other than `from`, which has parked it, if the listener's
+    /// workers hold idle connections. Otherwise holds the connection.
+    fn give_or_hold(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        connection: C,
+        times_parked: u32,
+    ) {
+        let parked_by = from.and_then(|worker| self.credentials(worker));
+        let listener = self.listeners.get(&handle);
+        if listener.is_some_and(|own| !own.master_accepts()) {
+            let connection = HandOff::New(connection);
+            self.give(handle, from, connection, times_parked, parked_by);
+        } else {
+            self.hold(handle, connection, times_parked, parked_by);
         }
     }
 

@@ -195,14 +195,9 @@ impl<C, F> MasterCore<C, F> {
         times_parked: u32,
     ) {
         self.ledger.parked += 1;
-        let Some(handle) = handle else {
-            self.ledger.idle_closed += 1;
-            return;
-        };
-        let listener = self.listeners.get(&handle);
-        match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, None, HandOff::New(connection), times_parked, None),
-            false => self.hold(handle, connection, times_parked, None),
+        match handle {
+            Some(handle) => self.give_or_hold(handle, None, connection, times_parked),
+            None => self.ledger.idle_closed += 1,
         }
     }
 
