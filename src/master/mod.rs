@@ -520,9 +520,7 @@ impl Master {
     /// of the listening workers in the order of their ids. A connection waits for the chosen
     /// worker, even if that worker is busy. If the worker exits before it receives the connection,
     /// the closure is called again. If the closure returns `None` or a worker that is not in the
-    /// list, the connection goes to the next worker by round robin. A parked connection goes only to
-    /// workers of [the user that has parked it](crate::guide::limits#what-the-master-holds-for-one-worker), whatever
-    /// the closure returns.
+    /// list, the connection goes to the next worker by round robin.
     ///
     /// The master accepts at most 16 connections ahead of time for each worker. The method can be
     /// called at any time; a second closure replaces the first. The closure has an effect only with

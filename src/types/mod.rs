@@ -4,7 +4,6 @@
 
 pub(crate) mod address;
 pub(crate) mod connection_id;
-pub(crate) mod credentials;
 pub(crate) mod endpoint;
 pub(crate) mod errno;
 pub(crate) mod fork_step;

@@ -43,6 +43,11 @@ impl<V> SortedQueue<V> {
         self.0.get(index).map(|(_, value)| value)
     }
 
+    pub(crate) fn get_mut(&mut self, number: u64) -> Option<&mut V> {
+        let index = self.search(number).ok()?;
+        self.0.get_mut(index).map(|(_, value)| value)
+    }
+
     /// Adds an entry. Replaces the value if the number has one.
     pub(crate) fn insert(&mut self, number: u64, value: V) {
         match self.search(number) {
@@ -97,6 +102,7 @@ mod tests {
                     model.insert(number, value);
                 }
                 prop_assert_eq!(queue.get(number), model.get(&number));
+                prop_assert_eq!(queue.get_mut(number), model.get_mut(&number));
                 prop_assert_eq!((queue.len(), queue.is_empty()), (model.len(), model.is_empty()));
                 prop_assert!(queue.iter().eq(model.iter().map(|(number, value)| (*number, value))));
                 let after = model.range((Bound::Excluded(number), Bound::Unbounded));

@@ -86,7 +86,6 @@ mod sticky;
 mod systemd;
 mod threads;
 mod usage;
-mod users;
 mod watchdog;
 mod without_exec;
 
@@ -129,7 +128,6 @@ fn main() -> ExitCode {
         groups::SCENARIOS,
         inherited::SCENARIOS,
         privileges::SCENARIOS,
-        users::SCENARIOS,
         program_path::SCENARIOS,
         own_user::SCENARIOS,
         sharded::SCENARIOS,

@@ -135,7 +135,7 @@ impl Member {
         }
     }
 
-    pub(super) fn is_idle(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.is_available() && self.load() == 0
     }
 

@@ -35,9 +35,8 @@
 //! first is next. A parked connection enters again each time its client sends something. A reclaimed
 //! connection keeps its position.
 //!
-//! 1. A connection that is assigned to a worker, usually by the scheduler, waits for that worker.
-//!    The worker must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its
-//!    queue. Without a scheduler, the worker must be idle.
+//! 1. A connection that the scheduler has assigned to a worker waits for that worker. The worker
+//!    must be idle, busy or slow, and have fewer than `MAX_WINDOW` connections in its queue.
 //! 2. If any worker is idle, the connection goes to an idle worker. Prompt workers come before
 //!    stalled ones. Idle workers take strict turns, so the worker whose last dispatch is the oldest
 //!    is next. Fairness (see its section) can pass the turn to a busy worker.
@@ -45,10 +44,6 @@
 //!    whose window has space. Only the `BUSY_WORKERS_CHECKED` workers with the lowest loads are
 //!    checked. Workers whose penalty has not ended are left out.
 //! 4. If no rule applies, the connection waits.
-//!
-//! Without a scheduler, a connection is assigned only if it may not go to every worker (see
-//! `core/master/parked/credentials`). It waits until its worker is idle, because it would otherwise
-//! be reclaimed for an idle worker that may not receive it, and be assigned again, without end.
 //!
 //! If the application has a scheduler, the dispatcher skips rule 3 and fairness. The reason is that
 //! connections are not reclaimed then, so none may be queued behind a slow request unless the
@@ -386,20 +381,17 @@ impl<C> Dispatcher<C> {
     }
 
     /// Stops dispatching to `worker` permanently. The worker may still receive the connections in its
-    /// queue. For the waiting connections that were assigned to the worker, the scheduler is called
-    /// again. Without a scheduler, they go to the next worker according to the rules.
+    /// queue. The scheduler is called again for waiting connections that it had assigned to the
+    /// worker.
     pub(crate) fn end(&mut self, worker: WorkerId) {
         let ended = self.update(worker, Member::end);
         let Some((assigned, _)) = ended else {
             return;
         };
         for sequence in assigned.iter() {
-            if let Some(Waiting { connection, .. }) = self.waiting.remove(sequence) {
-                let connection = Sequenced {
-                    sequence,
-                    connection,
-                };
-                self.enqueue(connection, self.default_target());
+            if let Some(waiting) = self.waiting.get_mut(sequence) {
+                waiting.target = Target::Unscheduled;
+                self.unscheduled.insert(sequence);
             }
         }
     }
@@ -449,36 +441,6 @@ impl<C> Dispatcher<C> {
         self.push_back(connection.into_iter().collect());
     }
 
-    /// Assigns a connection that was dispatched to `from` to the worker `to` instead. Without `to`,
-    /// returns the connection.
-    pub(crate) fn redirect(
-        &mut self,
-        from: WorkerId,
-        to: Option<WorkerId>,
-        connection: Sequenced<C>,
-    ) -> Option<C> {
-        self.update(from, Member::undo_dispatch);
-        match to {
-            Some(to) => {
-                self.enqueue(connection, Target::Assigned(to));
-                None
-            }
-            None => Some(connection.connection),
-        }
-    }
-
-    /// Returns the worker with the lowest load of those that have not ended and may receive a
-    /// connection. Workers that have paused come last.
-    pub(crate) fn least_loaded(&self, may_receive: impl Fn(WorkerId) -> bool) -> Option<WorkerId> {
-        let members = self.members.iter();
-        let candidates =
-            members.filter(|(worker, member)| member.is_candidate() && may_receive(**worker));
-        let load = |member: &Member| (!member.is_ready(), member.load());
-        candidates
-            .min_by_key(|(_, member)| load(member))
-            .map(|(worker, _)| *worker)
-    }
-
     /// Records that a client hung up before its connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, worker: WorkerId) {
         self.update(worker, Member::undo_dispatch);
@@ -524,11 +486,7 @@ impl<C> Dispatcher<C> {
     /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
     /// Returns `None` if there is no such worker.
     fn next_assigned(&mut self) -> Option<(WorkerId, Sequenced<C>)> {
-        let has_capacity = |worker: &WorkerId| {
-            let member = self.members.get(worker);
-            self.has_scheduler || member.is_some_and(Member::is_idle)
-        };
-        let worker = self.assignable.iter().find(has_capacity)?;
+        let worker = self.assignable.first()?;
         let sequence = self.members.get(&worker)?.assigned.first()?;
         Some((worker, self.dequeue(sequence)?))
     }

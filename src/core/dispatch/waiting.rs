@@ -19,7 +19,7 @@ pub(super) enum Target {
     Next,
     /// Unknown, because the scheduler has not been called for the connection.
     Unscheduled,
-    /// The worker that the scheduler has chosen, or the one to which the connection was redirected.
+    /// The worker that the scheduler has chosen.
     Assigned(WorkerId),
 }
 
@@ -44,12 +44,6 @@ impl<C> Dispatcher<C> {
 
     pub(crate) fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
-    }
-
-    /// Returns whether a connection waits that is assigned to no worker.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn has_unassigned(&self) -> bool {
-        !self.unassigned.is_empty()
     }
 
     /// Lets the scheduler choose the worker of each connection from now on.

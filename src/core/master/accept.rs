@@ -43,7 +43,7 @@ impl<C, F> MasterCore<C, F> {
                 listener.has_accepted = true;
                 if listener.holds_new() && self.parked.space().is_some() {
                     listener.dispatcher.count_accepted();
-                    return self.hold(handle, connection, 0, None);
+                    return self.hold(handle, connection, 0);
                 }
                 listener.ready.use_reserved();
                 listener.dispatcher.push(HandOff::New(connection));

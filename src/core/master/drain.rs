@@ -227,10 +227,6 @@ impl<C, F> MasterCore<C, F> {
         if !listener.members.end(worker) {
             return;
         }
-        self.close_foreign(handle, worker);
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
         match (listener.policy, rest) {
             // Delay the end until handshakes in flight have completed, because only this worker can
             // accept the connections in its shard's backlog.

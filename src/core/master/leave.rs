@@ -16,10 +16,6 @@ impl<C, F> MasterCore<C, F> {
         };
         listener.members.release(worker);
         listener.dispatcher.end(worker);
-        self.close_foreign(handle, worker);
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
         let policy = listener.policy;
         if !listener.members.is_served() {
             match (listener.is_retained(), listener.stage) {

@@ -566,8 +566,8 @@ impl<C, F> MasterCore<C, F> {
                 && !(listener.holds_new() && listener.capacity(self.parked.space()) == 0);
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
-            // An assigned connection may wait for a busy worker.
-            let is_waiting = dispatcher.has_unassigned() && !self.has_scheduler
+            // A connection that the scheduler has assigned may wait for a busy worker.
+            let is_waiting = dispatcher.has_waiting() && !self.has_scheduler
                 || !listener.ready.is_empty() && listener.stage != Stage::Pausing;
             let is_stuck = is_waiting || is_unchecked || is_reclaimable;
             listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck

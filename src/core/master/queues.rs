@@ -151,11 +151,13 @@ impl<C, F> MasterCore<C, F> {
     /// Dispatches waiting connections until none waits or no worker has capacity. Does nothing
     /// while dispatching is delayed.
     pub(super) fn dispatch_waiting(&mut self, handle: HandleId) {
-        while let Some(dispatched) = self.dispatch_next(handle) {
-            if !self.may_receive(&dispatched.connection.connection, dispatched.worker) {
-                self.redirect(handle, dispatched);
-                continue;
-            }
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.dispatch_from.is_some() {
+            return;
+        }
+        while let Some(dispatched) = listener.dispatcher.dispatch_next(self.now) {
             let Dispatched {
                 worker,
                 connection,
@@ -168,14 +170,6 @@ impl<C, F> MasterCore<C, F> {
                 connection,
                 has_waited,
             });
-        }
-    }
-
-    fn dispatch_next(&mut self, handle: HandleId) -> Option<Dispatched<HandOff<C>>> {
-        let listener = self.listeners.get_mut(&handle)?;
-        match listener.dispatch_from {
-            Some(_) => None,
-            None => listener.dispatcher.dispatch_next(self.now),
         }
     }
 

@@ -7,7 +7,6 @@ use super::listener::Stage;
 use super::{Action, Attachment, MasterCore};
 use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
-use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 use crate::types::loads::WorkerLoad;
 use crate::types::ordered_set::OrderedSet;
@@ -82,11 +81,10 @@ pub(super) struct WorkerEntry {
     /// The listeners that the worker has joined, including those that it has left. The worker can
     /// park only their connections.
     joined: OrderedSet<HandleId>,
-    pub(super) credentials: Credentials,
 }
 
 impl WorkerEntry {
-    fn new(worker: WorkerId, credentials: Credentials) -> Self {
+    fn new(worker: WorkerId) -> Self {
         Self {
             life: Life::Starting,
             reported: WorkerState::None,
@@ -97,7 +95,6 @@ impl WorkerEntry {
             late_errors: 0,
             past_load: WorkerLoad::new(worker),
             joined: OrderedSet::new(),
-            credentials,
         }
     }
 
@@ -167,11 +164,10 @@ impl WorkerEntry {
 // Reports from the shell about workers.
 impl<C, F> MasterCore<C, F> {
     /// Records that a worker has been forked with the id that `next_worker_id` returned.
-    pub(crate) fn forked(&mut self, worker: WorkerId, credentials: Credentials) {
+    pub(crate) fn forked(&mut self, worker: WorkerId) {
         self.is_policy_frozen = true;
         self.last_worker = worker.get();
-        self.workers
-            .insert(worker, WorkerEntry::new(worker, credentials));
+        self.workers.insert(worker, WorkerEntry::new(worker));
         self.referenced += 1;
         self.emit(Level::Cluster, Some(worker), Event::Fork);
     }

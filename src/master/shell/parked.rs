@@ -106,7 +106,7 @@ impl MasterShell {
             }
             None => self
                 .core_now()
-                .not_adopted(handle, worker, connection, times_parked),
+                .not_adopted(handle, connection, times_parked),
         }
     }
 

@@ -22,7 +22,6 @@ use crate::sys::poll::{Interest, Registered};
 use crate::sys::process::{Failure, Pid, Program};
 use crate::sys::shared_number::SharedNumber;
 use crate::systemd::{self, LISTEN_PID};
-use crate::types::credentials::Credentials;
 use crate::types::errno;
 use crate::types::fork_step::ForkStep;
 use crate::types::sorted_map::SortedMap;
@@ -157,7 +156,7 @@ impl MasterShell {
             // Drop the channel, because the other end was closed when the program was executed.
             (None, None)
         } else {
-            self.core.borrow_mut().forked(id, credentials(new.settings));
+            self.core.borrow_mut().forked(id);
             (Some(new.channel), Some(new.disconnect_notifier))
         };
         let worker_io = Rc::new(WorkerIo {
@@ -359,15 +358,6 @@ fn program(
     let mut program = Program::new(exec.into(), args, env)?;
     apply_cwd_and_ids(&mut program, settings)?;
     Ok(program)
-}
-
-/// Returns the user and the group of a worker with these settings.
-fn credentials(settings: &Settings) -> Credentials {
-    let own = sys::process::own_credentials();
-    Credentials {
-        uid: settings.get_uid().unwrap_or(own.uid),
-        gid: settings.get_gid().unwrap_or(own.gid),
-    }
 }
 
 /// Sets a worker's directory, user and group, and its session or process group.

@@ -1,6 +1,6 @@
 //! Checks the crate's guarantees after each step of a driver.
 
-use super::process::{Detached, Life, Process};
+use super::process::{Detached, Life};
 use super::socket::{Held, Location, Port, QUEUE_CAPACITY};
 use super::{KNOWN, World};
 use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
@@ -116,13 +116,6 @@ impl World {
         }
     }
 
-    /// Checks that only workers of one user have the client's connection, one after the other.
-    pub(crate) fn check_user(&mut self, worker: WorkerId, client: u32) {
-        let uid = self.process(worker).uid;
-        let first = self.fates[client as usize].uid.get_or_insert(uid);
-        assert_eq!(*first, uid, "another user had client {client}");
-    }
-
     /// Records that a worker has received the client's connection and reads what the client has
     /// sent. Checks that an earlier worker has received the connection if and only if the
     /// connection has been parked. If a worker has forged frames, checks only connections of which
@@ -159,10 +152,6 @@ impl World {
             }
             Location::Master => fate.left || has_closed || self.held.len() + 1 >= self.parked_limit,
         };
-        // When a worker parks a connection, or no longer serves a listener, the master closes the
-        // connections that only workers of another user could receive.
-        let has_other_user = |process: &Process| fate.uid.is_some_and(|uid| uid != process.uid);
-        let is_explained = is_explained || self.processes.values().any(has_other_user);
         self.expired += u64::from(!is_explained);
         let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;
         assert!(is_known, "client {client} is closed for no reason");
@@ -232,7 +221,7 @@ impl World {
             self.master.worker_ids().next().is_none(),
             "a worker is left"
         );
-        let is_alive = self.processes.values().any(Process::is_alive);
+        let is_alive = self.processes.values().any(super::Process::is_alive);
         assert!(!is_alive, "a process is alive");
         let is_left = |(handle, port): (&HandleId, &Port)| {
             !port.is_unbound() && !self.retained.contains(handle)

@@ -27,7 +27,6 @@ use crate::core::event::{EmittedEvent, Event};
 use crate::core::master::{HandOff, MasterCore};
 use crate::sys::fd::NoLingerFd;
 use crate::types::connection_id::ConnectionId;
-use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
@@ -321,12 +320,7 @@ impl World {
     // Process lifecycle.
 
     pub(crate) fn fork(&mut self) -> WorkerId {
-        self.fork_as(0)
-    }
-
-    /// Forks a worker of a user.
-    pub(crate) fn fork_as(&mut self, uid: u32) -> WorkerId {
-        let worker = self.add_worker(None, uid);
+        let worker = self.add_worker(None);
         // Collect the worker's first action, which sends an `Online` frame.
         self.gather_from_worker(worker);
         worker
@@ -334,14 +328,14 @@ impl World {
 
     /// Forks a raw worker. The driver writes the worker's bytes.
     pub(crate) fn fork_raw(&mut self) -> WorkerId {
-        self.add_worker(Some(Inbox::default()), 0)
+        self.add_worker(Some(Inbox::default()))
     }
 
-    fn add_worker(&mut self, inbox: Option<Inbox>, uid: u32) -> WorkerId {
+    fn add_worker(&mut self, inbox: Option<Inbox>) -> WorkerId {
         let id = self.master.next_worker_id().expect("a free number");
-        self.processes.insert(id, Process::new(inbox, uid));
+        self.processes.insert(id, Process::new(inbox));
         self.referenced.insert(id);
-        self.report(|core| core.forked(id, Credentials { uid, gid: 0 }));
+        self.report(|core| core.forked(id));
         id
     }
 

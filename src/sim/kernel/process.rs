@@ -201,8 +201,6 @@ pub(crate) struct Process {
     /// The inbox of the master's end of the channel if the worker is raw. A raw worker runs no code
     /// of this crate: the driver writes the worker's bytes and decides when the worker exits.
     pub(crate) inbox: Option<Inbox>,
-    /// The user of the process.
-    pub(crate) uid: u32,
     /// Whether the worker is raw or has sent forged frames. The checks do not trust this worker's
     /// frames.
     pub(crate) is_liar: bool,
@@ -269,9 +267,8 @@ impl Default for WorkerCore<()> {
 }
 
 impl Process {
-    pub(crate) fn new(inbox: Option<Inbox>, uid: u32) -> Self {
+    pub(crate) fn new(inbox: Option<Inbox>) -> Self {
         Self {
-            uid,
             is_liar: inbox.is_some(),
             inbox,
             master_end: true,

@@ -50,8 +50,6 @@ pub(crate) struct Fate {
     /// Whether only a worker has the connection, because it holds or has held the connection while
     /// the client was silent, or because the connection is on its way to a worker that will.
     pub(crate) is_in_worker: bool,
-    /// The user of the workers that have received the connection.
-    pub(crate) uid: Option<u32>,
     /// Whether the client has ever sent a request.
     pub(crate) has_sent: bool,
     /// Whether the client has sent a request that no worker has read.

@@ -100,8 +100,7 @@ fn remove_workers(steps: &mut Vec<Step>, fails: &impl Fn(&[Step]) -> bool) {
         for step in &mut fewer {
             step.process = step.process.saturating_sub(1);
         }
-        let is_fork = matches!(removed.kind, StepKind::Call(Call::Fork | Call::ForkAs));
-        if is_fork && fails(&fewer) {
+        if removed.kind == StepKind::Call(Call::Fork) && fails(&fewer) {
             *steps = fewer;
         }
     }

@@ -162,7 +162,7 @@ impl Step {
 }
 
 fn random_call(rng: &mut Rng) -> StepKind {
-    let call = match rng.u8(0..48) {
+    let call = match rng.u8(0..46) {
         0..=11 => Call::Fork,
         12..=19 => Call::Send,
         20..=21 => Call::Disconnect,
@@ -182,7 +182,6 @@ fn random_call(rng: &mut Rng) -> StepKind {
         42 => Call::Unref,
         43 => Call::PassParked,
         44 => Call::EndSuccessor,
-        45..=46 => Call::ForkAs,
         _ => return StepKind::CallInCallback(Call::Fork),
     };
     if rng.bool() {

@@ -17,15 +17,3 @@ pub use pid::Usage;
 pub(crate) use pid::{Exit, GroupSearch, Pid, Unreaped};
 pub(super) use program::Started;
 pub(crate) use program::{Failure, Program};
-
-use crate::types::credentials::Credentials;
-
-/// Returns this process's effective user and group.
-pub(crate) fn own_credentials() -> Credentials {
-    Credentials {
-        // SAFETY: geteuid has no preconditions.
-        uid: unsafe { libc::geteuid() },
-        // SAFETY: getegid has no preconditions.
-        gid: unsafe { libc::getegid() },
-    }
-}

@@ -3,12 +3,11 @@
 //! connections until another worker serves the listener.
 
 use super::passing::Keeper;
-use super::{Entry, HandOff, Resumed};
+use super::{HandOff, Resumed};
 use crate::core::master::accept::RETRY_DELAY;
 use crate::core::master::listener::{Listener, Stage};
 use crate::core::master::workers::WorkerEntry;
 use crate::core::master::{Action, MasterCore};
-use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -29,9 +28,8 @@ impl<C, F> MasterCore<C, F> {
         from: Option<WorkerId>,
         connection: HandOff<C>,
         times_parked: u32,
-        parked_by: Option<Credentials>,
     ) {
-        match (self.next_adopter(handle, from, parked_by), connection) {
+        match (self.next_adopter(handle, from), connection) {
             (Some(worker), connection) => {
                 if let HandOff::Held(resumed) = &connection {
                     self.parked.remove(resumed.connection);
@@ -45,7 +43,7 @@ impl<C, F> MasterCore<C, F> {
                 });
             }
             (None, HandOff::New(connection)) => {
-                self.hold(handle, connection, times_parked, parked_by);
+                self.hold(handle, connection, times_parked);
                 // `from` may have closed its listener and listened again before it parked this
                 // connection. Otherwise, it will soon no longer serve the listener.
                 if from.is_some_and(|from| self.may_adopt(handle, from)) {
@@ -67,23 +65,16 @@ impl<C, F> MasterCore<C, F> {
     /// Returns the worker that receives the listener's next idle connection. The workers take
     /// turns. During the grace period of a drain, the last workers still serve, although they are
     /// disconnecting. Returns `None` while another master takes over, because the connection goes to
-    /// that master. `parked_by` stands for the workers that have parked the connection.
-    fn next_adopter(
-        &mut self,
-        handle: HandleId,
-        from: Option<WorkerId>,
-        parked_by: Option<Credentials>,
-    ) -> Option<WorkerId> {
+    /// that master.
+    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
         if self.parked.keeper == Keeper::OtherMaster {
             return None;
         }
         let listener = self.listeners.get_mut(&handle)?;
         let workers = &self.workers;
         let is_draining = matches!(listener.stage, Stage::Draining(Some(_)));
-        let serves_on = |entry: &WorkerEntry| {
-            let may_have = parked_by.is_none_or(|parked_by| entry.credentials == parked_by);
-            may_have && (entry.may_listen() || is_draining && entry.is_writable())
-        };
+        let serves_on =
+            |entry: &WorkerEntry| entry.may_listen() || is_draining && entry.is_writable();
         let may_adopt =
             |worker: &WorkerId| Some(*worker) != from && workers.get(worker).is_some_and(serves_on);
         let last = listener.last_adopter;
@@ -104,25 +95,15 @@ impl<C, F> MasterCore<C, F> {
         let is_more = held.len() > GIVE_BATCH;
         held.truncate(GIVE_BATCH);
         for connection in held {
-            let Some(&Entry {
-                times_parked,
-                parked_by,
-                ..
-            }) = self.parked.get(connection)
-            else {
-                continue;
-            };
+            let times_parked = self
+                .parked
+                .get(connection)
+                .map_or(0, |entry| entry.times_parked);
             let resumed = Resumed {
                 connection,
                 times_parked,
             };
-            self.give(
-                handle,
-                None,
-                HandOff::Held(resumed),
-                times_parked,
-                parked_by,
-            );
+            self.give(handle, None, HandOff::Held(resumed), times_parked);
         }
         if is_more {
             let now = self.now;
@@ -130,18 +111,11 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Takes back a connection that was not sent to `worker`, because the worker has not read the
+    /// Takes back a connection that was not sent to a worker, because the worker has not read the
     /// earlier ones. The master holds the connection, and tries again after `RETRY_DELAY`.
-    pub(crate) fn not_adopted(
-        &mut self,
-        handle: HandleId,
-        worker: WorkerId,
-        connection: C,
-        times_parked: u32,
-    ) {
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         self.ledger.received -= 1;
-        let parked_by = self.credentials(worker);
-        self.hold(handle, connection, times_parked, parked_by);
+        self.hold(handle, connection, times_parked);
         let retry = self.now.saturating_add(RETRY_DELAY);
         self.give_held_at(handle, retry);
     }

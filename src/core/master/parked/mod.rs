@@ -22,8 +22,7 @@
 //! With       the worker keeps the connection, or its channel closes       (removed)
 //! Ready      the client hangs up before a worker receives the connection  (removed)
 //! Idle       the client hangs up or is silent for too long, the master    (removed)
-//!            holds too many connections, the listener closes, or no
-//!            worker may have the connection (see `credentials`)
+//!            holds too many connections, or the listener closes
 //! ```
 //!
 //! If another master takes over (see `passing`), the connections go to it.
@@ -37,7 +36,6 @@
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
-mod credentials;
 mod giving;
 mod last_check;
 mod passing;
@@ -50,7 +48,6 @@ use super::{Action, HandOff, MasterCore, Resumed};
 use crate::core::dispatch::Sequenced;
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
-use crate::types::credentials::Credentials;
 use crate::types::endpoint::Kind;
 use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
@@ -66,8 +63,6 @@ struct Entry {
     state: State,
     /// The number of times that the connection has been parked.
     times_parked: u32,
-    /// The credentials of the workers that have parked the connection, or `None` if none has.
-    parked_by: Option<Credentials>,
 }
 
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
@@ -283,8 +278,8 @@ impl<C, F> MasterCore<C, F> {
         self.give_or_hold(handle, Some(worker), connection, times_parked);
     }
 
-    /// Gives an idle connection to a worker other than `from`, which has parked it, if the listener's
-    /// workers hold idle connections. Otherwise holds the connection.
+    /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
+    /// connections. Otherwise holds the connection.
     fn give_or_hold(
         &mut self,
         handle: HandleId,
@@ -292,29 +287,20 @@ impl<C, F> MasterCore<C, F> {
         connection: C,
         times_parked: u32,
     ) {
-        let parked_by = from.and_then(|worker| self.credentials(worker));
         let listener = self.listeners.get(&handle);
-        if listener.is_some_and(|own| !own.master_accepts()) {
-            let connection = HandOff::New(connection);
-            self.give(handle, from, connection, times_parked, parked_by);
-        } else {
-            self.hold(handle, connection, times_parked, parked_by);
+        match listener.is_some_and(|own| !own.master_accepts()) {
+            true => self.give(handle, from, HandOff::New(connection), times_parked),
+            false => self.hold(handle, connection, times_parked),
         }
     }
 
     /// Holds a connection until its client sends something. If the master holds too many
     /// connections, closes the one that would expire first.
-    pub(super) fn hold(
-        &mut self,
-        handle: HandleId,
-        connection: C,
-        times_parked: u32,
-        parked_by: Option<Credentials>,
-    ) {
+    pub(super) fn hold(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         if self.parked.keeper == Keeper::OtherMaster {
-            return self.pass_new(handle, connection, times_parked, parked_by);
+            return self.pass_new(handle, connection, times_parked);
         }
-        let Some(timeout) = self.silence_timeout(handle, times_parked, parked_by) else {
+        let Some(timeout) = self.silence_timeout(handle, times_parked) else {
             self.ledger.idle_closed += 1;
             return;
         };
@@ -331,7 +317,6 @@ impl<C, F> MasterCore<C, F> {
             handle,
             state: State::Idle(self.parked.expiries.next_expiry(self.now, timeout)),
             times_parked,
-            parked_by,
         };
         match self.parked.insert(entry) {
             Some(id) => self.actions.push_back(Action::Hold { id, connection }),
@@ -341,18 +326,11 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns how long the client of a connection that has been parked `parked` times may be
     /// silent. Returns `None` if the listener has closed, or if it closes as soon as its workers have
-    /// emptied its backlog, or if only other users' workers serve it. A client that would send a
-    /// request meanwhile would wait in vain.
-    fn silence_timeout(
-        &self,
-        handle: HandleId,
-        times_parked: u32,
-        parked_by: Option<Credentials>,
-    ) -> Option<Time> {
+    /// emptied its backlog. A client that would send a request meanwhile would wait in vain.
+    fn silence_timeout(&self, handle: HandleId, times_parked: u32) -> Option<Time> {
         let listener = self.listeners.get(&handle)?;
         let has_ended = matches!(listener.stage, Stage::Emptying | Stage::Unbound);
-        let is_servable = !has_ended && !self.is_foreign(handle, parked_by);
-        is_servable.then(|| match times_parked {
+        (!has_ended).then(|| match times_parked {
             0 => listener.parking.first_data_timeout(),
             1.. => listener.parking.idle_timeout(),
         })
@@ -372,12 +350,10 @@ impl<C, F> MasterCore<C, F> {
             return Err(FrameError::Violation(Violation::UnknownConnection));
         }
         self.ledger.parked += 1;
-        let credentials = self.credentials(worker);
         let Some(entry) = self.parked.get_mut(connection) else {
             return Ok(());
         };
         entry.times_parked = entry.times_parked.saturating_add(1);
-        entry.parked_by = credentials;
         self.hold_again(connection);
         Ok(())
     }
@@ -387,7 +363,6 @@ impl<C, F> MasterCore<C, F> {
         let Some(&Entry {
             handle,
             times_parked,
-            parked_by,
             ..
         }) = self.parked.get(connection)
         else {
@@ -396,7 +371,7 @@ impl<C, F> MasterCore<C, F> {
         if self.parked.keeper == Keeper::OtherMaster {
             return self.pass(connection);
         }
-        match self.silence_timeout(handle, times_parked, parked_by) {
+        match self.silence_timeout(handle, times_parked) {
             Some(timeout) => {
                 let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
@@ -496,7 +471,6 @@ impl<C, F> MasterCore<C, F> {
             handle,
             state: State::Idle(_),
             times_parked,
-            ..
         }) = self.parked.get(connection)
         else {
             return;

@@ -8,13 +8,11 @@ mod parked;
 mod passed;
 mod shards;
 mod shared;
-mod users;
 
 use std::os::unix::process::ExitStatusExt;
 
 use super::listen::HANDLE_MAX;
 use super::*;
-use crate::types::credentials::Credentials;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
 use crate::wire::frame::ToMaster;
@@ -41,12 +39,8 @@ fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
 }
 
 fn online(core: &mut Core) -> WorkerId {
-    online_as(core, Credentials::default())
-}
-
-fn online_as(core: &mut Core, credentials: Credentials) -> WorkerId {
     let worker = core.next_worker_id().unwrap();
-    core.forked(worker, credentials);
+    core.forked(worker);
     core.frame(worker, ToMaster::Online);
     worker
 }
@@ -131,7 +125,7 @@ fn worker_ids_run_out_and_are_never_used_again() {
     core.last_worker = WorkerId::MAX - 1;
     let last = core.next_worker_id();
     assert_eq!(last, Some(WorkerId::new(WorkerId::MAX)));
-    core.forked(last.unwrap(), Credentials::default());
+    core.forked(last.unwrap());
     assert_eq!(core.next_worker_id(), None);
 }
 

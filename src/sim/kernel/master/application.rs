@@ -21,8 +21,6 @@ const MAX_DETACHED: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Fork,
-    /// Forks a worker of another user.
-    ForkAs,
     /// Starts a detached process.
     Detach,
     /// Makes `run` wait until a process exits.
@@ -62,9 +60,9 @@ impl World {
         let within = Time::from_millis(u64::from(n) * 4);
         let by = |deadline: Option<Time>, now: Time| earlier(deadline, Some(now + within));
         match (call, process) {
-            (Call::Fork | Call::ForkAs, _) => {
+            (Call::Fork, _) => {
                 if self.processes.values().filter(|p| p.is_alive()).count() < MAX_WORKERS {
-                    self.fork_as(u32::from(call == Call::ForkAs));
+                    self.fork();
                 }
             }
             (Call::Detach, _) => {

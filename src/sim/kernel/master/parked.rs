@@ -158,7 +158,7 @@ impl World {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         match client {
             Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, worker, client, times_parked));
+                self.report(|core| core.not_adopted(handle, client, times_parked));
             }
             Some(client) => {
                 self.fates[client.client as usize].is_in_worker = true;
@@ -182,7 +182,6 @@ impl World {
         self.fates.push(Fate {
             port: Some(handle),
             is_closed: false,
-            uid: None,
             ..fate
         });
         let connection = Connection::new(client, &self.closed);

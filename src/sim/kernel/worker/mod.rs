@@ -390,7 +390,6 @@ impl World {
         if !self.process(worker).is_liar {
             self.check_sole(worker, client);
         }
-        self.check_user(worker, client);
         let process = self.process(worker);
         process.held.push(received);
         process.counters.received += 1;

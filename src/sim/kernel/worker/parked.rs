@@ -13,7 +13,6 @@ impl World {
     /// worker.
     pub(super) fn keep(&mut self, worker: WorkerId, held: Held, client: Client) {
         self.fates[client.client as usize].is_in_worker = true;
-        self.check_user(worker, client.client);
         let process = self.process(worker);
         if let Held::Idle(id) | Held::Leaving(id) = held {
             let previous = process.parked.insert(id, client);

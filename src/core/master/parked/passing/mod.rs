@@ -25,7 +25,6 @@ mod tests;
 use super::{Entry, HandOff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
-use crate::types::credentials::Credentials;
 use crate::types::handle::HandleId;
 
 /// The master that keeps connections until their clients send something.
@@ -96,19 +95,12 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Passes a connection of which the master has no copy.
-    pub(super) fn pass_new(
-        &mut self,
-        handle: HandleId,
-        connection: C,
-        times_parked: u32,
-        parked_by: Option<Credentials>,
-    ) {
+    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, times_parked: u32) {
         let is_full = self.parked.len() >= self.parked.limit;
         let entry = Entry {
             handle,
             state: State::Passing,
             times_parked,
-            parked_by,
         };
         let id = (!is_full).then(|| self.parked.insert(entry)).flatten();
         let Some(id) = id else {

@@ -8,7 +8,6 @@ use std::process::ExitStatus;
 use super::super::Resumed;
 use super::*;
 use crate::core::dispatch::Sequenced;
-use crate::types::credentials::Credentials;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
@@ -59,7 +58,7 @@ impl World {
 
     fn fork(&mut self) {
         let worker = self.core.next_worker_id().unwrap();
-        self.core.forked(worker, Credentials::default());
+        self.core.forked(worker);
         self.core.frame(worker, ToMaster::Online);
         self.workers.insert(worker, Worker::default());
         let endpoint = Endpoint::new(Kind::Tcp, Place::Port(1));
