@@ -22,8 +22,8 @@ pub const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Does nothing. Tests call this function in loops that keep a core busy.
 ///
 /// They do not call [`std::hint::spin_loop`], because it executes `pause` on x86-64. An emulator with
-/// one core interrupts its translated code at each `pause`, and needs 16 times as long for one second
-/// of its clock.
+/// one core leaves its translated code at each `pause`, and takes 16 times as long for one second of
+/// emulated time.
 pub fn spin() {
     std::hint::black_box(());
 }
