@@ -595,9 +595,10 @@ impl<C, F> MasterCore<C, F> {
         listener.is_some_and(|each| each.stage != Stage::Unbound || !each.master_accepts())
     }
 
-    /// Returns whether the listener has closed, even if workers still have copies of the socket.
-    pub(crate) fn has_closed(&self, handle: HandleId) -> bool {
+    /// Returns whether the master closes idle connections of the listener instead of holding them:
+    /// the listener has closed, or closes as soon as its workers have emptied its backlog.
+    pub(crate) fn closes_idle(&self, handle: HandleId) -> bool {
         let listener = self.listeners.get(&handle);
-        listener.is_none_or(|listener| listener.stage == Stage::Unbound)
+        listener.is_none_or(|own| matches!(own.stage, Stage::Emptying | Stage::Unbound))
     }
 }

@@ -143,14 +143,16 @@ impl World {
         };
         let fate = self.fates[client as usize];
         let is_bound = fate.port.is_some_and(|port| self.master.is_bound(port));
-        let has_closed = fate.port.is_none_or(|port| self.master.has_closed(port));
+        let closes_idle = fate.port.is_none_or(|port| self.master.closes_idle(port));
         let is_explained = match held.location {
             Location::Detached => true,
             Location::Worker(worker) => {
                 let is_liar = self.processes[&worker].is_liar;
                 is_liar || !is_bound || !self.master.is_connected(worker)
             }
-            Location::Master => fate.left || has_closed || self.held.len() + 1 >= self.parked_limit,
+            Location::Master => {
+                fate.left || closes_idle || self.held.len() + 1 >= self.parked_limit
+            }
         };
         self.expired += u64::from(!is_explained);
         let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;
