@@ -41,6 +41,7 @@ crate::scenarios! {
     stop_is_reported_to_systemd_when_the_delay_begins
     status_sockets_pass_from_master_to_master
     health_check_that_begins_before_an_upgrade_succeeds
+    old_master_exits_despite_silent_status_clients
     unprotected_status_addresses_are_refused
 }
 
@@ -602,26 +603,43 @@ fn health_check_that_begins_before_an_upgrade_succeeds() {
         return serve(quick());
     }
     let server = Server::start("rr");
-    let status = status_of(&server);
-    // The old master waits for the worker of this client.
-    let mut busy = TcpStream::connect(server.address).unwrap();
+    let (old, status) = (server.master(), status_of(&server));
     let (begin, end) = "GET /health HTTP/1.0\r\n\r\n".split_at(10);
     let mut probe = TcpStream::connect(status).unwrap();
     probe.write_all(begin.as_bytes()).unwrap();
     // The old master has accepted the first client when it answers the second one.
     assert_eq!(health(status), 200);
     server.signal(Signal::SIGUSR2);
-    server.wait_for("a new master has taken over", 1);
+    // Without its status client, the old master would now exit.
+    server.wait_for("has exited", 2);
+    assert_eq!(get(status, "/health").body, "ready\n");
     probe.write_all(end.as_bytes()).unwrap();
     let mut answer = String::new();
     probe.read_to_string(&mut answer).unwrap();
     let answer = Answer::parse(&answer);
     assert_eq!((answer.code(), answer.body.as_str()), (200, "upgraded\n"));
+    drop(probe);
+    wait_until("the end of the old master", || {
+        (!is_alive(pid(old))).then_some(())
+    });
+    server.stop();
+}
+
+fn old_master_exits_despite_silent_status_clients() {
+    if is_watched() {
+        return serve(quick());
+    }
+    let server = Server::start("rr");
+    let (old, status) = (server.master(), status_of(&server));
+    let mut silent = TcpStream::connect(status).unwrap();
+    assert_eq!(health(status), 200);
+    server.signal(Signal::SIGUSR2);
+    // The old master closes the connection at its deadline, and exits.
+    assert_eq!(silent.read(&mut [0]).unwrap(), 0);
+    wait_until("the end of the old master", || {
+        (!is_alive(pid(old))).then_some(())
+    });
     assert_eq!(get(status, "/health").body, "ready\n");
-    busy.write_all(b"x").unwrap();
-    let mut answer = String::new();
-    busy.read_to_string(&mut answer).unwrap();
-    assert_eq!(answer, "served");
     server.stop();
 }
 

@@ -67,13 +67,15 @@ impl Pool {
     /// Node has no counterpart.
     ///
     /// The master's loop serves the clients until [`Master::run`] returns, also while workers are
-    /// disconnecting. `run` does not wait for clients. The protocol is HTTP/1.0, so each connection
-    /// gets one answer. The server never waits for a client. It serves at most 16 clients at the
-    /// same time, and closes the oldest connection if there are more. A client has 5 s for its
-    /// request and the answer together. The line and the headers of a request may have 8 KiB.
+    /// disconnecting. The protocol is HTTP/1.0, so each connection gets one answer. The server
+    /// never waits for a client. It serves at most 16 clients at the same time, and closes the
+    /// oldest connection if there are more. A client has 5 s for its request and the answer
+    /// together. The line and the headers of a request may have 8 KiB.
     ///
     /// Reloads do not affect the server. An [upgrade](Self::upgrade) passes the socket to the new
-    /// master, which answers as soon as it has taken over. Call this method after
+    /// master, which answers as soon as it has taken over. In the old master, `run` then returns
+    /// only after its last client has closed the connection or has reached its 5 s. After a stop
+    /// without an upgrade, `run` does not wait for clients. Call this method after
     /// [`adopt`](Self::adopt), which receives the old master's sockets. This method may be called
     /// several times, with different addresses.
     ///
@@ -137,10 +139,14 @@ impl Pool {
     }
 
     /// Stops accepting clients, and leaves the sockets' files to the new master that serves the
-    /// status now.
+    /// status now. The loop continues to run until the accepted clients are served. Otherwise, a
+    /// health check that connected just before the upgrade would fail.
     pub(in super::super) fn release_status(&self, master: &Master) {
         for server in &*self.0.status_servers.borrow() {
             server.stop_accepting(master);
+            for client in &*server.clients.borrow() {
+                master.reference(client.watch);
+            }
             server.socket.release_file();
         }
     }
