@@ -40,7 +40,7 @@ impl Master {
                 return;
             };
             let peer = self.shell.peer_addr(connection);
-            let mut candidates = core.candidates(handle);
+            let mut candidates = core.candidates(handle, sequence);
             self.shell.add_held(&mut candidates);
             drop(core);
             // If the scheduler is already running, it cannot be called again. The connection then

@@ -517,7 +517,8 @@ impl Master {
     /// Node has no counterpart.
     ///
     /// The closure receives the client's address, which is `None` for a Unix socket, and the loads
-    /// of the listening workers in the order of their ids. A connection waits for the chosen
+    /// of the listening workers in the order of their ids. For a parked connection, these are only the
+    /// workers that may [receive](crate::Connection::park) it. A connection waits for the chosen
     /// worker, even if that worker is busy. If the worker exits before it receives the connection,
     /// the closure is called again. If the closure returns `None` or a worker that is not in the
     /// list, the connection goes to the next worker by round robin.

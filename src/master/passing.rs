@@ -75,12 +75,14 @@ impl Master {
     ///
     /// With [`SchedulingPolicy::RoundRobin`], this master holds the connection. With the other
     /// policies, it sends the connection to the listener's workers in turn, and holds it while no
-    /// worker serves the listener. The other master may use another policy.
+    /// worker serves the listener. The other master may use another policy. Only workers with the
+    /// user and group of the worker that [parked](crate::Connection::park) the connection receive
+    /// it.
     ///
-    /// [`Ledger::parked`] counts the connection. If this master does not have the listener or has
-    /// no free descriptor, the connection is closed, and [`Ledger::idle_closed`] counts it too. If
-    /// the other master belongs to a later release with other messages, all its connections are
-    /// closed.
+    /// [`Ledger::parked`] counts the connection. If this master does not have the listener, has no
+    /// free descriptor, or has only workers of other users on the listener, the connection is
+    /// closed, and [`Ledger::idle_closed`] counts it too. If the other master belongs to another
+    /// release with other messages, all its connections are closed.
     ///
     /// The loop receives the connections. [`run`](Self::run) does not wait for them, unless this
     /// master passes its own connections to a third one.

@@ -47,8 +47,9 @@ pub struct Ledger {
     /// data, [`ListenOptions::first_data_timeout`](crate::ListenOptions::first_data_timeout).
     pub expired: u64,
     /// Idle connections that were closed early: because the master held too many, because their
-    /// listener closed, or because the system could not watch them. The number includes connections
-    /// that another master passed and that this master could not hold.
+    /// listener closed, because only workers of other users serve it, or because the system could
+    /// not watch them. The number includes connections that another master passed and that this
+    /// master could not hold.
     pub idle_closed: u64,
     /// Connections that went to the master that takes over from this one
     /// ([`Master::pass_parked`](crate::Master::pass_parked)).

@@ -18,4 +18,5 @@ pub(crate) mod socket_id;
 pub(crate) mod sorted_map;
 pub(crate) mod sorted_queue;
 pub(crate) mod time;
+pub(crate) mod user;
 pub(crate) mod worker_id;

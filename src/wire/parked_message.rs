@@ -5,11 +5,12 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 1 | the version, which is 1 |
+//! | 1 | the version, which is 2 |
 //! | 1 | the number of connections, from 1 to 64 |
 //! | 8 | the device of the listening socket |
 //! | 8 | the inode of the listening socket |
-//! | 4 for each connection | the number of times that the connection has been parked |
+//! | 12 for each connection | the number of times that it has been parked, and the uid and the gid of
+//! the worker that parked it last, both 4,294,967,295 if none has |
 //!
 //! A reader that does not know the version cannot find the end of the message. It discards the rest
 //! of the stream, and closes all descriptors that arrive.
@@ -17,6 +18,7 @@
 pub(crate) mod inbox;
 
 use crate::types::socket_id::SocketId;
+use crate::types::user::{ParkHistory, User};
 
 /// The maximum number of connections in one message.
 ///
@@ -28,17 +30,20 @@ pub(crate) const MAX_CONNECTIONS: usize = 64;
 /// The length of the longest message in bytes.
 pub(crate) const MAX_LENGTH: usize = HEADER_LENGTH + MAX_CONNECTIONS * PARKED_LENGTH;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const HEADER_LENGTH: usize = 18;
-const PARKED_LENGTH: usize = size_of::<u32>();
+const PARKED_LENGTH: usize = 3 * size_of::<u32>();
+
+/// The id that no user and no group has (chown(2)).
+const NO_ID: u32 = u32::MAX;
 
 /// A message without its descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ParkedMessage {
     /// The listening socket that accepted the connections.
     pub(crate) socket: SocketId,
-    /// The number of times that each connection has been parked.
-    pub(crate) times_parked: Vec<u32>,
+    /// The history of each connection.
+    pub(crate) histories: Vec<ParkHistory>,
 }
 
 /// The result of parsing the bytes that have arrived.
@@ -64,12 +69,18 @@ impl ParkedMessage {
     /// `MAX_CONNECTIONS`.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(MAX_LENGTH);
-        let count = u8::try_from(self.times_parked.len()).unwrap_or(u8::MAX);
+        let count = u8::try_from(self.histories.len()).unwrap_or(u8::MAX);
         bytes.extend([VERSION, count]);
         bytes.extend(self.socket.device.to_be_bytes());
         bytes.extend(self.socket.inode.to_be_bytes());
-        for times in &self.times_parked {
-            bytes.extend(times.to_be_bytes());
+        for history in &self.histories {
+            let User { uid, gid } = history.by.unwrap_or(User {
+                uid: NO_ID,
+                gid: NO_ID,
+            });
+            for number in [history.times, uid, gid] {
+                bytes.extend(number.to_be_bytes());
+            }
         }
         bytes
     }
@@ -102,18 +113,29 @@ impl ParkedMessage {
         match (header, length.checked_sub(bytes.len())) {
             (_, None) => Err(Invalid::Excess),
             (Some((socket, rest)), Some(0)) => {
-                let times = rest.chunks_exact(PARKED_LENGTH);
-                let times =
-                    times.filter_map(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)));
-                let times_parked = times.collect();
-                Ok(Parsed::Complete(Self {
-                    socket,
-                    times_parked,
-                }))
+                let histories = rest.chunks_exact(PARKED_LENGTH).filter_map(parse_history);
+                let histories = histories.collect();
+                Ok(Parsed::Complete(Self { socket, histories }))
             }
             (_, Some(missing)) => Ok(Parsed::Incomplete(missing)),
         }
     }
+}
+
+/// Parses the history of one connection.
+fn parse_history(bytes: &[u8]) -> Option<ParkHistory> {
+    let mut numbers = bytes.chunks_exact(size_of::<u32>());
+    let mut next = || Some(u32::from_be_bytes(numbers.next()?.try_into().ok()?));
+    let times = next()?;
+    let user = User {
+        uid: next()?,
+        gid: next()?,
+    };
+    let is_none = user.uid == NO_ID && user.gid == NO_ID;
+    Some(ParkHistory {
+        times,
+        by: (!is_none).then_some(user),
+    })
 }
 
 #[cfg(test)]
@@ -122,18 +144,21 @@ mod tests {
     use proptest::prelude::*;
 
     fn message() -> impl Strategy<Value = ParkedMessage> {
-        let times = proptest::collection::vec(any::<u32>(), 1..=MAX_CONNECTIONS);
-        (any::<u64>(), any::<u64>(), times).prop_map(|(device, inode, times_parked)| {
+        let user = (0..NO_ID, 0..NO_ID).prop_map(|(uid, gid)| User { uid, gid });
+        let history = (any::<u32>(), proptest::option::of(user));
+        let history = history.prop_map(|(times, by)| ParkHistory { times, by });
+        let histories = proptest::collection::vec(history, 1..=MAX_CONNECTIONS);
+        (any::<u64>(), any::<u64>(), histories).prop_map(|(device, inode, histories)| {
             ParkedMessage {
                 socket: SocketId { device, inode },
-                times_parked,
+                histories,
             }
         })
     }
 
     #[test]
     fn unknown_versions_and_counts_are_errors() {
-        for version in [0, 2, u8::MAX] {
+        for version in [0, 1, u8::MAX] {
             let invalid = ParkedMessage::parse(&[version]);
             assert_eq!(invalid, Err(Invalid::UnknownVersion));
         }
@@ -186,7 +211,7 @@ mod tests {
             for count in 0..=u8::MAX {
                 let mut bytes = vec![VERSION, count];
                 bytes.extend(body);
-                for length in [2, 10, 18, 22, MAX_LENGTH, MAX_LENGTH + 2] {
+                for length in [2, 10, 18, 30, MAX_LENGTH, MAX_LENGTH + 2] {
                     if let Ok(Parsed::Complete(message)) = ParkedMessage::parse(&bytes[..length]) {
                         prop_assert_eq!(message.encode(), &bytes[..length]);
                     }

@@ -227,6 +227,10 @@ impl<S: Into<OwnedFd>> Connection<S> {
     /// disconnects. A connection from [`Worker::adopt`](crate::Worker::adopt) cannot be parked, and
     /// closes.
     ///
+    /// A worker may keep a copy of the connection, so the connection goes only to workers that have
+    /// the same user and group ([`Settings::uid`](crate::Settings::uid())). If all workers that serve
+    /// the listener have other ones, the connection closes.
+    ///
     /// The process that holds a parked connection closes it when the client hangs up, when the
     /// client has been silent for
     /// [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), when the process holds

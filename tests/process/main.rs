@@ -86,6 +86,7 @@ mod sticky;
 mod systemd;
 mod threads;
 mod usage;
+mod users;
 mod watchdog;
 mod without_exec;
 
@@ -146,6 +147,7 @@ fn main() -> ExitCode {
         giving_up::SCENARIOS,
         inherited_sockets::SCENARIOS,
         parked::SCENARIOS,
+        users::SCENARIOS,
         last_check::SCENARIOS,
         passed::SCENARIOS,
         public_api::SCENARIOS,

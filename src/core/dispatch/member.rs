@@ -4,6 +4,7 @@ use super::{MAX_WINDOW, PENALTY_MAX, PENALTY_MIN, QUICK};
 use crate::types::loads::WorkerLoad;
 use crate::types::ordered_set::{Key, OrderedSet};
 use crate::types::time::Time;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 
 /// The readiness of a worker for connections.
@@ -63,6 +64,7 @@ enum Response {
 
 #[derive(Debug)]
 pub(super) struct Member {
+    pub(super) user: User,
     state: State,
     response: Response,
     /// The number of connections that were dispatched to the worker and not reclaimed. A connection
@@ -76,6 +78,9 @@ pub(super) struct Member {
     open_at_idle: u64,
     /// The number of connections that were reclaimed.
     returned: u64,
+    /// The number of unrestricted connections that were dispatched to the worker since its queue was
+    /// last known to be empty.
+    unrestricted: u64,
     /// The time at which the worker was last known to be idle: its last idle report, or the first
     /// dispatch after that report.
     busy_since: Time,
@@ -90,8 +95,9 @@ pub(super) struct Member {
 }
 
 impl Member {
-    pub(super) fn new(last_turn: u64, recent_load: u64) -> Self {
+    pub(super) fn new(user: User, last_turn: u64, recent_load: u64) -> Self {
         Self {
+            user,
             state: State::Paused,
             response: Response::Prompt,
             dispatched: 0,
@@ -99,6 +105,7 @@ impl Member {
             received_at_idle: 0,
             open_at_idle: 0,
             returned: 0,
+            unrestricted: 0,
             busy_since: Time::ZERO,
             last_turn,
             recent_load,
@@ -158,6 +165,11 @@ impl Member {
         self.queued().min(self.load().saturating_sub(1))
     }
 
+    /// Returns whether a connection that is not restricted may be in the worker's queue.
+    pub(super) fn may_have_unrestricted(&self) -> bool {
+        self.unrestricted > 0
+    }
+
     /// Returns whether the worker became busy less than `span` ago.
     pub(super) fn became_busy_within(&self, span: Time, now: Time) -> bool {
         now.saturating_sub(self.busy_since) < span
@@ -197,6 +209,7 @@ impl Member {
         self.received_at_idle = self.received_at_idle.max(received);
         self.open_at_idle = open.into();
         self.busy_since = now;
+        self.unrestricted = 0;
         match (served, is_quick) {
             (0, _) => window,
             (served, true) if served >= window => window.saturating_mul(2).min(MAX_WINDOW),
@@ -220,13 +233,15 @@ impl Member {
         std::mem::take(&mut self.assigned)
     }
 
-    /// Records that a connection is put into the worker's queue. The worker's recent load is first
-    /// raised to at least `load_min`.
-    pub(super) fn dispatch(&mut self, turn: u64, load_min: u64, now: Time) {
+    /// Records that a connection is put into the worker's queue. If the connection is restricted,
+    /// `user` is the user to whose workers it may go. The worker's recent load is first raised to at
+    /// least `load_min`.
+    pub(super) fn dispatch(&mut self, user: Option<User>, turn: u64, load_min: u64, now: Time) {
         if self.load() == 0 {
             self.busy_since = now;
         }
         self.dispatched += 1;
+        self.unrestricted += u64::from(user.is_none());
         self.last_turn = turn;
         self.recent_load = self.recent_load.max(load_min) + 1;
     }
@@ -249,6 +264,9 @@ impl Member {
     pub(super) fn reclaimed(&mut self, count: u64, undelivered: Option<u64>) {
         self.dispatched = self.dispatched.saturating_sub(count);
         self.returned += count;
+        if undelivered == Some(0) {
+            self.unrestricted = 0;
+        }
         self.recent_load = self.recent_load.saturating_sub(count);
         self.received = match undelivered {
             Some(undelivered) => self.dispatched.saturating_sub(undelivered),

@@ -45,6 +45,11 @@
 //!    checked. Workers whose penalty has not ended are left out.
 //! 4. If no rule applies, the connection waits.
 //!
+//! Some connections are *restricted* to the workers of one user (see `ParkHistory`). The rules then
+//! apply to these workers only, as if there were no others. A restricted connection that waits
+//! delays no connection that another worker may receive. Therefore, the connection that entered
+//! first is the next one among those for which the rules find a worker.
+//!
 //! If the application has a scheduler, the dispatcher skips rule 3 and fairness. The reason is that
 //! connections are not reclaimed then, so none may be queued behind a slow request unless the
 //! scheduler chose that worker.
@@ -52,9 +57,13 @@
 //! The master accepts connections only while the dispatcher has capacity:
 //!
 //! - Without a scheduler, the capacity is the number of idle workers times the window, minus the
-//!   waiting connections. If no worker is idle, new connections stay in the kernel's backlog.
+//!   waiting connections that are not restricted. If no worker is idle, new connections stay in the
+//!   kernel's backlog. Restricted connections wait only while no worker of their user is idle, so
+//!   they need none of this capacity.
 //! - With a scheduler, the capacity is the number of idle, busy and slow workers times
-//!   `MAX_WINDOW`, minus the accepted connections that are not known to have been received.
+//!   `MAX_WINDOW`, minus the connections that are not known to have been received. Those that wait
+//!   for the workers of one user, or are in their queues, count at most as many as these workers'
+//!   part of the capacity, so that they leave the other users' part.
 //!
 //! # The window
 //!
@@ -73,7 +82,9 @@
 //!
 //! # Reclaiming
 //!
-//! Connections are reclaimed for an idle worker only if it is prompt and there is no scheduler:
+//! Connections are reclaimed for an idle worker only if it is prompt and there is no scheduler. If it
+//! has another user than the worker from which they are reclaimed, at least one of them must be
+//! unrestricted.
 //!
 //! 1. If a worker has been busy for `QUICK`, everything queued behind its current request is
 //!    reclaimed, and the worker becomes slow. The worker that became busy first is checked first.
@@ -82,8 +93,8 @@
 //!    The first penalty lasts `PENALTY_MIN`. Each later penalty is twice as long as the one before,
 //!    up to `PENALTY_MAX`, until the worker receives a connection.
 //!
-//! If all idle workers are stalled, the earliest end of a penalty is a deadline, because a worker
-//! then becomes prompt without any event.
+//! If all idle workers that could receive reclaimed connections are stalled, the earliest end of a
+//! penalty is a deadline, because a worker then becomes prompt without any event.
 //!
 //! Connections are also reclaimed when a worker pauses or when the listener ends for it. Such a
 //! worker does not become stalled.
@@ -119,10 +130,11 @@ use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::sorted_map::SortedMap;
 use crate::types::sorted_queue::SortedQueue;
-use crate::types::time::Time;
+use crate::types::time::{Time, earlier};
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use member::{BusyRank, IdleRank, Member};
-use waiting::{Target, Waiting};
+use waiting::{Restricted, Taken, Target, Waiting};
 
 /// The largest window, in connections.
 ///
@@ -231,9 +243,12 @@ pub(crate) struct Dispatcher<C> {
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
     waiting: SortedQueue<Waiting<C>>,
-    /// The sequence numbers of the waiting connections that are assigned to no worker. Each goes to
-    /// the next worker according to the rules of this module.
+    /// The sequence numbers of the waiting connections that are assigned to no worker and not
+    /// restricted. Each goes to the next worker according to the rules of this module.
     unassigned: OrderedSet<u64>,
+    /// The waiting connections that are restricted to the workers of one user. A user's entry stays
+    /// when it becomes empty, until the user's last worker is removed.
+    restricted: SortedMap<User, Restricted>,
     /// The sequence numbers of the waiting connections for which the scheduler has not been called.
     unscheduled: OrderedSet<u64>,
     /// Whether the application's scheduler chooses the workers.
@@ -274,6 +289,7 @@ impl<C> Dispatcher<C> {
             window: 1,
             waiting: SortedQueue::new(),
             unassigned: OrderedSet::new(),
+            restricted: SortedMap::new(),
             unscheduled: OrderedSet::new(),
             has_scheduler: false,
             assignable: OrderedSet::new(),
@@ -293,18 +309,42 @@ impl<C> Dispatcher<C> {
     pub(crate) fn capacity(&self) -> u64 {
         if self.has_scheduler {
             let capacity = self.ready_count as u64 * u64::from(MAX_WINDOW);
-            return capacity.saturating_sub(self.in_flight());
+            return capacity.saturating_sub(self.scheduled_load());
         }
         let capacity = self.idle.len() as u64 * u64::from(self.window);
-        capacity.saturating_sub(self.waiting_count())
+        capacity.saturating_sub(self.unassigned.len() as u64)
     }
 
-    /// Adds a worker in the paused state.
-    pub(crate) fn add(&mut self, worker: WorkerId) {
+    /// Returns how much of the capacity is used if the application has a scheduler.
+    fn scheduled_load(&self) -> u64 {
+        if self.restricted.len() <= 1 {
+            return self.in_flight();
+        }
+        let restricted = self.restricted.iter().map(|(user, restricted)| {
+            let members = self.members.values();
+            let members = members.filter(|member| member.user == *user);
+            let (mut queued, mut max) = (0, 0);
+            for member in members {
+                queued += member.in_flight();
+                max += u64::from(member.is_ready()) * u64::from(MAX_WINDOW);
+            }
+            (queued, restricted.waiting, max)
+        });
+        let (mut load, mut unrestricted) = (0, self.in_flight());
+        for (queued, waiting, max) in restricted {
+            unrestricted -= queued + waiting;
+            load += (queued + waiting).min(max);
+        }
+        load + unrestricted
+    }
+
+    /// Adds a worker of the user, in the paused state.
+    pub(crate) fn add(&mut self, worker: WorkerId, user: User) {
         self.turns += 1;
-        let member = Member::new(self.turns, self.recent_load_max);
+        let member = Member::new(user, self.turns, self.recent_load_max);
         self.candidate_count += 1;
         self.members.insert(worker, member);
+        self.restricted.get_or_insert_with(user, Restricted::new);
     }
 
     /// Changes a worker, and updates the dispatcher's ordered sets and sums.
@@ -407,7 +447,8 @@ impl<C> Dispatcher<C> {
 
     /// Lets connections that were reclaimed from the worker's queue wait again. If the queue is now
     /// empty, `undelivered` is the number of connections that are still on their way to the queue.
-    /// Otherwise, `undelivered` is `None`.
+    /// Otherwise, `undelivered` is `None`. `user_of` returns the user to whose workers a connection is
+    /// restricted, if any.
     ///
     /// Returns how many more connections are now known to have been received. The number is
     /// negative if the worker had reported receiving connections that were in fact reclaimed.
@@ -416,10 +457,11 @@ impl<C> Dispatcher<C> {
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
         undelivered: Option<u64>,
+        user_of: impl Fn(&C) -> Option<User>,
     ) -> i64 {
         let count = connections.len() as u64;
         let reclaimed = self.update(worker, |member| member.reclaimed(count, undelivered));
-        self.push_back(connections);
+        self.push_back(connections, user_of);
         reclaimed.map_or(0, |((), received)| received)
     }
 
@@ -431,6 +473,7 @@ impl<C> Dispatcher<C> {
         worker: WorkerId,
         connection: Option<Sequenced<C>>,
         is_full: bool,
+        user_of: impl Fn(&C) -> Option<User>,
     ) {
         self.update(worker, |member| {
             member.undo_dispatch();
@@ -438,7 +481,7 @@ impl<C> Dispatcher<C> {
                 member.pause();
             }
         });
-        self.push_back(connection.into_iter().collect());
+        self.push_back(connection.into_iter().collect(), user_of);
     }
 
     /// Records that a client hung up before its connection reached the worker's queue.
@@ -466,11 +509,17 @@ impl<C> Dispatcher<C> {
         worker: WorkerId,
         connections: Vec<Sequenced<C>>,
         undelivered: u64,
+        user_of: impl Fn(&C) -> Option<User>,
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
-        let received = self.reclaimed(worker, connections, Some(undelivered));
+        let received = self.reclaimed(worker, connections, Some(undelivered), user_of);
         // The worker has ended and its queue is empty, so no ordered set contains it.
         let member = self.members.remove(&worker);
+        let members = &self.members;
+        self.restricted.retain(|user, restricted| {
+            let mut members = members.values();
+            restricted.waiting > 0 || members.any(|member| member.user == *user)
+        });
         let load = member.map(|member| WorkerLoad {
             open: 0,
             ..member.figures(worker)
@@ -485,52 +534,101 @@ impl<C> Dispatcher<C> {
 
     /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
     /// Returns `None` if there is no such worker.
-    fn next_assigned(&mut self) -> Option<(WorkerId, Sequenced<C>)> {
+    fn next_assigned(&mut self) -> Option<(WorkerId, Taken<C>)> {
         let worker = self.assignable.first()?;
         let sequence = self.members.get(&worker)?.assigned.first()?;
         Some((worker, self.dequeue(sequence)?))
     }
 
-    /// Takes the first unassigned connection if it can go to a worker (rules 2 and 3).
-    fn next_unassigned(&mut self, now: Time) -> Option<(WorkerId, Sequenced<C>)> {
-        let worker = match self.idle.first() {
-            None if self.has_scheduler => return None,
-            Some(idle) if self.has_scheduler => idle.worker,
-            None => self.first_with_space(u64::MAX, |_| true)?,
-            Some(idle) => self.yields_to(idle.worker, now).unwrap_or(idle.worker),
-        };
-        let sequence = self.unassigned.first()?;
+    /// Takes the first unassigned connection that can go to a worker (rules 2 and 3).
+    fn next_unassigned(&mut self, now: Time) -> Option<(WorkerId, Taken<C>)> {
+        let (sequence, worker) = self.first_unassigned(now)?;
         Some((worker, self.dequeue(sequence)?))
     }
 
+    /// Returns whether an unassigned connection waits although it can go to a worker.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn can_dispatch(&self, now: Time) -> bool {
+        self.first_unassigned(now).is_some()
+    }
+
+    /// Returns the sequence number of the first unassigned connection that can go to a worker, and
+    /// that worker.
+    fn first_unassigned(&self, now: Time) -> Option<(u64, WorkerId)> {
+        let unrestricted = self.unassigned.first().map(|sequence| (sequence, None));
+        let restricted = self.restricted.iter();
+        let restricted =
+            restricted.filter_map(|(user, all)| Some((all.unassigned.first()?, Some(*user))));
+        let firsts = unrestricted.into_iter().chain(restricted);
+        let choices =
+            firsts.filter_map(|(sequence, user)| Some((sequence, self.next_worker(user, now)?)));
+        choices.min_by_key(|(sequence, _)| *sequence)
+    }
+
+    /// Returns the worker that receives the next connection. If the connection is restricted, `user`
+    /// is the user to whose workers it may go.
+    fn next_worker(&self, user: Option<User>, now: Time) -> Option<WorkerId> {
+        let may_receive = |member: &Member| user.is_none_or(|user| member.user == user);
+        match self.first_idle(user) {
+            Some(idle) if self.has_scheduler => Some(idle.worker),
+            Some(idle) => {
+                let busy = self.yields_to(idle.worker, may_receive, now);
+                Some(busy.unwrap_or(idle.worker))
+            }
+            None if self.has_scheduler => None,
+            None => self.first_with_space(u64::MAX, may_receive, |_| true),
+        }
+    }
+
+    /// Returns the idle worker whose turn is next. If `user` is given, considers only its workers.
+    fn first_idle(&self, user: Option<User>) -> Option<IdleRank> {
+        let Some(user) = user else {
+            return self.idle.first();
+        };
+        self.idle.iter().find(|rank| {
+            let member = self.members.get(&rank.worker);
+            member.is_some_and(|member| member.user == user)
+        })
+    }
+
+    /// Returns whether a connection with this restriction has to wait although a worker is idle.
+    pub(crate) fn is_held_up(&self, user: Option<User>) -> bool {
+        !self.idle.is_empty() && self.first_idle(user).is_none()
+    }
+
     /// Returns the busy worker to which this idle worker yields its turn, if any.
-    fn yields_to(&self, idle: WorkerId, now: Time) -> Option<WorkerId> {
+    fn yields_to(
+        &self,
+        idle: WorkerId,
+        may_receive: impl Fn(&Member) -> bool,
+        now: Time,
+    ) -> Option<WorkerId> {
         let load_max = self
             .members
             .get(&idle)?
             .recent_load
             .checked_sub(FAIRNESS_LEAD)?;
-        self.first_with_space(load_max, |busy| {
+        self.first_with_space(load_max, may_receive, |busy| {
             busy.became_busy_within(FAIRNESS_BUSY_SPAN, now)
         })
     }
 
     /// Returns the suitable busy worker with the lowest recent load, at most `load_max`, whose
-    /// window has space.
+    /// window has space. Considers only workers that may receive the connection.
     fn first_with_space(
         &self,
         load_max: u64,
+        may_receive: impl Fn(&Member) -> bool,
         is_suitable: impl Fn(&Member) -> bool,
     ) -> Option<WorkerId> {
         let busy = self.busy.iter();
+        let busy = busy.take_while(|rank| rank.recent_load <= load_max);
+        let busy = busy.filter_map(|rank| Some((rank.worker, self.members.get(&rank.worker)?)));
         let mut busy = busy
-            .take_while(|rank| rank.recent_load <= load_max)
-            .take(BUSY_WORKERS_CHECKED)
-            .map(|rank| rank.worker);
-        busy.find(|worker| {
-            let member = self.members.get(worker);
-            member.is_some_and(|member| member.load() < self.window && is_suitable(member))
-        })
+            .filter(|(_, member)| may_receive(member))
+            .take(BUSY_WORKERS_CHECKED);
+        busy.find(|(_, member)| member.load() < self.window && is_suitable(member))
+            .map(|(worker, _)| worker)
     }
 
     /// Ends the penalties that have expired.
@@ -556,12 +654,41 @@ impl<C> Dispatcher<C> {
             }
             return None;
         };
+        self.dispatch(worker, connection, now)
+    }
+
+    /// Takes out all waiting connections that are restricted to this worker's user, and dispatches
+    /// them to this worker, even if its window has no space.
+    pub(crate) fn dispatch_restricted(
+        &mut self,
+        worker: WorkerId,
+        now: Time,
+    ) -> Vec<Dispatched<C>> {
+        let user = self.members.get(&worker).map(|member| member.user);
+        let waiting = self.waiting.iter();
+        let own = waiting.filter(|(_, waiting)| user.is_some() && waiting.user == user);
+        let own: Vec<_> = own.map(|(sequence, _)| sequence).collect();
+        let dispatched = own.into_iter().filter_map(|sequence| {
+            let connection = self.dequeue(sequence)?;
+            self.dispatch(worker, connection, now)
+        });
+        dispatched.collect()
+    }
+
+    /// Records that the connection is dispatched to the worker.
+    fn dispatch(
+        &mut self,
+        worker: WorkerId,
+        connection: Taken<C>,
+        now: Time,
+    ) -> Option<Dispatched<C>> {
+        let Taken { connection, user } = connection;
         let has_waited = connection.sequence <= self.last_delayed;
         self.turns += 1;
         let turn = self.turns;
         let load_min = self.recent_load_max.saturating_sub(RECENT_LOAD_SPAN);
         let (recent_load, _) = self.update(worker, |member| {
-            member.dispatch(turn, load_min, now);
+            member.dispatch(user, turn, load_min, now);
             member.recent_load
         })?;
         self.recent_load_max = self.recent_load_max.max(recent_load);
@@ -592,21 +719,34 @@ impl<C> Dispatcher<C> {
     ///
     /// Returns `None` if only an event can make connections reclaimable.
     pub(crate) fn rebalance_deadline(&self) -> Option<Time> {
-        if self.is_prompt_worker_idle() {
-            let times = self.reclaim_times().into_iter().flatten();
-            return times.map(|(time, _)| time).min();
-        }
-        // If all idle workers are stalled, connections become reclaimable when a penalty ends. Do
-        // not rely on an event, because a busy worker reports nothing during a long request.
-        let is_awaited = !self.idle.is_empty() && self.may_have_reclaimable();
-        let first = self.penalized.first().filter(|_| is_awaited)?;
-        Some(first.0)
+        let times = self.reclaim_times().into_iter().flatten();
+        let reclaim = times.map(|(time, _)| time).min();
+        // If all suitable idle workers are stalled, connections become reclaimable when a penalty
+        // ends. Do not rely on an event, because a busy worker reports nothing during a long
+        // request.
+        let is_awaited = self.is_any_worth_reclaiming(|idle| idle.is_stalled);
+        let penalty = self.penalized.first().filter(|_| is_awaited);
+        earlier(reclaim, penalty.map(|(until, _)| until))
     }
 
-    /// Returns whether connections may become reclaimable while a prompt worker is idle.
+    /// Returns whether connections may become reclaimable while the idle workers are prompt.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn may_have_reclaimable(&self) -> bool {
-        let has_queued = !self.queued_behind.is_empty() || !self.unresponsive.is_empty();
-        has_queued && !self.has_scheduler
+        self.is_any_worth_reclaiming(|_| true)
+    }
+
+    /// Returns whether a suitable idle worker may receive any of the connections that may be in
+    /// other workers' queues.
+    fn is_any_worth_reclaiming(&self, is_suitable: fn(IdleRank) -> bool) -> bool {
+        let queued = self.queued_behind.iter().chain(self.unresponsive.iter());
+        // If all workers have the same user, the answer is the same for all queues.
+        let checked = match self.restricted.len() {
+            0 | 1 => 1,
+            2.. => usize::MAX,
+        };
+        let mut queued = queued.take(checked);
+        !self.has_scheduler
+            && queued.any(|(_, worker)| self.is_worth_reclaiming(worker, is_suitable))
     }
 
     /// Returns when connections can be reclaimed, and from which worker. The first entry is for
@@ -617,13 +757,29 @@ impl<C> Dispatcher<C> {
             return [None, None];
         }
         let first = |order: &OrderedSet<(Time, WorkerId)>, delay| {
-            let (since, worker) = order.first()?;
+            let mut order = order.iter();
+            let is_prompt = |idle: IdleRank| !idle.is_stalled;
+            let (since, worker) =
+                order.find(|(_, worker)| self.is_worth_reclaiming(*worker, is_prompt))?;
             Some((since.saturating_add(delay), worker))
         };
         [
             first(&self.queued_behind, QUICK),
             first(&self.unresponsive, STALL_TIMEOUT),
         ]
+    }
+
+    /// Returns whether a suitable idle worker may receive any of the connections that may be in this
+    /// worker's queue.
+    fn is_worth_reclaiming(&self, worker: WorkerId, is_suitable: fn(IdleRank) -> bool) -> bool {
+        let member = self.members.get(&worker);
+        member.is_some_and(|member| {
+            let user = match member.may_have_unrestricted() {
+                true => None,
+                false => Some(member.user),
+            };
+            self.first_idle(user).is_some_and(is_suitable)
+        })
     }
 
     fn is_prompt_worker_idle(&self) -> bool {
@@ -636,10 +792,12 @@ impl<C> Dispatcher<C> {
         members.map(|(worker, member)| member.figures(*worker))
     }
 
-    /// Returns the load of each worker that the scheduler may choose.
-    pub(crate) fn candidates(&self) -> impl Iterator<Item = WorkerLoad> + '_ {
+    /// Returns the load of each worker that the scheduler may choose for the waiting connection.
+    pub(crate) fn candidates(&self, sequence: u64) -> impl Iterator<Item = WorkerLoad> + '_ {
+        let waiting = self.waiting.get(sequence);
         let members = self.members.iter();
-        let members = members.filter(|(_, member)| member.is_candidate());
+        let members = members
+            .filter(move |(_, member)| waiting.is_some_and(|waiting| waiting.may_choose(member)));
         members.map(|(worker, member)| member.figures(*worker))
     }
 

@@ -15,8 +15,27 @@ fn id(n: u32) -> WorkerId {
 fn with_idle_workers(count: u32) -> Dispatcher<u32> {
     let mut dispatcher = Dispatcher::new();
     for n in 1..=count {
-        dispatcher.add(id(n));
+        dispatcher.add(id(n), User::default());
         dispatcher.idle_reported(id(n), 0, 0, NOW).unwrap();
+    }
+    dispatcher
+}
+
+const OTHER: User = User { uid: 1, gid: 0 };
+
+fn unrestricted(_: &u32) -> Option<User> {
+    None
+}
+
+/// Returns a dispatcher with two idle workers of different users: the worker 1 has the default user,
+/// and the worker 2 has the user `OTHER`.
+fn with_two_users() -> Dispatcher<u32> {
+    let mut dispatcher = Dispatcher::new();
+    for (worker, user) in [(1, User::default()), (2, OTHER)] {
+        dispatcher.add(id(worker), user);
+        dispatcher
+            .idle_reported(id(worker), 0, 0, Time::ZERO)
+            .unwrap();
     }
     dispatcher
 }
@@ -52,7 +71,7 @@ fn grow_window(dispatcher: &mut Dispatcher<u32>, worker: u32) {
 #[test]
 fn paused_worker_gets_no_connection() {
     let mut dispatcher = Dispatcher::new();
-    dispatcher.add(id(1));
+    dispatcher.add(id(1), User::default());
     dispatcher.push(7);
     assert!(dispatcher.dispatch_next(NOW).is_none());
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
@@ -83,7 +102,7 @@ fn idle_workers_take_strict_turns() {
 #[test]
 fn late_worker_gets_its_turn_back() {
     let mut dispatcher = Dispatcher::new();
-    (1..=3).for_each(|n| dispatcher.add(id(n)));
+    (1..=3).for_each(|n| dispatcher.add(id(n), User::default()));
     for n in [2, 3] {
         dispatcher.idle_reported(id(n), 0, 0, NOW).unwrap();
     }
@@ -219,7 +238,7 @@ fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
     (0..5).for_each(|c| dispatcher.push(c));
     assert_eq!(dispatch_all(&mut dispatcher).len(), 5);
     assert_eq!(dispatcher.reclaimable(LATER), None, "no worker is idle");
-    dispatcher.add(id(2));
+    dispatcher.add(id(2), User::default());
     dispatcher.idle_reported(id(2), 0, 0, NOW).unwrap();
     assert_eq!(
         dispatcher.reclaimable(NOW),
@@ -228,14 +247,19 @@ fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
     );
     assert_eq!(dispatcher.rebalance_deadline(), Some(QUICK));
     assert_eq!(dispatcher.reclaimable(QUICK), Some((id(1), 4)));
-    dispatcher.reclaimed(id(1), (17..21).map(|n| sequenced(n, 0)).collect(), None);
+    dispatcher.reclaimed(
+        id(1),
+        (17..21).map(|n| sequenced(n, 0)).collect(),
+        None,
+        unrestricted,
+    );
     assert_eq!(
         dispatch_all(&mut dispatcher),
         [(2, 0); 4],
         "the slow worker gets nothing"
     );
     dispatcher.idle_reported(id(2), 4, 0, LATER).unwrap();
-    dispatcher.reclaimed(id(1), vec![], Some(0));
+    dispatcher.reclaimed(id(1), vec![], Some(0), unrestricted);
     assert_eq!(
         dispatcher.reclaimable(LATER),
         None,
@@ -251,7 +275,7 @@ fn connections_of_a_stalled_worker_go_to_others() {
     assert_eq!(dispatcher.reclaimable(NOW), None);
     assert_eq!(dispatcher.rebalance_deadline(), Some(STALL_TIMEOUT));
     assert_eq!(dispatcher.reclaimable(STALL_TIMEOUT), Some((id(1), 1)));
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], None);
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], None, unrestricted);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     for n in 6..9 {
@@ -284,7 +308,7 @@ fn pausing_worker_does_not_become_stalled() {
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
     dispatcher.pause(id(1)).unwrap();
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], Some(0));
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], Some(0), unrestricted);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
@@ -298,7 +322,7 @@ fn stall_first(dispatcher: &mut Dispatcher<u32>, now: Time) {
     dispatcher.push(0);
     let dispatched = dispatcher.dispatch_next(now).unwrap();
     assert_eq!(dispatched.worker, id(1));
-    dispatcher.reclaimed(id(1), vec![dispatched.connection], Some(0));
+    dispatcher.reclaimed(id(1), vec![dispatched.connection], Some(0), unrestricted);
     serve_by(dispatcher, 2, now);
 }
 
@@ -358,7 +382,7 @@ fn stalled_worker_is_retried_after_penalties_that_double() {
         while let Some(dispatched) = dispatcher.dispatch_next(now) {
             if dispatched.worker == id(1) {
                 times.push(ms);
-                dispatcher.reclaimed(id(1), vec![dispatched.connection], None);
+                dispatcher.reclaimed(id(1), vec![dispatched.connection], None, unrestricted);
             } else {
                 received += 1;
                 dispatcher.idle_reported(id(2), received, 0, now).unwrap();
@@ -373,13 +397,13 @@ fn stalled_idle_worker_comes_before_a_busy_one() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], None);
+    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], None, unrestricted);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     (1..4).for_each(|n| dispatcher.push(n));
     assert_eq!(dispatch_all(&mut dispatcher)[..2], [(2, 1), (1, 2)]);
     dispatcher.take_waiting();
-    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], None);
+    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], None, unrestricted);
     dispatcher.take_waiting();
     assert!(
         dispatcher.capacity() > 0,
@@ -392,7 +416,10 @@ fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
-    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(0)), 1);
+    assert_eq!(
+        dispatcher.reclaimed(id(1), Vec::new(), Some(0), unrestricted),
+        1
+    );
     assert_eq!(
         (
             dispatcher.reclaimable(LATER),
@@ -413,7 +440,10 @@ fn connection_on_its_way_to_an_empty_queue_is_not_received() {
     let mut dispatcher = with_idle_workers(1);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
-    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(1)), 0);
+    assert_eq!(
+        dispatcher.reclaimed(id(1), Vec::new(), Some(1), unrestricted),
+        0
+    );
     assert_eq!(dispatcher.in_flight(), 1);
     assert_eq!(dispatcher.counted(id(1), 0), 1);
     assert_eq!(dispatcher.in_flight(), 0);
@@ -428,11 +458,11 @@ fn reclaimed_connections_keep_their_sequence() {
     dispatcher.push(3);
     dispatcher.pause(id(1)).unwrap();
     let reclaimed = vec![sequenced(18, 2), sequenced(17, 1)];
-    let (load, received) = dispatcher.queue_closed(id(1), reclaimed, 0);
+    let (load, received) = dispatcher.queue_closed(id(1), reclaimed, 0, unrestricted);
     assert_eq!(received, 1);
     let load = load.unwrap();
     assert_eq!((load.dispatched, load.received, load.returned), (18, 16, 2));
-    dispatcher.add(id(2));
+    dispatcher.add(id(2), User::default());
     dispatcher.idle_reported(id(2), 0, 0, LATER).unwrap();
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 1), (2, 2), (2, 3)]);
     assert_eq!(dispatcher.in_flight(), 3);
@@ -445,7 +475,7 @@ fn worker_with_a_full_queue_gets_nothing_until_it_is_idle() {
     let Dispatched {
         worker, connection, ..
     } = dispatcher.dispatch_next(NOW).unwrap();
-    dispatcher.not_dispatched(worker, Some(connection), true);
+    dispatcher.not_dispatched(worker, Some(connection), true, unrestricted);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     assert_eq!(dispatcher.capacity(), 0);
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
@@ -510,7 +540,7 @@ proptest! {
                 let queue = &mut queues[victim.get() as usize];
                 let reclaimed: Vec<_> = queue.drain(..count.min(queue.len())).collect();
                 let is_empty = reclaimed.len() < count;
-                dispatcher.reclaimed(victim, reclaimed, is_empty.then_some(0));
+                dispatcher.reclaimed(victim, reclaimed, is_empty.then_some(0), unrestricted);
                 while let Some(dispatched) = dispatcher.dispatch_next(now) {
                     queues[dispatched.worker.get() as usize].push_back(dispatched.connection);
                 }
@@ -522,6 +552,163 @@ proptest! {
             let queued: usize = queues.iter().map(VecDeque::len).sum();
             prop_assert_eq!(dispatcher.in_flight(), (dispatcher.waiting.len() + queued) as u64);
             prop_assert_eq!(accepted, dispatcher.in_flight() + received.iter().sum::<u64>());
+        }
+    }
+}
+
+#[test]
+fn restricted_connection_goes_only_to_workers_of_its_user() {
+    let mut dispatcher = with_two_users();
+    for connection in 0..2 {
+        dispatcher.push_resumed(connection, Some(OTHER));
+    }
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
+    // The second connection waits for the worker 2, and delays no other connection.
+    assert_eq!(dispatcher.capacity(), 1);
+    dispatcher.push(2);
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 2)]);
+    assert_eq!(dispatcher.capacity(), 0);
+    let slow = Time::from_secs(1);
+    dispatcher.idle_reported(id(1), 1, 0, slow).unwrap();
+    assert_eq!((dispatcher.capacity(), dispatcher.has_waiting()), (1, true));
+    assert_eq!(dispatch_all(&mut dispatcher), []);
+    dispatcher.idle_reported(id(2), 1, 0, slow).unwrap();
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 1)]);
+}
+
+#[test]
+fn connections_that_only_a_stopped_worker_may_receive_are_not_reclaimed() {
+    let mut dispatcher = with_two_users();
+    dispatcher.push_resumed(0, Some(OTHER));
+    let first = dispatcher.dispatch_next(Time::ZERO).unwrap();
+    assert_eq!(first.worker, id(2));
+    // The worker 1 is idle and prompt, but may not receive the connection.
+    assert_eq!(dispatcher.rebalance_deadline(), None);
+    assert_eq!(dispatcher.reclaimable(Time::from_secs(1)), None);
+    // With a connection that the worker 1 may receive, both are reclaimed once.
+    dispatcher.idle_reported(id(2), 1, 0, Time::ZERO).unwrap();
+    dispatcher.push(1);
+    dispatcher.push(2);
+    dispatcher.push_resumed(3, Some(OTHER));
+    let now = Time::from_secs(1);
+    dispatcher.window = 2;
+    let mut in_queue = Vec::new();
+    while let Some(next) = dispatcher.dispatch_next(now) {
+        if next.worker == id(2) {
+            in_queue.push(next.connection);
+        }
+    }
+    let only_other = |connection: &u32| (*connection == 3).then_some(OTHER);
+    dispatcher.idle_reported(id(1), 1, 0, now).unwrap();
+    let now = now + STALL_TIMEOUT;
+    while let Some((worker, count)) = dispatcher.reclaimable(now) {
+        assert_eq!(worker, id(2));
+        let count = count.min(in_queue.len());
+        let back: Vec<_> = in_queue.drain(..count).collect();
+        let undelivered = in_queue.is_empty().then_some(0);
+        dispatcher.reclaimed(worker, back, undelivered, only_other);
+    }
+    assert!(in_queue.is_empty());
+    assert_eq!(dispatch_all(&mut dispatcher), [(1, 2), (2, 3)]);
+    dispatcher.idle_reported(id(1), 2, 0, now).unwrap();
+    assert_eq!(dispatcher.reclaimable(Time::from_secs(9)), None);
+    assert_eq!(dispatcher.rebalance_deadline(), None);
+}
+
+#[test]
+fn scheduled_connections_of_a_user_leave_the_capacity_of_other_users() {
+    let mut dispatcher = with_two_users();
+    dispatcher.use_scheduler();
+    for connection in 0..40 {
+        dispatcher.push_resumed(connection, Some(OTHER));
+        let (sequence, _) = dispatcher.unscheduled().unwrap();
+        let worker = (connection % 2 == 0).then_some(id(2));
+        dispatcher.choose(sequence, worker);
+    }
+    assert_eq!(dispatcher.capacity(), u64::from(MAX_WINDOW));
+    dispatch_all(&mut dispatcher);
+    assert_eq!(dispatcher.capacity(), u64::from(MAX_WINDOW));
+    dispatcher.push(40);
+    assert_eq!(dispatcher.capacity(), u64::from(MAX_WINDOW) - 1);
+}
+
+#[test]
+fn scheduler_may_choose_only_workers_of_the_user() {
+    let mut dispatcher = with_two_users();
+    dispatcher.use_scheduler();
+    dispatcher.push_resumed(7, Some(OTHER));
+    let (sequence, _) = dispatcher.unscheduled().unwrap();
+    let candidates: Vec<_> = dispatcher
+        .candidates(sequence)
+        .map(|load| load.worker)
+        .collect();
+    assert_eq!(candidates, [id(2)]);
+    dispatcher.choose(sequence, Some(id(1)));
+    assert_eq!(dispatch_all(&mut dispatcher), [(2, 7)]);
+    dispatcher.push_resumed(8, Some(OTHER));
+    dispatcher.end(id(2));
+    assert_eq!(dispatcher.unscheduled(), None);
+    dispatcher.push_resumed(9, Some(User::default()));
+    assert_eq!(dispatcher.unscheduled(), Some((3, &9)));
+}
+
+proptest! {
+    /// Drives workers of two users with random connections and reports.
+    #[test]
+    fn workers_of_one_user_delay_no_connection_of_another(
+        steps in proptest::collection::vec((0..4_u8, 0..4_u32, any::<bool>()), 0..300),
+    ) {
+        let mut dispatcher = Dispatcher::new();
+        let user = |number: u32| User { uid: number % 2, gid: 0 };
+        let mut queues: [VecDeque<Sequenced<u32>>; 4] = Default::default();
+        let mut received = [0; 4];
+        (0..4).for_each(|worker| dispatcher.add(id(worker + 1), user(worker)));
+        let mut now = Time::ZERO;
+        // A connection with the number 2 is unrestricted, and the others belong to a user.
+        let user_of = |connection: &u32| (*connection < 2).then(|| user(*connection));
+        for (kind, n, flag) in steps {
+            let (worker, at) = (id(n + 1), n as usize);
+            match kind {
+                0 => {
+                    let connection = n % 3;
+                    dispatcher.push_resumed(connection, user_of(&connection));
+                }
+                1 => {
+                    received[at] += u64::from(queues[at].pop_front().is_some());
+                    if queues[at].is_empty() {
+                        dispatcher.idle_reported(worker, received[at], 0, now).unwrap();
+                    }
+                }
+                2 if flag => now += Time::from_millis(u64::from(n) * 7),
+                _ => {
+                    dispatcher.end_penalties(now);
+                    if let Some((worker, count)) = dispatcher.reclaimable(now) {
+                        let queue = &mut queues[worker.get() as usize - 1];
+                        let behind = queue.len().min(count);
+                        let back: Vec<_> = queue.drain(..behind).collect();
+                        let undelivered = queue.is_empty().then_some(0);
+                        dispatcher.reclaimed(worker, back, undelivered, user_of);
+                    }
+                }
+            }
+            while let Some(next) = dispatcher.dispatch_next(now) {
+                let index = next.worker.get() - 1;
+                let only = user_of(&next.connection.connection);
+                prop_assert!(only.is_none_or(|only| only == user(index)));
+                queues[index as usize].push_back(next.connection);
+            }
+            // A waiting connection has no idle worker of its user.
+            for waiting in dispatcher.waiting() {
+                let only = user_of(waiting);
+                let is_idle = dispatcher.idle.iter().any(|rank| {
+                    let own = user(rank.worker.get() - 1);
+                    only.is_none_or(|only| only == own)
+                });
+                prop_assert!(!is_idle, "{waiting} waits in vain");
+            }
+            // Restricted connections that wait use no capacity.
+            let capacity = dispatcher.idle.len() as u64 * u64::from(dispatcher.window);
+            prop_assert_eq!(dispatcher.capacity(), capacity);
         }
     }
 }

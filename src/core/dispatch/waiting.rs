@@ -3,13 +3,50 @@
 
 use super::member::Member;
 use super::{Dispatcher, Sequenced};
+use crate::types::ordered_set::OrderedSet;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 
 /// A connection that has been accepted and is not in a worker's queue.
 #[derive(Debug)]
 pub(super) struct Waiting<C> {
     pub(super) connection: C,
+    /// The user to whose workers the connection is restricted, if any.
+    pub(super) user: Option<User>,
     pub(super) target: Target,
+}
+
+impl<C> Waiting<C> {
+    /// Returns whether the scheduler may choose the worker for this connection.
+    pub(super) fn may_choose(&self, member: &Member) -> bool {
+        member.is_candidate() && self.user.is_none_or(|user| member.user == user)
+    }
+}
+
+/// A connection that has been taken out of those that wait.
+#[derive(Debug)]
+pub(super) struct Taken<C> {
+    pub(super) connection: Sequenced<C>,
+    /// The user to whose workers the connection is restricted, if any.
+    pub(super) user: Option<User>,
+}
+
+/// The waiting connections that are restricted to the workers of one user.
+#[derive(Debug)]
+pub(super) struct Restricted {
+    /// The number of all these connections.
+    pub(super) waiting: u64,
+    /// The sequence numbers of those that are assigned to no worker.
+    pub(super) unassigned: OrderedSet<u64>,
+}
+
+impl Restricted {
+    pub(super) fn new() -> Self {
+        Self {
+            waiting: 0,
+            unassigned: OrderedSet::new(),
+        }
+    }
 }
 
 /// The destination of a waiting connection.
@@ -51,16 +88,18 @@ impl<C> Dispatcher<C> {
         self.has_scheduler = true;
     }
 
-    /// Returns the first connection for which the scheduler has not been called, with its sequence
-    /// number.
-    ///
-    /// Returns `None` if there is no such connection, or no worker to choose from.
+    /// Returns the first connection for which the scheduler has not been called and has a worker to
+    /// choose from, with its sequence number.
     pub(crate) fn unscheduled(&self) -> Option<(u64, &C)> {
-        let sequence = self.unscheduled.first()?;
         if self.candidate_count == 0 {
             return None;
         }
-        Some((sequence, &self.waiting.get(sequence)?.connection))
+        self.unscheduled.iter().find_map(|sequence| {
+            let waiting = self.waiting.get(sequence)?;
+            let mut members = self.members.iter();
+            let has_choice = members.any(|(_, member)| waiting.may_choose(member));
+            has_choice.then_some((sequence, &waiting.connection))
+        })
     }
 
     /// Assigns an unscheduled connection to the scheduler's choice.
@@ -71,24 +110,37 @@ impl<C> Dispatcher<C> {
         if !self.unscheduled.contains(sequence) {
             return;
         }
+        let Some(waiting) = self.waiting.get(sequence) else {
+            return;
+        };
         let candidate = worker.filter(|worker| {
             let member = self.members.get(worker);
-            member.is_some_and(Member::is_candidate)
+            member.is_some_and(|member| waiting.may_choose(member))
         });
-        if let Some(connection) = self.dequeue(sequence) {
+        if let Some(Taken { connection, user }) = self.dequeue(sequence) {
             let target = candidate.map_or(Target::Next, Target::Assigned);
-            self.enqueue(connection, target);
+            self.enqueue(connection, user, target);
         }
     }
 
-    pub(super) fn enqueue(&mut self, connection: Sequenced<C>, target: Target) {
+    /// Adds a waiting connection. If the connection is restricted, `user` is the user to whose
+    /// workers it may go.
+    fn enqueue(&mut self, connection: Sequenced<C>, user: Option<User>, target: Target) {
         let Sequenced {
             sequence,
             connection,
         } = connection;
+        let restricted = user.map(|user| self.restricted.get_or_insert_with(user, Restricted::new));
+        let unassigned = match restricted {
+            Some(restricted) => {
+                restricted.waiting += 1;
+                &mut restricted.unassigned
+            }
+            None => &mut self.unassigned,
+        };
         match target {
             Target::Next => {
-                self.unassigned.insert(sequence);
+                unassigned.insert(sequence);
             }
             Target::Unscheduled => {
                 self.unscheduled.insert(sequence);
@@ -97,15 +149,31 @@ impl<C> Dispatcher<C> {
                 self.update(worker, |member| member.assigned.insert(sequence));
             }
         }
-        let waiting = Waiting { connection, target };
+        let waiting = Waiting {
+            connection,
+            user,
+            target,
+        };
         self.waiting.insert(sequence, waiting);
     }
 
-    pub(super) fn dequeue(&mut self, sequence: u64) -> Option<Sequenced<C>> {
-        let Waiting { connection, target } = self.waiting.remove(sequence)?;
+    pub(super) fn dequeue(&mut self, sequence: u64) -> Option<Taken<C>> {
+        let Waiting {
+            connection,
+            user,
+            target,
+        } = self.waiting.remove(sequence)?;
+        let restricted = user.and_then(|user| self.restricted.get_mut(&user));
+        let unassigned = match restricted {
+            Some(restricted) => {
+                restricted.waiting -= 1;
+                &mut restricted.unassigned
+            }
+            None => &mut self.unassigned,
+        };
         match target {
             Target::Next => {
-                self.unassigned.remove(sequence);
+                unassigned.remove(sequence);
             }
             Target::Unscheduled => {
                 self.unscheduled.remove(sequence);
@@ -114,10 +182,11 @@ impl<C> Dispatcher<C> {
                 self.update(worker, |member| member.assigned.remove(sequence));
             }
         }
-        Some(Sequenced {
+        let connection = Sequenced {
             sequence,
             connection,
-        })
+        };
+        Some(Taken { connection, user })
     }
 
     pub(super) fn default_target(&self) -> Target {
@@ -131,17 +200,18 @@ impl<C> Dispatcher<C> {
     /// Adds a connection that has just been accepted.
     pub(crate) fn push(&mut self, connection: C) {
         self.accepted += 1;
-        self.push_resumed(connection);
+        self.push_resumed(connection, None);
     }
 
-    /// Adds a connection whose client has sent something while the master held it.
-    pub(crate) fn push_resumed(&mut self, connection: C) {
+    /// Adds a connection whose client has sent something while the master held it. If the connection
+    /// is restricted, `user` is the user to whose workers it may go.
+    pub(crate) fn push_resumed(&mut self, connection: C, user: Option<User>) {
         self.last_sequence += 1;
         let connection = Sequenced {
             sequence: self.last_sequence,
             connection,
         };
-        self.enqueue(connection, self.default_target());
+        self.enqueue(connection, user, self.default_target());
     }
 
     /// Counts a connection that has been accepted, and that the master holds until its client sends
@@ -152,10 +222,15 @@ impl<C> Dispatcher<C> {
 
     /// Adds connections that have already been dispatched once, and marks them as having waited,
     /// because their clients may have hung up in the meantime.
-    pub(super) fn push_back(&mut self, connections: Vec<Sequenced<C>>) {
+    pub(super) fn push_back(
+        &mut self,
+        connections: Vec<Sequenced<C>>,
+        user_of: impl Fn(&C) -> Option<User>,
+    ) {
         for connection in connections {
             self.last_delayed = self.last_delayed.max(connection.sequence);
-            self.enqueue(connection, self.default_target());
+            let user = user_of(&connection.connection);
+            self.enqueue(connection, user, self.default_target());
         }
     }
 
@@ -178,7 +253,9 @@ impl<C> Dispatcher<C> {
         }
         for sequence in gone {
             let closed = self.dequeue(sequence);
-            swept.closed.extend(closed.map(|closed| closed.connection));
+            swept
+                .closed
+                .extend(closed.map(|closed| closed.connection.connection));
         }
         swept
     }
@@ -195,6 +272,6 @@ impl<C> Dispatcher<C> {
         let sequences: Vec<_> = wanted.map(|(sequence, _)| sequence).collect();
         let all = sequences.into_iter();
         let taken = all.filter_map(|sequence| self.dequeue(sequence));
-        taken.map(|taken| taken.connection).collect()
+        taken.map(|taken| taken.connection.connection).collect()
     }
 }

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::types::endpoint::Kind;
 use crate::types::handle::HandleId;
 use crate::types::time::Time;
+use crate::types::user::ParkHistory;
 
 /// The maximum number of connections that are accepted from one listener before the event loop
 /// serves other descriptors.
@@ -43,7 +44,7 @@ impl<C, F> MasterCore<C, F> {
                 listener.has_accepted = true;
                 if listener.holds_new() && self.parked.space().is_some() {
                     listener.dispatcher.count_accepted();
-                    return self.hold(handle, connection, 0);
+                    return self.hold(handle, connection, ParkHistory::default());
                 }
                 listener.ready.use_reserved();
                 listener.dispatcher.push(HandOff::New(connection));

@@ -7,6 +7,7 @@ use crate::types::endpoint::{BindFlags, Endpoint};
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::signal::Signal;
+use crate::types::user::ParkHistory;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToWorker;
 
@@ -44,8 +45,7 @@ pub(crate) enum Action<C> {
         id: ConnectionId,
         /// The listener that accepted the connection. The listener may have been closed.
         handle: HandleId,
-        /// The number of times that the connection has been parked.
-        times_parked: u32,
+        history: ParkHistory,
         /// The connection, or `None` if the shell already keeps it.
         connection: Option<C>,
     },
@@ -61,8 +61,7 @@ pub(crate) enum Action<C> {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<C>,
-        /// The number of times that the connection has been parked.
-        times_parked: u32,
+        history: ParkHistory,
     },
     /// Reclaims at most `at_most` connections from a worker's queue. The shell answers with
     /// `reclaimed`. If the shell lacks descriptors, it first answers with `cannot_reclaim`.

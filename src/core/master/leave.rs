@@ -42,5 +42,6 @@ impl<C, F> MasterCore<C, F> {
                 self.queue_closed(handle, worker, Vec::new());
             }
         }
+        self.close_excluded(handle);
     }
 }

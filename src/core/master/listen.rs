@@ -277,9 +277,12 @@ impl<C, F> MasterCore<C, F> {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
+        let Some(user) = self.workers.get(&worker).map(|entry| entry.user) else {
+            return;
+        };
         listener.is_requested = true;
-        listener.members.add(worker);
-        listener.dispatcher.add(worker);
+        listener.members.add(worker, user);
+        listener.dispatcher.add(worker, user);
         let bound = Bound {
             handle,
             policy: listener.policy,
@@ -289,9 +292,7 @@ impl<C, F> MasterCore<C, F> {
             let listeners = &self.listeners;
             entry.joined(handle, |other| listeners.contains_key(&other));
         }
-        for worker in relieved {
-            self.end_for(handle, worker, Rest::GoesToOthers);
-        }
+        self.end_for(handle, relieved, Rest::GoesToOthers);
         let attachment = match bound.policy {
             SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
             SchedulingPolicy::Shared => Attachment::Listener(handle),
@@ -325,7 +326,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Returns the workers that serve the listener.
-    pub(super) fn serving(&self, handle: HandleId) -> Vec<WorkerId> {
+    pub(crate) fn serving(&self, handle: HandleId) -> Vec<WorkerId> {
         let listener = self.listeners.get(&handle);
         listener.map_or_else(Vec::new, |listener| listener.members.serving().collect())
     }

@@ -48,6 +48,7 @@ use crate::types::handle::HandleKey;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 
 /// The interval between two sweeps of a draining or pausing listener's waiting connections. The
@@ -301,6 +302,13 @@ impl<C> Listener<C> {
                 self.dispatcher.capacity()
             }
         }
+    }
+
+    /// Returns whether the connection that a worker of this user has parked must close, because all
+    /// workers that serve the listener have other users. While the listener pauses, its workers are
+    /// disconnecting, so the connection waits for the next worker.
+    pub(super) fn excludes(&self, parked_by: Option<User>) -> bool {
+        self.stage != Stage::Pausing && self.members.excludes(parked_by)
     }
 
     /// Returns whether the poller must not watch this Unix listener, because a drain has shut it down,

@@ -467,11 +467,12 @@ impl<C, F> MasterCore<C, F> {
         Some((handle, sequence, connection))
     }
 
-    /// Returns the loads of the workers that the scheduler may choose for this listener.
-    pub(crate) fn candidates(&self, handle: HandleId) -> Vec<WorkerLoad> {
+    /// Returns the loads of the workers that the scheduler may choose for this connection of the
+    /// listener.
+    pub(crate) fn candidates(&self, handle: HandleId, sequence: u64) -> Vec<WorkerLoad> {
         let listener = self.listeners.get(&handle);
         listener.map_or_else(Vec::new, |listener| {
-            listener.dispatcher.candidates().collect()
+            listener.dispatcher.candidates(sequence).collect()
         })
     }
 
@@ -567,10 +568,11 @@ impl<C, F> MasterCore<C, F> {
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
             // A connection that the scheduler has assigned may wait for a busy worker.
-            let is_waiting = dispatcher.has_waiting() && !self.has_scheduler
-                || !listener.ready.is_empty() && listener.stage != Stage::Pausing;
-            let is_stuck = is_waiting || is_unchecked || is_reclaimable;
-            listener.may_dispatch() && dispatcher.capacity() > 0 && is_stuck
+            let is_waiting = dispatcher.can_dispatch(last_tick) && !self.has_scheduler;
+            let is_ready = !listener.ready.is_empty() && listener.stage != Stage::Pausing;
+            let is_stuck = is_ready || is_unchecked || is_reclaimable;
+            let has_capacity = dispatcher.capacity() > 0;
+            listener.may_dispatch() && (is_waiting || has_capacity && is_stuck)
         })
     }
 
@@ -593,6 +595,17 @@ impl<C, F> MasterCore<C, F> {
         // If workers have copies of the socket, the master keeps its copy open until the last
         // worker has closed its own.
         listener.is_some_and(|each| each.stage != Stage::Unbound || !each.master_accepts())
+    }
+
+    /// Returns whether all workers that serve the listener have other users than the worker that parked
+    /// a connection.
+    pub(crate) fn excludes(
+        &self,
+        handle: HandleId,
+        parked_by: Option<crate::types::user::User>,
+    ) -> bool {
+        let listener = self.listeners.get(&handle);
+        listener.is_some_and(|listener| listener.members.excludes(parked_by))
     }
 
     /// Returns whether the master closes idle connections of the listener instead of holding them:

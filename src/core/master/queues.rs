@@ -3,7 +3,7 @@
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
 use super::{Action, HandOff, MasterCore};
-use crate::core::dispatch::{Dispatched, Sequenced};
+use crate::core::dispatch::Sequenced;
 use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
 
@@ -22,7 +22,7 @@ impl<C, F> MasterCore<C, F> {
         connection: Sequenced<HandOff<C>>,
         is_exhausted: bool,
     ) {
-        let still_waits = self.parked.take_back(&connection.connection, worker);
+        let still_waits = self.take_back(handle, &connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             let waiting = still_waits.then_some(connection.connection);
             return self.drop_hand_offs(waiting.into_iter().collect());
@@ -30,9 +30,10 @@ impl<C, F> MasterCore<C, F> {
         let is_full = !is_exhausted;
         self.ledger.dropped += u64::from(!still_waits);
         let connection = still_waits.then_some(connection);
+        let parked = &self.parked;
         listener
             .dispatcher
-            .not_dispatched(worker, connection, is_full);
+            .not_dispatched(worker, connection, is_full, |own| parked.parked_by(own));
         if is_exhausted {
             self.dispatch_later(handle);
         }
@@ -81,8 +82,9 @@ impl<C, F> MasterCore<C, F> {
         let connections = self.keep_reclaimed(handle, worker, connections);
         let undelivered = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
-            let dispatcher = &mut listener.dispatcher;
-            let received = dispatcher.reclaimed(worker, connections, undelivered);
+            let (dispatcher, parked) = (&mut listener.dispatcher, &self.parked);
+            let user_of = |own: &_| parked.parked_by(own);
+            let received = dispatcher.reclaimed(worker, connections, undelivered, user_of);
             self.count_received(received);
             self.redistribute(handle);
         }
@@ -116,10 +118,10 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if listener.members.remove(worker) {
+            let (dispatcher, parked) = (&mut listener.dispatcher, &self.parked);
+            let user_of = |own: &_| parked.parked_by(own);
             let (load, received) =
-                listener
-                    .dispatcher
-                    .queue_closed(worker, connections, undelivered);
+                dispatcher.queue_closed(worker, connections, undelivered, user_of);
             if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
                 entry.past_load.add(&load);
             }
@@ -158,18 +160,8 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         while let Some(dispatched) = listener.dispatcher.dispatch_next(self.now) {
-            let Dispatched {
-                worker,
-                connection,
-                has_waited,
-            } = dispatched;
-            self.parked.dispatched(&connection.connection, worker);
-            self.actions.push_back(Action::Dispatch {
-                handle,
-                worker,
-                connection,
-                has_waited,
-            });
+            let action = self.parked.dispatch(handle, dispatched);
+            self.actions.push_back(action);
         }
     }
 

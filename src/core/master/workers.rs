@@ -13,6 +13,7 @@ use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::{Rest, ToWorker};
 
@@ -63,6 +64,7 @@ enum Life {
 
 #[derive(Debug)]
 pub(super) struct WorkerEntry {
+    pub(super) user: User,
     life: Life,
     /// The state that the application was last notified of.
     pub(super) reported: WorkerState,
@@ -84,8 +86,9 @@ pub(super) struct WorkerEntry {
 }
 
 impl WorkerEntry {
-    fn new(worker: WorkerId) -> Self {
+    fn new(worker: WorkerId, user: User) -> Self {
         Self {
+            user,
             life: Life::Starting,
             reported: WorkerState::None,
             disconnect_requested: false,
@@ -163,11 +166,11 @@ impl WorkerEntry {
 
 // Reports from the shell about workers.
 impl<C, F> MasterCore<C, F> {
-    /// Records that a worker has been forked with the id that `next_worker_id` returned.
-    pub(crate) fn forked(&mut self, worker: WorkerId) {
+    /// Records that a worker of the user has been forked with the id that `next_worker_id` returned.
+    pub(crate) fn forked(&mut self, worker: WorkerId, user: User) {
         self.is_policy_frozen = true;
         self.last_worker = worker.get();
-        self.workers.insert(worker, WorkerEntry::new(worker));
+        self.workers.insert(worker, WorkerEntry::new(worker, user));
         self.referenced += 1;
         self.emit(Level::Cluster, Some(worker), Event::Fork);
     }
@@ -452,9 +455,7 @@ impl<C, F> MasterCore<C, F> {
             if members.serving().all(is_disconnecting) {
                 self.begin_drain(handle);
             } else {
-                for worker in disconnecting.iter() {
-                    self.end_for(handle, worker, Rest::GoesToOthers);
-                }
+                self.end_for(handle, disconnecting.iter(), Rest::GoesToOthers);
             }
         }
     }

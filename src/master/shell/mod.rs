@@ -336,13 +336,13 @@ impl MasterShell {
             Action::Pass {
                 id,
                 handle,
-                times_parked,
+                history,
                 connection,
             } => self.pass(
                 Passed {
                     id,
                     handle,
-                    times_parked,
+                    history,
                 },
                 connection,
             ),
@@ -351,8 +351,8 @@ impl MasterShell {
                 handle,
                 worker,
                 connection,
-                times_parked,
-            } => self.give(handle, worker, connection, times_parked),
+                history,
+            } => self.give(handle, worker, connection, history),
             Action::Reclaim {
                 handle,
                 worker,

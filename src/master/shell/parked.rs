@@ -13,6 +13,7 @@ use crate::sys::fd::{IdleEvent, NoLingerFd};
 use crate::sys::poll::Registered;
 use crate::types::connection_id::{ConnectionId, ConnectionMap};
 use crate::types::handle::HandleId;
+use crate::types::user::ParkHistory;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToWorker;
 use crate::wire::frame::header::MAX_BATCH;
@@ -75,7 +76,7 @@ impl MasterShell {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<NoLingerFd>,
-        times_parked: u32,
+        history: ParkHistory,
     ) {
         let connection = match connection {
             HandOff::New(connection) => Some(connection),
@@ -98,15 +99,13 @@ impl MasterShell {
             Some(worker_io) => {
                 let frame = ToWorker::Adopt {
                     handle,
-                    times_parked,
+                    times_parked: history.times,
                 };
                 let fd = connection.into_owned_fd();
                 worker_io.channel.queue(&frame, Some(fd));
                 self.unflushed.borrow_mut().push_back(worker);
             }
-            None => self
-                .core_now()
-                .not_adopted(handle, connection, times_parked),
+            None => self.core_now().not_adopted(handle, connection, history),
         }
     }
 

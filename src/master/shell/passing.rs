@@ -23,6 +23,7 @@ use crate::types::handle::HandleId;
 use crate::types::socket_id::SocketId;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
+use crate::types::user::ParkHistory;
 use crate::wire::parked_message::inbox::{Arrival, Inbox};
 use crate::wire::parked_message::{MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage};
 
@@ -49,7 +50,7 @@ const RECEIVE: &str = "receive connections from another master";
 pub(super) struct Passed {
     pub(super) id: ConnectionId,
     pub(super) handle: HandleId,
-    pub(super) times_parked: u32,
+    pub(super) history: ParkHistory,
 }
 
 /// A message that has not been written completely.
@@ -145,15 +146,9 @@ impl Successor {
         let first = self.queue.iter().take(MAX_CONNECTIONS);
         let count = first.take_while(|passed| passed.handle == handle).count();
         let passed = (0..count).filter_map(|_| self.queue.pop_front());
-        let (connections, times_parked) = passed
-            .map(|passed| (passed.id, passed.times_parked))
-            .unzip();
+        let (connections, histories) = passed.map(|passed| (passed.id, passed.history)).unzip();
         Message {
-            rest: ParkedMessage {
-                socket,
-                times_parked,
-            }
-            .encode(),
+            rest: ParkedMessage { socket, histories }.encode(),
             connections,
             is_begun: false,
         }
@@ -379,14 +374,14 @@ impl MasterShell {
         // If this process had too few free descriptors, the kernel has delivered the message's
         // first descriptors and closed the others.
         self.core_now()
-            .lost_parked(message.times_parked.len().saturating_sub(fds.len()));
-        let mut times = message.times_parked.iter();
+            .lost_parked(message.histories.len().saturating_sub(fds.len()));
+        let mut histories = message.histories.iter();
         for connection in fds {
-            match times.next() {
-                Some(times_parked) if sys::socket::is_connection(connection.as_fd()) => {
+            match histories.next() {
+                Some(history) if sys::socket::is_connection(connection.as_fd()) => {
                     let mut core = self.core_now();
                     self.check_surplus(&mut core);
-                    core.receive_parked(handle, connection, *times_parked);
+                    core.receive_parked(handle, connection, *history);
                 }
                 _ => self.lose(vec![connection]),
             }

@@ -25,6 +25,7 @@ use crate::systemd::{self, LISTEN_PID};
 use crate::types::errno;
 use crate::types::fork_step::ForkStep;
 use crate::types::sorted_map::SortedMap;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::Channel;
 use crate::wire::driver::ChannelDriver;
@@ -156,7 +157,12 @@ impl MasterShell {
             // Drop the channel, because the other end was closed when the program was executed.
             (None, None)
         } else {
-            self.core.borrow_mut().forked(id);
+            let own = sys::process::user::effective();
+            let user = User {
+                uid: new.settings.get_uid().unwrap_or(own.uid),
+                gid: new.settings.get_gid().unwrap_or(own.gid),
+            };
+            self.core.borrow_mut().forked(id, user);
             (Some(new.channel), Some(new.disconnect_notifier))
         };
         let worker_io = Rc::new(WorkerIo {

@@ -2,6 +2,7 @@
 //! from one master to the next.
 
 use super::{Input, descriptors};
+use crate::types::user::ParkHistory;
 use crate::wire::parked_message::inbox::{Arrival, Inbox};
 use crate::wire::parked_message::{Invalid, MAX_CONNECTIONS, MAX_LENGTH, ParkedMessage, Parsed};
 
@@ -57,8 +58,8 @@ fn round_trip(bytes: &[u8]) {
                 assert_eq!(message.encode(), bytes);
                 let longer = [bytes, &[0]].concat();
                 assert_eq!(ParkedMessage::parse(&longer), Err(Invalid::Excess));
-                let allocated = message.times_parked.capacity() * size_of::<u32>();
-                assert!(allocated <= 2 * length, "{allocated} bytes for {length}");
+                let allocated = message.histories.capacity() * size_of::<ParkHistory>();
+                assert!(allocated <= 3 * length, "{allocated} bytes for {length}");
             }
             Err(_) => {}
         }

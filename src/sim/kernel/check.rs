@@ -118,10 +118,17 @@ impl World {
 
     /// Records that a worker has received the client's connection and reads what the client has
     /// sent. Checks that an earlier worker has received the connection if and only if the
-    /// connection has been parked. If a worker has forged frames, checks only connections of which
-    /// the master holds no copy. `parked` is the number of times that the connection has been
+    /// connection has been parked, and that the earlier worker has the same user. If a worker has
+    /// forged frames, checks only connections of which the master holds no copy. `times_parked` is the number of times that the connection has been
     /// parked, and `is_held` is whether the master holds a copy.
-    pub(crate) fn mark_served(&mut self, client: u32, times_parked: u32, is_held: bool) {
+    pub(crate) fn mark_served(
+        &mut self,
+        worker: WorkerId,
+        client: u32,
+        times_parked: u32,
+        is_held: bool,
+    ) {
+        let user = self.processes[&worker].user;
         let is_trusted = !self.processes.values().any(|process| process.is_liar);
         let fate = &mut self.fates[client as usize];
         if !is_held || is_trusted {
@@ -130,9 +137,12 @@ impl World {
                 times_parked > 0,
                 "client {client} served twice"
             );
+            let by = fate.had_by.unwrap_or(user);
+            assert_eq!(by, user, "client {client} has another user's worker");
         }
         self.served += u64::from(!fate.served);
         (fate.served, fate.is_pending) = (true, false);
+        fate.had_by = Some(user);
     }
 
     /// Checks that the master has a reason for closing its copy of a connection. The exit of a
@@ -144,16 +154,20 @@ impl World {
         let fate = self.fates[client as usize];
         let is_bound = fate.port.is_some_and(|port| self.master.is_bound(port));
         let closes_idle = fate.port.is_none_or(|port| self.master.closes_idle(port));
-        let is_explained = match held.location {
-            Location::Detached => true,
-            Location::Worker(worker) => {
-                let is_liar = self.processes[&worker].is_liar;
-                is_liar || !is_bound || !self.master.is_connected(worker)
-            }
-            Location::Master => {
-                fate.left || closes_idle || self.held.len() + 1 >= self.parked_limit
-            }
-        };
+        let is_excluded = fate
+            .port
+            .is_some_and(|port| self.master.excludes(port, fate.had_by));
+        let is_explained = is_excluded
+            || match held.location {
+                Location::Detached => true,
+                Location::Worker(worker) => {
+                    let is_liar = self.processes[&worker].is_liar;
+                    is_liar || !is_bound || !self.master.is_connected(worker)
+                }
+                Location::Master => {
+                    fate.left || closes_idle || self.held.len() + 1 >= self.parked_limit
+                }
+            };
         self.expired += u64::from(!is_explained);
         let is_known = self.expired <= self.master.ledger().expired + self.failed_holds;
         assert!(is_known, "client {client} is closed for no reason");

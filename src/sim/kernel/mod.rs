@@ -30,6 +30,7 @@ use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::{Time, earlier};
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Inbox;
 pub(crate) use ending::{Ending, ROUNDS};
@@ -320,7 +321,11 @@ impl World {
     // Process lifecycle.
 
     pub(crate) fn fork(&mut self) -> WorkerId {
-        let worker = self.add_worker(None);
+        self.fork_as(User::default())
+    }
+
+    pub(crate) fn fork_as(&mut self, user: User) -> WorkerId {
+        let worker = self.add_worker(user, None);
         // Collect the worker's first action, which sends an `Online` frame.
         self.gather_from_worker(worker);
         worker
@@ -328,14 +333,14 @@ impl World {
 
     /// Forks a raw worker. The driver writes the worker's bytes.
     pub(crate) fn fork_raw(&mut self) -> WorkerId {
-        self.add_worker(Some(Inbox::default()))
+        self.add_worker(User::default(), Some(Inbox::default()))
     }
 
-    fn add_worker(&mut self, inbox: Option<Inbox>) -> WorkerId {
+    fn add_worker(&mut self, user: User, inbox: Option<Inbox>) -> WorkerId {
         let id = self.master.next_worker_id().expect("a free number");
-        self.processes.insert(id, Process::new(inbox));
+        self.processes.insert(id, Process::new(user, inbox));
         self.referenced.insert(id);
-        self.report(|core| core.forked(id));
+        self.report(|core| core.forked(id, user));
         id
     }
 
@@ -514,7 +519,7 @@ impl World {
         let Some((handle, sequence, _)) = self.master.unscheduled() else {
             return false;
         };
-        let candidates = self.master.candidates(handle);
+        let candidates = self.master.candidates(handle, sequence);
         let at = usize::try_from(sequence).expect("few connections") % (candidates.len() + 1);
         let worker = candidates.get(at).map(|load| load.worker);
         self.report(|core| core.choose(handle, sequence, worker));

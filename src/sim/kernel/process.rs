@@ -12,6 +12,7 @@ use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::signal::Signal;
 use crate::types::time::Time;
+use crate::types::user::User;
 use crate::wire::channel::inbox::Inbox;
 use crate::wire::frame::{ToMaster, ToWorker};
 
@@ -193,6 +194,7 @@ pub(crate) struct Counters {
 /// A worker's process, including its library and its application.
 #[derive(Debug, Default)]
 pub(crate) struct Process {
+    pub(crate) user: User,
     pub(crate) core: WorkerCore<()>,
     pub(crate) actions: VecDeque<worker_core::Action>,
     pub(crate) state: ProcessState,
@@ -267,8 +269,9 @@ impl Default for WorkerCore<()> {
 }
 
 impl Process {
-    pub(crate) fn new(inbox: Option<Inbox>) -> Self {
+    pub(crate) fn new(user: User, inbox: Option<Inbox>) -> Self {
         Self {
+            user,
             is_liar: inbox.is_some(),
             inbox,
             master_end: true,

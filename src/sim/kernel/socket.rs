@@ -10,6 +10,7 @@ use crate::core::master::{HandOff, Resumed};
 use crate::types::endpoint::{Endpoint, Kind, Place};
 use crate::types::handle::HandleId;
 use crate::types::time::Time;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 
 /// The number of connections that fit into a queue.
@@ -47,6 +48,8 @@ pub(crate) struct Fate {
     pub(crate) port: Option<HandleId>,
     /// Whether a worker has received the client's connection.
     pub(crate) served: bool,
+    /// The user of the worker that had the connection last.
+    pub(crate) had_by: Option<User>,
     /// Whether only a worker has the connection, because it holds or has held the connection while
     /// the client was silent, or because the connection is on its way to a worker that will.
     pub(crate) is_in_worker: bool,

@@ -7,7 +7,7 @@ use super::{Ending, Schedule};
 use crate::core::worker::ListenStatus;
 use crate::sim::kernel::socket::Fate;
 use crate::sim::kernel::worker::application::WorkerCall;
-use crate::sim::kernel::{Call, MasterInput};
+use crate::sim::kernel::{Call, MasterInput, nth};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
@@ -24,6 +24,9 @@ const LISTEN_FOR_DATA: u8 = 5 * 40 + FIXED_PORT + 15;
 /// Like `LISTEN_FOR_DATA`, with a timeout of one second for the first data, and an idle timeout of
 /// two seconds.
 const LISTEN_FOR_EARLY_DATA: u8 = 4 * 40 + FIXED_PORT + 15;
+
+/// A number in `Call::Fork` of a worker with another user than those with the number 0.
+const OTHER_USER: u8 = 7;
 
 /// Makes the application of a worker make its next call. The application parks each connection that
 /// it has received.
@@ -139,6 +142,81 @@ fn outlive_their_workers(policy: SchedulingPolicy) {
         schedule.world.end(Ending::Stop);
     }
     assert!(given > 1000, "{policy:?}: {given} connections");
+}
+
+/// Checks that parked connections go only to workers of the user whose worker parked them (the
+/// kernel checks each), that none of them closes while such a worker serves the listener, and that
+/// all requests are answered. Workers of two users are forked and disconnected at random, but the
+/// last one of a user stays.
+#[test]
+fn parked_connections_return_to_workers_of_their_user() {
+    let steps = super::number("CLUSTER_SIMULATION_STEPS").unwrap_or(0);
+    for policy in [SchedulingPolicy::RoundRobin, SchedulingPolicy::Shared] {
+        let mut has_mixed = false;
+        for seed in 0..100 + steps / 2_000_000 {
+            has_mixed |= return_to_their_user(policy, seed);
+        }
+        assert!(has_mixed, "{policy:?}: both users have never served");
+    }
+}
+
+/// Returns whether connections of both users have been parked.
+fn return_to_their_user(policy: SchedulingPolicy, seed: u64) -> bool {
+    let mut rng = Rng::with_seed(seed);
+    let listen = if rng.bool() { LISTEN_FOR_DATA } else { LISTEN };
+    let mut schedule = Schedule::new(policy);
+    schedule.world.limit_parked(1000);
+    schedule.world.call(Call::Retain, None, FIXED_PORT);
+    for _ in 0..3000 {
+        match rng.u8(..) {
+            0..=7 if schedule.world.clients() < 30 => {
+                schedule.step(step(StepKind::Connect, 0, 0));
+            }
+            8..=25 => schedule.step(step(StepKind::Request, 0, rng.u8(..))),
+            26..=28 => {
+                let choice = [0, OTHER_USER][usize::from(rng.bool())];
+                schedule.step(step(StepKind::Call(Call::Fork), 0, choice));
+            }
+            29 => disconnect_one_of_several(&mut schedule, rng.u8(..)),
+            _ => advance(&mut schedule, &mut rng, listen),
+        }
+    }
+    let mut steps = 0;
+    while is_any_pending(&schedule) {
+        if schedule.world.living(0).is_none() {
+            schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
+        }
+        advance(&mut schedule, &mut rng, listen);
+        steps += 1;
+        assert!(steps < 100_000, "seed {seed}: a request is never answered");
+    }
+    let world = &schedule.world;
+    let closed = world.fates.iter().filter(|fate| fate.is_closed).count();
+    assert_eq!(closed, 0, "seed {seed}: {:?}", world.master.ledger());
+    let mut users: Vec<_> = world.fates.iter().filter_map(|fate| fate.had_by).collect();
+    users.sort_unstable();
+    users.dedup();
+    let has_mixed = users.len() == 2 && world.master.ledger().parked > 10;
+    schedule.world.end(Ending::Stop);
+    has_mixed
+}
+
+/// Disconnects the worker with the index `n` among those that serve the listener, unless it is the
+/// last one of its user.
+fn disconnect_one_of_several(schedule: &mut Schedule, n: u8) {
+    let world = &mut schedule.world;
+    let serving = world.master.serving(world.retained[0]);
+    let Some(worker) = nth(serving.iter().copied(), n) else {
+        return;
+    };
+    let user = world.processes[&worker].user;
+    let own = serving
+        .iter()
+        .filter(|other| world.processes[other].user == user);
+    if own.count() > 1 {
+        world.call(Call::Disconnect, Some(worker), 0);
+        world.check();
+    }
 }
 
 /// Checks that idle connections outlive an upgrade, in which another master takes over and all

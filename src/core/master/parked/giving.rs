@@ -3,13 +3,15 @@
 //! connections until another worker serves the listener.
 
 use super::passing::Keeper;
-use super::{HandOff, Resumed};
+use super::{Entry, HandOff, Resumed};
 use crate::core::master::accept::RETRY_DELAY;
 use crate::core::master::listener::{Listener, Stage};
 use crate::core::master::workers::WorkerEntry;
 use crate::core::master::{Action, MasterCore};
 use crate::types::handle::HandleId;
+use crate::types::sorted_map::SortedMap;
 use crate::types::time::Time;
+use crate::types::user::{ParkHistory, User};
 use crate::types::worker_id::WorkerId;
 
 /// The maximum number of idle connections that one call of `give_held` gives to workers. The next
@@ -19,17 +21,25 @@ use crate::types::worker_id::WorkerId;
 /// No benchmark chose this value.
 const GIVE_BATCH: usize = 1024;
 
+/// A worker that may receive idle connections.
+#[derive(Clone, Copy, Debug)]
+struct Adopter {
+    worker: WorkerId,
+    user: User,
+}
+
 impl<C, F> MasterCore<C, F> {
-    /// Gives an idle connection to a worker that serves the listener, but not to `from`. Holds the
-    /// connection if there is no such worker.
+    /// Gives an idle connection to a worker that serves the listener and has the user of the worker
+    /// that parked the connection, but not to `from`. Holds the connection if there is no such
+    /// worker.
     pub(super) fn give(
         &mut self,
         handle: HandleId,
         from: Option<WorkerId>,
         connection: HandOff<C>,
-        times_parked: u32,
+        history: ParkHistory,
     ) {
-        match (self.next_adopter(handle, from), connection) {
+        match (self.next_adopter(handle, from, history.by), connection) {
             (Some(worker), connection) => {
                 if let HandOff::Held(resumed) = &connection {
                     self.parked.remove(resumed.connection);
@@ -39,11 +49,11 @@ impl<C, F> MasterCore<C, F> {
                     handle,
                     worker,
                     connection,
-                    times_parked,
+                    history,
                 });
             }
             (None, HandOff::New(connection)) => {
-                self.hold(handle, connection, times_parked);
+                self.hold(handle, connection, history);
                 // `from` may have closed its listener and listened again before it parked this
                 // connection. Otherwise, it will soon no longer serve the listener.
                 if from.is_some_and(|from| self.may_adopt(handle, from)) {
@@ -62,48 +72,58 @@ impl<C, F> MasterCore<C, F> {
             && entry.is_some_and(WorkerEntry::may_listen)
     }
 
-    /// Returns the worker that receives the listener's next idle connection. The workers take
-    /// turns. During the grace period of a drain, the last workers still serve, although they are
-    /// disconnecting. Returns `None` while another master takes over, because the connection goes to
-    /// that master.
-    fn next_adopter(&mut self, handle: HandleId, from: Option<WorkerId>) -> Option<WorkerId> {
+    /// Returns the worker that receives the listener's next idle connection, which a worker of the
+    /// user `parked_by` has parked. The workers take turns. Returns `None` while another master takes
+    /// over, because the connection goes to that master.
+    fn next_adopter(
+        &mut self,
+        handle: HandleId,
+        from: Option<WorkerId>,
+        parked_by: Option<User>,
+    ) -> Option<WorkerId> {
         if self.parked.keeper == Keeper::OtherMaster {
             return None;
         }
         let listener = self.listeners.get_mut(&handle)?;
-        let workers = &self.workers;
-        let is_draining = matches!(listener.stage, Stage::Draining(Some(_)));
-        let serves_on =
-            |entry: &WorkerEntry| entry.may_listen() || is_draining && entry.is_writable();
-        let may_adopt =
-            |worker: &WorkerId| Some(*worker) != from && workers.get(worker).is_some_and(serves_on);
+        let may_adopt = |adopter: &Adopter| {
+            Some(adopter.worker) != from && parked_by.is_none_or(|user| adopter.user == user)
+        };
         let last = listener.last_adopter;
-        let mut next = listener.members.serving().filter(may_adopt);
-        let later = next.find(|worker| Some(*worker) > last);
-        let next = later.or_else(|| listener.members.serving().find(may_adopt));
+        let mut adopters = adopters(listener, &self.workers).filter(may_adopt);
+        let first = adopters.clone().next();
+        let later = adopters.find(|adopter| Some(adopter.worker) > last);
+        let next = later.or(first).map(|adopter| adopter.worker);
+        drop(adopters);
         listener.last_adopter = next.or(last);
         next
     }
 
     /// Gives the idle connections that the master holds to the workers that serve the listener.
     pub(in super::super) fn give_held(&mut self, handle: HandleId) {
-        let is_done = |listener: &Listener<C>| listener.master_accepts();
-        if self.parked.len() == 0 || self.listeners.get(&handle).is_none_or(is_done) {
+        let gives = |listener: &&Listener<C>| {
+            !listener.master_accepts() && self.parked.keeper == Keeper::ThisMaster
+        };
+        let listener = self.listeners.get(&handle).filter(gives);
+        let Some(listener) = listener.filter(|_| self.parked.len() > 0) else {
             return;
-        }
-        let mut held = self.parked.entries.filter(|entry| entry.handle == handle);
+        };
+        let adopters = adopters(listener, &self.workers);
+        let may_go = move |entry: &Entry| {
+            let user = entry.history.by;
+            let is_given = |adopter: Adopter| user.is_none_or(|user| adopter.user == user);
+            entry.handle == handle && adopters.clone().any(is_given)
+        };
+        let mut held = self.parked.entries.filter(may_go);
         let is_more = held.len() > GIVE_BATCH;
         held.truncate(GIVE_BATCH);
         for connection in held {
-            let times_parked = self
-                .parked
-                .get(connection)
-                .map_or(0, |entry| entry.times_parked);
+            let entry = self.parked.get(connection);
+            let history = entry.map(|entry| entry.history).unwrap_or_default();
             let resumed = Resumed {
                 connection,
-                times_parked,
+                times_parked: history.times,
             };
-            self.give(handle, None, HandOff::Held(resumed), times_parked);
+            self.give(handle, None, HandOff::Held(resumed), history);
         }
         if is_more {
             let now = self.now;
@@ -113,9 +133,9 @@ impl<C, F> MasterCore<C, F> {
 
     /// Takes back a connection that was not sent to a worker, because the worker has not read the
     /// earlier ones. The master holds the connection, and tries again after `RETRY_DELAY`.
-    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, times_parked: u32) {
+    pub(crate) fn not_adopted(&mut self, handle: HandleId, connection: C, history: ParkHistory) {
         self.ledger.received -= 1;
-        self.hold(handle, connection, times_parked);
+        self.hold(handle, connection, history);
         let retry = self.now.saturating_add(RETRY_DELAY);
         self.give_held_at(handle, retry);
     }
@@ -125,4 +145,19 @@ impl<C, F> MasterCore<C, F> {
             listener.dispatch_from = Some(time);
         }
     }
+}
+
+/// Returns the workers that serve the listener and may receive idle connections. During the grace
+/// period of a drain, the last workers still serve, although they are disconnecting.
+fn adopters<'a, C>(
+    listener: &'a Listener<C>,
+    workers: &'a SortedMap<WorkerId, WorkerEntry>,
+) -> impl Iterator<Item = Adopter> + Clone + 'a {
+    let is_draining = matches!(listener.stage, Stage::Draining(Some(_)));
+    let serves_on =
+        move |entry: &&WorkerEntry| entry.may_listen() || is_draining && entry.is_writable();
+    listener.members.serving().filter_map(move |worker| {
+        let user = workers.get(&worker).filter(serves_on)?.user;
+        Some(Adopter { worker, user })
+    })
 }

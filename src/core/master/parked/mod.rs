@@ -5,7 +5,8 @@
 //! The first time, the worker sends the connection to the master. From then on, the master keeps
 //! its own copy. It dispatches a copy to a worker whenever the client sends something, and the
 //! worker only reports that it has parked the connection again, or that it keeps the connection.
-//! Therefore a connection is never closed because a worker ends while the connection is idle.
+//! Therefore an idle connection is not closed because a worker ends, except if the workers that remain
+//! have other users (see below).
 //!
 //! On a listener with `wait_for_data`, the master also holds each new connection until the client
 //! sends something. While the listener drains, new connections go to a worker at once.
@@ -33,6 +34,10 @@
 //! receives them. They close if the listener ends for all workers. The connections that another
 //! master has passed go to workers in the same way.
 //!
+//! A worker may keep a copy of a connection that it parks. The connection therefore goes only to
+//! workers of the same user. If all workers that serve the listener have other users, it closes
+//! (`close_excluded`).
+//!
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
@@ -45,7 +50,7 @@ use std::ops::Bound;
 
 use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, HandOff, MasterCore, Resumed};
-use crate::core::dispatch::Sequenced;
+use crate::core::dispatch::{Dispatched, Sequenced};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
@@ -53,6 +58,7 @@ use crate::types::handle::HandleId;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::{FrameError, Violation};
 use crate::types::time::Time;
+use crate::types::user::{ParkHistory, User};
 use crate::types::worker_id::WorkerId;
 use passing::Keeper;
 pub(super) use ready::ReadyQueue;
@@ -61,8 +67,7 @@ pub(super) use ready::ReadyQueue;
 struct Entry {
     handle: HandleId,
     state: State,
-    /// The number of times that the connection has been parked.
-    times_parked: u32,
+    history: ParkHistory,
 }
 
 /// The state of a connection that the master holds. See the [module](self) for the transitions.
@@ -175,10 +180,25 @@ impl ParkedTable {
         Some(entry)
     }
 
-    /// Records that a connection is dispatched to the worker.
-    pub(super) fn dispatched<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) {
-        if let HandOff::Held(resumed) = connection {
+    /// Records that a connection is dispatched to a worker. Returns the action that dispatches it.
+    pub(super) fn dispatch<C>(
+        &mut self,
+        handle: HandleId,
+        dispatched: Dispatched<HandOff<C>>,
+    ) -> Action<C> {
+        let Dispatched {
+            worker,
+            connection,
+            has_waited,
+        } = dispatched;
+        if let HandOff::Held(resumed) = &connection.connection {
             self.set(resumed.connection, State::With(worker));
+        }
+        Action::Dispatch {
+            handle,
+            worker,
+            connection,
+            has_waited,
         }
     }
 
@@ -194,6 +214,14 @@ impl ParkedTable {
             self.set(*connection, State::Ready);
         }
         is_with
+    }
+
+    /// Returns the user to whose workers a connection is restricted, if any.
+    pub(super) fn parked_by<C>(&self, connection: &HandOff<C>) -> Option<User> {
+        match connection {
+            HandOff::New(_) => None,
+            HandOff::Held(resumed) => self.get(resumed.connection)?.history.by,
+        }
     }
 
     /// Returns the latest time at which `expire_parked` must be called.
@@ -274,8 +302,12 @@ impl<C, F> MasterCore<C, F> {
         if listener.is_some_and(|own| !has_had || is_datagram(own)) {
             return self.violation(worker, FrameError::Violation(Violation::UnknownPark));
         }
+        let history = ParkHistory {
+            times: times_parked,
+            by: entry.map(|entry| entry.user),
+        };
         self.ledger.parked += 1;
-        self.give_or_hold(handle, Some(worker), connection, times_parked);
+        self.give_or_hold(handle, Some(worker), connection, history);
     }
 
     /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
@@ -285,22 +317,22 @@ impl<C, F> MasterCore<C, F> {
         handle: HandleId,
         from: Option<WorkerId>,
         connection: C,
-        times_parked: u32,
+        history: ParkHistory,
     ) {
         let listener = self.listeners.get(&handle);
         match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, from, HandOff::New(connection), times_parked),
-            false => self.hold(handle, connection, times_parked),
+            true => self.give(handle, from, HandOff::New(connection), history),
+            false => self.hold(handle, connection, history),
         }
     }
 
     /// Holds a connection until its client sends something. If the master holds too many
     /// connections, closes the one that would expire first.
-    pub(super) fn hold(&mut self, handle: HandleId, connection: C, times_parked: u32) {
+    pub(super) fn hold(&mut self, handle: HandleId, connection: C, history: ParkHistory) {
         if self.parked.keeper == Keeper::OtherMaster {
-            return self.pass_new(handle, connection, times_parked);
+            return self.pass_new(handle, connection, history);
         }
-        let Some(timeout) = self.silence_timeout(handle, times_parked) else {
+        let Some(timeout) = self.silence_timeout(handle, history) else {
             self.ledger.idle_closed += 1;
             return;
         };
@@ -316,7 +348,7 @@ impl<C, F> MasterCore<C, F> {
         let entry = Entry {
             handle,
             state: State::Idle(self.parked.expiries.next_expiry(self.now, timeout)),
-            times_parked,
+            history,
         };
         match self.parked.insert(entry) {
             Some(id) => self.actions.push_back(Action::Hold { id, connection }),
@@ -324,13 +356,14 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns how long the client of a connection that has been parked `parked` times may be
-    /// silent. Returns `None` if the listener has closed, or if it closes as soon as its workers have
-    /// emptied its backlog. A client that would send a request meanwhile would wait in vain.
-    fn silence_timeout(&self, handle: HandleId, times_parked: u32) -> Option<Time> {
+    /// Returns how long the client of a connection may be silent. Returns `None` if the listener has
+    /// closed, if it closes as soon as its workers have emptied its backlog, or if no worker may
+    /// receive the connection. A client that would send a request meanwhile would wait in vain.
+    fn silence_timeout(&self, handle: HandleId, history: ParkHistory) -> Option<Time> {
         let listener = self.listeners.get(&handle)?;
         let has_ended = matches!(listener.stage, Stage::Emptying | Stage::Unbound);
-        (!has_ended).then(|| match times_parked {
+        let is_closed = has_ended || listener.excludes(history.by);
+        (!is_closed).then(|| match history.times {
             0 => listener.parking.first_data_timeout(),
             1.. => listener.parking.idle_timeout(),
         })
@@ -350,10 +383,14 @@ impl<C, F> MasterCore<C, F> {
             return Err(FrameError::Violation(Violation::UnknownConnection));
         }
         self.ledger.parked += 1;
+        let user = self.workers.get(&worker).map(|entry| entry.user);
         let Some(entry) = self.parked.get_mut(connection) else {
             return Ok(());
         };
-        entry.times_parked = entry.times_parked.saturating_add(1);
+        entry.history = ParkHistory {
+            times: entry.history.times.saturating_add(1),
+            by: user,
+        };
         self.hold_again(connection);
         Ok(())
     }
@@ -361,9 +398,7 @@ impl<C, F> MasterCore<C, F> {
     /// Holds a connection again until its client sends something. The master already has a copy.
     fn hold_again(&mut self, connection: ConnectionId) {
         let Some(&Entry {
-            handle,
-            times_parked,
-            ..
+            handle, history, ..
         }) = self.parked.get(connection)
         else {
             return;
@@ -371,7 +406,7 @@ impl<C, F> MasterCore<C, F> {
         if self.parked.keeper == Keeper::OtherMaster {
             return self.pass(connection);
         }
-        match self.silence_timeout(handle, times_parked) {
+        match self.silence_timeout(handle, history) {
             Some(timeout) => {
                 let state = State::Idle(self.parked.expiries.next_expiry(self.now, timeout));
                 self.parked.set(connection, state);
@@ -451,6 +486,44 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
+    /// Closes the connections that no worker may receive, because all workers that serve the listener
+    /// have other users than the worker that parked the connection. Call it after a worker has joined
+    /// the listener or the listener has ended for a worker.
+    ///
+    /// Clients that have already sent something lose their requests, because no worker may read them.
+    pub(super) fn close_excluded(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        // A connection that waits in the dispatcher would delay the end of a pause.
+        let (members, parked) = (&listener.members, &self.parked);
+        let waiting = |waiting: &HandOff<C>| members.excludes(parked.parked_by(waiting));
+        let mut dropped = listener.dispatcher.take_waiting_if(waiting);
+        if listener.stage != Stage::Pausing {
+            let ready = std::mem::take(&mut listener.ready.connections);
+            for resumed in ready {
+                let resumed = HandOff::Held(resumed);
+                match (listener.excludes(self.parked.parked_by(&resumed)), resumed) {
+                    (false, HandOff::Held(resumed)) => {
+                        listener.ready.connections.push_back(resumed);
+                    }
+                    (_, resumed) => dropped.push(resumed),
+                }
+            }
+        }
+        let is_excluded = |connection: &ConnectionId| {
+            let entry = self.parked.get(*connection);
+            entry.is_some_and(|entry| listener.excludes(entry.history.by))
+        };
+        let mut idle = self.parked.idle_on(handle);
+        idle.retain(is_excluded);
+        self.drop_hand_offs(dropped);
+        for connection in idle {
+            self.ledger.idle_closed += 1;
+            self.close_held(connection);
+        }
+    }
+
     /// Closes the connections whose clients have been silent for too long.
     pub(super) fn expire_parked(&mut self) {
         while self.parked.deadline().is_some_and(|time| time <= self.now) {
@@ -470,7 +543,7 @@ impl<C, F> MasterCore<C, F> {
         let Some(&Entry {
             handle,
             state: State::Idle(_),
-            times_parked,
+            history,
         }) = self.parked.get(connection)
         else {
             return;
@@ -483,10 +556,10 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         self.parked.set(connection, State::Ready);
-        self.ledger.resumed += u64::from(times_parked > 0);
+        self.ledger.resumed += u64::from(history.times > 0);
         let resumed = Resumed {
             connection,
-            times_parked,
+            times_parked: history.times,
         };
         listener.ready.connections.push_back(resumed);
         self.accept_if_possible(handle);
@@ -564,7 +637,9 @@ impl<C, F> MasterCore<C, F> {
         passed
     }
 
-    /// Passes at most `share` resumed connections to the dispatcher. Returns how many were passed.
+    /// Passes at most `share` resumed connections to the dispatcher, and those for which no worker is
+    /// idle, because all idle workers have other users. Returns how many were passed, without the
+    /// latter.
     fn dispatch_at_most(&mut self, handle: HandleId, share: u64) -> u64 {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return 0;
@@ -574,16 +649,64 @@ impl<C, F> MasterCore<C, F> {
             let Some(resumed) = listener.ready.connections.pop_front() else {
                 break;
             };
-            passed += 1;
-            listener.dispatcher.push_resumed(HandOff::Held(resumed));
+            let connection = HandOff::Held(resumed);
+            let user = self.parked.parked_by(&connection);
+            passed += u64::from(!listener.dispatcher.is_held_up(user));
+            listener.dispatcher.push_resumed(connection, user);
         }
         self.dispatch_waiting(handle);
         passed
     }
 
+    /// Dispatches to this worker all waiting connections that only workers of its user may receive.
+    pub(super) fn dispatch_restricted(&mut self, handle: HandleId, worker: WorkerId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        let user = self.workers.get(&worker).map(|entry| entry.user);
+        for resumed in std::mem::take(&mut listener.ready.connections) {
+            let connection = HandOff::Held(resumed);
+            match self.parked.parked_by(&connection) {
+                by @ Some(_) if by == user => listener.dispatcher.push_resumed(connection, by),
+                _ => listener.ready.connections.push_back(resumed),
+            }
+        }
+        for dispatched in listener.dispatcher.dispatch_restricted(worker, self.now) {
+            let action = self.parked.dispatch(handle, dispatched);
+            self.actions.push_back(action);
+        }
+    }
+
+    /// Takes back a connection that the worker has not received. Returns `false` if the connection
+    /// does not wait again, because the worker has already reported it as parked or detached, or
+    /// because no worker may receive it.
+    pub(super) fn take_back(
+        &mut self,
+        handle: HandleId,
+        connection: &HandOff<C>,
+        worker: WorkerId,
+    ) -> bool {
+        if !self.parked.take_back(connection, worker) {
+            return false;
+        }
+        // If another master takes over, it decides which of its workers may receive the connection.
+        let is_kept = self.parked.keeper == Keeper::ThisMaster;
+        let user = self.parked.parked_by(connection);
+        let listener = self.listeners.get(&handle);
+        let is_excluded =
+            is_kept && listener.is_some_and(|listener| listener.members.excludes(user));
+        match connection {
+            HandOff::Held(resumed) if is_excluded => {
+                self.close_held(resumed.connection);
+                false
+            }
+            HandOff::Held(_) | HandOff::New(_) => true,
+        }
+    }
+
     /// Returns those reclaimed connections that go to another worker. If a worker reported a
     /// connection as parked or detached while the connection was in its queue, this report counts,
-    /// and the connection is left out.
+    /// and the connection is left out. So is a connection that no worker may receive.
     pub(super) fn keep_reclaimed(
         &mut self,
         handle: HandleId,
@@ -592,7 +715,7 @@ impl<C, F> MasterCore<C, F> {
     ) -> Vec<Sequenced<HandOff<C>>> {
         let count = connections.len();
         let mut kept = connections;
-        kept.retain(|sequenced| self.parked.take_back(&sequenced.connection, worker));
+        kept.retain(|sequenced| self.take_back(handle, &sequenced.connection, worker));
         let left_out = (count - kept.len()) as u64;
         if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
             let received = listener.dispatcher.drop_reclaimed(worker, left_out);

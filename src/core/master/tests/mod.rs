@@ -8,6 +8,7 @@ mod parked;
 mod passed;
 mod shards;
 mod shared;
+mod users;
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -15,6 +16,7 @@ use super::listen::HANDLE_MAX;
 use super::*;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
+use crate::types::user::{ParkHistory, User};
 use crate::wire::frame::ToMaster;
 
 /// A core whose connections are numbers and whose messages have no descriptors.
@@ -39,10 +41,23 @@ fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
 }
 
 fn online(core: &mut Core) -> WorkerId {
+    online_as(core, User::default())
+}
+
+/// Adds a worker of the user.
+fn online_as(core: &mut Core, user: User) -> WorkerId {
     let worker = core.next_worker_id().unwrap();
-    core.forked(worker);
+    core.forked(worker, user);
     core.frame(worker, ToMaster::Online);
     worker
+}
+
+/// Returns the history of a connection that a worker of the default user has parked.
+fn parked_by_default(times: u32) -> ParkHistory {
+    ParkHistory {
+        times,
+        by: Some(User::default()),
+    }
 }
 
 fn port(port: u16) -> Endpoint {
@@ -86,9 +101,9 @@ fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
         Action::Adopt {
             worker,
             connection,
-            times_parked,
+            history,
             ..
-        } => Some((worker, connection, times_parked)),
+        } => Some((worker, connection, history.times)),
         _ => None,
     });
     let adopted = adopted.map(|(worker, connection, times_parked)| match connection {
@@ -125,7 +140,7 @@ fn worker_ids_run_out_and_are_never_used_again() {
     core.last_worker = WorkerId::MAX - 1;
     let last = core.next_worker_id();
     assert_eq!(last, Some(WorkerId::new(WorkerId::MAX)));
-    core.forked(last.unwrap());
+    core.forked(last.unwrap(), User::default());
     assert_eq!(core.next_worker_id(), None);
 }
 

@@ -33,7 +33,7 @@ fn serving(count: usize) -> (Core, HandleId, Vec<WorkerId>) {
     (core, handle, workers)
 }
 
-fn report_idle(core: &mut Core, worker: WorkerId, handle: HandleId, received: u64) {
+pub(super) fn report_idle(core: &mut Core, worker: WorkerId, handle: HandleId, received: u64) {
     let idle = ToMaster::Idle {
         handle,
         received,
@@ -43,13 +43,18 @@ fn report_idle(core: &mut Core, worker: WorkerId, handle: HandleId, received: u6
 }
 
 /// Makes a worker park a connection for the first time. Returns the connection's id.
-fn park(core: &mut Core, worker: WorkerId, handle: HandleId, client: u32) -> ConnectionId {
+pub(super) fn park(
+    core: &mut Core,
+    worker: WorkerId,
+    handle: HandleId,
+    client: u32,
+) -> ConnectionId {
     core.park(worker, handle, client, 1);
     held(&actions(core))
 }
 
 /// Returns the id of the only connection that these actions hold.
-fn held(actions: &[Action<u32>]) -> ConnectionId {
+pub(super) fn held(actions: &[Action<u32>]) -> ConnectionId {
     let ids = actions.iter().filter_map(|action| match action {
         Action::Hold { id, .. } => Some(*id),
         _ => None,
@@ -60,7 +65,7 @@ fn held(actions: &[Action<u32>]) -> ConnectionId {
 }
 
 /// Returns the connections whose copies these actions close.
-fn closed(actions: &[Action<u32>]) -> Vec<ConnectionId> {
+pub(super) fn closed(actions: &[Action<u32>]) -> Vec<ConnectionId> {
     let closed = actions.iter().filter_map(|action| match action {
         Action::CloseHeld { id } => Some(*id),
         _ => None,
@@ -69,7 +74,7 @@ fn closed(actions: &[Action<u32>]) -> Vec<ConnectionId> {
 }
 
 /// Returns the connections that these actions dispatch, each with its worker.
-fn hand_offs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<HandOff<u32>>)> {
+pub(super) fn hand_offs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<HandOff<u32>>)> {
     let dispatched = actions.into_iter().filter_map(|action| match action {
         Action::Dispatch {
             worker, connection, ..
@@ -81,7 +86,7 @@ fn hand_offs(actions: Vec<Action<u32>>) -> Vec<(WorkerId, Sequenced<HandOff<u32>
 
 /// Makes the client of an idle connection send something. Returns the worker to which the
 /// connection is dispatched, and the connection in its queue.
-fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<HandOff<u32>>) {
+pub(super) fn dispatch(core: &mut Core, id: ConnectionId) -> (WorkerId, Sequenced<HandOff<u32>>) {
     core.data_arrived(id);
     let mut dispatched = hand_offs(actions(core));
     assert_eq!(dispatched.len(), 1, "{dispatched:?}");
@@ -93,7 +98,12 @@ fn check(core: &Core) {
     assert_eq!(core.ledger().in_flight(), core.in_flight());
 }
 
-fn set_parking(core: &mut Core, handle: HandleId, idle_seconds: u32, wait_for_data: bool) {
+pub(super) fn set_parking(
+    core: &mut Core,
+    handle: HandleId,
+    idle_seconds: u32,
+    wait_for_data: bool,
+) {
     let parking = Parking {
         idle_seconds: Some(idle_seconds),
         first_data_seconds: None,

@@ -67,7 +67,7 @@ fn workers_receive_the_connections_that_could_not_be_passed() {
 fn passed_connections_go_to_the_workers_in_turn() {
     let (mut core, handle, [first, second, third]) = shared_by_three();
     for client in 0..4 {
-        core.receive_parked(Some(handle), client, 5);
+        core.receive_parked(Some(handle), client, parked_by_default(5));
     }
     let expected = [(first, 0, 5), (second, 1, 5), (third, 2, 5), (first, 3, 5)];
     assert_eq!(adopted(&mut core), expected);
@@ -82,7 +82,7 @@ fn passed_connections_wait_for_the_first_worker_within_the_limit() {
     let handle = retain(&mut core, port(80));
     core.set_parked_limit(2);
     for client in 0..3 {
-        core.receive_parked(Some(handle), client, 5);
+        core.receive_parked(Some(handle), client, parked_by_default(5));
     }
     let ledger = core.ledger();
     assert_eq!((ledger.idle_closed, ledger.in_flight()), (1, 2));
@@ -97,7 +97,7 @@ fn passed_connections_wait_for_the_first_worker_within_the_limit() {
 fn connections_of_a_third_master_are_passed_on() {
     let (mut core, handle, _) = shared_by_three();
     core.pass_parked();
-    core.receive_parked(Some(handle), 7, 5);
+    core.receive_parked(Some(handle), 7, parked_by_default(5));
     let all = actions(&mut core);
     assert_eq!(passed(&all).len(), 1, "{all:?}");
 }
@@ -107,7 +107,7 @@ fn drain_waits_for_requests_on_passed_connections() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
     let handle = listen(&mut core, worker, 80);
-    core.receive_parked(Some(handle), 7, 5);
+    core.receive_parked(Some(handle), 7, parked_by_default(5));
     core.disconnect(worker);
     core.drained(handle);
     actions(&mut core);

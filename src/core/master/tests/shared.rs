@@ -147,7 +147,7 @@ fn connection_for_a_worker_that_does_not_read_is_offered_again() {
     let (mut core, handle, [leaving, second, _]) = shared_by_three();
     core.park(leaving, handle, 0, 5);
     assert_eq!(adopted(&mut core), [(second, 0, 5)]);
-    core.not_adopted(handle, 0, 5);
+    core.not_adopted(handle, 0, parked_by_default(5));
     assert_eq!(core.ledger().in_flight(), 1);
     let retry = core.deadline().unwrap();
     core.tick(retry);

@@ -8,6 +8,7 @@ use crate::sim::kernel::{Master, World};
 use crate::types::endpoint::Endpoint;
 use crate::types::signal::Signal;
 use crate::types::time::{Time, earlier};
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToWorker;
 
@@ -20,6 +21,7 @@ const MAX_DETACHED: usize = 2;
 /// A call by the master's application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
+    /// Forks a worker. One in eight has another user than the rest.
     Fork,
     /// Starts a detached process.
     Detach,
@@ -53,8 +55,8 @@ pub(crate) enum Call {
 
 impl World {
     /// Calls the master on behalf of its application. `process` is the worker or detached process
-    /// that the call concerns, if any. `n` selects the endpoint, the listener or the time limit of
-    /// the call.
+    /// that the call concerns, if any. `n` selects the user, the endpoint, the listener or the time
+    /// limit of the call.
     pub(crate) fn call(&mut self, call: Call, process: Option<WorkerId>, n: u8) {
         self.master.set_time(self.now);
         let within = Time::from_millis(u64::from(n) * 4);
@@ -62,7 +64,8 @@ impl World {
         match (call, process) {
             (Call::Fork, _) => {
                 if self.processes.values().filter(|p| p.is_alive()).count() < MAX_WORKERS {
-                    self.fork();
+                    let uid = u32::from(n % 8 == 7);
+                    self.fork_as(User { uid, gid: 0 });
                 }
             }
             (Call::Detach, _) => {

@@ -185,7 +185,10 @@ impl World {
         }
         assert!(connection.is_some() || process.is_liar, "parks nothing");
         let connection = connection.unwrap_or_else(|| self.own_connection());
-        self.fates[connection.client as usize].is_in_worker = false;
+        let user = self.process(worker).user;
+        let fate = &mut self.fates[connection.client as usize];
+        fate.is_in_worker = false;
+        fate.had_by = Some(user);
         self.check_surplus();
         self.report(|core| core.park(worker, handle, connection, times_parked));
     }

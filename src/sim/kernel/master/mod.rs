@@ -72,8 +72,8 @@ impl World {
                 handle,
                 worker,
                 connection,
-                times_parked,
-            } => self.give(handle, worker, connection, times_parked),
+                history,
+            } => self.give(handle, worker, connection, history),
             Action::Reclaim {
                 handle,
                 worker,

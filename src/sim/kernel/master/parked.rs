@@ -6,6 +6,7 @@ use crate::sim::kernel::socket::{Client, Connection, Fate, Held, Location};
 use crate::sim::kernel::{Failure, KNOWN, World};
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
+use crate::types::user::ParkHistory;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToWorker;
 
@@ -145,7 +146,7 @@ impl World {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<Client>,
-        times_parked: u32,
+        history: ParkHistory,
     ) {
         let client = match connection {
             HandOff::New(client) => Some(client),
@@ -158,13 +159,13 @@ impl World {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         match client {
             Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, client, times_parked));
+                self.report(|core| core.not_adopted(handle, client, history));
             }
             Some(client) => {
                 self.fates[client.client as usize].is_in_worker = true;
                 let frame = ToWorker::Adopt {
                     handle,
-                    times_parked,
+                    times_parked: history.times,
                 };
                 process.down.queue_connection(frame, client);
                 self.given_to_exited += usize::from(!process.worker_end);
@@ -185,9 +186,12 @@ impl World {
             ..fate
         });
         let connection = Connection::new(client, &self.closed);
-        let times_parked = u32::from(fate.served);
+        let history = ParkHistory {
+            times: u32::from(fate.served),
+            by: fate.had_by,
+        };
         self.served += u64::from(fate.served);
         self.check_surplus();
-        self.report(|core| core.receive_parked(Some(handle), connection, times_parked));
+        self.report(|core| core.receive_parked(Some(handle), connection, history));
     }
 }

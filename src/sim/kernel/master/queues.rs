@@ -140,6 +140,7 @@ impl World {
         let queued = self.receive(handle, worker)?;
         let times_parked = queued.resumed.map_or(0, |resumed| resumed.times_parked);
         self.mark_served(
+            worker,
             queued.connection.client,
             times_parked,
             queued.resumed.is_some(),

@@ -399,7 +399,7 @@ impl World {
             let is_allowed = held.count() <= *limit || process.core.closes_new_listeners();
             assert!(is_allowed, "more connections than the application wants");
         }
-        self.mark_served(client, times_parked, is_held);
+        self.mark_served(worker, client, times_parked, is_held);
     }
 }
 

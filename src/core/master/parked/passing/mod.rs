@@ -26,6 +26,7 @@ use super::{Entry, HandOff, MasterCore, ParkedTable, State};
 use crate::core::master::Action;
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
+use crate::types::user::ParkHistory;
 
 /// The master that keeps connections until their clients send something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,27 +81,25 @@ impl<C, F> MasterCore<C, F> {
     /// Passes a connection of which the master has a copy.
     pub(super) fn pass(&mut self, connection: ConnectionId) {
         if let Some(&Entry {
-            handle,
-            times_parked,
-            ..
+            handle, history, ..
         }) = self.parked.set(connection, State::Passing)
         {
             self.actions.push_back(Action::Pass {
                 id: connection,
                 handle,
-                times_parked,
+                history,
                 connection: None,
             });
         }
     }
 
     /// Passes a connection of which the master has no copy.
-    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, times_parked: u32) {
+    pub(super) fn pass_new(&mut self, handle: HandleId, connection: C, history: ParkHistory) {
         let is_full = self.parked.len() >= self.parked.limit;
         let entry = Entry {
             handle,
             state: State::Passing,
-            times_parked,
+            history,
         };
         let id = (!is_full).then(|| self.parked.insert(entry)).flatten();
         let Some(id) = id else {
@@ -110,7 +109,7 @@ impl<C, F> MasterCore<C, F> {
         self.actions.push_back(Action::Pass {
             id,
             handle,
-            times_parked,
+            history,
             connection: Some(connection),
         });
     }
@@ -184,11 +183,11 @@ impl<C, F> MasterCore<C, F> {
         &mut self,
         handle: Option<HandleId>,
         connection: C,
-        times_parked: u32,
+        history: ParkHistory,
     ) {
         self.ledger.parked += 1;
         match handle {
-            Some(handle) => self.give_or_hold(handle, None, connection, times_parked),
+            Some(handle) => self.give_or_hold(handle, None, connection, history),
             None => self.ledger.idle_closed += 1,
         }
     }

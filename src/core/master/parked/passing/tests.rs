@@ -11,6 +11,7 @@ use crate::core::dispatch::Sequenced;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
+use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToMaster;
 
@@ -58,7 +59,7 @@ impl World {
 
     fn fork(&mut self) {
         let worker = self.core.next_worker_id().unwrap();
-        self.core.forked(worker);
+        self.core.forked(worker, User::default());
         self.core.frame(worker, ToMaster::Online);
         self.workers.insert(worker, Worker::default());
         let endpoint = Endpoint::new(Kind::Tcp, Place::Port(1));
@@ -204,7 +205,11 @@ impl World {
             (25, ..) => {
                 let client = self.next_client();
                 let handle = (pick % 3 != 0).then_some(self.handle);
-                self.core.receive_parked(handle, client, 3);
+                let history = ParkHistory {
+                    times: 3,
+                    by: Some(User::default()),
+                };
+                self.core.receive_parked(handle, client, history);
             }
             (26, Some(id), _) if pick % 4 == 0 => {
                 self.replace(id);
