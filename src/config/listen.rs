@@ -103,12 +103,25 @@ pub(crate) struct BindRequest {
 enum Target {
     Port(u16),
     /// A port, or a host and a port, as one string.
-    Name(String),
-    Host(String, u16),
+    Name(String, Resolve),
+    Host(String, u16, Resolve),
     Ip(SocketAddr),
     Path(PathBuf),
     Fd(RawFd),
     Socket(Option<OwnedFd>),
+}
+
+/// Resolves the name of a host. The port is `None` if it is part of the name.
+///
+/// Only a target with a name refers to [`resolve_name`]. A static program that passes no names then
+/// does not contain the C library's resolver, which is 23 KiB of code with musl.
+type Resolve = fn(&str, Option<u16>) -> io::Result<std::vec::IntoIter<SocketAddr>>;
+
+fn resolve_name(name: &str, port: Option<u16>) -> io::Result<std::vec::IntoIter<SocketAddr>> {
+    match port {
+        Some(port) => (name, port).to_socket_addrs(),
+        None => name.to_socket_addrs(),
+    }
 }
 
 impl BindRequest {
@@ -141,7 +154,7 @@ impl BindRequest {
                 "only workers can name a descriptor by its number: pass the listener itself"
             }
             Target::Port(_)
-            | Target::Name(_)
+            | Target::Name(..)
             | Target::Host(..)
             | Target::Ip(_)
             | Target::Path(_)
@@ -169,10 +182,10 @@ impl BindRequest {
             }
             Target::Path(path) if abstract_name(path).is_some() => vec![Place::Path(path.clone())],
             Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
-            Target::Host(host, port) => all((host.as_str(), *port).to_socket_addrs()?),
-            Target::Name(name) => match name.parse() {
+            Target::Host(host, port, resolve) => all(resolve(host, Some(*port))?),
+            Target::Name(name, resolve) => match name.parse() {
                 Ok(number) => vec![self.port(number)],
-                Err(_) => all(name.to_socket_addrs()?),
+                Err(_) => all(resolve(name, None)?),
             },
             Target::Socket(_) => Vec::new(),
         };
@@ -188,7 +201,7 @@ impl BindRequest {
         match &mut self.target {
             Target::Socket(socket) => socket.take(),
             Target::Port(_)
-            | Target::Name(_)
+            | Target::Name(..)
             | Target::Host(..)
             | Target::Ip(_)
             | Target::Path(_)
@@ -207,8 +220,8 @@ impl std::fmt::Display for BindRequest {
             Target::Fd(number) if self.is_private() => write!(f, "descriptor {number}"),
             Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
             Target::Path(path) => fmt_path(path, f),
-            Target::Name(name) => f.write_str(name),
-            Target::Host(host, port) => write!(f, "{host}:{port}"),
+            Target::Name(name, _) => f.write_str(name),
+            Target::Host(host, port, _) => write!(f, "{host}:{port}"),
             Target::Socket(_) => f.write_str("a socket of the application"),
         }
     }
@@ -577,25 +590,25 @@ macro_rules! from_addresses {
 
         impl From<&str> for $options {
             fn from(address: &str) -> Self {
-                Self::new(Target::Name(address.to_owned()))
+                Self::new(Target::Name(address.to_owned(), resolve_name))
             }
         }
 
         impl From<&String> for $options {
             fn from(address: &String) -> Self {
-                Self::new(Target::Name(address.clone()))
+                Self::new(Target::Name(address.clone(), resolve_name))
             }
         }
 
         impl From<String> for $options {
             fn from(address: String) -> Self {
-                Self::new(Target::Name(address))
+                Self::new(Target::Name(address, resolve_name))
             }
         }
 
         impl From<(&str, u16)> for $options {
             fn from((host, port): (&str, u16)) -> Self {
-                Self::new(Target::Host(host.to_owned(), port))
+                Self::new(Target::Host(host.to_owned(), port, resolve_name))
             }
         }
 
