@@ -300,6 +300,17 @@ impl Member {
         }
     }
 
+    /// Returns the values that the dispatcher's ordered sets and sums contain of the worker.
+    pub(super) fn snapshot(&self, worker: WorkerId) -> Snapshot {
+        Snapshot {
+            ranks: self.ranks(worker),
+            is_ready: self.is_ready(),
+            is_candidate: self.is_candidate(),
+            in_flight: self.in_flight(),
+            received: self.received(),
+        }
+    }
+
     /// Returns the worker's keys in the dispatcher's ordered sets.
     pub(super) fn ranks(&self, worker: WorkerId) -> Ranks {
         let is_busy = self.is_available() && self.load() > 0 && !self.is_stalled();
@@ -381,4 +392,13 @@ pub(super) struct Ranks {
     pub(super) unresponsive: Option<(Time, WorkerId)>,
     pub(super) penalized: Option<(Time, WorkerId)>,
     pub(super) assigned: Option<WorkerId>,
+}
+
+/// The values that the dispatcher's ordered sets and sums contain of one worker.
+pub(super) struct Snapshot {
+    pub(super) ranks: Ranks,
+    pub(super) is_ready: bool,
+    pub(super) is_candidate: bool,
+    pub(super) in_flight: u64,
+    pub(super) received: u64,
 }

@@ -133,7 +133,7 @@ use crate::types::sorted_queue::SortedQueue;
 use crate::types::time::{Time, earlier};
 use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
-use member::{BusyRank, IdleRank, Member};
+use member::{BusyRank, IdleRank, Member, Snapshot};
 use waiting::{Restricted, Taken, Target, Waiting};
 
 /// The largest window, in connections.
@@ -357,27 +357,35 @@ impl<C> Dispatcher<C> {
         change: impl FnOnce(&mut Member) -> T,
     ) -> Option<(T, i64)> {
         let member = self.members.get_mut(&worker)?;
-        let old = member.ranks(worker);
-        let (was_ready, was_candidate) = (member.is_ready(), member.is_candidate());
-        let (in_flight, received) = (member.in_flight(), member.received());
+        let old = member.snapshot(worker);
         let result = change(member);
-        let new = member.ranks(worker);
-        self.queued_total = self.queued_total + member.in_flight() - in_flight;
-        self.ready_count =
-            self.ready_count + usize::from(member.is_ready()) - usize::from(was_ready);
-        self.candidate_count =
-            self.candidate_count + usize::from(member.is_candidate()) - usize::from(was_candidate);
-        let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
-        let received = signed(member.received()) - signed(received);
-        self.idle.replace(old.idle, new.idle);
-        self.busy.replace(old.busy, new.busy);
-        self.queued_behind
-            .replace(old.queued_behind, new.queued_behind);
-        self.unresponsive
-            .replace(old.unresponsive, new.unresponsive);
-        self.penalized.replace(old.penalized, new.penalized);
-        self.assignable.replace(old.assigned, new.assigned);
+        let new = member.snapshot(worker);
+        let received = self.replace(&old, &new);
         Some((result, received))
+    }
+
+    /// Updates the ordered sets and sums after a worker has changed. Returns how many more
+    /// connections are now known to have been received.
+    ///
+    /// This is a separate function, because the compiler copies `update` for each type of `change`.
+    fn replace(&mut self, old: &Snapshot, new: &Snapshot) -> i64 {
+        self.queued_total = self.queued_total + new.in_flight - old.in_flight;
+        self.ready_count = self.ready_count + usize::from(new.is_ready) - usize::from(old.is_ready);
+        self.candidate_count =
+            self.candidate_count + usize::from(new.is_candidate) - usize::from(old.is_candidate);
+        let (old_ranks, new_ranks) = (&old.ranks, &new.ranks);
+        self.idle.replace(old_ranks.idle, new_ranks.idle);
+        self.busy.replace(old_ranks.busy, new_ranks.busy);
+        self.queued_behind
+            .replace(old_ranks.queued_behind, new_ranks.queued_behind);
+        self.unresponsive
+            .replace(old_ranks.unresponsive, new_ranks.unresponsive);
+        self.penalized
+            .replace(old_ranks.penalized, new_ranks.penalized);
+        self.assignable
+            .replace(old_ranks.assigned, new_ranks.assigned);
+        let signed = |count| i64::try_from(count).unwrap_or(i64::MAX);
+        signed(new.received) - signed(old.received)
     }
 
     /// Records the worker's report that its queue is empty. The worker has received `received`
