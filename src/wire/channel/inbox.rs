@@ -2,6 +2,7 @@
 //! channel.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::sys::fd::NoLingerFd;
 use crate::types::protocol::FrameError;
@@ -58,6 +59,14 @@ impl LargeFrame {
     fn missing(&self) -> usize {
         self.header.length - self.body.len()
     }
+}
+
+/// The body of a complete frame.
+enum Body {
+    /// A large body that arrived in pieces.
+    Large(Vec<u8>),
+    /// The range of any other body in the inbox's `bytes`.
+    Small(Range<usize>),
 }
 
 /// The buffer of an incomplete large body.
@@ -145,17 +154,19 @@ impl Inbox {
         if self.has_too_many_early_fds() {
             return Err(FrameError::Descriptors);
         }
-        let Some((header, frame)) = self.next_frame()? else {
+        let Some((header, body)) = self.next_body()? else {
             return Ok(None);
         };
-        if header.batch > 0 {
-            self.open_batch(header.batch)?;
-        }
-        if header.fds > self.fds.len() {
-            return Err(FrameError::Descriptors);
-        }
-        let fds = (0..header.fds).filter_map(|_| self.fds.pop_front()?);
-        let fds: Vec<_> = fds.collect();
+        let frame = match body {
+            Body::Large(body) => F::message(body),
+            Body::Small(range) => {
+                let end = range.end;
+                let frame = F::decode(header.kind, header.fds, &self.bytes[range])?;
+                self.advance_to(end);
+                frame
+            }
+        };
+        let fds = self.take_fds(header)?;
         Ok(Some(Arrival {
             lost_fds: fds.len() < header.fds,
             is_last: self.is_empty(),
@@ -164,21 +175,23 @@ impl Inbox {
         }))
     }
 
-    fn next_frame<F: Frame>(&mut self) -> Result<Option<(Header, F)>, FrameError> {
+    /// Returns the next complete frame's header and body, or `None` if no frame is complete. A large
+    /// body is removed from the inbox.
+    fn next_body(&mut self) -> Result<Option<(Header, Body)>, FrameError> {
         if let Some(large) = self.large.take() {
             if large.missing() > 0 {
                 self.large = Some(large);
                 return Ok(None);
             }
             self.last_was_large = true;
-            return Ok(Some((large.header, F::message(large.body))));
+            return Ok(Some((large.header, Body::Large(large.body))));
         }
         let unread = &self.bytes[self.start..];
         let Some((header, rest)) = unread.split_first_chunk::<HEADER>() else {
             return Ok(None);
         };
         let header = Header::decode(*header)?;
-        let Some(body) = rest.get(..header.length) else {
+        if rest.len() < header.length {
             if header.is_message() && header.length > LARGE_BODY {
                 let mut body = Vec::with_capacity(header.length);
                 body.extend_from_slice(rest);
@@ -186,14 +199,31 @@ impl Inbox {
                 self.clear();
             }
             return Ok(None);
-        };
-        let frame = F::decode(header.kind, header.fds, body)?;
+        }
+        let start = self.start + HEADER;
+        Ok(Some((header, Body::Small(start..start + header.length))))
+    }
+
+    /// Continues with the frame at the offset `start` in `bytes`. The frame before it was decoded.
+    fn advance_to(&mut self, start: usize) {
         self.last_was_large = false;
-        self.start += HEADER + header.length;
+        self.start = start;
         if self.start == self.bytes.len() {
             self.clear();
         }
-        Ok(Some((header, frame)))
+    }
+
+    /// Returns the descriptors of the frame that has this header. There are fewer than the header
+    /// announces if the kernel dropped some.
+    fn take_fds(&mut self, header: Header) -> Result<Vec<NoLingerFd>, FrameError> {
+        if header.batch > 0 {
+            self.open_batch(header.batch)?;
+        }
+        if header.fds > self.fds.len() {
+            return Err(FrameError::Descriptors);
+        }
+        let fds = (0..header.fds).filter_map(|_| self.fds.pop_front()?);
+        Ok(fds.collect())
     }
 
     /// Clears `bytes`. The caller has decoded or moved all of them.
