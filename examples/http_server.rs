@@ -10,7 +10,7 @@ mod hello;
 mod usage;
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
@@ -24,21 +24,21 @@ use lexopt::prelude::*;
 const GRACE: Duration = Duration::from_secs(10);
 
 struct Options {
-    addr: String,
+    addr: SocketAddr,
     workers: usize,
     policy: Option<SchedulingPolicy>,
 }
 
 fn options() -> Result<Options, lexopt::Error> {
     let mut options = Options {
-        addr: "127.0.0.1:8000".to_owned(),
+        addr: (Ipv4Addr::LOCALHOST, 8000).into(),
         workers: cluster::available_parallelism(),
         policy: None,
     };
     let mut args = lexopt::Parser::from_env();
     while let Some(arg) = args.next()? {
         match arg {
-            Long("addr") => options.addr = args.value()?.string()?,
+            Long("addr") => options.addr = args.value()?.parse()?,
             Long("workers") => options.workers = args.value()?.parse()?,
             Long("policy") => options.policy = Some(args.value()?.parse()?),
             Short(_) | Long(_) | Value(_) => return Err(arg.unexpected()),
@@ -55,7 +55,7 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
         LogWriter::stdout().attached_to(master),
         LogWriter::stderr().attached_to(master),
     );
-    let listening = Rc::new(RefCell::new(BTreeSet::new()));
+    let listening = Rc::new(RefCell::new(Vec::new()));
 
     let log = output.clone();
     master.on_online(move |_, worker| {
@@ -68,8 +68,10 @@ fn master(master: &Master, options: &Options) -> cluster::Result<()> {
     let (seen, wanted) = (Rc::clone(&listening), options.workers);
     let hints = errors.clone();
     master.on_listening(move |_, worker, address| {
+        // Each worker listens once, so it is added once.
         let mut seen = seen.borrow_mut();
-        if seen.insert(worker.id()) && seen.len() == wanted {
+        seen.push(worker.id());
+        if seen.len() == wanted {
             output.line(format_args!("listening on {address}"));
             hints.line(format_args!("try: curl -i http://{address}/"));
         }
@@ -116,7 +118,7 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
     }
     // With round robin, the default, silent clients occupy no worker: a connection waits in the
     // master for its first bytes, and again after each answer.
-    let listen = ListenOptions::from(options.addr.as_str()).wait_for_data(true);
+    let listen = ListenOptions::from(options.addr).wait_for_data(true);
     let headers = format!("X-Worker: {}\r\nContent-Type: text/plain\r\n", worker.id());
     for connection in worker.listen(listen)?.incoming() {
         // Ignore an error, because a client that disconnects must not stop the worker.
