@@ -436,7 +436,7 @@ fn pass_one(master: &Master, listener: &MasterListener) -> (TcpStream, UnixStrea
     let client = TcpStream::connect(address).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     master.receive_parked(ours, |_| {}).unwrap();
-    let bytes = passing::message(1, 1, &listener.as_fd(), &[1]);
+    let bytes = passing::message(passing::VERSION, 1, &listener.as_fd(), &[1]);
     // The master cannot tell the client's end from the end that a listener has accepted.
     passing::send(&theirs, &bytes, &[client.as_raw_fd()]);
     (client, theirs)
@@ -451,7 +451,7 @@ fn master_that_passes_nonsense_is_bounded() {
             let (client, theirs) = pass_one(master, &listener);
             let (mut closed, mut hung_up) = (0, 0);
             let all = nonsense();
-            let one = passing::message(1, 1, &listener.as_fd(), &[1]);
+            let one = passing::message(passing::VERSION, 1, &listener.as_fd(), &[1]);
             for (fd, is_stream) in &all {
                 passing::send(&theirs, &one, &[fd.as_raw_fd()]);
                 match is_stream {
@@ -461,7 +461,7 @@ fn master_that_passes_nonsense_is_bounded() {
             }
             let count = u8::try_from(all.len()).unwrap();
             let parked = vec![1; all.len()];
-            let together = passing::message(1, count, &listener.as_fd(), &parked);
+            let together = passing::message(passing::VERSION, count, &listener.as_fd(), &parked);
             let numbers: Vec<_> = all.iter().map(|(fd, _)| fd.as_raw_fd()).collect();
             passing::send(&theirs, &together, &numbers);
             drop((all, theirs));

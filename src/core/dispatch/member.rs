@@ -78,8 +78,7 @@ pub(super) struct Member {
     open_at_idle: u64,
     /// The number of connections that were reclaimed.
     returned: u64,
-    /// The number of unrestricted connections that were dispatched to the worker since its queue was
-    /// last known to be empty.
+    /// The maximum number of unrestricted connections that the worker's queue may contain.
     unrestricted: u64,
     /// The time at which the worker was last known to be idle: its last idle report, or the first
     /// dispatch after that report.
@@ -165,7 +164,8 @@ impl Member {
         self.queued().min(self.load().saturating_sub(1))
     }
 
-    /// Returns whether a connection that is not restricted may be in the worker's queue.
+    /// Returns whether a connection that is not restricted may be in the worker's queue, and may be
+    /// reclaimed for a worker of another user.
     pub(super) fn may_have_unrestricted(&self) -> bool {
         self.unrestricted > 0
     }
@@ -209,7 +209,8 @@ impl Member {
         self.received_at_idle = self.received_at_idle.max(received);
         self.open_at_idle = open.into();
         self.busy_since = now;
-        self.unrestricted = 0;
+        // Connections that were dispatched after the worker sent this report may still be queued.
+        self.unrestricted = self.unrestricted.min(self.load().into());
         match (served, is_quick) {
             (0, _) => window,
             (served, true) if served >= window => window.saturating_mul(2).min(MAX_WINDOW),

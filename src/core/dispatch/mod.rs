@@ -134,7 +134,7 @@ use crate::types::time::{Time, earlier};
 use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
 use member::{BusyRank, IdleRank, Member, Snapshot};
-use waiting::{Restricted, Taken, Target, Waiting};
+use waiting::{Restricted, Target, Waiting};
 
 /// The largest window, in connections.
 ///
@@ -211,6 +211,14 @@ const PENALTY_MAX: Time = Duration::from_secs(1);
 pub(crate) struct Sequenced<C> {
     pub(crate) sequence: u64,
     pub(crate) connection: C,
+}
+
+/// A connection that is in no worker's queue.
+#[derive(Debug)]
+pub(crate) struct Undispatched<C> {
+    pub(crate) connection: Sequenced<C>,
+    /// The user to whose workers the connection is restricted, if any.
+    pub(crate) user: Option<User>,
 }
 
 /// A connection, and the worker to whose queue it is dispatched.
@@ -455,21 +463,19 @@ impl<C> Dispatcher<C> {
 
     /// Lets connections that were reclaimed from the worker's queue wait again. If the queue is now
     /// empty, `undelivered` is the number of connections that are still on their way to the queue.
-    /// Otherwise, `undelivered` is `None`. `user_of` returns the user to whose workers a connection is
-    /// restricted, if any.
+    /// Otherwise, `undelivered` is `None`.
     ///
     /// Returns how many more connections are now known to have been received. The number is
     /// negative if the worker had reported receiving connections that were in fact reclaimed.
     pub(crate) fn reclaimed(
         &mut self,
         worker: WorkerId,
-        connections: Vec<Sequenced<C>>,
+        connections: Vec<Undispatched<C>>,
         undelivered: Option<u64>,
-        user_of: impl Fn(&C) -> Option<User>,
     ) -> i64 {
         let count = connections.len() as u64;
         let reclaimed = self.update(worker, |member| member.reclaimed(count, undelivered));
-        self.push_back(connections, user_of);
+        self.push_back(connections);
         reclaimed.map_or(0, |((), received)| received)
     }
 
@@ -479,9 +485,8 @@ impl<C> Dispatcher<C> {
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,
-        connection: Option<Sequenced<C>>,
+        connection: Option<Undispatched<C>>,
         is_full: bool,
-        user_of: impl Fn(&C) -> Option<User>,
     ) {
         self.update(worker, |member| {
             member.undo_dispatch();
@@ -489,7 +494,7 @@ impl<C> Dispatcher<C> {
                 member.pause();
             }
         });
-        self.push_back(connection.into_iter().collect(), user_of);
+        self.push_back(connection);
     }
 
     /// Records that a client hung up before its connection reached the worker's queue.
@@ -515,24 +520,28 @@ impl<C> Dispatcher<C> {
     pub(crate) fn queue_closed(
         &mut self,
         worker: WorkerId,
-        connections: Vec<Sequenced<C>>,
+        connections: Vec<Undispatched<C>>,
         undelivered: u64,
-        user_of: impl Fn(&C) -> Option<User>,
     ) -> (Option<WorkerLoad>, i64) {
         self.end(worker);
-        let received = self.reclaimed(worker, connections, Some(undelivered), user_of);
+        let received = self.reclaimed(worker, connections, Some(undelivered));
         // The worker has ended and its queue is empty, so no ordered set contains it.
         let member = self.members.remove(&worker);
-        let members = &self.members;
-        self.restricted.retain(|user, restricted| {
-            let mut members = members.values();
-            restricted.waiting > 0 || members.any(|member| member.user == *user)
-        });
+        self.forget_unused_users();
         let load = member.map(|member| WorkerLoad {
             open: 0,
             ..member.figures(worker)
         });
         (load, received)
+    }
+
+    /// Removes the entries of users that have neither a worker nor a waiting connection.
+    pub(crate) fn forget_unused_users(&mut self) {
+        let members = &self.members;
+        self.restricted.retain(|user, restricted| {
+            let mut members = members.values();
+            restricted.waiting > 0 || members.any(|member| member.user == *user)
+        });
     }
 
     /// Returns how many connections have been accepted.
@@ -542,35 +551,40 @@ impl<C> Dispatcher<C> {
 
     /// Takes the first of the connections that are assigned to one worker with capacity (rule 1).
     /// Returns `None` if there is no such worker.
-    fn next_assigned(&mut self) -> Option<(WorkerId, Taken<C>)> {
+    fn next_assigned(&mut self) -> Option<(WorkerId, Undispatched<C>)> {
         let worker = self.assignable.first()?;
         let sequence = self.members.get(&worker)?.assigned.first()?;
         Some((worker, self.dequeue(sequence)?))
     }
 
     /// Takes the first unassigned connection that can go to a worker (rules 2 and 3).
-    fn next_unassigned(&mut self, now: Time) -> Option<(WorkerId, Taken<C>)> {
-        let (sequence, worker) = self.first_unassigned(now)?;
+    fn next_unassigned(&mut self, now: Time) -> Option<(WorkerId, Undispatched<C>)> {
+        let mut next = None;
+        if let Some(sequence) = self.unassigned.first() {
+            next = self.next_worker(None, now).map(|worker| (sequence, worker));
+        }
+        for (user, restricted) in self.restricted.iter() {
+            let is_first = |sequence: &u64| next.is_none_or(|(first, _)| *sequence < first);
+            let sequence = restricted.unassigned.first().filter(is_first);
+            let worker = sequence.and_then(|_| self.next_worker(Some(*user), now));
+            next = sequence.zip(worker).or(next);
+        }
+        let (sequence, worker) = next?;
         Some((worker, self.dequeue(sequence)?))
     }
 
-    /// Returns whether an unassigned connection waits although it can go to a worker.
+    /// Returns whether an unassigned connection waits although a worker that may receive it is idle.
     #[cfg(any(test, fuzzing))]
-    pub(crate) fn can_dispatch(&self, now: Time) -> bool {
-        self.first_unassigned(now).is_some()
-    }
-
-    /// Returns the sequence number of the first unassigned connection that can go to a worker, and
-    /// that worker.
-    fn first_unassigned(&self, now: Time) -> Option<(u64, WorkerId)> {
-        let unrestricted = self.unassigned.first().map(|sequence| (sequence, None));
+    pub(crate) fn waits_beside_idle_worker(&self) -> bool {
+        let unrestricted = (!self.unassigned.is_empty()).then_some(None);
         let restricted = self.restricted.iter();
-        let restricted =
-            restricted.filter_map(|(user, all)| Some((all.unassigned.first()?, Some(*user))));
-        let firsts = unrestricted.into_iter().chain(restricted);
-        let choices =
-            firsts.filter_map(|(sequence, user)| Some((sequence, self.next_worker(user, now)?)));
-        choices.min_by_key(|(sequence, _)| *sequence)
+        let restricted = restricted.filter(|(_, own)| !own.unassigned.is_empty());
+        let users = unrestricted
+            .into_iter()
+            .chain(restricted.map(|(user, _)| Some(*user)));
+        users
+            .into_iter()
+            .any(|user| self.first_idle(user).is_some())
     }
 
     /// Returns the worker that receives the next connection. If the connection is restricted, `user`
@@ -662,35 +676,7 @@ impl<C> Dispatcher<C> {
             }
             return None;
         };
-        self.dispatch(worker, connection, now)
-    }
-
-    /// Takes out all waiting connections that are restricted to this worker's user, and dispatches
-    /// them to this worker, even if its window has no space.
-    pub(crate) fn dispatch_restricted(
-        &mut self,
-        worker: WorkerId,
-        now: Time,
-    ) -> Vec<Dispatched<C>> {
-        let user = self.members.get(&worker).map(|member| member.user);
-        let waiting = self.waiting.iter();
-        let own = waiting.filter(|(_, waiting)| user.is_some() && waiting.user == user);
-        let own: Vec<_> = own.map(|(sequence, _)| sequence).collect();
-        let dispatched = own.into_iter().filter_map(|sequence| {
-            let connection = self.dequeue(sequence)?;
-            self.dispatch(worker, connection, now)
-        });
-        dispatched.collect()
-    }
-
-    /// Records that the connection is dispatched to the worker.
-    fn dispatch(
-        &mut self,
-        worker: WorkerId,
-        connection: Taken<C>,
-        now: Time,
-    ) -> Option<Dispatched<C>> {
-        let Taken { connection, user } = connection;
+        let Undispatched { connection, user } = connection;
         let has_waited = connection.sequence <= self.last_delayed;
         self.turns += 1;
         let turn = self.turns;

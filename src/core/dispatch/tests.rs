@@ -23,8 +23,19 @@ fn with_idle_workers(count: u32) -> Dispatcher<u32> {
 
 const OTHER: User = User { uid: 1, gid: 0 };
 
-fn unrestricted(_: &u32) -> Option<User> {
-    None
+fn unrestricted(connection: Sequenced<u32>) -> Undispatched<u32> {
+    restricted(connection, |_| None)
+}
+
+/// Restricts a connection to the user that `user_of` returns for it.
+fn restricted(
+    connection: Sequenced<u32>,
+    user_of: impl Fn(&u32) -> Option<User>,
+) -> Undispatched<u32> {
+    Undispatched {
+        user: user_of(&connection.connection),
+        connection,
+    }
 }
 
 /// Returns a dispatcher with two idle workers of different users: the worker 1 has the default user,
@@ -249,9 +260,11 @@ fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
     assert_eq!(dispatcher.reclaimable(QUICK), Some((id(1), 4)));
     dispatcher.reclaimed(
         id(1),
-        (17..21).map(|n| sequenced(n, 0)).collect(),
+        (17..21)
+            .map(|n| sequenced(n, 0))
+            .map(unrestricted)
+            .collect(),
         None,
-        unrestricted,
     );
     assert_eq!(
         dispatch_all(&mut dispatcher),
@@ -259,7 +272,7 @@ fn connections_queued_behind_a_slow_request_go_to_an_idle_worker() {
         "the slow worker gets nothing"
     );
     dispatcher.idle_reported(id(2), 4, 0, LATER).unwrap();
-    dispatcher.reclaimed(id(1), vec![], Some(0), unrestricted);
+    dispatcher.reclaimed(id(1), Vec::new(), Some(0));
     assert_eq!(
         dispatcher.reclaimable(LATER),
         None,
@@ -275,7 +288,7 @@ fn connections_of_a_stalled_worker_go_to_others() {
     assert_eq!(dispatcher.reclaimable(NOW), None);
     assert_eq!(dispatcher.rebalance_deadline(), Some(STALL_TIMEOUT));
     assert_eq!(dispatcher.reclaimable(STALL_TIMEOUT), Some((id(1), 1)));
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], None, unrestricted);
+    dispatcher.reclaimed(id(1), vec![unrestricted(sequenced(1, 5))], None);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     for n in 6..9 {
@@ -308,7 +321,7 @@ fn pausing_worker_does_not_become_stalled() {
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
     dispatcher.pause(id(1)).unwrap();
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 5)], Some(0), unrestricted);
+    dispatcher.reclaimed(id(1), vec![unrestricted(sequenced(1, 5))], Some(0));
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
@@ -322,7 +335,7 @@ fn stall_first(dispatcher: &mut Dispatcher<u32>, now: Time) {
     dispatcher.push(0);
     let dispatched = dispatcher.dispatch_next(now).unwrap();
     assert_eq!(dispatched.worker, id(1));
-    dispatcher.reclaimed(id(1), vec![dispatched.connection], Some(0), unrestricted);
+    dispatcher.reclaimed(id(1), vec![unrestricted(dispatched.connection)], Some(0));
     serve_by(dispatcher, 2, now);
 }
 
@@ -382,7 +395,7 @@ fn stalled_worker_is_retried_after_penalties_that_double() {
         while let Some(dispatched) = dispatcher.dispatch_next(now) {
             if dispatched.worker == id(1) {
                 times.push(ms);
-                dispatcher.reclaimed(id(1), vec![dispatched.connection], None, unrestricted);
+                dispatcher.reclaimed(id(1), vec![unrestricted(dispatched.connection)], None);
             } else {
                 received += 1;
                 dispatcher.idle_reported(id(2), received, 0, now).unwrap();
@@ -397,13 +410,13 @@ fn stalled_idle_worker_comes_before_a_busy_one() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(0);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 0)]);
-    dispatcher.reclaimed(id(1), vec![sequenced(1, 0)], None, unrestricted);
+    dispatcher.reclaimed(id(1), vec![unrestricted(sequenced(1, 0))], None);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 0)]);
     dispatcher.idle_reported(id(2), 1, 0, NOW).unwrap();
     (1..4).for_each(|n| dispatcher.push(n));
     assert_eq!(dispatch_all(&mut dispatcher)[..2], [(2, 1), (1, 2)]);
     dispatcher.take_waiting();
-    dispatcher.reclaimed(id(1), vec![sequenced(3, 2)], None, unrestricted);
+    dispatcher.reclaimed(id(1), vec![unrestricted(sequenced(3, 2))], None);
     dispatcher.take_waiting();
     assert!(
         dispatcher.capacity() > 0,
@@ -416,10 +429,7 @@ fn worker_with_an_empty_queue_has_nothing_to_reclaim() {
     let mut dispatcher = with_idle_workers(2);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
-    assert_eq!(
-        dispatcher.reclaimed(id(1), Vec::new(), Some(0), unrestricted),
-        1
-    );
+    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(0)), 1);
     assert_eq!(
         (
             dispatcher.reclaimable(LATER),
@@ -440,10 +450,7 @@ fn connection_on_its_way_to_an_empty_queue_is_not_received() {
     let mut dispatcher = with_idle_workers(1);
     dispatcher.push(5);
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 5)]);
-    assert_eq!(
-        dispatcher.reclaimed(id(1), Vec::new(), Some(1), unrestricted),
-        0
-    );
+    assert_eq!(dispatcher.reclaimed(id(1), Vec::new(), Some(1)), 0);
     assert_eq!(dispatcher.in_flight(), 1);
     assert_eq!(dispatcher.counted(id(1), 0), 1);
     assert_eq!(dispatcher.in_flight(), 0);
@@ -458,7 +465,8 @@ fn reclaimed_connections_keep_their_sequence() {
     dispatcher.push(3);
     dispatcher.pause(id(1)).unwrap();
     let reclaimed = vec![sequenced(18, 2), sequenced(17, 1)];
-    let (load, received) = dispatcher.queue_closed(id(1), reclaimed, 0, unrestricted);
+    let (load, received) =
+        dispatcher.queue_closed(id(1), reclaimed.into_iter().map(unrestricted).collect(), 0);
     assert_eq!(received, 1);
     let load = load.unwrap();
     assert_eq!((load.dispatched, load.received, load.returned), (18, 16, 2));
@@ -475,7 +483,7 @@ fn worker_with_a_full_queue_gets_nothing_until_it_is_idle() {
     let Dispatched {
         worker, connection, ..
     } = dispatcher.dispatch_next(NOW).unwrap();
-    dispatcher.not_dispatched(worker, Some(connection), true, unrestricted);
+    dispatcher.not_dispatched(worker, Some(unrestricted(connection)), true);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     assert_eq!(dispatcher.capacity(), 0);
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();
@@ -540,7 +548,7 @@ proptest! {
                 let queue = &mut queues[victim.get() as usize];
                 let reclaimed: Vec<_> = queue.drain(..count.min(queue.len())).collect();
                 let is_empty = reclaimed.len() < count;
-                dispatcher.reclaimed(victim, reclaimed, is_empty.then_some(0), unrestricted);
+                dispatcher.reclaimed(victim, reclaimed.into_iter().map(unrestricted).collect(), is_empty.then_some(0));
                 while let Some(dispatched) = dispatcher.dispatch_next(now) {
                     queues[dispatched.worker.get() as usize].push_back(dispatched.connection);
                 }
@@ -606,13 +614,37 @@ fn connections_that_only_a_stopped_worker_may_receive_are_not_reclaimed() {
         let count = count.min(in_queue.len());
         let back: Vec<_> = in_queue.drain(..count).collect();
         let undelivered = in_queue.is_empty().then_some(0);
-        dispatcher.reclaimed(worker, back, undelivered, only_other);
+        dispatcher.reclaimed(
+            worker,
+            back.into_iter()
+                .map(|connection| restricted(connection, only_other))
+                .collect(),
+            undelivered,
+        );
     }
     assert!(in_queue.is_empty());
     assert_eq!(dispatch_all(&mut dispatcher), [(1, 2), (2, 3)]);
     dispatcher.idle_reported(id(1), 2, 0, now).unwrap();
     assert_eq!(dispatcher.reclaimable(Time::from_secs(9)), None);
     assert_eq!(dispatcher.rebalance_deadline(), None);
+}
+
+#[test]
+fn connections_that_an_idle_report_has_not_counted_go_to_another_user() {
+    let mut dispatcher = with_two_users();
+    dispatcher.window = 4;
+    dispatcher.push_resumed(0, Some(OTHER));
+    (1..=3).for_each(|connection| dispatcher.push(connection));
+    let dispatched = dispatch_all(&mut dispatcher);
+    let count = |worker| dispatched.iter().filter(|(own, _)| *own == worker).count() as u64;
+    assert!(count(1) >= 2, "{dispatched:?}");
+    // The worker 1 has sent this report before the other connections reached its queue.
+    dispatcher.idle_reported(id(1), 1, 0, Time::ZERO).unwrap();
+    dispatcher
+        .idle_reported(id(2), count(2), 0, Time::ZERO)
+        .unwrap();
+    let later = Time::from_secs(1);
+    assert!(dispatcher.reclaimable(later).is_some(), "{dispatched:?}");
 }
 
 #[test]
@@ -687,7 +719,7 @@ proptest! {
                         let behind = queue.len().min(count);
                         let back: Vec<_> = queue.drain(..behind).collect();
                         let undelivered = queue.is_empty().then_some(0);
-                        dispatcher.reclaimed(worker, back, undelivered, user_of);
+                        dispatcher.reclaimed(worker, back.into_iter().map(|connection| restricted(connection, user_of)).collect(), undelivered);
                     }
                 }
             }

@@ -2,7 +2,7 @@
 //! next worker by the dispatcher's rules, or the worker that the application's scheduler chooses.
 
 use super::member::Member;
-use super::{Dispatcher, Sequenced};
+use super::{Dispatcher, Sequenced, Undispatched};
 use crate::types::ordered_set::OrderedSet;
 use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
@@ -23,20 +23,12 @@ impl<C> Waiting<C> {
     }
 }
 
-/// A connection that has been taken out of those that wait.
-#[derive(Debug)]
-pub(super) struct Taken<C> {
-    pub(super) connection: Sequenced<C>,
-    /// The user to whose workers the connection is restricted, if any.
-    pub(super) user: Option<User>,
-}
-
 /// The waiting connections that are restricted to the workers of one user.
 #[derive(Debug)]
 pub(super) struct Restricted {
     /// The number of all these connections.
     pub(super) waiting: u64,
-    /// The sequence numbers of those that are assigned to no worker.
+    /// The sequence numbers of the connections that are assigned to no worker.
     pub(super) unassigned: OrderedSet<u64>,
 }
 
@@ -117,7 +109,7 @@ impl<C> Dispatcher<C> {
             let member = self.members.get(worker);
             member.is_some_and(|member| waiting.may_choose(member))
         });
-        if let Some(Taken { connection, user }) = self.dequeue(sequence) {
+        if let Some(Undispatched { connection, user }) = self.dequeue(sequence) {
             let target = candidate.map_or(Target::Next, Target::Assigned);
             self.enqueue(connection, user, target);
         }
@@ -157,7 +149,7 @@ impl<C> Dispatcher<C> {
         self.waiting.insert(sequence, waiting);
     }
 
-    pub(super) fn dequeue(&mut self, sequence: u64) -> Option<Taken<C>> {
+    pub(super) fn dequeue(&mut self, sequence: u64) -> Option<Undispatched<C>> {
         let Waiting {
             connection,
             user,
@@ -186,7 +178,7 @@ impl<C> Dispatcher<C> {
             sequence,
             connection,
         };
-        Some(Taken { connection, user })
+        Some(Undispatched { connection, user })
     }
 
     pub(super) fn default_target(&self) -> Target {
@@ -222,14 +214,9 @@ impl<C> Dispatcher<C> {
 
     /// Adds connections that have already been dispatched once, and marks them as having waited,
     /// because their clients may have hung up in the meantime.
-    pub(super) fn push_back(
-        &mut self,
-        connections: Vec<Sequenced<C>>,
-        user_of: impl Fn(&C) -> Option<User>,
-    ) {
-        for connection in connections {
+    pub(super) fn push_back(&mut self, connections: impl IntoIterator<Item = Undispatched<C>>) {
+        for Undispatched { connection, user } in connections {
             self.last_delayed = self.last_delayed.max(connection.sequence);
-            let user = user_of(&connection.connection);
             self.enqueue(connection, user, self.default_target());
         }
     }

@@ -213,66 +213,20 @@ impl<C, F> MasterCore<C, F> {
 impl<C, F> MasterCore<C, F> {
     /// Ends the listener for all workers that serve it.
     pub(super) fn end_for_all(&mut self, handle: HandleId, rest: Rest) {
-        let workers = self.serving(handle);
-        self.end_for(handle, workers, rest);
-    }
-
-    /// Ends the listener for those of the workers that serve it. `rest` is what becomes of the
-    /// connections that their applications have not received.
-    pub(super) fn end_for(
-        &mut self,
-        handle: HandleId,
-        workers: impl IntoIterator<Item = WorkerId>,
-        rest: Rest,
-    ) {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
-        let workers = workers.into_iter();
-        let ended: Vec<_> = workers
-            .filter(|worker| listener.members.end(*worker))
-            .collect();
-        for worker in ended {
-            match rest {
-                Rest::GoesToOthers if self.is_last_of_its_user(handle, worker) => {
-                    self.end_for_last(handle, worker);
-                }
-                _ => self.end_for_one(handle, worker, rest),
-            }
+        for worker in self.serving(handle) {
+            self.end_for(handle, worker, rest);
         }
-        self.close_excluded(handle);
     }
 
-    /// Returns whether all workers that serve the listener have other users than this worker.
-    fn is_last_of_its_user(&self, handle: HandleId, worker: WorkerId) -> bool {
-        let listener = self.listeners.get(&handle);
-        let user = self.workers.get(&worker).map(|entry| entry.user);
-        listener.is_some_and(|listener| listener.members.excludes(user))
-    }
-
-    /// Ends the listener for a worker whose parked connections may go to no other worker that serves
-    /// it. The worker serves those whose clients have sent something. It also serves the other
-    /// connections in its queue, because the worker empties the whole queue.
-    fn end_for_last(&mut self, handle: HandleId, worker: WorkerId) {
+    /// Ends the listener for one worker that serves it. `rest` is what becomes of the connections
+    /// that its application has not received.
+    pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
-        let rest = match listener.policy {
-            SchedulingPolicy::RoundRobin => {
-                self.dispatch_restricted(handle, worker);
-                Rest::IsServed
-            }
-            SchedulingPolicy::Shared => Rest::ParkedIsServed,
-            // The worker serves its rest when its shard closes.
-            SchedulingPolicy::Sharded => Rest::GoesToOthers,
-        };
-        self.end_for_one(handle, worker, rest);
-    }
-
-    fn end_for_one(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
+        if !listener.members.end(worker) {
             return;
-        };
+        }
         match (listener.policy, rest) {
             // Delay the end until handshakes in flight have completed, because only this worker can
             // accept the connections in its shard's backlog.

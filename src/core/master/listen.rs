@@ -292,7 +292,10 @@ impl<C, F> MasterCore<C, F> {
             let listeners = &self.listeners;
             entry.joined(handle, |other| listeners.contains_key(&other));
         }
-        self.end_for(handle, relieved, Rest::GoesToOthers);
+        for worker in relieved {
+            self.end_for(handle, worker, Rest::GoesToOthers);
+        }
+        self.close_excluded(handle);
         let attachment = match bound.policy {
             SchedulingPolicy::RoundRobin => Attachment::Queue(handle),
             SchedulingPolicy::Shared => Attachment::Listener(handle),

@@ -568,7 +568,7 @@ impl<C, F> MasterCore<C, F> {
             let is_forgotten = dispatcher.may_have_reclaimable() && listener.deadline().is_none();
             let is_reclaimable = dispatcher.reclaimable(last_tick).is_some() || is_forgotten;
             // A connection that the scheduler has assigned may wait for a busy worker.
-            let is_waiting = dispatcher.can_dispatch(last_tick) && !self.has_scheduler;
+            let is_waiting = dispatcher.waits_beside_idle_worker() && !self.has_scheduler;
             let is_ready = !listener.ready.is_empty() && listener.stage != Stage::Pausing;
             let is_stuck = is_ready || is_unchecked || is_reclaimable;
             let has_capacity = dispatcher.capacity() > 0;

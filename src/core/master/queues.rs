@@ -3,7 +3,7 @@
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
 use super::{Action, HandOff, MasterCore};
-use crate::core::dispatch::Sequenced;
+use crate::core::dispatch::{Dispatched, Sequenced, Undispatched};
 use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
 
@@ -29,11 +29,11 @@ impl<C, F> MasterCore<C, F> {
         };
         let is_full = !is_exhausted;
         self.ledger.dropped += u64::from(!still_waits);
-        let connection = still_waits.then_some(connection);
-        let parked = &self.parked;
+        let user = self.parked.parked_by(&connection.connection);
+        let connection = still_waits.then_some(Undispatched { connection, user });
         listener
             .dispatcher
-            .not_dispatched(worker, connection, is_full, |own| parked.parked_by(own));
+            .not_dispatched(worker, connection, is_full);
         if is_exhausted {
             self.dispatch_later(handle);
         }
@@ -82,9 +82,8 @@ impl<C, F> MasterCore<C, F> {
         let connections = self.keep_reclaimed(handle, worker, connections);
         let undelivered = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
-            let (dispatcher, parked) = (&mut listener.dispatcher, &self.parked);
-            let user_of = |own: &_| parked.parked_by(own);
-            let received = dispatcher.reclaimed(worker, connections, undelivered, user_of);
+            let dispatcher = &mut listener.dispatcher;
+            let received = dispatcher.reclaimed(worker, connections, undelivered);
             self.count_received(received);
             self.redistribute(handle);
         }
@@ -118,10 +117,10 @@ impl<C, F> MasterCore<C, F> {
             return;
         };
         if listener.members.remove(worker) {
-            let (dispatcher, parked) = (&mut listener.dispatcher, &self.parked);
-            let user_of = |own: &_| parked.parked_by(own);
             let (load, received) =
-                dispatcher.queue_closed(worker, connections, undelivered, user_of);
+                listener
+                    .dispatcher
+                    .queue_closed(worker, connections, undelivered);
             if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
                 entry.past_load.add(&load);
             }
@@ -160,8 +159,18 @@ impl<C, F> MasterCore<C, F> {
             return;
         }
         while let Some(dispatched) = listener.dispatcher.dispatch_next(self.now) {
-            let action = self.parked.dispatch(handle, dispatched);
-            self.actions.push_back(action);
+            let Dispatched {
+                worker,
+                connection,
+                has_waited,
+            } = dispatched;
+            self.parked.dispatched(&connection.connection, worker);
+            self.actions.push_back(Action::Dispatch {
+                handle,
+                worker,
+                connection,
+                has_waited,
+            });
         }
     }
 

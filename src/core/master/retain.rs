@@ -163,6 +163,8 @@ impl<C, F> MasterCore<C, F> {
             self.remove_if_abandoned(handle);
         } else if listener.stage == Stage::Pausing {
             listener.stage = Stage::Open;
+            // During the pause, connections waited for the next worker of their user.
+            self.close_excluded(handle);
             self.begin_drain(handle);
         }
     }

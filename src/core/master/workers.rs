@@ -455,7 +455,10 @@ impl<C, F> MasterCore<C, F> {
             if members.serving().all(is_disconnecting) {
                 self.begin_drain(handle);
             } else {
-                self.end_for(handle, disconnecting.iter(), Rest::GoesToOthers);
+                for worker in disconnecting.iter() {
+                    self.end_for(handle, worker, Rest::GoesToOthers);
+                }
+                self.close_excluded(handle);
             }
         }
     }

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use cluster::{Ledger, SchedulingPolicy};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{Client, MS, answer, count_errors, message, send};
+use super::{Client, MS, VERSION, answer, count_errors, message, send};
 use crate::harness::{cluster, in_background};
 use crate::parked::when_ledger;
 
@@ -52,7 +52,7 @@ fn passed_connection_keeps_its_number_of_requests(policy: SchedulingPolicy) {
                 .receive_parked(ours, move |_| ended.set(true))
                 .unwrap();
             // Send the bytes one by one, as a stream may deliver them.
-            let bytes = message(1, 1, &copy, &[6]);
+            let bytes = message(VERSION, 1, &copy, &[6]);
             send(&theirs, &bytes[..1], &[server_end.as_raw_fd()]);
             bytes[1..]
                 .iter()
@@ -96,12 +96,12 @@ fn invalid_messages_of_a_predecessor_are_discarded() {
             let [connection, file, listening] =
                 [connection.as_raw_fd(), file.as_raw_fd(), other.as_raw_fd()];
             let socket = listener.as_fd();
-            let unknown = message(2, 1, &socket, &[1]);
-            let none = message(1, 0, &socket, &[]);
-            let many = message(1, 65, &socket, &[1; 65]);
-            let foreign = message(1, 1, &other, &[1]);
-            let one = message(1, 1, &socket, &[1]);
-            let three = message(1, 3, &socket, &[1; 3]);
+            let unknown = message(VERSION - 1, 1, &socket, &[1]);
+            let none = message(VERSION, 0, &socket, &[]);
+            let many = message(VERSION, 65, &socket, &[1; 65]);
+            let foreign = message(VERSION, 1, &other, &[1]);
+            let one = message(VERSION, 1, &socket, &[1]);
+            let three = message(VERSION, 3, &socket, &[1; 3]);
             // Each case has a message, its descriptors, the number of connections that are counted,
             // and the number of errors.
             let cases: [(&[u8], Vec<RawFd>, u64, u32); 10] = [
@@ -164,7 +164,7 @@ fn connections_beyond_the_descriptor_limit_are_closed_and_counted() {
             master
                 .receive_parked(ours, move |_| ended.set(true))
                 .unwrap();
-            let bytes = message(1, 64, &listener.as_fd(), &[1; 64]);
+            let bytes = message(VERSION, 64, &listener.as_fd(), &[1; 64]);
             send(&theirs, &bytes, &[client.as_raw_fd(); 64]);
             drop(theirs);
             let errors = count_errors(master);

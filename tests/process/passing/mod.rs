@@ -18,7 +18,7 @@ use cluster::{Connection, ListenOptions, Master, Role, SchedulingPolicy, Worker}
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::fstat;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getegid, geteuid};
 
 use crate::harness::{Scenario, scaled};
 use crate::pool::{ADDRESS, RELEASE, Server};
@@ -192,16 +192,21 @@ fn count_errors(master: &Master) -> Rc<Cell<u32>> {
     errors
 }
 
+/// The version of the messages between two masters.
+pub const VERSION: u8 = 2;
+
 /// Returns the bytes of a message that passes connections of a listening socket. `parked` contains
-/// the number of requests of each connection.
+/// the number of requests of each connection. The workers that parked them had this process's user.
 pub fn message(version: u8, count: u8, socket: &impl std::os::fd::AsFd, parked: &[u32]) -> Vec<u8> {
     let socket = fstat(socket).unwrap();
     let mut bytes = vec![version, count];
     bytes.extend(socket.st_dev.to_be_bytes());
     bytes.extend(socket.st_ino.to_be_bytes());
-    parked
-        .iter()
-        .for_each(|parked| bytes.extend(parked.to_be_bytes()));
+    let user = [geteuid().as_raw(), getegid().as_raw()];
+    for parked in parked {
+        bytes.extend(parked.to_be_bytes());
+        user.iter().for_each(|id| bytes.extend(id.to_be_bytes()));
+    }
     bytes
 }
 

@@ -50,7 +50,7 @@ use std::ops::Bound;
 
 use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, HandOff, MasterCore, Resumed};
-use crate::core::dispatch::{Dispatched, Sequenced};
+use crate::core::dispatch::{Sequenced, Undispatched};
 use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
@@ -180,25 +180,10 @@ impl ParkedTable {
         Some(entry)
     }
 
-    /// Records that a connection is dispatched to a worker. Returns the action that dispatches it.
-    pub(super) fn dispatch<C>(
-        &mut self,
-        handle: HandleId,
-        dispatched: Dispatched<HandOff<C>>,
-    ) -> Action<C> {
-        let Dispatched {
-            worker,
-            connection,
-            has_waited,
-        } = dispatched;
-        if let HandOff::Held(resumed) = &connection.connection {
+    /// Records that a connection is dispatched to the worker.
+    pub(super) fn dispatched<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) {
+        if let HandOff::Held(resumed) = connection {
             self.set(resumed.connection, State::With(worker));
-        }
-        Action::Dispatch {
-            handle,
-            worker,
-            connection,
-            has_waited,
         }
     }
 
@@ -499,6 +484,7 @@ impl<C, F> MasterCore<C, F> {
         let (members, parked) = (&listener.members, &self.parked);
         let waiting = |waiting: &HandOff<C>| members.excludes(parked.parked_by(waiting));
         let mut dropped = listener.dispatcher.take_waiting_if(waiting);
+        listener.dispatcher.forget_unused_users();
         if listener.stage != Stage::Pausing {
             let ready = std::mem::take(&mut listener.ready.connections);
             for resumed in ready {
@@ -658,25 +644,6 @@ impl<C, F> MasterCore<C, F> {
         passed
     }
 
-    /// Dispatches to this worker all waiting connections that only workers of its user may receive.
-    pub(super) fn dispatch_restricted(&mut self, handle: HandleId, worker: WorkerId) {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
-        let user = self.workers.get(&worker).map(|entry| entry.user);
-        for resumed in std::mem::take(&mut listener.ready.connections) {
-            let connection = HandOff::Held(resumed);
-            match self.parked.parked_by(&connection) {
-                by @ Some(_) if by == user => listener.dispatcher.push_resumed(connection, by),
-                _ => listener.ready.connections.push_back(resumed),
-            }
-        }
-        for dispatched in listener.dispatcher.dispatch_restricted(worker, self.now) {
-            let action = self.parked.dispatch(handle, dispatched);
-            self.actions.push_back(action);
-        }
-    }
-
     /// Takes back a connection that the worker has not received. Returns `false` if the connection
     /// does not wait again, because the worker has already reported it as parked or detached, or
     /// because no worker may receive it.
@@ -712,10 +679,15 @@ impl<C, F> MasterCore<C, F> {
         handle: HandleId,
         worker: WorkerId,
         connections: Vec<Sequenced<HandOff<C>>>,
-    ) -> Vec<Sequenced<HandOff<C>>> {
+    ) -> Vec<Undispatched<HandOff<C>>> {
         let count = connections.len();
-        let mut kept = connections;
-        kept.retain(|sequenced| self.take_back(handle, &sequenced.connection, worker));
+        let mut kept = Vec::with_capacity(count);
+        for connection in connections {
+            if self.take_back(handle, &connection.connection, worker) {
+                let user = self.parked.parked_by(&connection.connection);
+                kept.push(Undispatched { connection, user });
+            }
+        }
         let left_out = (count - kept.len()) as u64;
         if let Some(listener) = self.listeners.get_mut(&handle).filter(|_| left_out > 0) {
             let received = listener.dispatcher.drop_reclaimed(worker, left_out);

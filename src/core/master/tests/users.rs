@@ -5,7 +5,6 @@ use super::parked::{closed, dispatch, hand_offs, held, park, report_idle};
 use super::*;
 use crate::core::dispatch::Sequenced;
 use crate::types::time::Time;
-use crate::wire::frame::{Rest, ToWorker};
 
 const OTHER: User = User { uid: 1, gid: 0 };
 
@@ -106,58 +105,20 @@ fn connections_of_a_user_close_when_its_last_worker_crashes() {
 }
 
 #[test]
-fn last_worker_of_a_user_serves_its_requests_when_it_disconnects() {
+fn requests_close_when_the_last_worker_of_their_user_leaves() {
     let (mut core, handle, [own, _]) = two_users(SchedulingPolicy::RoundRobin);
-    let second = join(&mut core, handle, User::default());
-    actions(&mut core);
-    let ids: Vec<_> = (0..5).map(|n| park(&mut core, own, handle, n)).collect();
+    let ids: Vec<_> = (0..3).map(|n| park(&mut core, own, handle, n)).collect();
     ids.iter().for_each(|id| core.data_arrived(*id));
-    let before = hand_offs(actions(&mut core));
-    let mut queued: Vec<_> = before.iter().map(|(worker, _)| *worker).collect();
-    queued.sort_unstable();
-    assert_eq!(queued, [own, second]);
-    core.disconnect_workers(&[own, second]);
-    let all = actions(&mut core);
-    assert!(!is_any_reclaimed(&all), "{all:?}");
-    assert_eq!(closed(&all), []);
-    let rests: Vec<_> = all.iter().filter_map(rest).collect();
-    assert_eq!(rests, [Rest::IsServed; 2]);
-    let dispatched = hand_offs(all);
-    assert_eq!(dispatched.len(), 3);
-    assert!(dispatched.iter().all(|(worker, _)| *worker == own));
-    assert_eq!(core.ledger().dropped, 0);
+    let in_queue = hand_offs(actions(&mut core)).into_iter();
+    core.disconnect(own);
+    let in_queue = in_queue.map(|(_, connection)| connection).collect();
+    core.reclaimed(handle, own, in_queue, true);
+    let mut all = closed(&actions(&mut core));
+    all.sort_unstable();
+    assert_eq!(all, ids);
+    let ledger = core.ledger();
+    assert_eq!((ledger.dropped, ledger.in_flight()), (3, 0));
     check(&core);
-}
-
-#[test]
-fn relieved_worker_serves_the_requests_of_its_user() {
-    let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
-    let theirs = park(&mut core, other, handle, 1);
-    dispatch(&mut core, theirs);
-    core.disconnect_workers(&[own, other]);
-    actions(&mut core);
-    let next = online(&mut core);
-    core.frame(next, listen_frame(port(1)));
-    let all = actions(&mut core);
-    let is_theirs =
-        |action: &Action<u32>| matches!(action, Action::Reclaim { worker, .. } if *worker == other);
-    assert!(!all.iter().any(is_theirs), "{all:?}");
-    assert_eq!(core.ledger().dropped, 0);
-}
-
-fn is_any_reclaimed(actions: &[Action<u32>]) -> bool {
-    let is_reclaim = |action: &Action<u32>| matches!(action, Action::Reclaim { .. });
-    actions.iter().any(is_reclaim)
-}
-
-fn rest(action: &Action<u32>) -> Option<Rest> {
-    match action {
-        Action::Send {
-            frame: ToWorker::ListenerClosed { rest, .. },
-            ..
-        } => Some(*rest),
-        _ => None,
-    }
 }
 
 #[test]
@@ -204,6 +165,34 @@ fn idle_connections_outlive_a_pause_in_which_their_worker_is_the_first_to_leave(
         *worker == next && sequenced.connection == HandOff::Held(resumed)
     };
     assert!(dispatched.iter().any(to_next), "{dispatched:?}");
+    check(&core);
+}
+
+#[test]
+fn listener_that_is_released_during_a_pause_drains_without_the_workers_of_a_user() {
+    let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
+    let mine = park(&mut core, own, handle, 1);
+    let theirs = park(&mut core, other, handle, 2);
+    dispatch(&mut core, theirs);
+    core.disconnect_workers(&[own, other]);
+    core.channel_closed(own);
+    core.queue_closed(handle, own, Vec::new());
+    core.data_arrived(mine);
+    actions(&mut core);
+    core.release(handle);
+    report_idle(&mut core, other, handle, 1);
+    core.frame(other, ToMaster::ParkAgain { connection: theirs });
+    for seconds in 1..5 {
+        for action in actions(&mut core) {
+            match action {
+                Action::Accept { .. } => core.drained(handle),
+                Action::CountQueued { worker, .. } => core.counted(handle, worker, 0),
+                _ => {}
+            }
+        }
+        core.tick(Time::from_secs(seconds));
+    }
+    assert!(!core.is_bound(handle), "{:?}", core.ledger());
     check(&core);
 }
 
