@@ -74,6 +74,19 @@ fn is_any_pending(schedule: &Schedule) -> bool {
     fates.any(|fate| fate.is_pending && !fate.is_closed)
 }
 
+/// Continues until no client waits for the answer to a request. Forks a worker if there is none.
+fn answer_all(schedule: &mut Schedule, rng: &mut Rng, listen: u8, seed: u64) {
+    let mut steps = 0;
+    while is_any_pending(schedule) {
+        if schedule.world.living(0).is_none() {
+            schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
+        }
+        advance(schedule, rng, listen);
+        steps += 1;
+        assert!(steps < 100_000, "seed {seed}: a request is never answered");
+    }
+}
+
 /// Checks that parked connections outlive the workers that have served or held them, and that all
 /// requests are answered. Clients send many requests on each connection, and workers are forked and
 /// disconnected at random. With half of the seeds, workers are also killed. A kill may close only
@@ -115,15 +128,7 @@ fn outlive_their_workers(policy: SchedulingPolicy) {
                 _ => advance(&mut schedule, &mut rng, listen),
             }
         }
-        let mut steps = 0;
-        while is_any_pending(&schedule) {
-            if schedule.world.living(0).is_none() {
-                schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
-            }
-            advance(&mut schedule, &mut rng, listen);
-            steps += 1;
-            assert!(steps < 100_000, "seed {seed}: a request is never answered");
-        }
+        answer_all(&mut schedule, &mut rng, listen, seed);
         let world = &schedule.world;
         let ledger = world.master.ledger();
         let closed = world.fates.iter().filter(|fate| fate.is_closed).count();
@@ -181,15 +186,7 @@ fn return_to_their_user(policy: SchedulingPolicy, seed: u64) -> bool {
             _ => advance(&mut schedule, &mut rng, listen),
         }
     }
-    let mut steps = 0;
-    while is_any_pending(&schedule) {
-        if schedule.world.living(0).is_none() {
-            schedule.step(step(StepKind::Call(Call::Fork), 0, 0));
-        }
-        advance(&mut schedule, &mut rng, listen);
-        steps += 1;
-        assert!(steps < 100_000, "seed {seed}: a request is never answered");
-    }
+    answer_all(&mut schedule, &mut rng, listen, seed);
     let world = &schedule.world;
     let closed = world.fates.iter().filter(|fate| fate.is_closed).count();
     assert_eq!(closed, 0, "seed {seed}: {:?}", world.master.ledger());

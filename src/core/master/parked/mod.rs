@@ -45,6 +45,7 @@ mod giving;
 mod last_check;
 mod passing;
 mod ready;
+mod users;
 
 use std::ops::Bound;
 
@@ -471,45 +472,6 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Closes the connections that no worker may receive, because all workers that serve the listener
-    /// have other users than the worker that parked the connection. Call it after a worker has joined
-    /// the listener or the listener has ended for a worker.
-    ///
-    /// Clients that have already sent something lose their requests, because no worker may read them.
-    pub(super) fn close_excluded(&mut self, handle: HandleId) {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
-        // A connection that waits in the dispatcher would delay the end of a pause.
-        let (members, parked) = (&listener.members, &self.parked);
-        let waiting = |waiting: &HandOff<C>| members.excludes(parked.parked_by(waiting));
-        let mut dropped = listener.dispatcher.take_waiting_if(waiting);
-        listener.dispatcher.forget_unused_users();
-        if listener.stage != Stage::Pausing {
-            let ready = std::mem::take(&mut listener.ready.connections);
-            for resumed in ready {
-                let resumed = HandOff::Held(resumed);
-                match (listener.excludes(self.parked.parked_by(&resumed)), resumed) {
-                    (false, HandOff::Held(resumed)) => {
-                        listener.ready.connections.push_back(resumed);
-                    }
-                    (_, resumed) => dropped.push(resumed),
-                }
-            }
-        }
-        let is_excluded = |connection: &ConnectionId| {
-            let entry = self.parked.get(*connection);
-            entry.is_some_and(|entry| listener.excludes(entry.history.by))
-        };
-        let mut idle = self.parked.idle_on(handle);
-        idle.retain(is_excluded);
-        self.drop_hand_offs(dropped);
-        for connection in idle {
-            self.ledger.idle_closed += 1;
-            self.close_held(connection);
-        }
-    }
-
     /// Closes the connections whose clients have been silent for too long.
     pub(super) fn expire_parked(&mut self) {
         while self.parked.deadline().is_some_and(|time| time <= self.now) {
@@ -642,33 +604,6 @@ impl<C, F> MasterCore<C, F> {
         }
         self.dispatch_waiting(handle);
         passed
-    }
-
-    /// Takes back a connection that the worker has not received. Returns `false` if the connection
-    /// does not wait again, because the worker has already reported it as parked or detached, or
-    /// because no worker may receive it.
-    pub(super) fn take_back(
-        &mut self,
-        handle: HandleId,
-        connection: &HandOff<C>,
-        worker: WorkerId,
-    ) -> bool {
-        if !self.parked.take_back(connection, worker) {
-            return false;
-        }
-        // If another master takes over, it decides which of its workers may receive the connection.
-        let is_kept = self.parked.keeper == Keeper::ThisMaster;
-        let user = self.parked.parked_by(connection);
-        let listener = self.listeners.get(&handle);
-        let is_excluded =
-            is_kept && listener.is_some_and(|listener| listener.members.excludes(user));
-        match connection {
-            HandOff::Held(resumed) if is_excluded => {
-                self.close_held(resumed.connection);
-                false
-            }
-            HandOff::Held(_) | HandOff::New(_) => true,
-        }
     }
 
     /// Returns those reclaimed connections that go to another worker. If a worker reported a

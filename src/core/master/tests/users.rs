@@ -4,6 +4,7 @@
 use super::parked::{closed, dispatch, hand_offs, held, park, report_idle};
 use super::*;
 use crate::core::dispatch::Sequenced;
+use crate::types::connection_id::ConnectionId;
 use crate::types::time::Time;
 
 const OTHER: User = User { uid: 1, gid: 0 };
@@ -27,6 +28,48 @@ fn join(core: &mut Core, handle: HandleId, user: User) -> WorkerId {
         report_idle(core, worker, handle, 0);
     }
     worker
+}
+
+/// Makes a worker exit whose queue is empty.
+fn exit(core: &mut Core, handle: HandleId, worker: WorkerId) {
+    core.channel_closed(worker);
+    core.queue_closed(handle, worker, Vec::new());
+}
+
+/// Returns a core like that of `two_users`, whose listener pauses because the second worker has a
+/// connection in its queue, after the first worker has exited. Also returns the second worker, and
+/// the connections that the two workers parked.
+fn paused() -> (Core, HandleId, WorkerId, [ConnectionId; 2]) {
+    let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
+    let mine = park(&mut core, own, handle, 1);
+    let theirs = park(&mut core, other, handle, 2);
+    dispatch(&mut core, theirs);
+    core.disconnect_workers(&[own, other]);
+    exit(&mut core, handle, own);
+    (core, handle, other, [mine, theirs])
+}
+
+/// Lets clients send requests on three connections that a worker has parked. Returns the
+/// connections' ids, and those in the worker's queue.
+fn send_requests(
+    core: &mut Core,
+    handle: HandleId,
+    worker: WorkerId,
+) -> (Vec<ConnectionId>, Vec<Sequenced<HandOff<u32>>>) {
+    let ids: Vec<_> = (0..3).map(|n| park(core, worker, handle, n)).collect();
+    ids.iter().for_each(|id| core.data_arrived(*id));
+    let in_queue = hand_offs(actions(core)).into_iter();
+    (ids, in_queue.map(|(_, connection)| connection).collect())
+}
+
+/// Asserts that these connections close, and that their requests are lost.
+fn assert_dropped(core: &mut Core, ids: &[ConnectionId]) {
+    let mut all = closed(&actions(core));
+    all.sort_unstable();
+    assert_eq!(all, ids);
+    let ledger = core.ledger();
+    assert_eq!((ledger.dropped, ledger.in_flight()), (3, 0));
+    check(core);
 }
 
 fn check(core: &Core) {
@@ -96,8 +139,7 @@ fn connections_of_a_user_close_when_its_last_worker_crashes() {
     let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
     let mine = park(&mut core, own, handle, 1);
     let theirs = park(&mut core, other, handle, 2);
-    core.channel_closed(own);
-    core.queue_closed(handle, own, Vec::new());
+    exit(&mut core, handle, own);
     assert_eq!(closed(&actions(&mut core)), [mine]);
     let (receiver, _) = dispatch(&mut core, theirs);
     assert_eq!(receiver, other);
@@ -107,50 +149,27 @@ fn connections_of_a_user_close_when_its_last_worker_crashes() {
 #[test]
 fn requests_close_when_the_last_worker_of_their_user_leaves() {
     let (mut core, handle, [own, _]) = two_users(SchedulingPolicy::RoundRobin);
-    let ids: Vec<_> = (0..3).map(|n| park(&mut core, own, handle, n)).collect();
-    ids.iter().for_each(|id| core.data_arrived(*id));
-    let in_queue = hand_offs(actions(&mut core)).into_iter();
+    let (ids, in_queue) = send_requests(&mut core, handle, own);
     core.disconnect(own);
-    let in_queue = in_queue.map(|(_, connection)| connection).collect();
     core.reclaimed(handle, own, in_queue, true);
-    let mut all = closed(&actions(&mut core));
-    all.sort_unstable();
-    assert_eq!(all, ids);
-    let ledger = core.ledger();
-    assert_eq!((ledger.dropped, ledger.in_flight()), (3, 0));
-    check(&core);
+    assert_dropped(&mut core, &ids);
 }
 
 #[test]
 fn requests_close_when_the_last_worker_of_their_user_crashes() {
     let (mut core, handle, [own, _]) = two_users(SchedulingPolicy::RoundRobin);
-    let ids: Vec<_> = (0..3).map(|n| park(&mut core, own, handle, n)).collect();
-    ids.iter().for_each(|id| core.data_arrived(*id));
-    let in_queue = hand_offs(actions(&mut core)).into_iter();
+    let (ids, in_queue) = send_requests(&mut core, handle, own);
     core.channel_closed(own);
-    let in_queue = in_queue.map(|(_, connection)| connection).collect();
     core.queue_closed(handle, own, in_queue);
-    let mut all = closed(&actions(&mut core));
-    all.sort_unstable();
-    assert_eq!(all, ids);
-    let ledger = core.ledger();
-    assert_eq!((ledger.dropped, ledger.in_flight()), (3, 0));
-    check(&core);
+    assert_dropped(&mut core, &ids);
 }
 
 #[test]
 fn idle_connections_outlive_a_pause_in_which_their_worker_is_the_first_to_leave() {
-    let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
-    let mine = park(&mut core, own, handle, 1);
-    let theirs = park(&mut core, other, handle, 2);
-    dispatch(&mut core, theirs);
-    core.disconnect_workers(&[own, other]);
-    core.channel_closed(own);
-    core.queue_closed(handle, own, Vec::new());
+    let (mut core, handle, other, [mine, _]) = paused();
     assert_eq!(closed(&actions(&mut core)), []);
     core.data_arrived(mine);
-    core.channel_closed(other);
-    core.queue_closed(handle, other, Vec::new());
+    exit(&mut core, handle, other);
     actions(&mut core);
     let next = online(&mut core);
     core.frame(next, listen_frame(port(1)));
@@ -170,13 +189,7 @@ fn idle_connections_outlive_a_pause_in_which_their_worker_is_the_first_to_leave(
 
 #[test]
 fn listener_that_is_released_during_a_pause_drains_without_the_workers_of_a_user() {
-    let (mut core, handle, [own, other]) = two_users(SchedulingPolicy::RoundRobin);
-    let mine = park(&mut core, own, handle, 1);
-    let theirs = park(&mut core, other, handle, 2);
-    dispatch(&mut core, theirs);
-    core.disconnect_workers(&[own, other]);
-    core.channel_closed(own);
-    core.queue_closed(handle, own, Vec::new());
+    let (mut core, handle, other, [mine, theirs]) = paused();
     core.data_arrived(mine);
     actions(&mut core);
     core.release(handle);
@@ -262,8 +275,7 @@ fn connections_wait_for_the_next_worker_only_if_it_has_their_user() {
         core.drained(handle);
         actions(&mut core);
         let id = park(&mut core, first, handle, 1);
-        core.channel_closed(first);
-        core.queue_closed(handle, first, Vec::new());
+        exit(&mut core, handle, first);
         assert_eq!(closed(&actions(&mut core)), []);
         let second = join(&mut core, handle, next);
         let is_kept = next == User::default();
