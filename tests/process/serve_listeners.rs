@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use libtest_mimic::{Failed, Trial};
+use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -145,14 +146,14 @@ fn port_in_use() -> Result<(), Failed> {
     let other = TcpListener::bind("127.0.0.1:0")?;
     let address = other.local_addr()?.to_string();
     let serve = Group::start(command(1, &address).args(["sleep", "600"]))?;
-    let wait_channel = Path::new("/proc")
+    let call = Path::new("/proc")
         .join(serve.pid().to_string())
-        .join("wchan");
+        .join("syscall");
+    let sleeps = [libc::SYS_nanosleep, libc::SYS_clock_nanosleep].map(|number| number.to_string());
     wait_until("a pause of the tool", || {
-        let sleeps = fs::read_to_string(&wait_channel)
-            .ok()?
-            .contains("nanosleep");
-        sleeps.then_some(())
+        let line = fs::read_to_string(&call).ok()?;
+        let number = line.split_whitespace().next()?;
+        sleeps.iter().any(|sleep| sleep == number).then_some(())
     });
     drop(other);
     line_after(&serve, " ready");
