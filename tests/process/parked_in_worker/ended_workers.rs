@@ -23,31 +23,30 @@ crate::scenarios! {
     only_worker_resumes_a_connection_of_its_closed_listener_on_its_next_one
 }
 
-/// Connects clients until each of the two workers has parked at least five connections.
-fn clients_of_both(address: SocketAddr) -> Vec<(Client, u32)> {
-    let mut clients = Vec::new();
-    loop {
+/// Connects ten clients. Returns them with the ids of the workers that have parked their connections,
+/// which may all be the same.
+fn park_clients(address: SocketAddr) -> Vec<(Client, u32)> {
+    let park = |_| {
         let mut client = Client::connect(address);
         let (id, _) = client.ask(PARK);
-        clients.push((client, id));
-        let count = |wanted| clients.iter().filter(|(_, id)| *id == wanted).count();
-        if count(1) >= 5 && count(2) >= 5 {
-            return clients;
-        }
-    }
+        (client, id)
+    };
+    (0..10).map(park).collect()
 }
 
 fn assert_given_to_the_remaining_worker(serve: fn(Worker)) {
     let then = |master: &Master, clients: Vec<(Client, u32)>| {
-        only(master, 1).disconnect();
+        let leaving = clients[0].1;
+        let remaining = 3 - leaving;
+        only(master, leaving).disconnect();
         let clients = Cell::new(Some(clients));
         master.on_exit_once(move |master, worker, _| {
-            assert_eq!(worker.id().get(), 1);
+            assert_eq!(worker.id().get(), leaving);
             let mut clients = clients.take().unwrap();
-            let count = clients.iter().filter(|(_, id)| *id == 1).count() as u64;
+            let count = clients.iter().filter(|(_, id)| *id == leaving).count() as u64;
             let ask = move || {
                 for (client, id) in &mut clients {
-                    assert_eq!(client.ask(PARK), (2, 2), "first served by {id}");
+                    assert_eq!(client.ask(PARK), (remaining, 2), "first served by {id}");
                 }
             };
             in_background(master, ask, move |master, ()| {
@@ -58,10 +57,7 @@ fn assert_given_to_the_remaining_worker(serve: fn(Worker)) {
         });
     };
     for_policies_without_dispatch(|| {
-        cluster(
-            |master| with_clients(master, 2, clients_of_both, then),
-            serve,
-        );
+        cluster(|master| with_clients(master, 2, park_clients, then), serve);
     });
 }
 
