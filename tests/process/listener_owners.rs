@@ -159,9 +159,10 @@ fn released_listener_has_no_filter(policy: SchedulingPolicy) {
                 master.on_all_disconnected_once(move |_| {
                     let client = connect(address).map(drop);
                     log.add(format!("afterwards {client:?}"));
-                    other.set_nonblocking(true).unwrap();
-                    // Accept any connection. It may be that of an earlier client, because the
-                    // workers may have left one in the backlog.
+                    // Block: on a busy machine, the kernel may queue a connection only after
+                    // `connect` has returned. Accept any connection. It may be that of an earlier
+                    // client, because the workers may have left one in the backlog.
+                    other.set_nonblocking(false).unwrap();
                     log.add(format!("accepted {}", other.accept().is_ok()));
                 });
                 master.disconnect();

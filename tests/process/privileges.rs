@@ -25,7 +25,7 @@ use crate::harness::{
     is_alive, note_messages, open_fds, scaled, try_patiently, wait_for_state, wait_until, with_env,
 };
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
-use crate::refused::refuse_calls;
+use crate::refused::{self, refuse_calls};
 
 crate::scenarios! {
     worker_of_another_user_keeps_no_privileges_of_root: ROOT
@@ -370,9 +370,9 @@ fn failed_step_of_fork_is_named_and_leaves_no_process() {
             // earlier step fail.
             let steps = [
                 (libc::SYS_capset, libc::EPERM, "give up its capabilities"),
-                (libc::SYS_setresuid, libc::EACCES, "change its user"),
-                (libc::SYS_setresgid, libc::EDOM, "change its groups"),
-                (libc::SYS_setgroups, libc::ENOTSUP, "change its groups"),
+                (refused::SETRESUID, libc::EACCES, "change its user"),
+                (refused::SETRESGID, libc::EDOM, "change its groups"),
+                (refused::SETGROUPS, libc::ENOTSUP, "change its groups"),
             ];
             for (call, errno, expected) in steps {
                 refuse_calls(&[call], errno);

@@ -10,6 +10,17 @@ pub struct Argument {
     pub value: u32,
 }
 
+/// The calls that change ids. On ARM and x86 with 32 bits, C libraries do not make the calls that take
+/// ids of 16 bits.
+#[cfg(not(any(target_arch = "arm", target_arch = "x86")))]
+pub use libc::{
+    SYS_setgroups as SETGROUPS, SYS_setresgid as SETRESGID, SYS_setresuid as SETRESUID,
+};
+#[cfg(any(target_arch = "arm", target_arch = "x86"))]
+pub use libc::{
+    SYS_setgroups32 as SETGROUPS, SYS_setresgid32 as SETRESGID, SYS_setresuid32 as SETRESUID,
+};
+
 /// Makes the listed system calls fail with `errno` from now on, in this thread and in all threads
 /// and processes that it starts.
 ///

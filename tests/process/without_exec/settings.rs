@@ -10,7 +10,7 @@ use nix::unistd::{Gid, Uid};
 
 use super::{cluster_without_exec, set_main};
 use crate::harness::{NOBODY, cluster, fork_patiently, try_patiently};
-use crate::refused::refuse_calls;
+use crate::refused::{self, refuse_calls};
 
 crate::scenarios! {
     settings_change_from_closure_to_program_and_back
@@ -109,9 +109,9 @@ fn failed_user_change_in_a_copy_is_an_error_of_fork() {
         master.on_fork(|_, _| panic!("a worker was forked"));
         set_main(master, |_| unreachable!("fork has failed"));
         master.setup_master(Settings::default().uid(NOBODY).gid(NOBODY));
-        refuse_calls(&[libc::SYS_setresuid], libc::EACCES);
+        refuse_calls(&[refused::SETRESUID], libc::EACCES);
         assert_fails(master, "change its user", Some(libc::EACCES));
-        refuse_calls(&[libc::SYS_setgroups], libc::EDOM);
+        refuse_calls(&[refused::SETGROUPS], libc::EDOM);
         assert_fails(master, "change its groups", Some(libc::EDOM));
     });
 }
