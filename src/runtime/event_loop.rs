@@ -4,7 +4,6 @@
 //! `R` is the role, `Master` or `Worker`. Each callback receives a reference to the role.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, RawFd};
@@ -17,6 +16,7 @@ use crate::runtime::timers::{TimerId, Timers};
 use crate::runtime::token::{MAX_NUMBER, Token};
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, InstalledHandler, SignalPipe};
+use crate::types::number_map::NumberMap;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -106,11 +106,11 @@ pub(crate) struct EventLoop<R> {
     poller: Poller,
     start_time: Instant,
     timers: RefCell<Timers<OnTimer<R>>>,
-    watches: RefCell<BTreeMap<WatchId, WatchEntry<R>>>,
+    watches: RefCell<NumberMap<WatchEntry<R>>>,
     /// The watches that a forked child has inherited from its parent. The watches are never
     /// dropped, because a drop would close descriptors or run the application's code. The watches
     /// stay reachable, because LeakSanitizer would otherwise report them as leaks.
-    abandoned: RefCell<ManuallyDrop<BTreeMap<WatchId, WatchEntry<R>>>>,
+    abandoned: RefCell<ManuallyDrop<Vec<NumberMap<WatchEntry<R>>>>>,
     last_watch: Cell<u32>,
     /// The number of referenced entries in `watches`.
     referenced_watches: Cell<usize>,
@@ -233,7 +233,7 @@ impl<R> EventLoop<R> {
         match id {
             LoopId::Timer(id) => self.timers.borrow_mut().set_referenced(id, referenced),
             LoopId::Watch(id) => {
-                if let Some(entry) = self.watches.borrow_mut().get_mut(&id) {
+                if let Some(entry) = self.watches.borrow_mut().get_mut(id.0.into()) {
                     let was_referenced = std::mem::replace(&mut entry.referenced, referenced);
                     self.count_referenced(was_referenced, referenced);
                 }
@@ -263,9 +263,9 @@ impl<R> EventLoop<R> {
     pub(crate) fn abandon_watches(&self) -> Vec<RawFd> {
         let watches = self.watches.take();
         self.referenced_watches.set(0);
-        let numbers = watches.values().map(|entry| entry.number);
+        let numbers = watches.iter().map(|(_, entry)| entry.number);
         let numbers = numbers.filter(|number| *number > 2).collect();
-        self.abandoned.borrow_mut().extend(watches);
+        self.abandoned.borrow_mut().push(watches);
         numbers
     }
 
@@ -357,7 +357,7 @@ impl<R> EventLoop<R> {
             number,
             referenced: true,
         };
-        self.watches.borrow_mut().insert(id, entry);
+        self.watches.borrow_mut().insert(id.0.into(), entry);
         self.count_referenced(false, true);
         Ok(id)
     }
@@ -368,14 +368,14 @@ impl<R> EventLoop<R> {
         loop {
             let id = WatchId(self.last_watch.get() % MAX_NUMBER + 1);
             self.last_watch.set(id.0);
-            if !watches.contains_key(&id) {
+            if watches.get(id.0.into()).is_none() {
                 return id;
             }
         }
     }
 
     pub(crate) fn unwatch(&self, id: WatchId) {
-        let removed = self.watches.borrow_mut().remove(&id);
+        let removed = self.watches.borrow_mut().remove(id.0.into());
         if let Some(entry) = &removed {
             self.count_referenced(entry.referenced, false);
         }
@@ -389,7 +389,9 @@ impl<R> EventLoop<R> {
     pub(crate) fn watch_ready(&self, role: &R, number: u32) {
         let id = WatchId(number);
         let watches = self.watches.borrow();
-        let watch = watches.get(&id).map(|entry| Rc::clone(&entry.watched));
+        let watch = watches
+            .get(number.into())
+            .map(|entry| Rc::clone(&entry.watched));
         drop(watches);
         let Some(watch) = watch else {
             return;

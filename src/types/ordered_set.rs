@@ -1,17 +1,17 @@
 //! A set of small keys in their order.
 //!
-//! Each instantiation of `BTreeSet` adds several kilobytes to the size of the program. All ordered
-//! sets share one instantiation, because they store each key as a number.
+//! All sets use the same code, because they store each key as a number.
 
-use std::collections::{BTreeSet, btree_set};
 use std::marker::PhantomData;
 use std::ops::Bound;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use super::chunks::{self, Chunks};
 use super::time::Time;
 
-/// A key that a set stores as a number. The numbers have the order of the keys.
+/// A key that a set stores as a number. The numbers have the order of the keys, and are less than
+/// `u128::MAX`.
 pub(crate) trait Key: Copy {
     fn pack(self) -> u128;
     fn unpack(packed: u128) -> Self;
@@ -93,22 +93,30 @@ impl<T: Id> Key for (Time, T) {
     }
 }
 
+impl chunks::Entry for u128 {
+    type Key = Self;
+
+    fn key(&self) -> Self {
+        *self
+    }
+}
+
 /// A set whose elements are sorted.
 pub(crate) struct OrderedSet<T> {
-    packed: BTreeSet<u128>,
+    packed: Chunks<u128>,
     key: PhantomData<T>,
 }
 
 impl<T: Key> OrderedSet<T> {
     pub(crate) const fn new() -> Self {
         Self {
-            packed: BTreeSet::new(),
+            packed: Chunks::new(),
             key: PhantomData,
         }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.packed.is_empty()
+        self.packed.len() == 0
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -116,16 +124,16 @@ impl<T: Key> OrderedSet<T> {
     }
 
     pub(crate) fn contains(&self, key: T) -> bool {
-        self.packed.contains(&key.pack())
+        self.packed.get(&key.pack()).is_some()
     }
 
     pub(crate) fn insert(&mut self, key: T) {
-        insert(&mut self.packed, key.pack());
+        self.packed.insert(key.pack());
     }
 
     /// Removes a key. Returns whether the set contained it.
     pub(crate) fn remove(&mut self, key: T) -> bool {
-        remove(&mut self.packed, key.pack())
+        self.packed.remove(&key.pack()).is_some()
     }
 
     pub(crate) fn first(&self) -> Option<T> {
@@ -138,9 +146,19 @@ impl<T: Key> OrderedSet<T> {
 
     /// Returns the elements between two bounds.
     pub(crate) fn range(&self, (from, to): (Bound<T>, Bound<T>)) -> Iter<'_, T> {
-        let bounds = (from.map(T::pack), to.map(T::pack));
+        let from = match from {
+            Bound::Included(key) => key.pack(),
+            Bound::Excluded(key) => key.pack() + 1,
+            Bound::Unbounded => 0,
+        };
+        let end = match to {
+            Bound::Included(key) => key.pack() + 1,
+            Bound::Excluded(key) => key.pack(),
+            Bound::Unbounded => u128::MAX,
+        };
         Iter {
-            packed: self.packed.range(bounds),
+            packed: self.packed.from(&from),
+            end,
             key: PhantomData,
         }
     }
@@ -157,29 +175,20 @@ impl<T: Key> OrderedSet<T> {
         let (old, new) = (old.map(T::pack), new.map(T::pack));
         if old != new {
             if let Some(old) = old {
-                remove(&mut self.packed, old);
+                self.packed.remove(&old);
             }
             if let Some(new) = new {
-                insert(&mut self.packed, new);
+                self.packed.insert(new);
             }
         }
     }
 }
 
-// Keep these functions out of line, because each inlined copy adds a kilobyte.
-#[inline(never)]
-fn insert(packed: &mut BTreeSet<u128>, key: u128) {
-    packed.insert(key);
-}
-
-#[inline(never)]
-fn remove(packed: &mut BTreeSet<u128>, key: u128) -> bool {
-    packed.remove(&key)
-}
-
 /// The elements of a set in their order.
 pub(crate) struct Iter<'a, T> {
-    packed: btree_set::Range<'a, u128>,
+    packed: chunks::Iter<'a, u128>,
+    /// The first number after the elements. No key is the highest number.
+    end: u128,
     key: PhantomData<T>,
 }
 
@@ -187,7 +196,8 @@ impl<T: Key> Iterator for Iter<'_, T> {
     type Item = T;
 
     fn next(&mut self) -> Option<T> {
-        self.packed.next().copied().map(T::unpack)
+        let packed = self.packed.next().copied();
+        packed.filter(|packed| *packed < self.end).map(T::unpack)
     }
 }
 
@@ -219,6 +229,7 @@ mod tests {
     use crate::types::connection_id::ConnectionId;
     use crate::types::worker_id::WorkerId;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     fn keep_order<T: Key + Ord + std::fmt::Debug>(
         one: T,

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 
 use crate::error::{Error, Result, SendError};
-use crate::types::sorted_queue::SortedQueue;
+use crate::types::number_map::NumberMap;
 use crate::types::worker_id::WorkerId;
 
 /// Identifies an application's message until the message is written or lost.
@@ -42,7 +42,7 @@ impl Receipt {
 }
 
 /// The callbacks that wait for receipts, by the id of their receipt.
-pub(crate) struct ReceiptCallbacks<F>(RefCell<SortedQueue<F>>);
+pub(crate) struct ReceiptCallbacks<F>(RefCell<NumberMap<F>>);
 
 impl<F> ReceiptCallbacks<F> {
     /// Calls `send` with a new receipt id for `callback`, or with `None` if there is no callback.

@@ -127,11 +127,11 @@ mod waiting;
 use std::time::Duration;
 
 use crate::types::loads::WorkerLoad;
+use crate::types::number_map::NumberMap;
 use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::sorted_map::SortedMap;
-use crate::types::sorted_queue::SortedQueue;
 use crate::types::time::Time;
 use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
@@ -252,7 +252,7 @@ pub(crate) struct Dispatcher<C> {
     /// The maximum number of connections that a worker may have before it reports that it is idle.
     window: u32,
     /// The connections that have been accepted and not been dispatched, by sequence number.
-    waiting: SortedQueue<Waiting<C>>,
+    waiting: NumberMap<Waiting<C>>,
     /// The sequence numbers of the waiting connections that are assigned to no worker and not
     /// restricted. Each goes to the next worker according to the rules of this module.
     unassigned: OrderedSet<u64>,
@@ -297,7 +297,7 @@ impl<C> Dispatcher<C> {
             unresponsive: OrderedSet::new(),
             penalized: OrderedSet::new(),
             window: 1,
-            waiting: SortedQueue::new(),
+            waiting: NumberMap::new(),
             unassigned: OrderedSet::new(),
             restricted: SortedMap::new(),
             unscheduled: OrderedSet::new(),
