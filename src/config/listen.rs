@@ -180,8 +180,10 @@ impl BindRequest {
             Target::Path(path) if path.as_os_str().len() > MAX_PATH => {
                 return Err(io::Error::from_raw_os_error(errno::ENAMETOOLONG));
             }
-            Target::Path(path) if abstract_name(path).is_some() => vec![Place::Path(path.clone())],
-            Target::Path(path) => vec![Place::Path(std::path::absolute(path)?)],
+            Target::Path(path) if abstract_name(path.as_os_str()).is_some() => {
+                vec![Place::Path(path.into())]
+            }
+            Target::Path(path) => vec![Place::Path(std::path::absolute(path)?.into())],
             Target::Host(host, port, resolve) => all(resolve(host, Some(*port))?),
             Target::Name(name, resolve) => match name.parse() {
                 Ok(number) => vec![self.port(number)],
@@ -219,7 +221,7 @@ impl std::fmt::Display for BindRequest {
             Target::Ip(address) => address.fmt(f),
             Target::Fd(number) if self.is_private() => write!(f, "descriptor {number}"),
             Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
-            Target::Path(path) => fmt_path(path, f),
+            Target::Path(path) => fmt_path(path.as_os_str(), f),
             Target::Name(name, _) => f.write_str(name),
             Target::Host(host, port, _) => write!(f, "{host}:{port}"),
             Target::Socket(_) => f.write_str("a socket of the application"),

@@ -4,6 +4,7 @@
 //! This module only combines functions of other modules, mainly of `listen` and `socket_file`. It
 //! makes no `libc` calls itself.
 
+use std::ffi::OsString;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -51,7 +52,7 @@ pub(crate) fn bind(
         (Kind::Unix, Place::Path(path)) => match abstract_name(path) {
             Some(name) => listen_abstract(name, flags)?,
             None => {
-                let (socket, socket_file) = socket_file::listen(path, flags)?;
+                let (socket, socket_file) = socket_file::listen(path.as_ref(), flags)?;
                 file = Some(socket_file);
                 socket
             }
@@ -110,7 +111,7 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
         Kind::Unix => {
             let address = UnixListener::from(socket.try_clone()?).local_addr()?;
             let path = address.as_pathname().map(socket_file::absolute);
-            let path = path.transpose()?;
+            let path = path.transpose()?.map(OsString::from);
             let name = || sys::platform::socket::abstract_name(&address).map(abstract_path);
             path.or_else(name).map(Place::Path)
         }

@@ -82,7 +82,7 @@ impl Address {
                     Self::Tcp(address)
                 }
             }
-            Place::Path(path) => Self::Unix(path.clone()),
+            Place::Path(path) => Self::Unix(path.into()),
             Place::Fd(number) => Self::Fd {
                 number: *number,
                 is_udp,
@@ -159,7 +159,7 @@ impl std::fmt::Display for Address {
                 address: Some(address),
                 ..
             } => address.fmt(f),
-            Self::Unix(path) => fmt_path(path, f),
+            Self::Unix(path) => fmt_path(path.as_os_str(), f),
             Self::Fd { number, .. } => write!(f, "descriptor {number}"),
         }
     }

@@ -1,11 +1,11 @@
 //! The endpoints that a worker requests, in the form that master and workers share.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Display as _;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 /// The default backlog, in connections. The value is the same as in Node.
@@ -26,8 +26,9 @@ pub(crate) enum Place {
     Port(u16),
     Ip(SocketAddr),
     /// An absolute path, because the master and its workers may have different working directories.
-    /// As in Node, a path that begins with a zero byte is an abstract name.
-    Path(PathBuf),
+    /// As in Node, a path that begins with a zero byte is an abstract name. Not a `PathBuf`, which
+    /// takes the abstract names `a/b` and `a//b` for equal.
+    Path(OsString),
     /// A socket that is already open in the master, by its descriptor.
     Fd(RawFd),
 }
@@ -157,20 +158,20 @@ impl Endpoint {
 
 /// Returns the abstract name that a path stands for, without the zero byte at its beginning.
 /// Returns `None` if the path names a file.
-pub(crate) fn abstract_name(path: &Path) -> Option<&[u8]> {
-    path.as_os_str().as_bytes().strip_prefix(&[0])
+pub(crate) fn abstract_name(path: &OsStr) -> Option<&[u8]> {
+    path.as_bytes().strip_prefix(&[0])
 }
 
 /// Returns the path that stands for an abstract name.
-pub(crate) fn abstract_path(name: &[u8]) -> PathBuf {
-    OsString::from_vec([&[0], name].concat()).into()
+pub(crate) fn abstract_path(name: &[u8]) -> OsString {
+    OsString::from_vec([&[0], name].concat())
 }
 
 /// Prints a path, or an abstract name after `@`, as systemd and ss(8) do.
-pub(crate) fn fmt_path(path: &Path, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+pub(crate) fn fmt_path(path: &OsStr, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
     match abstract_name(path) {
         Some(name) => write!(f, "@{}", name.escape_ascii()),
-        None => path.display().fmt(f),
+        None => Path::new(path).display().fmt(f),
     }
 }
 
@@ -188,6 +189,16 @@ impl std::fmt::Display for Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn abstract_names_differ_in_each_byte() {
+        let place = |name: &[u8]| Place::Path(abstract_path(name));
+        assert_ne!(place(b"a/b"), place(b"a//b"));
+        assert_ne!(
+            place(b"a/b").cmp(&place(b"a//b")),
+            std::cmp::Ordering::Equal
+        );
+    }
 
     #[test]
     fn new_client_has_the_idle_timeout_unless_it_has_a_timeout_of_its_own() {

@@ -135,7 +135,7 @@ impl<C, F> MasterCore<C, F> {
     /// Returns the path of a Unix socket's file, or `None` if the socket has no file.
     pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
         match &self.listeners.get(&handle)?.key.endpoint.place {
-            Place::Path(path) if abstract_name(path).is_none() => Some(path.clone()),
+            Place::Path(path) if abstract_name(path).is_none() => Some(path.into()),
             Place::Path(_) | Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
         }
     }

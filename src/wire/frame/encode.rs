@@ -165,7 +165,7 @@ fn put_endpoint(out: &mut Vec<u8>, endpoint: &Endpoint) {
         }
         Place::Path(path) => {
             out.push(3);
-            let path = path.as_os_str().as_bytes();
+            let path = path.as_bytes();
             // A path of 64 KiB or more gets a saturated length, so the reader rejects the frame. No
             // system supports paths of this length.
             let length = u16::try_from(path.len()).unwrap_or(u16::MAX);
