@@ -10,7 +10,6 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::handle::HandleKey;
-use crate::types::ordered_set::OrderedSet;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
@@ -106,6 +105,19 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Returns the key under which the master has bound, or may bind, a listener for this worker.
+    fn key_in_use(&self) -> Option<&HandleKey> {
+        match self.stage {
+            // The master may already have bound the abandoned listener. The reply frees the key.
+            Stage::Requested
+            | Stage::Abandoned
+            | Stage::Open(_)
+            | Stage::Draining(_)
+            | Stage::ServingParked(_) => self.key.as_ref(),
+            Stage::Failed(_) | Stage::Closed => None,
+        }
+    }
+
     pub(super) fn handle(&self) -> Option<HandleId> {
         match self.stage {
             Stage::Open(handle) | Stage::Draining(handle) | Stage::ServingParked(handle) => handle,
@@ -211,12 +223,7 @@ impl<F> WorkerCore<F> {
 
     /// Requests a listener, or a datagram socket, from the master.
     pub(crate) fn listen(&mut self, endpoint: Endpoint, flags: BindFlags) -> ListenerId {
-        let used = self
-            .indices
-            .get_or_insert_with(endpoint.clone(), OrderedSet::new);
-        let is_free = |index: &u32| !used.contains(*index);
-        let index = (0..).find(is_free).unwrap_or(u32::MAX);
-        used.insert(index);
+        let index = self.unused_index(&endpoint);
         let kind = endpoint.kind;
         let key = HandleKey { endpoint, index };
         let requested = Some(key.clone());
@@ -329,7 +336,6 @@ impl<F> WorkerCore<F> {
             }
             Err(errno) => {
                 entry.stage = Stage::Failed(errno);
-                self.release_index(listener);
                 if is_abandoned {
                     self.forget(listener);
                 }
@@ -359,8 +365,6 @@ impl<F> WorkerCore<F> {
             return;
         };
         match entry.stage {
-            // Do not release the key's index yet, because the master may already have bound a
-            // listener under it. The reply releases the index.
             Stage::Requested => entry.stage = Stage::Abandoned,
             Stage::Open(handle) | Stage::Draining(handle) | Stage::ServingParked(handle) => {
                 entry.stage = Stage::Closed;
@@ -369,7 +373,6 @@ impl<F> WorkerCore<F> {
                 self.all_leave(listener);
                 if let Some(handle) = handle {
                     self.send(ToMaster::Release { handle });
-                    self.release_index(listener);
                 }
                 self.actions.push_back(Action::CloseListener(listener));
             }
@@ -465,16 +468,12 @@ impl<F> WorkerCore<F> {
         wanted.map(|(listener, _)| *listener).collect()
     }
 
-    fn release_index(&mut self, listener: ListenerId) {
-        let entry = self.listeners.get(&listener);
-        let Some(HandleKey { endpoint, index }) = entry.and_then(|entry| entry.key.as_ref()) else {
-            return;
-        };
-        if let Some(used) = self.indices.get_mut(endpoint) {
-            used.remove(*index);
-            if used.is_empty() {
-                self.indices.remove(endpoint);
-            }
-        }
+    /// Returns the lowest index that no listener of this worker uses on an endpoint.
+    fn unused_index(&self, endpoint: &Endpoint) -> u32 {
+        let keys = self.listeners.values().filter_map(Entry::key_in_use);
+        let keys = keys.filter(|key| key.endpoint == *endpoint);
+        let used: Vec<_> = keys.map(|key| key.index).collect();
+        let is_unused = |index: &u32| !used.contains(index);
+        (0..).find(is_unused).unwrap_or(u32::MAX)
     }
 }

@@ -20,8 +20,6 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use crate::types::connection_id::ConnectionId;
-use crate::types::endpoint::Endpoint;
-use crate::types::ordered_set::OrderedSet;
 use crate::types::protocol::FrameError;
 use crate::types::sorted_map::SortedMap;
 use crate::wire::frame::{ToMaster, ToWorker};
@@ -136,9 +134,6 @@ pub(crate) struct WorkerCore<F> {
     listeners: SortedMap<ListenerId, Entry>,
     /// The listeners that other workers serve on, until `frames_processed` closes them.
     ending: Vec<ListenerId>,
-    /// The indices in use for each requested endpoint. An index distinguishes this worker's
-    /// listeners on the same endpoint.
-    indices: SortedMap<Endpoint, OrderedSet<u32>>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,
     /// Whether the application may have connections as plain streams, which it closes without this
@@ -165,7 +160,6 @@ impl<F> WorkerCore<F> {
             last_listener: 0,
             listeners: SortedMap::new(),
             ending: Vec::new(),
-            indices: SortedMap::new(),
             open_connections: 0,
             may_have_streams: false,
             parked: ParkedTable::new(),
