@@ -168,6 +168,9 @@ pub(crate) struct Channel<In, Out> {
     has_lost_frames: bool,
     /// The length of the application's last message in bytes.
     last_message_length: usize,
+    /// The limit of unwritten protocol frames with a descriptor. It is a field, so that both directions
+    /// of the channel have equal code.
+    unread_fds_max: usize,
     direction: PhantomData<(In, Out)>,
 }
 
@@ -206,6 +209,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             capacity: Capacity::Available,
             has_lost_frames: false,
             last_message_length: 0,
+            unread_fds_max: Out::UNREAD_FDS_MAX,
             direction: PhantomData,
         })
     }
@@ -380,7 +384,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > Out::UNREAD_FDS_MAX {
+        if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > self.unread_fds_max {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())
