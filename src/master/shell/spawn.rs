@@ -404,26 +404,29 @@ impl StdioEnds {
             ..Self::default()
         };
         for (number, kind) in kinds.into_iter().enumerate() {
-            let raise = |fd: OwnedFd| sys::fd::duplicate(fd.as_raw_fd(), lowest);
-            let descriptor = match kind.0 {
-                StdioKind::Inherit if number <= 2 => None,
-                StdioKind::Inherit => {
-                    let number = RawFd::try_from(number).unwrap_or(RawFd::MAX);
-                    Some(sys::fd::duplicate(number, lowest)?)
+            // Holds a new descriptor until it is duplicated.
+            let new: OwnedFd;
+            let descriptor = match &kind.0 {
+                StdioKind::Inherit if number <= 2 => {
+                    stdio.worker.push(None);
+                    continue;
                 }
+                StdioKind::Inherit => RawFd::try_from(number).unwrap_or(RawFd::MAX),
                 StdioKind::Null => {
                     let mut options = std::fs::File::options();
-                    let null = options.read(true).write(true).open("/dev/null")?;
-                    Some(raise(null.into())?)
+                    new = options.read(true).write(true).open("/dev/null")?.into();
+                    new.as_raw_fd()
                 }
                 StdioKind::Pipe => {
                     let (master_end, worker_end) = UnixStream::pair()?;
                     stdio.master.insert(number, master_end);
-                    Some(raise(worker_end.into())?)
+                    new = worker_end.into();
+                    new.as_raw_fd()
                 }
-                StdioKind::Fd(fd) => Some(sys::fd::duplicate(fd.as_raw_fd(), lowest)?),
+                StdioKind::Fd(fd) => fd.as_raw_fd(),
             };
-            stdio.worker.push(descriptor);
+            let duplicate = sys::fd::duplicate(descriptor, lowest)?;
+            stdio.worker.push(Some(duplicate));
         }
         Ok(stdio)
     }

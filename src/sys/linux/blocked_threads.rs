@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use super::proc::numbers_in;
 use crate::sys::signal::{chained_action, current_action, is_function, set_action};
 
 const SIGNAL: libc::c_int = libc::SIGURG;
@@ -18,7 +19,7 @@ const SIGNAL: libc::c_int = libc::SIGURG;
 ///
 /// Returns `false` if the system does not tell what the threads wait for.
 pub(in crate::sys) fn interrupt(number: RawFd) -> bool {
-    let threads = match std::fs::read_dir("/proc/self/task") {
+    let threads = match numbers_in("/proc/self/task") {
         Ok(threads) => threads,
         Err(error) => return error.kind() != io::ErrorKind::NotFound,
     };
@@ -26,17 +27,14 @@ pub(in crate::sys) fn interrupt(number: RawFd) -> bool {
     let mut may_wait = false;
     for thread in threads.filter_map(Result::ok) {
         // A thread that has exited has no file.
-        let Ok(text) = std::fs::read_to_string(thread.path().join("syscall")) else {
+        let Ok(text) = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall")) else {
             continue;
         };
         match Call::parse(&text) {
             Call::Running => may_wait = true,
             Call::Waiting { argument } if RawFd::try_from(argument) == Ok(number) => {
                 may_wait = true;
-                let name = thread.file_name();
-                if let Some(Ok(id)) = name.to_str().map(str::parse::<libc::pid_t>) {
-                    send_signal(id);
-                }
+                send_signal(thread);
             }
             Call::Waiting { .. } | Call::Other => {}
         }

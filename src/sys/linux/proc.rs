@@ -1,5 +1,7 @@
 //! Reads about other processes from `/proc` (proc(5)).
 
+use std::fs::DirEntry;
+use std::io;
 use std::path::Path;
 
 use crate::sys::process::{GroupSearch, Pid};
@@ -14,9 +16,9 @@ pub(in crate::sys) fn children() -> Option<Vec<libc::pid_t>> {
         return None;
     }
     let mut children = Vec::new();
-    for thread in std::fs::read_dir("/proc/self/task").ok()? {
-        let directory = thread.ok()?.path();
-        match std::fs::read_to_string(directory.join("children")) {
+    for thread in numbers_in("/proc/self/task").ok()? {
+        let directory = format!("/proc/self/task/{}", thread.ok()?);
+        match std::fs::read_to_string(format!("{directory}/children")) {
             Ok(numbers) => {
                 let numbers = numbers.split_ascii_whitespace();
                 children.extend(numbers.filter_map(|number| number.parse::<libc::pid_t>().ok()));
@@ -24,11 +26,23 @@ pub(in crate::sys) fn children() -> Option<Vec<libc::pid_t>> {
             // The thread has exited, and the kernel has moved its children to another thread. A
             // kernel that does not list children returns the same error, ENOENT, so check whether
             // the thread's directory still exists.
-            Err(_) if !directory.exists() => {}
+            Err(_) if !Path::new(&directory).exists() => {}
             Err(_) => return None,
         }
     }
     Some(children)
+}
+
+/// Returns the numbers that name entries of a directory, for example the ids of the processes in
+/// `/proc`.
+pub(in crate::sys) fn numbers_in(
+    directory: &str,
+) -> io::Result<impl Iterator<Item = io::Result<libc::pid_t>>> {
+    let number = |entry: io::Result<DirEntry>| match entry {
+        Ok(entry) => entry.file_name().to_str()?.parse().ok().map(Ok),
+        Err(error) => Some(Err(error)),
+    };
+    Ok(std::fs::read_dir(directory)?.filter_map(number))
 }
 
 /// Searches for a process of a process group that has not exited, besides the group's leader.
@@ -39,19 +53,15 @@ pub(in crate::sys) fn find_group_member(leader: libc::pid_t) -> GroupSearch {
     if !is_of_this_namespace() || !Path::new("/proc/1").exists() {
         return GroupSearch::Impossible;
     }
-    let Ok(entries) = std::fs::read_dir("/proc") else {
+    let Ok(processes) = numbers_in("/proc") else {
         return GroupSearch::Failed;
     };
-    for entry in entries {
-        let Ok(entry) = entry else {
+    for process in processes {
+        let Ok(process) = process else {
             return GroupSearch::Failed;
         };
-        let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.parse().ok());
-        if let Some(number) = number.filter(|number| *number != leader) {
-            if is_running_member(number, leader) {
-                return GroupSearch::Found(Pid::from_raw(number));
-            }
+        if process != leader && is_running_member(process, leader) {
+            return GroupSearch::Found(Pid::from_raw(process));
         }
     }
     GroupSearch::Empty

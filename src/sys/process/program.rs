@@ -76,6 +76,10 @@ fn c_string(text: OsString) -> io::Result<CString> {
     CString::new(text.into_vec()).map_err(io::Error::from)
 }
 
+fn c_strings(texts: Vec<OsString>) -> io::Result<Vec<CString>> {
+    texts.into_iter().map(c_string).collect()
+}
+
 /// Returns an array of pointers to the strings, with a null pointer at the end, as `execve`
 /// requires.
 fn null_terminated(strings: &[CString]) -> Vec<*const libc::c_char> {
@@ -97,12 +101,13 @@ impl Program {
         let pair = |(mut name, value): (OsString, OsString)| {
             name.push("=");
             name.push(value);
-            c_string(name)
+            name
         };
+        let env = env.into_iter().map(pair).collect();
         Ok(Self {
             path: c_string(path)?,
-            args: args.into_iter().map(c_string).collect::<io::Result<_>>()?,
-            env: env.into_iter().map(pair).collect::<io::Result<_>>()?,
+            args: c_strings(args)?,
+            env: c_strings(env)?,
             ..Self::default()
         })
     }
