@@ -13,7 +13,7 @@ fn each_worker(master: &Master, call: impl Fn(&WorkerProcess)) {
 }
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("broadcast.rs"), []);
+    let [] = usage::arguments(usage::header!("broadcast.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let first = master.fork()?.id();

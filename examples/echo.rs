@@ -7,7 +7,7 @@ mod usage;
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("echo.rs"), []);
+    let [] = usage::arguments(usage::header!("echo.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let worker = master.fork()?;

@@ -164,7 +164,7 @@ fn echo(worker: &Worker, mut connection: &Connection, pending: &mut Vec<u8>) -> 
 }
 
 fn main() -> cluster::Result<()> {
-    let (addr, workers) = usage::or_exit(include_str!("echo_events.rs"), options());
+    let (addr, workers) = usage::or_exit(usage::header!("echo_events.rs"), options());
     match cluster::init()? {
         Role::Master(role) => master(&role, workers),
         Role::Worker(role) => worker(&role, &addr),

@@ -129,7 +129,7 @@ fn worker(worker: &Worker, addr: &str) -> Outcome {
 }
 
 fn main() -> Outcome {
-    let (addr, status) = usage::or_exit(include_str!("embedded.rs"), options());
+    let (addr, status) = usage::or_exit(usage::header!("embedded.rs"), options());
     let role = cluster::init()?;
     match role {
         Role::Master(master) => host(&master, &status),

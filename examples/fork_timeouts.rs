@@ -68,7 +68,7 @@ fn worker(worker: &Worker) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("fork_timeouts.rs"), []);
+    let [] = usage::arguments(usage::header!("fork_timeouts.rs"), []);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role),

@@ -128,7 +128,7 @@ fn worker(worker: &Worker, options: &Options) -> cluster::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let options = usage::or_exit(include_str!("http_server.rs"), options());
+    let options = usage::or_exit(usage::header!("http_server.rs"), options());
     let outcome = cluster::init().and_then(|role| match role {
         Role::Master(role) => master(&role, &options),
         Role::Worker(role) => worker(&role, &options),

@@ -13,7 +13,7 @@ use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
 use cluster::{ListenOptions, LogWriter, Role, systemd};
 
 fn main() -> cluster::Result<()> {
-    let [address] = usage::arguments(include_str!("pool.rs"), ["127.0.0.1:8000"]);
+    let [address] = usage::arguments(usage::header!("pool.rs"), ["127.0.0.1:8000"]);
     let passed = systemd::listen_fds()?;
     match cluster::init()? {
         Role::Master(master) => {

@@ -29,7 +29,7 @@ fn load() -> Vec<bool> {
 }
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("preload.rs"), []);
+    let [] = usage::arguments(usage::header!("preload.rs"), []);
     // Workers start in the closure below and never call `main`, so this process is the master.
     let Role::Master(master) = cluster::init()? else {
         return Ok(());

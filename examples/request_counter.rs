@@ -55,7 +55,7 @@ fn worker(worker: &Worker, address: &str) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let [address] = usage::arguments(include_str!("request_counter.rs"), ["127.0.0.1:8000"]);
+    let [address] = usage::arguments(usage::header!("request_counter.rs"), ["127.0.0.1:8000"]);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role, &address),

@@ -7,7 +7,7 @@ mod usage;
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("restart.rs"), []);
+    let [] = usage::arguments(usage::header!("restart.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let log = LogWriter::stdout().attached_to(&master);

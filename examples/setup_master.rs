@@ -27,7 +27,7 @@ fn show(master: &Master, log: LogWriter) -> cluster::Result<()> {
 fn main() -> cluster::Result<()> {
     match cluster::init()? {
         Role::Master(master) => {
-            let [] = usage::arguments(include_str!("setup_master.rs"), []);
+            let [] = usage::arguments(usage::header!("setup_master.rs"), []);
             let log = LogWriter::stdout().attached_to(&master);
             master.setup_master(Settings::default().args(["--use", "https"]).silent(true));
             show(&master, log.clone())?; // https worker

@@ -66,7 +66,7 @@ fn worker(worker: &Worker, polite: bool) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let [manner] = usage::arguments(include_str!("shutdown.rs"), ["rude"]);
+    let [manner] = usage::arguments(usage::header!("shutdown.rs"), ["rude"]);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role, manner == "polite"),

@@ -31,7 +31,10 @@ fn score(worker: WorkerId, client: IpAddr) -> u64 {
 }
 
 fn main() -> cluster::Result<()> {
-    let (source, cores) = (include_str!("sticky.rs"), cluster::available_parallelism());
+    let (source, cores) = (
+        usage::header!("sticky.rs"),
+        cluster::available_parallelism(),
+    );
     let defaults = ["127.0.0.1:8000", &cores.to_string()];
     let [address, workers] = usage::arguments(source, defaults);
     let workers: usize = usage::or_exit(source, OsString::from(workers).parse());

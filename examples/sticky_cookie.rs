@@ -65,7 +65,7 @@ fn ready_worker(status: &Status, slot: usize) -> Option<WorkerId> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let source = include_str!("sticky_cookie.rs");
+    let source = usage::header!("sticky_cookie.rs");
     let [address, slots] = usage::arguments(source, ["127.0.0.1:8000", "4"]);
     let slots: usize = usage::or_exit(source, OsString::from(slots).parse());
     let passed = systemd::listen_fds()?;

@@ -19,7 +19,7 @@ use cluster::{ListenOptions, LogWriter, Role, systemd};
 use lexopt::ValueExt as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let source = include_str!("sticky_ports.rs");
+    let source = usage::header!("sticky_ports.rs");
     let [host, port, slots] = usage::arguments(source, ["127.0.0.1", "8000", "4"]);
     let port: u16 = usage::or_exit(source, OsString::from(port).parse());
     let slots: u16 = usage::or_exit(source, OsString::from(slots).parse());

@@ -8,7 +8,7 @@ mod usage;
 use cluster::{LogWriter, Role, Signal};
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("voluntary.rs"), []);
+    let [] = usage::arguments(usage::header!("voluntary.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             let log = LogWriter::stdout().attached_to(&master);

@@ -26,7 +26,7 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let defaults = ["/dev/watchdog", "127.0.0.1:8000", "15"];
-    let [device, address, seconds] = usage::arguments(include_str!("watchdog.rs"), defaults);
+    let [device, address, seconds] = usage::arguments(usage::header!("watchdog.rs"), defaults);
     match cluster::init()? {
         Role::Master(master) => {
             let log = LogWriter::stderr().attached_to(&master);

@@ -60,7 +60,7 @@ fn worker(worker: &Worker) -> cluster::Result<()> {
 }
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("worker_events.rs"), []);
+    let [] = usage::arguments(usage::header!("worker_events.rs"), []);
     match cluster::init()? {
         Role::Master(role) => master(&role),
         Role::Worker(role) => worker(&role),

@@ -7,7 +7,7 @@ mod usage;
 use cluster::{LogWriter, Role};
 
 fn main() -> cluster::Result<()> {
-    let [] = usage::arguments(include_str!("worker_id.rs"), []);
+    let [] = usage::arguments(usage::header!("worker_id.rs"), []);
     match cluster::init()? {
         Role::Master(master) => {
             LogWriter::stdout().line("I am master");

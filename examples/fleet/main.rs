@@ -69,7 +69,7 @@ fn options() -> Result<Options, lexopt::Error> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let options = usage::or_exit(include_str!("main.rs"), options());
+    let options = usage::or_exit(usage::header!("main.rs"), options());
     let passed = systemd::listen_fds()?;
     let role = cluster::init()?;
     match role {

@@ -68,7 +68,7 @@ fn worker(worker: &Worker) -> Result<(), Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let [] = usage::arguments(include_str!("codecs.rs"), []);
+    let [] = usage::arguments(usage::header!("codecs.rs"), []);
     match cluster::init()? {
         Role::Master(role) => Ok(master(&role)?),
         Role::Worker(role) => worker(&role),

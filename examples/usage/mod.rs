@@ -1,9 +1,42 @@
-//! The command line of the examples. `--help` prints the first lines of an example's source.
+//! The command line of the examples. `--help` prints the header of an example's source, the first lines
+//! with `//!`.
 
 use std::process::exit;
 
 use cluster::LogWriter;
 use lexopt::prelude::*;
+
+/// Returns the header of a source file. Only the header becomes part of the program.
+#[allow(
+    unused_macros,
+    reason = "the servers on one `pooled` pass their whole sources"
+)]
+macro_rules! header {
+    ($file:literal) => {{
+        const SOURCE: &str = include_str!($file);
+        const LENGTH: usize = usage::header_length(SOURCE.as_bytes());
+        // A copy, because a reference would keep the whole file in the program.
+        const HEADER: [u8; LENGTH] = *SOURCE.as_bytes().first_chunk().unwrap();
+        std::str::from_utf8(&HEADER).unwrap()
+    }};
+}
+#[allow(
+    unused_imports,
+    reason = "the servers on one `pooled` pass their whole sources"
+)]
+pub(crate) use header;
+
+#[allow(dead_code, reason = "only the macro calls it")]
+pub(crate) const fn header_length(source: &[u8]) -> usize {
+    let mut length = 0;
+    while let [b'/', b'/', b'!', ..] = source.split_at(length).1 {
+        while source[length] != b'\n' {
+            length += 1;
+        }
+        length += 1;
+    }
+    length
+}
 
 /// Returns the positional arguments, or the default of each argument that is missing. If there are
 /// options or more arguments, ends the process as `or_exit` does.
