@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -49,14 +49,14 @@ impl Counts {
 /// Clients, each of which sends one request after another.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    ended: Arc<AtomicU64>,
+    ended: Arc<AtomicU32>,
     threads: Vec<JoinHandle<Counts>>,
 }
 
 impl Load {
     pub fn start(address: SocketAddr, clients: usize, is_right: fn(&str) -> bool) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let ended = Arc::new(AtomicU64::new(0));
+        let ended = Arc::new(AtomicU32::new(0));
         let client = |_| {
             let (stop, ended) = (Arc::clone(&stop), Arc::clone(&ended));
             std::thread::spawn(move || {
@@ -77,7 +77,7 @@ impl Load {
     }
 
     /// Waits until `requests` more requests have ended.
-    pub fn wait_for_requests(&self, requests: u64) {
+    pub fn wait_for_requests(&self, requests: u32) {
         let end = self.ended.load(Ordering::SeqCst) + requests;
         let have_ended = || (self.ended.load(Ordering::SeqCst) >= end).then_some(());
         wait_until("ended requests", have_ended);

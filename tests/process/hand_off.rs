@@ -11,7 +11,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use cluster::{Ledger, Master, Worker, WorkerProcess};
@@ -497,7 +497,7 @@ fn play_kills_under_load(traffic: &'static Traffic, plan: &str, may_lose: MayLos
     let plan = plan.to_owned();
     cluster(
         move |master| {
-            let kills = Arc::new(AtomicU64::new(0));
+            let kills = Arc::new(AtomicU32::new(0));
             let (count, all) = (Arc::clone(&kills), kills);
             let replace = master.on_exit(move |master, _, _| {
                 count.fetch_add(1, Ordering::SeqCst);
@@ -519,7 +519,7 @@ fn play_kills_under_load(traffic: &'static Traffic, plan: &str, may_lose: MayLos
                     },
                     move |master, outcome| {
                         master.remove_callback(replace);
-                        let kills = all.load(Ordering::SeqCst);
+                        let kills = u64::from(all.load(Ordering::SeqCst));
                         let (connected, unanswered) = (outcome.connected, outcome.unanswered);
                         println!(
                             "{plan}: {connected} clients, {kills} kills, {unanswered} unanswered"
@@ -540,10 +540,10 @@ fn play_kills_under_load(traffic: &'static Traffic, plan: &str, may_lose: MayLos
 }
 
 /// Steps the clients until 40 clients per round have connected and 5 workers per round were killed.
-fn step_until_killed(clients: &mut dyn Clients, kills: &AtomicU64) -> Outcome {
+fn step_until_killed(clients: &mut dyn Clients, kills: &AtomicU32) -> Outcome {
     let mut outcome = Outcome::default();
-    let least = u64::from(rounds());
-    while outcome.connected < 40 * least || kills.load(Ordering::SeqCst) < 5 * least {
+    let least = rounds();
+    while outcome.connected < 40 * u64::from(least) || kills.load(Ordering::SeqCst) < 5 * least {
         clients.step(&mut outcome);
     }
     outcome

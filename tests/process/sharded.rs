@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -95,7 +95,7 @@ fn ask(address: SocketAddr) -> std::io::Result<String> {
 /// or a connection is refused.
 pub struct Load {
     ended: Arc<AtomicBool>,
-    answered: Arc<AtomicU64>,
+    answered: Arc<AtomicU32>,
     threads: Vec<JoinHandle<Count>>,
 }
 
@@ -114,7 +114,7 @@ impl Load {
         }
     }
 
-    fn run(address: SocketAddr, ended: &AtomicBool, answered: &AtomicU64) -> Count {
+    fn run(address: SocketAddr, ended: &AtomicBool, answered: &AtomicU32) -> Count {
         let mut count = Count::default();
         while !ended.load(Ordering::SeqCst) && count.refused == 0 {
             match ask(address) {
@@ -129,7 +129,7 @@ impl Load {
     }
 
     /// Returns the counter of answered clients.
-    pub fn answered(&self) -> Arc<AtomicU64> {
+    pub fn answered(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.answered)
     }
 
@@ -146,7 +146,7 @@ impl Load {
     fn join(self) -> (u64, Count) {
         let counts = self.threads.into_iter().map(|own| own.join().unwrap());
         let count = Count::sum(counts);
-        (self.answered.load(Ordering::SeqCst), count)
+        (self.answered.load(Ordering::SeqCst).into(), count)
     }
 }
 

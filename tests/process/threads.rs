@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolEvent, PoolOptions};
@@ -79,7 +79,7 @@ fn ask(mut stream: &TcpStream) -> io::Result<[u8; 1]> {
 
 /// Sends requests until `stop` is set. Opens a new connection after each `LAST` answer, because the
 /// server then closes the old one.
-fn ask_until(stop: &AtomicBool, address: SocketAddr, answers: &AtomicU64) -> io::Result<()> {
+fn ask_until(stop: &AtomicBool, address: SocketAddr, answers: &AtomicU32) -> io::Result<()> {
     loop {
         let stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(scaled(Duration::from_secs(30))))?;
@@ -93,7 +93,7 @@ fn ask_until(stop: &AtomicBool, address: SocketAddr, answers: &AtomicU64) -> io:
 }
 
 /// Reloads the pool once the clients have received 100 more answers.
-fn reload_after_requests(pool: &Pool, master: &Master, answers: &Arc<AtomicU64>) {
+fn reload_after_requests(pool: &Pool, master: &Master, answers: &Arc<AtomicU32>) {
     let (pool, answers) = (pool.clone(), Arc::clone(answers));
     let end = answers.load(Ordering::SeqCst) + 100;
     let timer = Rc::new(Cell::new(None));
@@ -112,7 +112,7 @@ fn reloads_of_threaded_workers_lose_no_request() {
     const RELOADS: u64 = 10;
     for_both_policies(|| {
         let stop = Arc::new(AtomicBool::new(false));
-        let answers = Arc::new(AtomicU64::new(0));
+        let answers = Arc::new(AtomicU32::new(0));
         cluster(
             |master| {
                 let options = PoolOptions::default().workers(2);

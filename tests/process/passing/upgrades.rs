@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 
@@ -29,13 +29,13 @@ crate::scenarios! {
 /// Clients that send one request after another on their connections, until this value is dropped.
 struct Busy {
     stop: Arc<AtomicBool>,
-    answered: Arc<AtomicU64>,
+    answered: Arc<AtomicU32>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Busy {
     fn start(address: SocketAddr, count: usize) -> Self {
-        let (stop, answered) = <(Arc<AtomicBool>, Arc<AtomicU64>)>::default();
+        let (stop, answered) = <(Arc<AtomicBool>, Arc<AtomicU32>)>::default();
         let client = |_| {
             let (stop, answered) = (Arc::clone(&stop), Arc::clone(&answered));
             std::thread::spawn(move || {
@@ -58,7 +58,7 @@ impl Busy {
     }
 
     /// Waits until `count` more requests have been answered.
-    fn wait(&self, count: u64) {
+    fn wait(&self, count: u32) {
         let end = self.answered.load(Ordering::SeqCst) + count;
         wait_until("answers", || {
             (self.answered.load(Ordering::SeqCst) >= end).then_some(())

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use cluster::{Master, SchedulingPolicy, WorkerProcess};
 
@@ -23,7 +23,7 @@ const WORKERS: u32 = 4;
 const ROUNDS: u32 = 6;
 
 /// Minimum number of clients that are served between two replacements of the workers.
-const SERVED: u64 = 20;
+const SERVED: u32 = 20;
 
 /// Starts workers, and replaces all of them `rounds` times under load.
 ///
@@ -32,7 +32,7 @@ const SERVED: u64 = 20;
 fn replace_workers(
     master: &Master,
     rounds: u32,
-    answered: Arc<AtomicU64>,
+    answered: Arc<AtomicU32>,
     end: fn(&WorkerProcess),
     then: Box<dyn FnOnce(&Master)>,
 ) {
