@@ -22,7 +22,8 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid};
 
 use crate::harness::{
     LeasedProgram, Log, NOBODY, OWN_PROGRAM, children, cluster, for_both_policies, fork_patiently,
-    is_alive, note_messages, open_fds, scaled, try_patiently, wait_for_state, wait_until, with_env,
+    has_state, is_alive, note_messages, open_fds, scaled, try_patiently, wait_for_state,
+    wait_until, with_env,
 };
 use crate::host::{end_child, fork_of_the_host, without_process_descriptors};
 use crate::refused::{self, refuse_calls};
@@ -322,6 +323,12 @@ fn child_that_exits_slowly_is_reaped_before_the_next_fork() {
             let leased = Arc::clone(&program);
             let tracer_thread = std::thread::spawn(move || {
                 let attach = |child: Pid| {
+                    // Stop the child first. On some kernels, a tracer would wait until the child has
+                    // left `execve`, and would then find that the child has exited.
+                    nix::sys::signal::kill(child, nix::sys::signal::SIGSTOP).ok()?;
+                    wait_until("the child's stop or exit", || {
+                        (!has_state(child.as_raw().unsigned_abs(), ") S ")).then_some(())
+                    });
                     let tracer = start_tracer(child)?;
                     Some((child.as_raw().unsigned_abs(), tracer))
                 };

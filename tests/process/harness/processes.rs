@@ -151,8 +151,9 @@ pub fn children() -> Vec<u32> {
     numbers.map(|number| number.parse().unwrap()).collect()
 }
 
-/// Returns whether the process exists, and its `/proc/PID/stat` contains `state`.
-fn has_state(pid: u32, state: &str) -> bool {
+/// Returns whether the process exists, and its line in `/proc/PID/stat` contains `state`, for example
+/// `) S `.
+pub fn has_state(pid: u32, state: &str) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
     stat.is_ok_and(|stat| stat.contains(state))
 }
