@@ -4,6 +4,8 @@
 //! then:      dig @127.0.0.1 -p 5300 localhost
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use simple_dns::rdata::{A, RData};
 use simple_dns::{CLASS, Packet, PacketFlag, ResourceRecord};
@@ -25,7 +27,7 @@ fn answer(query: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn main() -> pooled::Result {
-    let source = include_str!("dns.rs");
+    let source = usage::header!("dns.rs");
     pooled::run_udp(source, "127.0.0.1:5300", |worker, address| {
         let socket = worker.bind(address)?;
         let mut query = [0; 512];

@@ -4,12 +4,14 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use cluster::ListenOptions;
 use khttp::{Headers, Method, Server};
 
 fn main() -> pooled::Result {
-    let source = include_str!("khttp.rs");
+    let source = usage::header!("khttp.rs");
     pooled::run(source, "127.0.0.1:8000", |worker, address| {
         let mut app = Server::builder(address)?;
         // The worker serves one client at a time, so no client may keep its connection.

@@ -4,6 +4,8 @@
 //! then:      curl smtp://127.0.0.1:2525 --mail-from a@b --mail-rcpt c@d -T Cargo.toml
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
@@ -34,7 +36,7 @@ fn converse(mut stream: &TcpStream) -> io::Result<()> {
 }
 
 fn main() -> pooled::Result {
-    let source = include_str!("mailin.rs");
+    let source = usage::header!("mailin.rs");
     pooled::run(source, "127.0.0.1:2525", |worker, address| {
         for connection in worker.listen(address)?.incoming() {
             let connection = connection?;

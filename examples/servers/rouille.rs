@@ -5,6 +5,8 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use std::io;
 
@@ -34,7 +36,7 @@ fn respond(mut request: tiny_http::Request) -> io::Result<()> {
 }
 
 fn main() -> pooled::Result {
-    let source = include_str!("rouille.rs");
+    let source = usage::header!("rouille.rs");
     pooled::run(source, "127.0.0.1:8000", |worker, address| {
         let listener = worker.listen(address)?.into_std()?;
         let server = tiny_http::Server::from_listener(listener, None)?;

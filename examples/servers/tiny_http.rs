@@ -5,11 +5,13 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use tiny_http::{Response, Server};
 
 fn main() -> pooled::Result {
-    let source = include_str!("tiny_http.rs");
+    let source = usage::header!("tiny_http.rs");
     pooled::run(source, "127.0.0.1:8000", |worker, address| {
         let listener = worker.listen(address)?.into_std()?;
         let server = Server::from_listener(listener, None)?;

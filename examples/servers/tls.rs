@@ -4,6 +4,8 @@
 //! then:      curl --cacert examples/servers/localhost.pem https://localhost:8443/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use std::sync::Arc;
 
@@ -17,7 +19,7 @@ use touche::{Response, Server};
 const PEM: &[u8] = include_bytes!("localhost.pem");
 
 fn main() -> pooled::Result {
-    let source = include_str!("tls.rs");
+    let source = usage::header!("tls.rs");
     pooled::run(source, "127.0.0.1:8443", |worker, address| {
         let chain = CertificateDer::pem_slice_iter(PEM).collect::<Result<_, _>>()?;
         let config = ServerConfig::builder().with_no_client_auth();

@@ -4,12 +4,14 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use cluster::ListenOptions;
 use touche::{Response, Server};
 
 fn main() -> pooled::Result {
-    let source = include_str!("touche.rs");
+    let source = usage::header!("touche.rs");
     pooled::run(source, "127.0.0.1:8000", |worker, address| {
         let listener = worker.listen(ListenOptions::from(address).wait_for_data(true))?;
         let token = worker.disconnect_token();

@@ -4,6 +4,8 @@
 //! then:      websocat ws://127.0.0.1:8000/
 
 mod pooled;
+#[path = "../usage/mod.rs"]
+mod usage;
 
 use std::io::ErrorKind::WouldBlock;
 use std::net::TcpStream;
@@ -37,7 +39,7 @@ fn echo(stream: TcpStream, token: &DisconnectToken) -> pooled::Result {
 }
 
 fn main() -> pooled::Result {
-    let source = include_str!("websocket.rs");
+    let source = usage::header!("websocket.rs");
     pooled::run(source, "127.0.0.1:8000", |worker, address| {
         let options = ListenOptions::from(address).wait_for_data(true);
         for connection in worker.listen(options)?.incoming() {

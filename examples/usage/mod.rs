@@ -7,10 +7,6 @@ use cluster::LogWriter;
 use lexopt::prelude::*;
 
 /// Returns the header of a source file. Only the header becomes part of the program.
-#[allow(
-    unused_macros,
-    reason = "the servers on one `pooled` pass their whole sources"
-)]
 macro_rules! header {
     ($file:literal) => {{
         const SOURCE: &str = include_str!($file);
@@ -20,13 +16,8 @@ macro_rules! header {
         std::str::from_utf8(&HEADER).unwrap()
     }};
 }
-#[allow(
-    unused_imports,
-    reason = "the servers on one `pooled` pass their whole sources"
-)]
 pub(crate) use header;
 
-#[allow(dead_code, reason = "only the macro calls it")]
 pub(crate) const fn header_length(source: &[u8]) -> usize {
     let mut length = 0;
     while let [b'/', b'/', b'!', ..] = source.split_at(length).1 {

@@ -1,18 +1,17 @@
 //! The pool that the servers share.
 
-#[path = "../../usage/mod.rs"]
-mod usage;
-
 use std::error::Error;
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
 use cluster::{LogWriter, Master, Role, Worker};
 
+use crate::usage;
+
 pub(crate) type Result = std::result::Result<(), Box<dyn Error + Send + Sync>>;
 
 /// Runs a pool that retains a listener. Its workers call `serve` with the address, which is the
-/// command line's argument or `default`. `--help` prints the first lines of the source.
+/// command line's argument or `default`. `--help` prints the source's header.
 #[allow(dead_code, reason = "each example calls one of the two functions")]
 pub(crate) fn run(
     source: &str,
