@@ -16,6 +16,7 @@ pub(crate) mod interruptible_accept;
 pub(super) mod own_program;
 pub(super) mod pidfd;
 pub(super) mod socket;
+pub(super) mod wait;
 
 pub(super) use system::{MAX_RSS_UNIT, SI_KERNEL};
 

@@ -19,6 +19,7 @@ pub(crate) mod shared_number;
 pub(super) mod socket;
 pub(super) mod threads;
 mod uapi;
+pub(super) mod wait;
 pub(super) mod zeroed_on_fork;
 
 /// The highest signal number of the architecture.

@@ -6,7 +6,8 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::is_unavailable;
-use crate::sys::process::pid::{Exit, Usage, cpu_time, max_rss};
+use super::wait::KernelUsage;
+use crate::sys::process::pid::{Exit, Usage};
 use crate::sys::{check, fd, retry};
 
 /// Opens a process's descriptor, which becomes readable when the process exits. Returns `None` if
@@ -17,17 +18,6 @@ pub(in crate::sys) fn open(number: libc::pid_t) -> Option<OwnedFd> {
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
     Some(fd::adopt(fd))
-}
-
-/// The fields of `rusage` that the kernel writes. On 32-bit systems the C library's structure may
-/// be longer.
-#[repr(C)]
-#[derive(Default)]
-struct KernelUsage {
-    user: [libc::c_long; 2],
-    system: [libc::c_long; 2],
-    max_rss: libc::c_long,
-    others: [libc::c_long; 13],
 }
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child
@@ -63,14 +53,9 @@ pub(in crate::sys) fn wait(
         libc::CLD_DUMPED => status | 0x80,
         _ => status,
     };
-    let usage = Usage {
-        user_cpu_time: cpu_time(used.user[0], used.user[1]),
-        system_cpu_time: cpu_time(used.system[0], used.system[1]),
-        max_rss: max_rss(used.max_rss),
-    };
     Some(Ok((pid != 0).then(|| Exit {
         status: ExitStatus::from_raw(status),
-        usage: Some(usage),
+        usage: Some(Usage::from(&used)),
     })))
 }
 

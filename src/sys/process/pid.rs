@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use crate::sys::platform::{self, MAX_RSS_UNIT, pidfd};
+use crate::sys::platform::{self, MAX_RSS_UNIT, pidfd, wait};
 use crate::sys::{check, poll, retry};
 use crate::types::ordered_set::Id;
 
@@ -116,7 +116,7 @@ impl Pid {
     pub(crate) fn try_wait(self, process: Option<&impl AsFd>) -> io::Result<Option<Exit>> {
         let options = libc::WNOHANG;
         let by_fd = process.and_then(|process| pidfd::wait(process.as_fd(), options));
-        let waited = by_fd.unwrap_or_else(|| self.wait_by_number(options));
+        let waited = by_fd.unwrap_or_else(|| wait::by_number(self.0, options));
         // If waiting fails, read the status from the process descriptor. Waiting fails if the
         // application ignores SIGCHLD or has already waited for this child, but the kernel keeps
         // the status since Linux 6.15.
@@ -170,7 +170,7 @@ impl Pid {
 
     /// Reaps a child that has exited, and discards its status.
     pub(crate) fn reap(self) {
-        let _ = self.wait_by_number(libc::WNOHANG);
+        let _ = wait::by_number(self.0, libc::WNOHANG);
     }
 
     /// Kills and reaps a child that cannot become a worker. If the child has not exited after 100
@@ -189,25 +189,6 @@ impl Pid {
             std::thread::sleep(REAP_INTERVAL);
         }
         unreaped.0.borrow_mut().push((self, process));
-    }
-
-    fn wait_by_number(self, options: libc::c_int) -> io::Result<Option<Exit>> {
-        let mut status = 0;
-        // SAFETY: all zeroes is a valid `rusage`.
-        let mut used: libc::rusage = unsafe { std::mem::zeroed() };
-        let pid = retry(|| {
-            // SAFETY: both pointers are valid for writes. The call waits only for this child.
-            check(unsafe { libc::wait4(self.0, &raw mut status, options, &raw mut used) })
-        })?;
-        let usage = Usage {
-            user_cpu_time: cpu_time(used.ru_utime.tv_sec, used.ru_utime.tv_usec),
-            system_cpu_time: cpu_time(used.ru_stime.tv_sec, used.ru_stime.tv_usec),
-            max_rss: max_rss(used.ru_maxrss),
-        };
-        Ok((pid != 0).then(|| Exit {
-            status: ExitStatus::from_raw(status),
-            usage: Some(usage),
-        }))
     }
 
     /// Sends a signal, through the process descriptor if there is one. The caller must not have
