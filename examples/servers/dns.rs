@@ -4,9 +4,8 @@
 //! then:      dig @127.0.0.1 -p 5300 localhost
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
+use pooled::usage;
 use simple_dns::rdata::{A, RData};
 use simple_dns::{CLASS, Packet, PacketFlag, ResourceRecord};
 

@@ -4,11 +4,10 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
 use cluster::ListenOptions;
 use khttp::{Headers, Method, Server};
+use pooled::usage;
 
 fn main() -> pooled::Result {
     let source = usage::header!("khttp.rs");

@@ -4,9 +4,8 @@
 //! then:      curl smtp://127.0.0.1:2525 --mail-from a@b --mail-rcpt c@d -T Cargo.toml
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
+use pooled::usage;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;

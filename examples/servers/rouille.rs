@@ -5,9 +5,8 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
+use pooled::usage;
 use std::io;
 
 use rouille::{Request, Response, router};

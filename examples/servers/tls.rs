@@ -4,9 +4,8 @@
 //! then:      curl --cacert examples/servers/localhost.pem https://localhost:8443/
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
+use pooled::usage;
 use std::sync::Arc;
 
 use cluster::ListenOptions;

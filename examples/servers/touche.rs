@@ -4,10 +4,9 @@
 //! then:      curl http://127.0.0.1:8000/
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
 use cluster::ListenOptions;
+use pooled::usage;
 use touche::{Response, Server};
 
 fn main() -> pooled::Result {

@@ -4,9 +4,8 @@
 //! then:      websocat ws://127.0.0.1:8000/
 
 mod pooled;
-#[path = "../usage/mod.rs"]
-mod usage;
 
+use pooled::usage;
 use std::io::ErrorKind::WouldBlock;
 use std::net::TcpStream;
 use std::time::Duration;

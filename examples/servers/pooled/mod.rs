@@ -1,12 +1,13 @@
 //! The pool that the servers share.
 
+#[path = "../../usage/mod.rs"]
+pub(crate) mod usage;
+
 use std::error::Error;
 use std::time::Duration;
 
 use cluster::pool::{Pool, PoolOptions, ignore_pool_signals};
 use cluster::{LogWriter, Master, Role, Worker};
-
-use crate::usage;
 
 pub(crate) type Result = std::result::Result<(), Box<dyn Error + Send + Sync>>;
 
