@@ -1,13 +1,13 @@
 //! A sorted list whose entries are stored in chunks.
 //!
-//! `BTreeMap` is as fast, but adds 5 KiB to the size of the program for each type of its entries. This
-//! list adds about 1 KiB.
+//! `BTreeMap` is about as fast, but adds 5 KiB to the size of the program for each type of its entries.
+//! This list adds about 1 KiB.
 
 use std::slice;
 
-/// The number of entries in a full chunk. An insertion or removal moves at most this many entries. A
-/// list with a million entries has some 12,000 chunks. With 64 or 256 entries in a chunk, a list is
-/// slightly slower.
+/// The number of entries at which a chunk is split. An insertion or removal moves fewer entries than
+/// this. A power of 2, because the memory of a chunk doubles when the chunk grows. With 64 or 256, a
+/// list is slightly slower.
 const CHUNK: usize = if cfg!(test) { 4 } else { 128 };
 
 /// An entry of a list. The list sorts its entries by their keys, and has one entry for each key.
@@ -81,7 +81,7 @@ impl<E: Entry> Chunks<E> {
             Err(place) => {
                 chunk.insert(place, entry);
                 self.len += 1;
-                if chunk.len() > CHUNK {
+                if chunk.len() == CHUNK {
                     let higher = chunk.split_off(CHUNK / 2);
                     self.chunks.insert(index + 1, higher);
                 }
@@ -111,7 +111,7 @@ impl<E: Entry> Chunks<E> {
     }
 
     /// Returns the entries from the first one whose key is not lower than `key`.
-    pub(crate) fn from(&self, key: &E::Key) -> Iter<'_, E> {
+    pub(crate) fn iter_from(&self, key: &E::Key) -> Iter<'_, E> {
         let mut chunks = self.chunks.iter();
         let chunk = chunks.nth(self.chunk(key));
         let entries = chunk.map_or(&[][..], Vec::as_slice);

@@ -50,7 +50,7 @@ impl<V> NumberMap<V> {
 
     /// Returns the entries with higher numbers than `number`.
     pub(crate) fn after(&self, number: u64) -> impl Iterator<Item = (u64, &V)> {
-        let rest = self.0.from(&number.saturating_add(1));
+        let rest = self.0.iter_from(&number.saturating_add(1));
         rest.map(|(number, value)| (*number, value))
     }
 }

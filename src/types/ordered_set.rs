@@ -157,7 +157,7 @@ impl<T: Key> OrderedSet<T> {
             Bound::Unbounded => u128::MAX,
         };
         Iter {
-            packed: self.packed.from(&from),
+            packed: self.packed.iter_from(&from),
             end,
             key: PhantomData,
         }
