@@ -279,7 +279,7 @@ impl Master {
         if self.shell.tick(due) || limit.is_some() {
             self.settle();
         }
-        for worker in pending {
+        for &worker in &pending {
             // Remove the workers one by one, so that the remaining ones stay pending if a callback
             // panics.
             if self.shell.remove_pending(worker) {
@@ -295,7 +295,9 @@ impl Master {
             // the loop.
             event_loop.check_own()?;
             match token {
-                Token::Channel(number) => self.channel_ready(WorkerId::new(number), ready),
+                Token::Channel(number) => {
+                    self.channel_ready(WorkerId::new(number), ready, &pending);
+                }
                 Token::Process(number) => self.process_ready(WorkerId::new(number)),
                 Token::Listener(number) => self.shell.listener_ready(HandleId(number)),
                 Token::Selector(number) => self.shell.selector_ready(HandleId(number)),
@@ -385,13 +387,16 @@ impl AsFd for Master {
 
 // Reading channels, and handling exits and signals.
 impl Master {
-    fn channel_ready(&self, worker: WorkerId, ready: &Ready) {
+    /// Writes to and reads from a ready channel. `pending` contains the workers whose pending
+    /// frames this iteration has processed.
+    fn channel_ready(&self, worker: WorkerId, ready: &Ready, pending: &[WorkerId]) {
         if ready.writable {
             self.shell.channel_writable(worker);
         }
-        // Read only if no frames are pending, because unprocessed frames would otherwise accumulate
+        // Read from a worker in `pending` only in a later iteration, because it has used its share
+        // of this iteration. Frames may also still be pending, and further frames would accumulate
         // in memory.
-        if ready.readable && !self.shell.is_pending(worker) {
+        if ready.readable && !pending.contains(&worker) {
             if let Some(worker_io) = self.shell.worker_io(worker) {
                 self.read(&worker_io);
             }

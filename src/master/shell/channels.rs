@@ -305,11 +305,6 @@ impl MasterShell {
         self.pending.borrow_mut().insert(worker);
     }
 
-    /// Returns whether a worker has frames that have been read but not processed.
-    pub(crate) fn is_pending(&self, worker: WorkerId) -> bool {
-        self.pending.borrow().contains(worker)
-    }
-
     pub(crate) fn has_pending(&self) -> bool {
         !self.pending.borrow().is_empty()
     }

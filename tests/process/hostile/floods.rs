@@ -1,8 +1,13 @@
 //! Tests that floods of frames and unfinished frames do not delay other workers.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
+use cluster::Signal;
+
 use super::attacker::{
-    Attacker, DISCONNECT_REQUEST, LISTENING, OTHER_INDEX, OWN_INDEX, PAUSE, RELEASE, SHARED_INDEX,
-    frame, handle_frame, idle, listen, message, online,
+    ATTACKER, Attacker, DISCONNECT_REQUEST, LISTENING, OTHER_INDEX, OWN_INDEX, PAUSE, RELEASE,
+    SHARED_INDEX, frame, handle_frame, idle, listen, message, online,
 };
 use super::{
     Case, FDS_OUT, FDS_PER_LISTENER, FDS_PER_WORKER, FDS_WITH_TWO_LISTENERS, LISTENERS, Outcome,
@@ -10,6 +15,7 @@ use super::{
 };
 
 crate::scenarios! {
+    dispatch_processes_at_most_64_messages_of_a_worker
     flood_of_messages_does_not_delay_other_workers
     flood_of_longer_messages_does_not_delay_other_workers
     flood_of_empty_frames_does_not_delay_other_workers
@@ -43,6 +49,33 @@ fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
         }
         attacker.discard_descriptors();
     }
+}
+
+/// Messages of this length do not fit into one read in the number of which the master processes in
+/// an iteration. An iteration therefore often ends with pending frames, while the channel is
+/// readable again.
+fn dispatch_processes_at_most_64_messages_of_a_worker() {
+    if let Some(attacker) = Attacker::of_this_process() {
+        attacker.send(&online());
+        attacker.flood(&message(&[b'x'; 1032]));
+    }
+    let cluster::Role::Master(master) = cluster::init().unwrap() else {
+        unreachable!("the attacker does not call `init`");
+    };
+    let attacker = master.fork_with([(ATTACKER, "1")]).unwrap();
+    let messages = Rc::new(Cell::new(0));
+    let counter = Rc::clone(&messages);
+    attacker.on_message(move |_, _, _| counter.set(counter.get() + 1));
+    let (mut total, mut most) = (0, 0);
+    while total < 20_000 {
+        master.dispatch(None).unwrap();
+        let count = messages.take();
+        total += count;
+        most = most.max(count);
+    }
+    attacker.process().kill(Signal::KILL);
+    master.run().unwrap();
+    assert!(most <= 64, "{most} messages in one iteration");
 }
 
 fn flood_of_messages_does_not_delay_other_workers() {
