@@ -2,11 +2,11 @@
 
 use crate::types::connection_id::ConnectionId;
 use crate::types::ordered_set::{Key, OrderedSet, low_number};
+use crate::types::poll_number::POLL_NUMBER_MAX;
 use crate::types::time::Time;
 
-/// The maximum number of connections in one table, because the poller's keys have 29 bits for a
-/// connection's number on 32-bit systems.
-pub(crate) const NUMBER_MAX: usize = (1 << 29) - 1;
+/// The maximum number of connections in one table.
+pub(crate) const CONNECTIONS_MAX: usize = POLL_NUMBER_MAX as usize;
 
 /// A table that assigns numbers to connections.
 #[derive(Debug)]

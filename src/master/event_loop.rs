@@ -231,7 +231,7 @@ impl Master {
     }
 
     fn has_work(&self) -> bool {
-        let workers = self.shell.core.borrow().has_workers();
+        let workers = self.shell.core.borrow().keeps_loop_alive();
         let busy = workers || self.has_notifications() || self.event_loop.has_work();
         busy || self.shell.is_writing() || self.shell.is_passing()
     }
@@ -348,15 +348,8 @@ impl Master {
         if self.has_notifications() || self.reap.get() || self.shell.has_pending() {
             return Some(Duration::ZERO);
         }
-        let check = self.has_unwatched_exits().then_some(EXIT_CHECK_INTERVAL);
+        let check = self.shell.may_miss_exits().then_some(EXIT_CHECK_INTERVAL);
         earlier(check, self.event_loop.time_left(due))
-    }
-
-    /// Returns whether a worker may exit without a report from the system. The result is `false` if
-    /// the handler of SIGCHLD has never been installed, because every worker then has a process
-    /// descriptor.
-    fn has_unwatched_exits(&self) -> bool {
-        self.child_signal.borrow().is_some() && self.shell.has_unwatched_exits()
     }
 
     /// Returns the workers that may have exited and have no process descriptor to report the exit.
@@ -365,14 +358,14 @@ impl Master {
     /// report.
     fn take_possible_exits(&self) -> Vec<WorkerId> {
         if self.reap.take() {
-            return self.shell.unwatched();
+            return self.shell.without_pidfd();
         }
         let last_check = self.last_exit_check.get();
-        if !self.has_unwatched_exits() || last_check.elapsed() < EXIT_CHECK_INTERVAL {
+        if !self.shell.may_miss_exits() || last_check.elapsed() < EXIT_CHECK_INTERVAL {
             return Vec::new();
         }
         self.last_exit_check.set(Instant::now());
-        self.shell.unwatched_exits()
+        self.shell.sigchld_only()
     }
 }
 

@@ -394,7 +394,7 @@ impl Master {
     /// # }
     /// ```
     pub fn disconnect(&self) {
-        self.shell.core_now().disconnect_all(true);
+        self.shell.core_now().disconnect_all();
         self.shell.act();
     }
 

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result, WatchError};
 use crate::runtime::callbacks::{CallbackId, Callbacks, Shared};
 use crate::runtime::timers::{TimerId, Timers};
-use crate::runtime::token::{MAX_NUMBER, Token};
+use crate::runtime::token::Token;
 use crate::sys::poll::{Interest, Poller, Ready, ReadyList, Registered};
 use crate::sys::signal::{self, InstalledHandler, SignalPipe};
 use crate::types::number_map::NumberMap;
+use crate::types::poll_number::next_poll_number;
 use crate::types::signal::Signal;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
@@ -362,16 +363,13 @@ impl<R> EventLoop<R> {
         Ok(id)
     }
 
-    /// Returns an unused id. After the highest number, the ids start at 1 again.
+    /// Returns an unused id.
     fn next_watch(&self) -> WatchId {
         let watches = self.watches.borrow();
-        loop {
-            let id = WatchId(self.last_watch.get() % MAX_NUMBER + 1);
-            self.last_watch.set(id.0);
-            if watches.get(id.0.into()).is_none() {
-                return id;
-            }
-        }
+        let is_used = |number: u32| watches.get(number.into()).is_some();
+        let number = next_poll_number(self.last_watch.get(), is_used);
+        self.last_watch.set(number);
+        WatchId(number)
     }
 
     pub(crate) fn unwatch(&self, id: WatchId) {
@@ -503,6 +501,7 @@ impl Drop for Running<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::poll_number::POLL_NUMBER_MAX;
 
     #[test]
     fn watch_callback_chooses_the_next_interest() {
@@ -554,10 +553,10 @@ mod tests {
                 .unwrap()
         };
         let first = watch();
-        event_loop.last_watch.set(MAX_NUMBER - 1);
+        event_loop.last_watch.set(POLL_NUMBER_MAX - 1);
         let rest = [watch(), watch()];
         assert_eq!(first, WatchId(1));
-        assert_eq!(rest, [WatchId(MAX_NUMBER), WatchId(2)]);
+        assert_eq!(rest, [WatchId(POLL_NUMBER_MAX), WatchId(2)]);
         for WatchId(number) in [first].into_iter().chain(rest) {
             let token = Token::Watch(number);
             assert_eq!(Token::from_key(token.key()), Some(token));

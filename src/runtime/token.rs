@@ -1,8 +1,6 @@
 //! Identifies what a ready descriptor belongs to. To wait for a new kind of descriptor, add a token
 //! here.
 
-use crate::types::worker_id::WorkerId;
-
 /// Identifies the owner of a ready descriptor. The poller carries a token as an integer key. If the
 /// owner has been removed since the poller reported the descriptor, the token has no effect, unless
 /// a new owner has the same number. The new owner must then tolerate the wrong report.
@@ -23,9 +21,6 @@ pub(crate) enum Token {
     Successor,
 }
 
-/// The highest number that a token can have. The highest worker id sets this limit.
-pub(super) const MAX_NUMBER: u32 = WorkerId::MAX;
-
 impl Token {
     pub(crate) fn key(self) -> usize {
         let (tag, number) = match self {
@@ -39,7 +34,8 @@ impl Token {
             Self::Log(number) => (6, number),
             Self::Parked(number) => (7, number),
         };
-        // The shift loses no bit, because every number is at most `MAX_NUMBER`.
+        // The shift loses no bit, because every number is at most `WorkerId::MAX` or
+        // `POLL_NUMBER_MAX`.
         (number as usize) << 3 | tag
     }
 
@@ -62,17 +58,19 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::poll_number::POLL_NUMBER_MAX;
+    use crate::types::worker_id::WorkerId;
 
     #[test]
     fn token_survives_the_poller() {
         let all = [
-            Token::Channel(1),
+            Token::Channel(WorkerId::MAX),
             Token::Process(2),
             Token::Listener(3),
-            Token::Watch(MAX_NUMBER),
+            Token::Watch(POLL_NUMBER_MAX),
             Token::Signals,
-            Token::Selector(0x1fff_ffff),
-            Token::Log(MAX_NUMBER),
+            Token::Selector(POLL_NUMBER_MAX),
+            Token::Log(POLL_NUMBER_MAX),
             Token::Successor,
         ];
         for token in all {

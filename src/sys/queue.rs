@@ -63,7 +63,7 @@ impl Label {
 }
 
 /// The number that stands for a connection of which the master holds no copy. No connection has
-/// this id, because ids are at most `NUMBER_MAX`.
+/// this id, because ids are at most `POLL_NUMBER_MAX`.
 const NOT_HELD: u32 = u32::MAX;
 
 /// Both ends of a queue. Only the master holds both. The worker gets a copy of the reader.

@@ -14,6 +14,7 @@ pub(crate) mod loads;
 pub(crate) mod number_map;
 pub(crate) mod ordered_set;
 pub(crate) mod policy;
+pub(crate) mod poll_number;
 pub(crate) mod protocol;
 pub(crate) mod signal;
 pub(crate) mod socket_id;

@@ -1,6 +1,7 @@
 //! Worker ids.
 
 use super::ordered_set::Id;
+use super::poll_number::POLL_NUMBER_MAX;
 
 /// A worker's id: 1 for the first worker. A master never uses an id twice.
 ///
@@ -13,12 +14,12 @@ use super::ordered_set::Id;
 pub struct WorkerId(u32);
 
 impl WorkerId {
-    /// The highest id. Ids must fit into a key of the poller. On 32-bit systems, the kind of the
-    /// descriptor takes three bits of each key.
+    /// The highest id. On 64-bit systems, every number fits into a key of the poller. The range is
+    /// larger there than that of other numbers, because ids are never reused.
     pub(crate) const MAX: u32 = if usize::BITS > u32::BITS {
         u32::MAX
     } else {
-        u32::MAX >> 3
+        POLL_NUMBER_MAX
     };
 
     pub(crate) const fn new(number: u32) -> Self {

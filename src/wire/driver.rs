@@ -74,6 +74,10 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         self.channel.borrow_mut().as_mut().map(call)
     }
 
+    pub(crate) fn is_open(&self) -> bool {
+        self.channel.borrow().is_some()
+    }
+
     /// Takes the channel out of the driver without closing it.
     pub(crate) fn take(&self) -> Option<Channel<In, Out>> {
         self.channel.take()

@@ -215,6 +215,15 @@ pub(crate) struct Sequenced<C> {
     pub(crate) connection: C,
 }
 
+/// Why a connection could not be put into a worker's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DispatchFailure {
+    /// The system lacks a resource.
+    Exhausted,
+    /// The queue is full or broken.
+    QueueUnusable,
+}
+
 /// A connection that is in no worker's queue.
 #[derive(Debug)]
 pub(crate) struct Undispatched<C> {
@@ -482,17 +491,17 @@ impl<C> Dispatcher<C> {
     }
 
     /// Lets a connection that could not be put into the worker's queue wait again. If `connection` is
-    /// `None`, only reverts the count of the dispatch. If the queue `is_full`, nothing more is
+    /// `None`, only reverts the count of the dispatch. If the queue is unusable, nothing more is
     /// dispatched to the worker until it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         worker: WorkerId,
         connection: Option<Undispatched<C>>,
-        is_full: bool,
+        failure: DispatchFailure,
     ) {
         self.update(worker, |member| {
             member.undo_dispatch();
-            if is_full {
+            if failure == DispatchFailure::QueueUnusable {
                 member.pause();
             }
         });

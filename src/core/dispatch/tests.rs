@@ -483,7 +483,8 @@ fn worker_with_a_full_queue_gets_nothing_until_it_is_idle() {
     let Dispatched {
         worker, connection, ..
     } = dispatcher.dispatch_next(NOW).unwrap();
-    dispatcher.not_dispatched(worker, Some(unrestricted(connection)), true);
+    let failure = DispatchFailure::QueueUnusable;
+    dispatcher.not_dispatched(worker, Some(unrestricted(connection)), failure);
     assert_eq!(dispatch_all(&mut dispatcher), [(2, 5)]);
     assert_eq!(dispatcher.capacity(), 0);
     dispatcher.idle_reported(id(1), 0, 0, NOW).unwrap();

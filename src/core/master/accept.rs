@@ -78,7 +78,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Records that the backlog is empty.
-    pub(crate) fn drained(&mut self, handle: HandleId) {
+    pub(crate) fn backlog_emptied(&mut self, handle: HandleId) {
         let space = self.parked.space();
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
@@ -120,7 +120,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Reports that another process has shut down the listener or one of its shards. The `outcome`
     /// is the result of the shell's attempt to listen on it again.
-    pub(crate) fn was_shut_down(&mut self, handle: HandleId, outcome: io::Result<()>) {
+    pub(crate) fn shut_down_by_other(&mut self, handle: HandleId, outcome: io::Result<()>) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };

@@ -119,10 +119,10 @@ pub(crate) enum Action<C> {
         handle: HandleId,
     },
     /// Accepts connections. The shell answers with `accepted` for each connection, and finally with
-    /// `accept_done`, `drained`, `accept_failed` or `was_shut_down`.
+    /// `accept_done`, `backlog_emptied`, `accept_failed` or `shut_down_by_other`.
     ///
     /// If the listener was shut down and the core's `is_ending` returns true, the shell answers
-    /// with `drained`.
+    /// with `backlog_emptied`.
     Accept {
         handle: HandleId,
         at_most: u64,
@@ -146,7 +146,7 @@ pub(crate) enum Action<C> {
     DetachSynFilter {
         handle: HandleId,
     },
-    /// Watches for a shutdown. The shell calls `was_shut_down` when a process has shut down the
+    /// Watches for a shutdown. The shell calls `shut_down_by_other` when a process has shut down the
     /// listener or one of its shards.
     WatchHangUp {
         handle: HandleId,

@@ -27,9 +27,9 @@ impl<C, F> MasterCore<C, F> {
     }
 }
 
-impl<C, F: Default> MasterCore<C, F> {
-    /// Processes a frame that has arrived. For a message with descriptors, the shell calls
-    /// `message` instead. For a parked connection, it calls `park`.
+impl<C, F> MasterCore<C, F> {
+    /// Processes a frame that has arrived. For a message, the shell calls `message` instead. For a
+    /// parked connection, it calls `park`.
     pub(crate) fn frame(&mut self, worker: WorkerId, frame: ToMaster) {
         if self.is_connected(worker) {
             if let Err(error) = self.process(worker, frame) {
@@ -86,12 +86,10 @@ impl<C, F: Default> MasterCore<C, F> {
             // The connection did not arrive, because this process had no free descriptor. The
             // kernel has closed it, which disconnected the client.
             ToMaster::Park { .. } => Ok(()),
+            // Does not occur, because the shell calls `message`.
+            ToMaster::Message(_) => Ok(()),
             ToMaster::ParkAgain { connection } => self.parked_again(worker, connection),
             ToMaster::Detach { connection } => self.detached_connection(worker, connection),
-            ToMaster::Message(bytes) => {
-                self.message(worker, bytes, F::default());
-                Ok(())
-            }
         }
     }
 

@@ -1,7 +1,8 @@
 //! Leaving a listener: a worker releases the listener, disconnects, or exits.
 
 use super::listener::Stage;
-use super::{Action, MasterCore};
+use super::{Action, HandOff, MasterCore};
+use crate::core::dispatch::Undispatched;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::worker_id::WorkerId;
@@ -36,12 +37,41 @@ impl<C, F> MasterCore<C, F> {
                         .push_back(Action::CloseQueue { handle, worker });
                 }
             }
-            SchedulingPolicy::Shared => self.queue_closed(handle, worker, Vec::new()),
+            SchedulingPolicy::Shared => self.remove_member(handle, worker, Vec::new()),
             SchedulingPolicy::Sharded => {
                 self.leave_shard(handle, worker);
-                self.queue_closed(handle, worker, Vec::new());
+                self.remove_member(handle, worker, Vec::new());
             }
         }
         self.close_excluded(handle);
+    }
+
+    /// Removes a worker that has left the listener. The connections of its queue, which has been
+    /// closed, wait again.
+    pub(super) fn remove_member(
+        &mut self,
+        handle: HandleId,
+        worker: WorkerId,
+        connections: Vec<Undispatched<HandOff<C>>>,
+    ) {
+        let undelivered = self.count_undelivered(handle, worker);
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.members.remove(worker) {
+            let (load, received) =
+                listener
+                    .dispatcher
+                    .queue_closed(worker, connections, undelivered);
+            if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
+                entry.past_load.add(&load);
+            }
+            self.count_received(received);
+            self.redistribute(handle);
+        }
+        if !self.is_connected(worker) {
+            self.close_held_by(worker);
+        }
+        self.remove_if_abandoned(handle);
     }
 }

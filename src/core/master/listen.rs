@@ -11,6 +11,7 @@ use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
 use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
+use crate::types::poll_number::next_poll_number;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
@@ -19,10 +20,6 @@ use crate::wire::frame::{Bound, Rest};
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.
 const LISTENERS_PER_WORKER_MAX: usize = 64;
-
-/// The highest handle number of a listener. On 32-bit systems, the poller's keys have only 29 bits
-/// for the number.
-pub(super) const HANDLE_MAX: u32 = (1 << 29) - 1;
 
 /// A request to listen whose `Bind` action the shell has not answered with `bound`.
 #[derive(Debug)]
@@ -46,7 +43,7 @@ impl<C, F> MasterCore<C, F> {
             return Ok(());
         }
         if let Some(&handle) = self.keys.get(&key) {
-            return self.listen_again(worker, request, handle, flags);
+            return self.join_existing(worker, request, handle, flags);
         }
         let handle = self.next_handle();
         let endpoint = key.endpoint.clone();
@@ -100,7 +97,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     /// Processes a request for an address that already has a listener.
-    fn listen_again(
+    fn join_existing(
         &mut self,
         worker: WorkerId,
         request: u32,
@@ -153,16 +150,14 @@ impl<C, F> MasterCore<C, F> {
         }
     }
 
-    /// Returns a handle number that no listener has. Numbers are reused after `HANDLE_MAX`, because
-    /// a worker can listen any number of times.
+    /// Returns a handle number that no listener has. Numbers are reused, because a worker can listen
+    /// any number of times.
     pub(crate) fn next_handle(&mut self) -> HandleId {
-        loop {
-            self.last_handle = self.last_handle % HANDLE_MAX + 1;
-            let handle = HandleId(self.last_handle);
-            if !self.listeners.contains_key(&handle) && !self.binding.contains_key(&handle) {
-                return handle;
-            }
-        }
+        self.last_handle = next_poll_number(self.last_handle, |number| {
+            let handle = HandleId(number);
+            self.listeners.contains_key(&handle) || self.binding.contains_key(&handle)
+        });
+        HandleId(self.last_handle)
     }
 
     /// Completes a worker's request after its listener has been bound, or could not be bound.

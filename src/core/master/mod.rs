@@ -82,6 +82,7 @@ pub(crate) use listener::Ownership;
 use listener::{AcceptState, Listener, Stage};
 use listener_table::ListenerTable;
 use parked::ParkedTable;
+pub(crate) use queues::QueueState;
 use workers::WorkerEntry;
 
 #[derive(Debug)]

@@ -3,38 +3,49 @@
 use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
 use super::{Action, HandOff, MasterCore};
-use crate::core::dispatch::{Dispatched, Sequenced, Undispatched};
+use crate::core::dispatch::{DispatchFailure, Dispatched, Sequenced, Undispatched};
 use crate::types::handle::HandleId;
 use crate::types::worker_id::WorkerId;
+
+/// The state of a queue after connections were reclaimed from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum QueueState {
+    /// The queue contains no connection.
+    Empty,
+    /// The requested number of connections was reclaimed, and the queue may contain more.
+    PerhapsMore,
+    /// The queue may contain connections but cannot be read, for instance because this process has
+    /// no free descriptor.
+    Unknown,
+}
 
 // Reports from the shell about queues.
 impl<C, F> MasterCore<C, F> {
     /// Lets a connection that could not be put into the worker's queue wait again. Counts it as
     /// dropped if the worker has already parked or detached it.
     ///
-    /// If `is_exhausted`, the system lacks a resource, and none of the listener's connections is
-    /// dispatched until `RETRY_DELAY` has passed. Otherwise, the queue is full or broken, and
-    /// nothing is dispatched to this worker until it reports that it is idle.
+    /// If the system is exhausted, none of the listener's connections is dispatched until
+    /// `RETRY_DELAY` has passed. If the queue is unusable, nothing is dispatched to this worker until
+    /// it reports that it is idle.
     pub(crate) fn not_dispatched(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
         connection: Sequenced<HandOff<C>>,
-        is_exhausted: bool,
+        failure: DispatchFailure,
     ) {
         let still_waits = self.take_back(handle, &connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             let waiting = still_waits.then_some(connection.connection);
             return self.drop_hand_offs(waiting.into_iter().collect());
         };
-        let is_full = !is_exhausted;
         self.ledger.dropped += u64::from(!still_waits);
         let user = self.parked.parked_by(&connection.connection);
         let connection = still_waits.then_some(Undispatched { connection, user });
         listener
             .dispatcher
-            .not_dispatched(worker, connection, is_full);
-        if is_exhausted {
+            .not_dispatched(worker, connection, failure);
+        if failure == DispatchFailure::Exhausted {
             self.dispatch_later(handle);
         }
         self.redistribute(handle);
@@ -63,23 +74,24 @@ impl<C, F> MasterCore<C, F> {
     /// The dispatches that result from an `Accept` come after the actions that are already pending.
     /// A pending `Reclaim` or `CountQueued` is therefore carried out before them, and does not see
     /// their connections in the queue.
-    fn count_undelivered(&self, handle: HandleId, worker: WorkerId) -> u64 {
+    pub(super) fn count_undelivered(&self, handle: HandleId, worker: WorkerId) -> u64 {
         let undelivered = self.actions.iter().filter(|action| {
             matches!(action, Action::Dispatch { handle: to, worker: of, .. } if (*to, *of) == (handle, worker))
         });
         undelivered.count() as u64
     }
 
-    /// Lets connections that have been reclaimed from the worker's queue wait again. `is_empty` says
-    /// whether the queue is now empty.
+    /// Lets connections that have been reclaimed from the worker's queue wait again. The queue is now
+    /// in the given `state`.
     pub(crate) fn reclaimed(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
         connections: Vec<Sequenced<HandOff<C>>>,
-        is_empty: bool,
+        state: QueueState,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
+        let is_empty = state == QueueState::Empty;
         let undelivered = is_empty.then(|| self.count_undelivered(handle, worker));
         if let Some(listener) = self.listeners.get_mut(&handle) {
             let dispatcher = &mut listener.dispatcher;
@@ -112,25 +124,7 @@ impl<C, F> MasterCore<C, F> {
         connections: Vec<Sequenced<HandOff<C>>>,
     ) {
         let connections = self.keep_reclaimed(handle, worker, connections);
-        let undelivered = self.count_undelivered(handle, worker);
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
-        if listener.members.remove(worker) {
-            let (load, received) =
-                listener
-                    .dispatcher
-                    .queue_closed(worker, connections, undelivered);
-            if let (Some(entry), Some(load)) = (self.workers.get_mut(&worker), load) {
-                entry.past_load.add(&load);
-            }
-            self.count_received(received);
-            self.redistribute(handle);
-        }
-        if !self.is_connected(worker) {
-            self.close_held_by(worker);
-        }
-        self.remove_if_abandoned(handle);
+        self.remove_member(handle, worker, connections);
     }
 }
 

@@ -316,10 +316,10 @@ impl<C, F> MasterCore<C, F> {
         self.begin_disconnect(&[worker]);
     }
 
-    /// Disconnects all workers. If the end is `awaited`, the core emits `Disconnected` as soon as
-    /// all workers have exited and no listener is open except those that the application retains.
-    pub(crate) fn disconnect_all(&mut self, awaited: bool) {
-        self.is_end_awaited |= awaited;
+    /// Disconnects all workers. The core emits `Disconnected` as soon as all workers have exited and
+    /// no listener is open except those that the application retains.
+    pub(crate) fn disconnect_all(&mut self) {
+        self.is_end_awaited = true;
         let workers: Vec<_> = self.worker_ids().collect();
         self.begin_disconnect(&workers);
     }
@@ -331,7 +331,7 @@ impl<C, F> MasterCore<C, F> {
             .stop_deadline
             .map_or(deadline, |other| other.min(deadline));
         self.stop_deadline = Some(earliest);
-        self.disconnect_all(true);
+        self.disconnect_all();
     }
 
     /// Disconnects the worker, and sends the signal once its channel is closed. If the channel is
@@ -480,7 +480,7 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns whether [`run`](crate::Master::run) has to wait for the exit of a process or for the
     /// end of `disconnect_all`.
-    pub(crate) fn has_workers(&self) -> bool {
+    pub(crate) fn keeps_loop_alive(&self) -> bool {
         self.is_end_awaited || self.referenced > 0
     }
 

@@ -11,6 +11,7 @@ use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
+use crate::types::poll_number::next_poll_number;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::wire::frame::{Bound, Rest, ToMaster};
@@ -19,10 +20,6 @@ use crate::wire::frame::{Bound, Rest, ToMaster};
 /// been removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ListenerId(pub(crate) u32);
-
-/// The highest number of a listener. On 32-bit systems, the poller's keys have only 29 bits for the
-/// number.
-pub(super) const MAX_LISTENER: u32 = (1 << 29) - 1;
 
 /// The stage of a listener.
 ///
@@ -245,15 +242,11 @@ impl<F> WorkerCore<F> {
         self.add(kind, None, stage, policy, parking)
     }
 
-    /// Returns a number that no listener has. After the highest number, numbers start again at 1.
+    /// Returns a number that no listener has.
     fn next_listener(&mut self) -> ListenerId {
-        loop {
-            self.last_listener = self.last_listener % MAX_LISTENER + 1;
-            let listener = ListenerId(self.last_listener);
-            if !self.listeners.contains_key(&listener) {
-                return listener;
-            }
-        }
+        let is_used = |number| self.listeners.contains_key(&ListenerId(number));
+        self.last_listener = next_poll_number(self.last_listener, is_used);
+        ListenerId(self.last_listener)
     }
 
     /// Adds a listener in the given stage, or in `Closed` if the worker is disconnecting.

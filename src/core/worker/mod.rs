@@ -345,8 +345,8 @@ impl<F> WorkerCore<F> {
         self.events.push_back(Event::Message { bytes, fds });
     }
 
-    /// Processes a frame from the master. For a message with descriptors, the shell calls `message`
-    /// instead. For a connection that another worker parked, it calls `adopt`.
+    /// Processes a frame from the master. For a message, the shell calls `message` instead. For a
+    /// connection that another worker parked, it calls `adopt`.
     ///
     /// Returns the listener to which the frame's descriptor belongs, or `None` if the frame has no
     /// descriptor.
@@ -354,10 +354,7 @@ impl<F> WorkerCore<F> {
     /// # Errors
     ///
     /// Returns [`FrameError::Violation`] if the frame is invalid in the present state.
-    pub(crate) fn frame(&mut self, frame: ToWorker) -> Result<Option<ListenerId>, FrameError>
-    where
-        F: Default,
-    {
+    pub(crate) fn frame(&mut self, frame: ToWorker) -> Result<Option<ListenerId>, FrameError> {
         match frame {
             ToWorker::Reply { request, result } => {
                 return self.replied(ListenerId(request), result);
@@ -368,7 +365,8 @@ impl<F> WorkerCore<F> {
             // kernel has closed it, which disconnected the client. (For an `Adopt` with its
             // descriptor, the shell calls `adopt`.)
             ToWorker::Adopt { .. } => {}
-            ToWorker::Message(bytes) => self.message(bytes, F::default()),
+            // Does not occur, because the shell calls `message`.
+            ToWorker::Message(_) => {}
         }
         Ok(None)
     }

@@ -1,9 +1,9 @@
-use super::listener::MAX_LISTENER;
 use super::*;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
 use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
+use crate::types::poll_number::POLL_NUMBER_MAX;
 use crate::wire::frame::{Bound, Rest};
 
 type Core = WorkerCore<()>;
@@ -66,10 +66,10 @@ fn idle(received: u64, open: u32) -> ToMaster {
 fn listener_numbers_start_again_and_skip_those_in_use() {
     let mut core = Core::new();
     let first = core.listen_privately(Kind::Tcp, Parking::default());
-    core.last_listener = MAX_LISTENER - 1;
+    core.last_listener = POLL_NUMBER_MAX - 1;
     let later = [Kind::Tcp, Kind::Udp].map(|kind| core.listen_privately(kind, Parking::default()));
     assert_eq!(first, ListenerId(1));
-    assert_eq!(later, [ListenerId(MAX_LISTENER), ListenerId(2)]);
+    assert_eq!(later, [ListenerId(POLL_NUMBER_MAX), ListenerId(2)]);
     assert!(core.is_datagram(later[1]) && !core.is_datagram(first));
 }
 
@@ -289,7 +289,7 @@ fn park_that_finds_the_queue_empty_replaces_the_next_attempt_unless_the_queue_dr
     core.connection_closed(Some(id));
     core.found_empty_at_park(id);
     assert_eq!(sent(&mut core), [idle(1, 0)]);
-    assert!(!core.take_empty_at_park(ListenerId(MAX_LISTENER)));
+    assert!(!core.take_empty_at_park(ListenerId(POLL_NUMBER_MAX)));
     core.found_empty_at_park(id);
     assert!(core.take_empty_at_park(id));
     assert!(!core.take_empty_at_park(id), "only once");

@@ -411,7 +411,7 @@ impl MasterShell {
         self.recheck_draining_group(&worker_io);
         let is_reaped = self.core.borrow().exit_status(worker).is_some();
         if worker_io.process.borrow().is_none() && !is_reaped {
-            self.unwatched_exits.borrow_mut().insert(worker);
+            self.sigchld_only.borrow_mut().insert(worker);
         }
     }
 }

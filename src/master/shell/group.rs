@@ -57,6 +57,15 @@ enum Members {
     Left(Option<Pid>),
 }
 
+/// When a process that belongs to a group may be reaped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reap {
+    Now,
+    /// In a later attempt, because its group is draining, or because the process was still running
+    /// and has no process descriptor.
+    Later,
+}
+
 /// Returns the members of a worker's group. `last` is the member that was found last.
 fn find_members(worker_io: &WorkerIo, last: Option<Pid>) -> Members {
     match worker_io.pid.find_group_member(last) {
@@ -65,7 +74,7 @@ fn find_members(worker_io: &WorkerIo, last: Option<Pid>) -> Members {
         // Assume that a member is left, because the next search may succeed. Only a deadline, if one
         // is set, limits the time.
         GroupSearch::Failed => Members::Left(last),
-        GroupSearch::Impossible if worker_io.channel.with(|_| ()).is_some() => Members::Left(None),
+        GroupSearch::Impossible if worker_io.channel.is_open() => Members::Left(None),
         GroupSearch::Impossible => Members::None,
     }
 }
@@ -91,20 +100,23 @@ impl MasterShell {
         }
     }
 
-    /// Drains or kills the group of a worker if its process has exited. Returns whether the process
-    /// must not be reaped yet, because the members are draining, or because the process was still
-    /// running and has no process descriptor.
-    pub(super) fn end_group(&self, worker_io: &WorkerIo) -> bool {
+    /// Drains or kills the group of a worker if its process has exited. Returns when the process may
+    /// be reaped.
+    pub(super) fn settle_group(&self, worker_io: &WorkerIo) -> Reap {
         let (state, process) = (worker_io.group.get(), worker_io.process.borrow());
         if state == GroupState::None {
-            return false;
+            return Reap::Now;
         }
         if !worker_io.pid.has_exited(process.as_deref()) {
             // Without a process descriptor, do not let the caller reap a process that exits only
             // now, because its members could no longer be killed. SIGCHLD will report the exit.
             // Signal 0 fails if other code has already reaped the process. In that case, let the
             // caller try, so that it reports the unknown exit status.
-            return process.is_none() && worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
+            let exists = || worker_io.pid.signal_group(process.as_deref(), 0).is_ok();
+            return match process.is_none() && exists() {
+                true => Reap::Later,
+                false => Reap::Now,
+            };
         }
         let members = match state {
             GroupState::Ending(_) if process.is_some() => find_members(worker_io, None),
@@ -117,14 +129,14 @@ impl MasterShell {
         let Members::Left(member) = members else {
             self.signal_group(worker_io, Signal::KILL);
             worker_io.group.set(GroupState::Killed);
-            return false;
+            return Reap::Now;
         };
         if let GroupState::Ending(signal) = state {
             self.signal_group(worker_io, signal);
         }
         worker_io.group.set(GroupState::Draining(member));
         self.reap_later(worker_io);
-        true
+        Reap::Later
     }
 
     /// Lets the loop check a draining group in its next iteration, because the channel has closed,

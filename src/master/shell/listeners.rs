@@ -357,7 +357,7 @@ impl MasterShell {
         };
         for shard in stopped {
             let outcome = self.listen_again(handle, shard);
-            self.core_now().was_shut_down(handle, outcome);
+            self.core_now().shut_down_by_other(handle, outcome);
         }
         self.act();
     }
@@ -439,17 +439,17 @@ impl MasterShell {
                     core.accepted(handle, stream.into());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return core.drained(handle);
+                    return core.backlog_emptied(handle);
                 }
                 Err(error) if sys::listen::is_shutdown_error(&error) && core.is_ending(handle) => {
-                    return core.drained(handle);
+                    return core.backlog_emptied(handle);
                 }
                 Err(error)
                     if sys::listen::is_shutdown_error(&error) && !core.is_borrowed(handle) =>
                 {
                     drop((core, sockets));
                     let outcome = self.listen_again(handle, 0);
-                    return self.core_now().was_shut_down(handle, outcome);
+                    return self.core_now().shut_down_by_other(handle, outcome);
                 }
                 Err(error) if sys::listen::is_connection_error(&error) => {}
                 Err(error) => return core.accept_failed(handle, error),

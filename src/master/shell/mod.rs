@@ -137,7 +137,7 @@ pub(crate) struct MasterShell {
     writing: RefCell<OrderedSet<WorkerId>>,
     /// The processes without a channel and without a process descriptor. Only SIGCHLD reports their
     /// exits.
-    unwatched_exits: RefCell<OrderedSet<WorkerId>>,
+    sigchld_only: RefCell<OrderedSet<WorkerId>>,
     /// The master's values in a worker that executes no program. The values are never dropped,
     /// because dropping them could affect the master. The values stay reachable, so that a leak
     /// checker reports only real leaks.
@@ -190,7 +190,7 @@ impl MasterShell {
             receipts: RefCell::default(),
             pending: RefCell::default(),
             writing: RefCell::default(),
-            unwatched_exits: RefCell::default(),
+            sigchld_only: RefCell::default(),
             abandoned: RefCell::default(),
             is_choosing_port: Cell::new(false),
             delivering_fds: RefCell::default(),
@@ -225,7 +225,7 @@ impl MasterShell {
     /// Removes a process from the table after its last event has been delivered, and closes its
     /// pipes.
     pub(crate) fn forget(&self, worker: WorkerId) {
-        self.unwatched_exits.borrow_mut().remove(worker);
+        self.sigchld_only.borrow_mut().remove(worker);
         if let Some(worker_io) = self.workers.borrow_mut().remove(&worker) {
             worker_io.stdio.take();
         }

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 
 use super::MasterShell;
 use super::parked::descriptor_of;
-use crate::core::dispatch::Sequenced;
-use crate::core::master::{HandOff, Resumed};
+use crate::core::dispatch::{DispatchFailure, Sequenced};
+use crate::core::master::{HandOff, QueueState, Resumed};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::fd::NoLingerFd;
@@ -14,18 +14,6 @@ use crate::sys::queue::{Dequeued, Label, Queue};
 use crate::types::handle::HandleId;
 use crate::types::loads::{Loads, WorkerLoad};
 use crate::types::worker_id::WorkerId;
-
-/// The state of a queue after connections were reclaimed from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum QueueState {
-    /// The queue contains no connection.
-    Empty,
-    /// The requested number of connections was reclaimed, and the queue may contain more.
-    PerhapsMore,
-    /// The queue may contain connections but cannot be read, for instance because this process has
-    /// no free descriptor.
-    Unknown,
-}
 
 /// The result of reclaiming connections from a queue.
 struct Reclaimed {
@@ -100,10 +88,13 @@ impl MasterShell {
             // close at the end of this method.
             Ok(()) => self.fault("master.after_dispatch", worker),
             Err(reason) => {
-                let is_exhausted = sys::socket::is_exhaustion(&reason);
+                let failure = match sys::socket::is_exhaustion(&reason) {
+                    true => DispatchFailure::Exhausted,
+                    false => DispatchFailure::QueueUnusable,
+                };
                 let mut core = self.core_now();
-                core.not_dispatched(handle, worker, connection, is_exhausted);
-                if is_exhausted {
+                core.not_dispatched(handle, worker, connection, failure);
+                if failure == DispatchFailure::Exhausted {
                     let worker = Some(worker);
                     core.error(worker, Error::Exhausted { worker, reason });
                 }
@@ -144,8 +135,7 @@ impl MasterShell {
         if state == QueueState::Unknown {
             core.cannot_reclaim(handle);
         }
-        let is_empty = state == QueueState::Empty;
-        core.reclaimed(handle, worker, connections, is_empty);
+        core.reclaimed(handle, worker, connections, state);
     }
 
     /// Reclaims all connections from a queue, and closes the queue. If the queue cannot be emptied,
@@ -161,7 +151,7 @@ impl MasterShell {
             queues.remove(&(handle, worker));
             core.queue_closed(handle, worker, connections);
         } else {
-            core.reclaimed(handle, worker, connections, false);
+            core.reclaimed(handle, worker, connections, state);
             let mut retries = self.retries.borrow_mut();
             retries.queues.push((handle, worker));
             retries.backoff.start(self.start.elapsed());

@@ -1,5 +1,6 @@
 //! Reaps processes that have exited, and lists the workers whose exit the system may not report.
 
+use super::group::Reap;
 use super::{MasterShell, WorkerIo};
 use crate::error::Error;
 use crate::sys;
@@ -21,7 +22,7 @@ impl MasterShell {
         if is_reaped || worker_io.exit_report.get().is_some() {
             return;
         }
-        if self.end_group(&worker_io) {
+        if self.settle_group(&worker_io) == Reap::Later {
             return;
         }
         let process = worker_io.process.borrow();
@@ -37,7 +38,7 @@ impl MasterShell {
             }
         };
         drop(worker_io.process.take());
-        self.unwatched_exits.borrow_mut().remove(worker);
+        self.sigchld_only.borrow_mut().remove(worker);
         worker_io.usage.set(end.usage);
         self.core_now().exited(worker, end.status);
     }
@@ -78,16 +79,16 @@ impl MasterShell {
         retries.backoff.start(self.start.elapsed());
     }
 
-    /// Returns whether a worker may exit without a report from the system. The result is true if
-    /// the channel of any worker is closed, only SIGCHLD would report that worker's exit, and
-    /// another handler has replaced this crate's handler.
-    pub(crate) fn has_unwatched_exits(&self) -> bool {
-        !self.unwatched_exits.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
+    /// Returns whether the master may miss the exit of a worker. The result is true if the channel
+    /// of any worker is closed, only SIGCHLD would report that worker's exit, and another handler
+    /// has replaced this crate's handler.
+    pub(crate) fn may_miss_exits(&self) -> bool {
+        !self.sigchld_only.borrow().is_empty() && !sys::signal::is_handled(sys::signal::CHLD)
     }
 
     /// Returns the workers without a channel whose exits only SIGCHLD reports.
-    pub(crate) fn unwatched_exits(&self) -> Vec<WorkerId> {
-        self.unwatched_exits.borrow().iter().collect()
+    pub(crate) fn sigchld_only(&self) -> Vec<WorkerId> {
+        self.sigchld_only.borrow().iter().collect()
     }
 
     /// Returns the exited children of this process that the master has not started.
@@ -98,11 +99,11 @@ impl MasterShell {
     }
 
     /// Returns the workers without a process descriptor.
-    pub(crate) fn unwatched(&self) -> Vec<WorkerId> {
+    pub(crate) fn without_pidfd(&self) -> Vec<WorkerId> {
         let workers = self.workers.borrow();
-        let unwatched = workers
+        let without_pidfd = workers
             .values()
             .filter(|worker_io| worker_io.process.borrow().is_none());
-        unwatched.map(|worker_io| worker_io.id).collect()
+        without_pidfd.map(|worker_io| worker_io.id).collect()
     }
 }

@@ -152,7 +152,7 @@ impl MasterShell {
         let (channel, disconnect_notifier) = if new.settings.is_detached() {
             self.core.borrow_mut().detached(id);
             if process.is_none() {
-                self.unwatched_exits.borrow_mut().insert(id);
+                self.sigchld_only.borrow_mut().insert(id);
             }
             // Drop the channel, because the other end was closed when the program was executed.
             (None, None)

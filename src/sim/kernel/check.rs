@@ -25,7 +25,12 @@ impl World {
         let lost = lost + ledger.passed;
         assert!(self.lost <= lost, "a client is lost: {ledger:?}");
         let waits = self.awaited || !self.referenced.is_empty();
-        assert_eq!(self.master.has_workers(), waits, "{:?}", self.referenced);
+        assert_eq!(
+            self.master.keeps_loop_alive(),
+            waits,
+            "{:?}",
+            self.referenced
+        );
         for process in self.detached.keys() {
             assert!(!self.master.is_worker(*process), "in the table of workers");
         }
@@ -335,7 +340,7 @@ impl World {
     pub(crate) fn check_end(&self) {
         assert_eq!(self.disconnected, 1, "the callback of disconnect");
         assert!(
-            !self.master.has_workers(),
+            !self.master.keeps_loop_alive(),
             "a process is waited for in vain"
         );
         let sizes = self.master.sizes();

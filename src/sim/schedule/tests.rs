@@ -90,7 +90,7 @@ fn stopping_serves_all_clients() {
         }
         schedule.world.call(Call::DisconnectAll, None, 0);
         let mut steps = 0;
-        while schedule.world.master.has_workers() {
+        while schedule.world.master.keeps_loop_alive() {
             let processes = schedule.world.processes.values();
             let alive = processes.filter(|process| process.is_alive()).count();
             if seed % 2 == 0 && alive > 1 && rng.u8(0..200) == 0 {
@@ -114,21 +114,21 @@ fn disconnect_all_leaves_detached_processes_alone() {
         let mut schedule = Schedule::new(SchedulingPolicy::RoundRobin);
         let world = &mut schedule.world;
         let process = world.detach();
-        assert!(!world.master.has_workers());
+        assert!(!world.master.keeps_loop_alive());
         let worker = world.fork();
         world.settle();
         world.call(call, None, 0);
         world.run_until(3, |world| world.disconnected > 0);
         assert!(world.processes[&worker].has_gone());
         assert!(world.detached[&process].is_running());
-        assert!(!world.master.has_workers());
+        assert!(!world.master.keeps_loop_alive());
         world.call(Call::Ref, Some(process), 0);
-        assert!(world.master.has_workers());
+        assert!(world.master.keeps_loop_alive());
         world.call(Call::DisconnectAll, None, 0);
         world.run_until(3, |world| world.disconnected > 1);
         schedule.step(step(StepKind::EndDetached, 0, 0));
         schedule.world.settle();
-        assert!(!schedule.world.master.has_workers());
+        assert!(!schedule.world.master.keeps_loop_alive());
     }
 }
 
@@ -301,7 +301,7 @@ fn drain_ends_after_the_last_waiting_client_has_hung_up() {
     world.settle();
     world.call_worker(worker, WorkerCall::Accept, 0);
     world.settle();
-    world.disconnect_all(true);
+    world.disconnect_all();
     world.settle();
     assert!(world.master.has_waiting());
     world.hang_up(0);

@@ -52,7 +52,7 @@ use std::ops::Bound;
 use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, HandOff, MasterCore, Resumed};
 use crate::core::dispatch::{Sequenced, Undispatched};
-use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
+use crate::core::parked::{CONNECTIONS_MAX, Expiries, Expiry, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Kind;
 use crate::types::handle::HandleId;
@@ -110,7 +110,7 @@ impl ParkedTable {
             with: OrderedSet::new(),
             passing: OrderedSet::new(),
             keeper: Keeper::ThisMaster,
-            limit: NUMBER_MAX,
+            limit: CONNECTIONS_MAX,
             blocked: OrderedSet::new(),
         }
     }
@@ -261,7 +261,7 @@ impl ParkedTable {
 impl<C, F> MasterCore<C, F> {
     /// Sets the maximum number of connections that the master holds.
     pub(crate) fn set_parked_limit(&mut self, limit: usize) {
-        self.parked.limit = limit.min(NUMBER_MAX);
+        self.parked.limit = limit.min(CONNECTIONS_MAX);
         self.space_freed();
     }
 

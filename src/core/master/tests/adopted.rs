@@ -89,7 +89,7 @@ fn retain_all_retains_open_sockets_except_borrowed_descriptors() {
     request(&mut core, worker, borrowed);
     core.bound(HandleId(own.0 + 1), Ok(None));
     assert_eq!(core.retain_all(), [own]);
-    core.disconnect_all(true);
+    core.disconnect_all();
     core.channel_closed(worker);
     core.exited(worker, ExitStatusExt::from_raw(0));
     core.queue_closed(own, worker, Vec::new());

@@ -25,7 +25,7 @@ fn with_waiting_client() -> Core {
 fn sweeps_are_scheduled_only_while_a_draining_listener_has_waiting_clients() {
     let mut core = with_waiting_client();
     assert_eq!(core.deadline(), None, "nothing drains");
-    core.disconnect_all(true);
+    core.disconnect_all();
     let first = core.deadline().unwrap();
     core.tick(first);
     core.sweep(8, |_| false);
@@ -39,7 +39,7 @@ fn sweeps_are_scheduled_only_while_a_draining_listener_has_waiting_clients() {
 #[test]
 fn hang_up_of_the_last_waiting_client_ends_a_drain() {
     let mut core = with_waiting_client();
-    core.disconnect_all(true);
+    core.disconnect_all();
     assert!(!is_closing(&actions(&mut core)), "a client waits");
     core.sweep(8, |_| false);
     assert!(!is_closing(&actions(&mut core)));
@@ -67,14 +67,14 @@ fn drain_ends_although_the_worker_is_not_idle_again() {
     // reporting that it is idle.
     actions(&mut core);
     core.frame(worker, ToMaster::Pause { handle });
-    core.reclaimed(handle, worker, Vec::new(), true);
+    core.reclaimed(handle, worker, Vec::new(), QueueState::Empty);
     assert_eq!(core.ledger().received, 1);
-    core.disconnect_all(true);
+    core.disconnect_all();
     core.tick(super::drain::DRAIN_GRACE);
     let checks = actions(&mut core);
     let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { at_most: 1, .. });
     assert!(checks.iter().any(is_accept), "{checks:?}");
-    core.drained(handle);
+    core.backlog_emptied(handle);
     let unbound = actions(&mut core);
     let is_unbind = |action: &Action<u32>| matches!(action, Action::Unbind { .. });
     assert!(unbound.iter().any(is_unbind), "{unbound:?}");
@@ -93,7 +93,7 @@ fn retained_listener_stays_open_until_it_is_released() {
             let worker = online(&mut core);
             assert!(!is_closing(&request(&mut core, worker, port(1))));
             if !exits_unasked {
-                core.disconnect_all(true);
+                core.disconnect_all();
             }
             core.channel_closed(worker);
             core.exited(worker, ExitStatusExt::from_raw(0));
@@ -175,9 +175,9 @@ fn listener_with_foreign_copies_is_neither_filtered_nor_shut_down() {
             }
             let is_sole = states.last() != Some(&Ownership::Joint);
             core.release(handle);
-            core.disconnect_all(true);
+            core.disconnect_all();
             let mut all = actions(&mut core);
-            core.drained(handle);
+            core.backlog_emptied(handle);
             core.channel_closed(worker);
             core.exited(worker, ExitStatusExt::from_raw(0));
             all.extend(actions(&mut core));

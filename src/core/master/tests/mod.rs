@@ -12,10 +12,10 @@ mod users;
 
 use std::os::unix::process::ExitStatusExt;
 
-use super::listen::HANDLE_MAX;
 use super::*;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::errno;
+use crate::types::poll_number::POLL_NUMBER_MAX;
 use crate::types::user::{ParkHistory, User};
 use crate::wire::frame::ToMaster;
 
@@ -129,8 +129,8 @@ fn listener_numbers_wrap_around_and_skip_those_in_use() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
     assert_eq!(listen(&mut core, worker, 1), HandleId(1));
-    core.last_handle = HANDLE_MAX - 1;
-    assert_eq!(listen(&mut core, worker, 2), HandleId(HANDLE_MAX));
+    core.last_handle = POLL_NUMBER_MAX - 1;
+    assert_eq!(listen(&mut core, worker, 2), HandleId(POLL_NUMBER_MAX));
     assert_eq!(listen(&mut core, worker, 3), HandleId(2));
 }
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::core::dispatch::Sequenced;
+use crate::core::dispatch::{DispatchFailure, Sequenced};
 use crate::types::connection_id::ConnectionId;
 use crate::types::endpoint::Parking;
 use crate::types::time::Time;
@@ -28,7 +28,7 @@ fn serving(count: usize) -> (Core, HandleId, Vec<WorkerId>) {
         report_idle(&mut core, *worker, handle, 0);
     }
     // Report an empty backlog, so that the master stops accepting.
-    core.drained(handle);
+    core.backlog_emptied(handle);
     actions(&mut core);
     (core, handle, workers)
 }
@@ -159,7 +159,7 @@ fn master_accepts_connections_that_wait_for_data_while_no_worker_is_idle() {
     let accepts = |action: &Action<u32>| matches!(action, Action::Accept { .. });
     assert!(actions(&mut core).iter().any(accepts));
     core.accepted(handle, 7);
-    core.drained(handle);
+    core.backlog_emptied(handle);
     let id = held(&actions(&mut core));
     core.data_arrived(id);
     assert!(
@@ -179,7 +179,7 @@ fn reclaimed_connection_goes_to_another_worker() {
     let (first, connection) = dispatch(&mut core, id);
     core.frame(first, ToMaster::Pause { handle });
     actions(&mut core);
-    core.reclaimed(handle, first, vec![connection], true);
+    core.reclaimed(handle, first, vec![connection], QueueState::Empty);
     let again = hand_offs(actions(&mut core));
     assert_eq!(again.len(), 1);
     assert_ne!(again[0].0, first);
@@ -255,7 +255,7 @@ fn connections_that_an_exited_worker_has_received_close_and_the_others_stay() {
         request(&mut core, next, port(1));
         core.data_arrived(ids[2]);
         report_idle(&mut core, next, handle, 0);
-        core.drained(handle);
+        core.backlog_emptied(handle);
         let first = hand_offs(actions(&mut core));
         report_idle(&mut core, next, handle, first.len() as u64);
         let all = [first, hand_offs(actions(&mut core))].concat();
@@ -442,7 +442,7 @@ fn listener_that_closes_closes_its_idle_and_its_ready_connections() {
     let elsewhere = park(&mut core, workers[0], other, 4);
     dispatch(&mut core, received);
     core.frame(workers[0], ToMaster::Pause { handle });
-    core.reclaimed(handle, workers[0], Vec::new(), true);
+    core.reclaimed(handle, workers[0], Vec::new(), QueueState::Empty);
     core.data_arrived(ready);
     core.frame(workers[0], ToMaster::Release { handle });
     core.queue_closed(handle, workers[0], Vec::new());
@@ -492,8 +492,8 @@ fn new_and_resumed_connections_take_turns() {
         let worker = workers[0];
         let mut received = widen(&mut core, handle, worker, window);
         core.frame(worker, ToMaster::Pause { handle });
-        core.reclaimed(handle, worker, Vec::new(), true);
-        core.drained(handle);
+        core.reclaimed(handle, worker, Vec::new(), QueueState::Empty);
+        core.backlog_emptied(handle);
         actions(&mut core);
         let ids: Vec<_> = (0..200)
             .map(|client| park(&mut core, worker, handle, client))
@@ -536,8 +536,8 @@ fn resumed_connections_use_all_capacity_if_the_backlog_is_empty_or_accepting_fai
         let (mut core, handle, workers) = serving(1);
         let received = widen(&mut core, handle, workers[0], 4);
         core.frame(workers[0], ToMaster::Pause { handle });
-        core.reclaimed(handle, workers[0], Vec::new(), true);
-        core.drained(handle);
+        core.reclaimed(handle, workers[0], Vec::new(), QueueState::Empty);
+        core.backlog_emptied(handle);
         actions(&mut core);
         let ids: Vec<_> = (0..4)
             .map(|client| park(&mut core, workers[0], handle, client))
@@ -549,14 +549,14 @@ fn resumed_connections_use_all_capacity_if_the_backlog_is_empty_or_accepting_fai
         if fails {
             core.accept_failed(handle, std::io::Error::from_raw_os_error(errno::EMFILE));
         } else {
-            core.drained(handle);
+            core.backlog_emptied(handle);
         }
         all.extend(hand_offs(actions(&mut core)));
         let queued = all.len();
         // If the worker was no longer idle when accepting ended, it receives the rest after its
         // next report.
         report_idle(&mut core, workers[0], handle, received + queued as u64);
-        core.drained(handle);
+        core.backlog_emptied(handle);
         all.extend(hand_offs(actions(&mut core)));
         assert_eq!(all.len(), 4, "{all:?}");
         check(&core);
@@ -581,9 +581,9 @@ fn drain_dispatches_what_is_readable_and_closes_the_rest() {
         let silent = held(&actions(&mut core));
         core.accepted(handle, 2);
         let readable = held(&actions(&mut core));
-        core.drained(handle);
-        core.disconnect_all(true);
-        core.drained(handle);
+        core.backlog_emptied(handle);
+        core.disconnect_all();
+        core.backlog_emptied(handle);
         assert!(!core.is_bound(handle) || core.is_idle(silent));
         // The poller reports the second connection only now.
         core.data_arrived(readable);
@@ -596,7 +596,7 @@ fn drain_dispatches_what_is_readable_and_closes_the_rest() {
         assert_eq!(hand_offs(actions(&mut core)).len(), 1, "{kind:?}");
         core.tick(super::super::drain::DRAIN_GRACE);
         report_idle(&mut core, worker, handle, 2);
-        core.drained(handle);
+        core.backlog_emptied(handle);
         let last = actions(&mut core);
         assert_eq!(closed(&last), [silent], "{kind:?}");
         assert!(!core.is_bound(handle), "{kind:?}");
@@ -620,8 +620,11 @@ fn connection_that_is_reported_while_it_is_in_the_queue_counts_once() {
             core.frame(hostile, report);
             check(&core);
             match outcome {
-                0 => core.reclaimed(handle, hostile, vec![connection], true),
-                1 => core.not_dispatched(handle, hostile, connection, false),
+                0 => core.reclaimed(handle, hostile, vec![connection], QueueState::Empty),
+                1 => {
+                    let failure = DispatchFailure::QueueUnusable;
+                    core.not_dispatched(handle, hostile, connection, failure);
+                }
                 2 => core.hung_up(handle, hostile, connection.connection),
                 _ => {
                     core.channel_closed(hostile);

@@ -109,12 +109,12 @@ fn drain_waits_for_requests_on_passed_connections() {
     let handle = listen(&mut core, worker, 80);
     core.receive_parked(Some(handle), 7, parked_by_default(5));
     core.disconnect(worker);
-    core.drained(handle);
+    core.backlog_emptied(handle);
     actions(&mut core);
     assert_eq!(core.ledger().idle_closed, 0);
     let end = core.deadline().unwrap();
     assert_eq!(core.closing_at(end).len(), 1, "checked before it closes");
     core.tick(end);
-    core.drained(handle);
+    core.backlog_emptied(handle);
     assert_eq!(core.ledger().idle_closed, 1);
 }

@@ -75,7 +75,7 @@ fn connections_that_arrive_without_workers_go_to_the_shard_of_the_next_worker() 
     );
     // When both workers disconnect, shard 0 stays selected. New connections wait in shard 0 for the
     // next worker.
-    core.disconnect_all(false);
+    core.disconnect_all();
     assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
     core.frame(second, ToMaster::Release { handle });
     assert_eq!(selected(&actions(&mut core)), Some(&[0][..]));
@@ -131,7 +131,7 @@ fn new_connections_go_to_the_first_shard_if_foreign_copies_may_exist() {
         core.channel_closed(workers[1]);
         core.set_ownership(handle, ownership);
         actions(&mut core);
-        core.disconnect_all(true);
+        core.disconnect_all();
         let selected: Vec<_> = actions(&mut core)
             .into_iter()
             .filter_map(|action| match action {

@@ -15,7 +15,7 @@ fn two_users(policy: SchedulingPolicy) -> (Core, HandleId, [WorkerId; 2]) {
     let mut core = Core::new(policy);
     let handle = retain(&mut core, port(1));
     let workers = [User::default(), OTHER].map(|user| join(&mut core, handle, user));
-    core.drained(handle);
+    core.backlog_emptied(handle);
     actions(&mut core);
     (core, handle, workers)
 }
@@ -107,7 +107,7 @@ fn connections_of_a_busy_user_do_not_use_the_capacity_of_another_user() {
     let is_accept = |action: &Action<u32>| matches!(action, Action::Accept { .. });
     assert!(accepts.iter().any(is_accept), "{accepts:?}");
     core.accepted(handle, 100);
-    core.drained(handle);
+    core.backlog_emptied(handle);
     let next = hand_offs(actions(&mut core));
     assert_eq!(next.len(), 1);
     assert_eq!(next[0].0, other);
@@ -151,7 +151,7 @@ fn requests_close_when_the_last_worker_of_their_user_leaves() {
     let (mut core, handle, [own, _]) = two_users(SchedulingPolicy::RoundRobin);
     let (ids, in_queue) = send_requests(&mut core, handle, own);
     core.disconnect(own);
-    core.reclaimed(handle, own, in_queue, true);
+    core.reclaimed(handle, own, in_queue, QueueState::Empty);
     assert_dropped(&mut core, &ids);
 }
 
@@ -198,7 +198,7 @@ fn listener_that_is_released_during_a_pause_drains_without_the_workers_of_a_user
     for seconds in 1..5 {
         for action in actions(&mut core) {
             match action {
-                Action::Accept { .. } => core.drained(handle),
+                Action::Accept { .. } => core.backlog_emptied(handle),
                 Action::CountQueued { worker, .. } => core.counted(handle, worker, 0),
                 _ => {}
             }
@@ -272,7 +272,7 @@ fn connections_wait_for_the_next_worker_only_if_it_has_their_user() {
         let mut core = Core::new(SchedulingPolicy::RoundRobin);
         let handle = retain(&mut core, port(1));
         let first = join(&mut core, handle, User::default());
-        core.drained(handle);
+        core.backlog_emptied(handle);
         actions(&mut core);
         let id = park(&mut core, first, handle, 1);
         exit(&mut core, handle, first);

@@ -37,7 +37,7 @@ use std::collections::VecDeque;
 pub(crate) use lingering::LINGER_TIMEOUT;
 
 use super::{Action, ListenerId, WorkerCore};
-use crate::core::parked::{Expiries, Expiry, NUMBER_MAX, Slab};
+use crate::core::parked::{CONNECTIONS_MAX, Expiries, Expiry, Slab};
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
 use crate::types::time::{Time, earlier};
@@ -118,7 +118,7 @@ impl ParkedTable {
             entries: Slab::new(),
             expiries: Expiries::new(),
             leaving: VecDeque::new(),
-            limit: NUMBER_MAX,
+            limit: CONNECTIONS_MAX,
             alarm: None,
         }
     }
@@ -173,7 +173,7 @@ impl ParkedTable {
 impl<F> WorkerCore<F> {
     /// Sets the maximum number of connections that the worker holds.
     pub(crate) fn set_parked_limit(&mut self, limit: usize) {
-        self.parked.limit = limit.min(NUMBER_MAX);
+        self.parked.limit = limit.min(CONNECTIONS_MAX);
     }
 
     /// Holds a connection of the listener until its client sends something. If the worker holds too

@@ -36,7 +36,7 @@ impl Script {
                 self.honest_is_dismissed = true;
                 match choice % 32 {
                     22 => world.call(Call::Disconnect, honest, 0),
-                    23 => world.disconnect_all(flag),
+                    23 => world.disconnect_all(),
                     _ => world.call(Call::CloseChannel, honest, 0),
                 }
             }

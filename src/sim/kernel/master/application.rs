@@ -73,7 +73,7 @@ impl World {
                     self.detach();
                 }
             }
-            (Call::DisconnectAll, _) => self.disconnect_all(true),
+            (Call::DisconnectAll, _) => self.disconnect_all(),
             (Call::DisconnectAllWithin, _) => {
                 self.awaited = true;
                 self.stop_by = by(self.stop_by, self.now);
@@ -135,9 +135,9 @@ impl World {
         self.report(|core| core.reference(id, true));
     }
 
-    pub(crate) fn disconnect_all(&mut self, awaited: bool) {
-        self.awaited |= awaited;
-        self.report(|core| core.disconnect_all(awaited));
+    pub(crate) fn disconnect_all(&mut self) {
+        self.awaited = true;
+        self.report(|core| core.disconnect_all());
     }
 
     fn send_message(&mut self, id: WorkerId) {

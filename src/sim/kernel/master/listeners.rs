@@ -69,7 +69,7 @@ impl World {
         }
         for _ in 0..at_most {
             let Some(client) = self.port(handle).backlog.pop_front() else {
-                return self.report(|core| core.drained(handle));
+                return self.report(|core| core.backlog_emptied(handle));
             };
             let connection = Connection::new(client, &self.closed);
             if self.master.holds_new(handle) {

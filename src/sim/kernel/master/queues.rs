@@ -1,7 +1,7 @@
 //! Simulates the queues through which the master dispatches connections to workers.
 
-use crate::core::dispatch::{MAX_WINDOW, Sequenced};
-use crate::core::master::HandOff;
+use crate::core::dispatch::{DispatchFailure, MAX_WINDOW, Sequenced};
+use crate::core::master::{HandOff, QueueState};
 use crate::sim::kernel::socket::{Client, Location, QUEUE_CAPACITY, Queue, Queued};
 use crate::sim::kernel::{BACKOFF, Failure, KNOWN, World};
 use crate::types::handle::HandleId;
@@ -21,17 +21,21 @@ impl World {
         if has_waited && self.is_gone(&connection.connection) {
             return self.report(|core| core.hung_up(handle, worker, connection.connection));
         }
-        let is_exhausted = self.failing.remove(&Failure::Send);
+        let failure = match self.failing.remove(&Failure::Send) {
+            true => DispatchFailure::Exhausted,
+            false => DispatchFailure::QueueUnusable,
+        };
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         let queue = self.queues.get_mut(&(handle, worker));
         let is_unshared = self.unshared.contains(&(handle, worker));
         assert!(queue.is_some() || is_unshared, "dispatched to no queue");
         let has_space = |queue: &&mut Queue| {
-            !is_exhausted && !queue.is_shut && queue.connections.len() < QUEUE_CAPACITY
+            failure == DispatchFailure::QueueUnusable
+                && !queue.is_shut
+                && queue.connections.len() < QUEUE_CAPACITY
         };
         let Some(queue) = queue.filter(has_space) else {
-            return self
-                .report(|core| core.not_dispatched(handle, worker, connection, is_exhausted));
+            return self.report(|core| core.not_dispatched(handle, worker, connection, failure));
         };
         let (client, resumed) = match connection.connection {
             HandOff::New(client) => (client, None),
@@ -56,22 +60,24 @@ impl World {
         assert!(is_within || !is_trusted, "dispatched too far ahead");
     }
 
-    /// Reclaims at most `at_most` connections from a queue. Returns the connections, and whether
-    /// the queue was found empty. If `failing` contains `Reclaim`, the second value is `None`.
-    /// Returns `None` if the queue does not exist.
+    /// Reclaims at most `at_most` connections from a queue. Returns the connections and the state of
+    /// the queue, which is unknown if `failing` contains `Reclaim`. Returns `None` if the queue does
+    /// not exist.
     fn take_back(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
         at_most: usize,
-    ) -> Option<(Reclaimed, Option<bool>)> {
+    ) -> Option<(Reclaimed, QueueState)> {
         let is_failing = self.failing.remove(&Failure::Reclaim);
         let queue = self.queues.get_mut(&(handle, worker))?;
         let queued = queue.connections.len();
-        let (count, is_empty) = if is_failing {
-            (at_most.min(queued / 2), None)
+        let (count, state) = if is_failing {
+            (at_most.min(queued / 2), QueueState::Unknown)
+        } else if at_most > queued {
+            (queued, QueueState::Empty)
         } else {
-            (at_most.min(queued), Some(at_most > queued))
+            (at_most, QueueState::PerhapsMore)
         };
         let reclaimed: Vec<_> = queue.connections.drain(..count).collect();
         for resumed in reclaimed.iter().filter_map(|queued| queued.resumed) {
@@ -82,18 +88,17 @@ impl World {
         }
         let reclaimed = reclaimed.into_iter().map(Queued::reclaim).collect();
         self.process(worker).counters.reclaimed += count;
-        Some((reclaimed, is_empty))
+        Some((reclaimed, state))
     }
 
     pub(super) fn reclaim(&mut self, handle: HandleId, worker: WorkerId, at_most: usize) {
-        let Some((reclaimed, is_empty)) = self.take_back(handle, worker, at_most) else {
+        let Some((reclaimed, state)) = self.take_back(handle, worker, at_most) else {
             return;
         };
-        if is_empty.is_none() {
+        if state == QueueState::Unknown {
             self.report(|core| core.cannot_reclaim(handle));
         }
-        let is_empty = is_empty == Some(true);
-        self.report(|core| core.reclaimed(handle, worker, reclaimed, is_empty));
+        self.report(|core| core.reclaimed(handle, worker, reclaimed, state));
     }
 
     pub(super) fn count_queue(&mut self, handle: HandleId, worker: WorkerId) {
@@ -108,10 +113,10 @@ impl World {
     /// another attempt.
     pub(crate) fn close_queue(&mut self, handle: HandleId, worker: WorkerId) {
         match self.take_back(handle, worker, usize::MAX) {
-            Some((reclaimed, None)) => {
+            Some((reclaimed, state @ QueueState::Unknown)) => {
                 self.unclosed.push((handle, worker));
                 self.closes_at.get_or_insert(self.now + BACKOFF);
-                self.report(|core| core.reclaimed(handle, worker, reclaimed, false));
+                self.report(|core| core.reclaimed(handle, worker, reclaimed, state));
             }
             outcome => {
                 self.queues.remove(&(handle, worker));

@@ -87,6 +87,9 @@ impl World {
         let now = self.now;
         let process = self.process(worker);
         let frame = parcel.frame.expect("the master's frames are well formed");
+        if let ToWorker::Message(bytes) = frame {
+            return process.core.message(bytes, ());
+        }
         if let (
             ToWorker::Adopt {
                 handle,

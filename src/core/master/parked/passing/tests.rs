@@ -8,6 +8,7 @@ use std::process::ExitStatus;
 use super::super::Resumed;
 use super::*;
 use crate::core::dispatch::Sequenced;
+use crate::core::master::QueueState;
 use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
 use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
@@ -108,7 +109,7 @@ impl World {
                         self.core.accepted(handle, client);
                     }
                     match self.backlog {
-                        0 => self.core.drained(handle),
+                        0 => self.core.backlog_emptied(handle),
                         _ => self.core.accept_done(handle),
                     }
                 }
@@ -126,8 +127,11 @@ impl World {
                     let queue = &mut self.workers.get_mut(&worker).unwrap().queue;
                     let count = queue.len().min(at_most);
                     let reclaimed = queue.drain(..count).collect();
-                    let is_empty = queue.is_empty();
-                    self.core.reclaimed(handle, worker, reclaimed, is_empty);
+                    let state = match queue.is_empty() {
+                        true => QueueState::Empty,
+                        false => QueueState::PerhapsMore,
+                    };
+                    self.core.reclaimed(handle, worker, reclaimed, state);
                 }
                 Action::CountQueued { handle, worker } => {
                     let queued = self.workers[&worker].queue.len() as u64;
@@ -263,7 +267,7 @@ fn random_schedules_keep_the_ledger_and_pass_all_idle_connections() {
         for _ in 0..400 {
             world.step(random.u8(..28), random.u8(..));
         }
-        world.core.disconnect_all(true);
+        world.core.disconnect_all();
         world.act();
         let workers: Vec<_> = world.workers.keys().copied().collect();
         for worker in workers {
