@@ -62,7 +62,7 @@ pub use config::send::{SendOptions, Sent};
 pub use config::settings::{Setting, Settings};
 pub use config::spawn::SpawnOptions;
 pub use config::stdio::Stdio;
-pub use core::event::WorkerState;
+pub use core::master::event::WorkerState;
 pub use error::{Error, Result, SendError, WatchError};
 pub use init::{Role, available_parallelism, init, is_master, is_worker};
 pub use master::Master;

@@ -8,7 +8,6 @@
 //! actions. `sim` runs these state machines through random schedules.
 
 pub(crate) mod dispatch;
-pub(crate) mod event;
 pub(crate) mod master;
 pub(crate) mod parked;
 pub(crate) mod worker;

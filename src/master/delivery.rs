@@ -1,6 +1,6 @@
 //! Delivery of events to the application's callbacks.
 
-use crate::core::event::{EmittedEvent, Event, ExitReport, Level};
+use crate::core::master::event::{EmittedEvent, Event, ExitReport, Level};
 use crate::error::Error;
 use crate::master::Master;
 use crate::master::worker_process::WorkerProcess;

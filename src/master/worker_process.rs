@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use crate::config::send::{SendOptions, Sent};
-use crate::core::event::{ExitReport, WorkerState};
+use crate::core::master::event::{ExitReport, WorkerState};
 use crate::error::{Error, Result, SendError};
 use crate::master::Master;
 use crate::master::callbacks::WorkerCallbacks;

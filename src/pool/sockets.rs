@@ -165,7 +165,8 @@ impl Pool {
         drop(unused);
     }
 
-    /// Returns whether each slot has a ready worker that has opened its sockets, or has been given
+    /// Returns whether each slot has a ready worker that has opened its sockets, or has
+    /// been given up.
     fn have_workers_listened(&self, master: &Master) -> bool {
         let core = self.0.core.borrow();
         let has_listened = |id: &WorkerId| match core.options().readiness {

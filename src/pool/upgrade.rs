@@ -213,7 +213,7 @@ impl Pool {
         };
         if old_master.channel.write_all(&[TOOK_OVER]).is_err() && is_connected(&old_master.channel)
         {
-            // The old master has rejected this process, and sends SIGTERM. It goes on serving.
+            // The old master has rejected this process, and sends SIGTERM. It continues to serve.
             self.0.old_master.replace(Some(old_master));
             return;
         }

@@ -28,7 +28,9 @@ pub(crate) fn is_owned(number: RawFd) -> bool {
 /// system's other errors.
 pub(crate) fn adopt(number: RawFd, preamble: &mut [u8]) -> io::Result<AdoptedChannel> {
     // SAFETY: the descriptor is open, and its preamble shows that the master opened it for this
-    // process. `init` runs once, so nothing else in this process owns it.
+    // process. In a program that the master has executed, only `init` takes it, and `init` runs once.
+    // In a child that executes no program, the master's `OwnedFd` with this number is never dropped,
+    // because the function that holds it does not return there.
     let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
     close_on_exec(number)?;
     stream.set_nonblocking(true)?;

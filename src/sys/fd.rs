@@ -8,7 +8,6 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd
 use std::os::unix::net::UnixDatagram;
 
 use super::owner::Owner;
-use super::platform::socket as platform;
 use super::{check, option};
 
 /// The first number after standard input, output and error. The descriptors that systemd passes
@@ -26,55 +25,6 @@ pub(crate) fn peek(number: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the pointer is valid for writes of the buffer's length.
     let read = unsafe { libc::recv(number, buffer.as_mut_ptr().cast(), buffer.len(), flags) };
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
-}
-
-/// The reason why the poller has reported an idle connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum IdleEvent {
-    /// The peer has sent something.
-    Data,
-    /// The peer has hung up, or the connection has failed.
-    HangUp,
-    /// The connection is still idle.
-    Nothing,
-}
-
-/// Returns the reason why the poller has reported an idle connection.
-///
-/// The poller also reports urgent data, which [`peek`] does not see, and a socket with a message in
-/// its error queue. If such a connection were awaited again without a change, the poller would
-/// report it again at once, and the process would spin. Urgent data is therefore treated as data.
-/// The first message of the error queue is discarded.
-pub(crate) fn idle_event(connection: BorrowedFd<'_>) -> IdleEvent {
-    match peek(connection.as_raw_fd(), &mut [0]) {
-        Ok(0) => IdleEvent::HangUp,
-        Ok(_) => IdleEvent::Data,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-            let found = poll_now(connection, libc::POLLPRI);
-            if found & libc::POLLERR != 0 {
-                platform::discard_socket_error(connection.as_raw_fd());
-            }
-            match found & libc::POLLPRI {
-                0 => IdleEvent::Nothing,
-                _ => IdleEvent::Data,
-            }
-        }
-        Err(_) => IdleEvent::HangUp,
-    }
-}
-
-/// Returns which of the events, and of POLLHUP and POLLERR, a descriptor reports at this moment.
-fn poll_now(fd: BorrowedFd<'_>, events: libc::c_short) -> libc::c_short {
-    let mut poll = libc::pollfd {
-        fd: fd.as_raw_fd(),
-        events,
-        revents: 0,
-    };
-    // SAFETY: the pointer is valid for reads and writes of one `pollfd`.
-    match unsafe { libc::poll(&raw mut poll, 1, 0) } {
-        1 => poll.revents,
-        _ => 0,
-    }
 }
 
 /// Takes ownership of the descriptors `first` to `first + count - 1`. The process that executed
@@ -98,9 +48,10 @@ pub(crate) fn adopt_passed(first: usize, count: usize) -> io::Result<Vec<OwnedFd
     for number in numbers.clone() {
         close_on_exec(number)?;
     }
-    // Adopting the descriptors is sound, because they are open and no other code of this process
-    // knows them.
-    Ok(numbers.map(adopt).collect())
+    // SAFETY: the descriptors are open, and no other code of this process knows them.
+    Ok(numbers
+        .map(|number| unsafe { OwnedFd::from_raw_fd(number) })
+        .collect())
 }
 
 pub(crate) fn close_on_exec(number: RawFd) -> io::Result<()> {
@@ -139,7 +90,8 @@ pub(super) fn set_status_flag(number: RawFd, flag: libc::c_int, set: bool) -> io
 pub(crate) fn duplicate(number: RawFd, at_least: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC changes no memory and accepts any number.
     let copy = check(unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, at_least) })?;
-    Ok(adopt(copy))
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 /// Closes the descriptor with this number, and gives the number to a copy of `new` that is closed
@@ -162,13 +114,6 @@ pub(crate) fn inert() -> io::Result<OwnedFd> {
     Ok(socket.into())
 }
 
-/// Takes ownership of a descriptor that no other code of this process owns.
-pub(super) fn adopt(number: RawFd) -> OwnedFd {
-    // SAFETY: the caller received the number from the kernel, or from the process that executed
-    // this program, and keeps no copy.
-    unsafe { OwnedFd::from_raw_fd(number) }
-}
-
 /// Returns this process's descriptor limit, or `u64::MAX` if the limit cannot be read.
 #[allow(
     clippy::useless_conversion,
@@ -183,24 +128,6 @@ pub(crate) fn limit() -> u64 {
     match check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }) {
         Ok(_) => u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX),
         Err(_) => u64::MAX,
-    }
-}
-
-/// Returns whether a connection's peer is gone: the peer has reset the connection, or both
-/// directions are shut down and nothing is left to read.
-///
-/// After a reset, unread bytes do not count, because RFC 9293 (section 3.10.7.4) discards them.
-///
-/// The result is `false` for a TCP client that has closed its socket without a reset. The kernel
-/// then knows only that the client has stopped sending, and a client that has only stopped sending
-/// still waits for its answer.
-pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
-    // A connection that has failed always hangs up, too. POLLERR alone means that there is a
-    // message in the error queue.
-    match poll_now(fd, 0) {
-        found if found & libc::POLLHUP == 0 => false,
-        found if found & libc::POLLERR != 0 => true,
-        _ => !matches!(peek(fd.as_raw_fd(), &mut [0]), Ok(1..)),
     }
 }
 
@@ -262,84 +189,5 @@ fn disable_linger(fd: BorrowedFd<'_>) {
     if linger.l_onoff != 0 && linger.l_linger != 0 {
         linger.l_onoff = 0;
         let _ = option::set(fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write as _;
-    use std::net::{TcpListener, TcpStream};
-    use std::os::unix::net::UnixStream;
-
-    #[test]
-    fn connection_with_unread_bytes_is_not_closed_by_peer() {
-        let (here, mut there) = UnixStream::pair().unwrap();
-        assert!(!is_closed_by_peer(here.as_fd()));
-        there.write_all(b"goodbye").unwrap();
-        drop(there);
-        assert!(!is_closed_by_peer(here.as_fd()), "bytes are left to read");
-        let (here, there) = UnixStream::pair().unwrap();
-        drop(there);
-        assert!(is_closed_by_peer(here.as_fd()));
-    }
-
-    fn tcp_pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (listener.accept().unwrap().0, there)
-    }
-
-    #[test]
-    fn reset_connection_with_unread_bytes_is_closed_by_peer() {
-        let (here, mut there) = tcp_pair();
-        there.write_all(b"request").unwrap();
-        let (l_onoff, l_linger) = (1, 0);
-        let reset = libc::linger { l_onoff, l_linger };
-        option::set(there.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &reset).unwrap();
-        drop(there);
-        assert!(is_closed_by_peer(here.as_fd()));
-    }
-
-    #[test]
-    fn urgent_data_of_an_idle_connection_is_data() {
-        let (here, there) = tcp_pair();
-        assert_eq!(idle_event(here.as_fd()), IdleEvent::Nothing);
-        // SAFETY: the pointer is valid for reads of one byte.
-        let sent = unsafe { libc::send(there.as_raw_fd(), b"!".as_ptr().cast(), 1, libc::MSG_OOB) };
-        assert_eq!(sent, 1);
-        poll_until(&here, libc::POLLPRI);
-        assert_eq!(idle_event(here.as_fd()), IdleEvent::Data);
-    }
-
-    fn poll_until(socket: &TcpStream, event: libc::c_short) {
-        while poll_now(socket.as_fd(), event) & event == 0 {
-            std::thread::yield_now();
-        }
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn error_queue_does_not_end_an_idle_connection() {
-        let (mut here, mut there) = tcp_pair();
-        let flags = libc::SOF_TIMESTAMPING_TX_SOFTWARE | libc::SOF_TIMESTAMPING_SOFTWARE;
-        let flags = libc::c_int::try_from(flags).unwrap();
-        option::set_int(here.as_fd(), libc::SO_TIMESTAMPING, flags).unwrap();
-        here.write_all(b"answer").unwrap();
-        poll_until(&here, libc::POLLERR);
-        assert!(!is_closed_by_peer(here.as_fd()));
-        assert_eq!(idle_event(here.as_fd()), IdleEvent::Nothing);
-        assert_eq!(poll_now(here.as_fd(), 0), 0, "the error queue is not empty");
-        there.write_all(b"request").unwrap();
-        poll_until(&here, libc::POLLIN);
-        assert_eq!(idle_event(here.as_fd()), IdleEvent::Data);
-        drop(there);
-    }
-
-    #[test]
-    fn connection_whose_peer_has_stopped_sending_is_not_closed_by_peer() {
-        let (here, there) = tcp_pair();
-        there.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(!is_closed_by_peer(here.as_fd()));
     }
 }

@@ -3,14 +3,14 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 pub(crate) use super::platform::file::change_mode_at;
 
+use super::check;
 use super::platform::file::{NAME_ONLY, STATUS_FLAGS};
-use super::{check, fd};
 use crate::types::socket_id::SocketId;
 
 pub(super) fn c_string(text: &OsStr) -> io::Result<CString> {
@@ -23,7 +23,8 @@ pub(crate) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let flags = NAME_ONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
     // SAFETY: the path is zero-terminated and lives through the call.
     let number = check(unsafe { libc::open(path.as_ptr(), flags) })?;
-    Ok(fd::adopt(number))
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// The identity and the mode of a file.

@@ -1,8 +1,8 @@
 //! Creates TCP listeners and UDP sockets, accepts connections, and reads the state of sockets.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::platform::socket::{self as platform, SOCK_CLOEXEC, SOCK_NONBLOCK};
@@ -17,7 +17,8 @@ pub(super) fn open(address: &SocketAddr, kind: libc::c_int) -> io::Result<OwnedF
     };
     // SAFETY: socket accesses no memory of this process.
     let number = check(unsafe { libc::socket(family, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, 0) })?;
-    let socket = super::fd::adopt(number);
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    let socket = unsafe { OwnedFd::from_raw_fd(number) };
     if SOCK_CLOEXEC == 0 {
         super::fd::close_on_exec(number)?;
         super::fd::set_nonblocking(socket.as_fd(), true)?;
@@ -239,13 +240,6 @@ pub(crate) fn local_addr(socket: &OwnedFd) -> Option<SocketAddr> {
     TcpListener::from(socket.try_clone().ok()?)
         .local_addr()
         .ok()
-}
-
-/// Returns the address of a TCP connection's peer. Returns `None` for any other socket, for a
-/// connection that has been reset, or if no descriptor is free for a temporary copy.
-pub(crate) fn peer_addr(connection: BorrowedFd<'_>) -> Option<SocketAddr> {
-    let connection = TcpStream::from(connection.try_clone_to_owned().ok()?);
-    connection.peer_addr().ok()
 }
 
 /// Returns the number of connections in the backlog. Returns `None` if the system does not report

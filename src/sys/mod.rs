@@ -21,6 +21,7 @@
 
 pub(crate) mod bind;
 pub(crate) mod channel;
+pub(crate) mod connection;
 pub(crate) mod env;
 mod errno;
 pub(crate) mod fd;

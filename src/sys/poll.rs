@@ -317,7 +317,8 @@ impl Poller {
     /// another registration has replaced the dormant one.
     pub(crate) fn delete_dormant(&self, number: RawFd) {
         if self.0.dormant.borrow().contains(number) {
-            // SAFETY: the caller knows that the descriptor is open.
+            // SAFETY: the descriptor is open, because `forget_dormant` is called for every dormant
+            // descriptor that the application closes.
             self.delete(unsafe { BorrowedFd::borrow_raw(number) });
         }
     }
@@ -454,8 +455,8 @@ pub(crate) fn wait_readable_or_writable(fd: BorrowedFd<'_>) -> io::Result<()> {
     poll_fds([(fd, libc::POLLIN | libc::POLLOUT)], None).map(drop)
 }
 
-/// Returns whether a listener has been shut down. For a TCP listener, the shutdown of the receiving
-/// direction suffices. For a Unix listener, both directions must be shut down.
+/// Returns whether a socket has been shut down. For a TCP listener, the shutdown of the receiving
+/// direction suffices. For other sockets, both directions must be shut down.
 pub(crate) fn has_hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let [hung_up] = poll_fds([(fd, 0)], Some(Duration::ZERO))?;
     Ok(hung_up)

@@ -6,7 +6,7 @@
 //! it. If the worker exits, the connections that it has not received stay in the queue.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
 use super::fd::NoLingerFd;
@@ -178,7 +178,8 @@ fn pair() -> io::Result<[OwnedFd; 2]> {
     let kind = QUEUE_TYPE | SOCK_CLOEXEC;
     // SAFETY: the pointer is valid for writes of two numbers.
     check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) })?;
-    let ends = ends.map(super::fd::adopt);
+    // SAFETY: the kernel has just opened the descriptors for this call.
+    let ends = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
     if SOCK_CLOEXEC == 0 {
         for end in &ends {
             super::fd::close_on_exec(end.as_raw_fd())?;

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 
@@ -65,7 +65,8 @@ pub(crate) fn send_two(socket: &UnixStream, pieces: [&[u8]; 2]) -> io::Result<us
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len() as _;
-    send_message(socket, &message)
+    // SAFETY: the vectors point to the pieces, which live longer than this call.
+    unsafe { send_message(socket, &message) }
 }
 
 fn send_with_flags(
@@ -132,14 +133,18 @@ pub(crate) fn send_one(
     let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
     // SAFETY: the buffer has space for one number, and the write allows an unaligned address.
     unsafe { data.write_unaligned(fd.as_raw_fd()) };
-    send_message(socket, &message)
+    // SAFETY: the vectors and the control buffer live longer than this call.
+    unsafe { send_message(socket, &message) }
 }
 
-/// Sends a message without waiting. The message's pointers must refer to live buffers of the given
-/// lengths.
-fn send_message(socket: &impl AsRawFd, message: &libc::msghdr) -> io::Result<usize> {
+/// Sends a message without waiting.
+///
+/// # Safety
+///
+/// The message's pointers must be valid for reads of the given lengths.
+unsafe fn send_message(socket: &impl AsRawFd, message: &libc::msghdr) -> io::Result<usize> {
     without_sigpipe_unless_flagged(|| {
-        // SAFETY: the message points to live buffers of the given lengths, which are only read.
+        // SAFETY: the caller guarantees that the message's pointers are valid.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), message, SEND_FLAGS) };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     })
@@ -239,31 +244,6 @@ pub(crate) struct Piece {
     pub(crate) lost_fds: bool,
 }
 
-/// Returns whether a descriptor is a stream socket that does not listen.
-pub(crate) fn is_connection(fd: BorrowedFd<'_>) -> bool {
-    let number = fd.as_raw_fd();
-    let is_stream = option::get_int(number, libc::SO_TYPE).ok() == Some(libc::SOCK_STREAM);
-    is_stream && option::get_int(number, libc::SO_ACCEPTCONN).ok() == Some(0)
-}
-
-/// Resets the options that an application may have changed to their values after accept(2):
-/// blocking mode and no timeouts. Other options stay, because only the application knows them.
-///
-/// # Errors
-///
-/// Returns the system's error, for instance if the client has reset the connection.
-pub(crate) fn reset_options(connection: BorrowedFd<'_>) -> io::Result<()> {
-    super::fd::set_nonblocking(connection, false)?;
-    let never = libc::timeval {
-        tv_sec: 0,
-        tv_usec: 0,
-    };
-    for name in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
-        option::set(connection, libc::SOL_SOCKET, name, &never)?;
-    }
-    Ok(())
-}
-
 /// Returns whether a send's error means that the system lacks a resource at the moment.
 pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
@@ -280,7 +260,8 @@ pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
 /// descriptors nor makes the kernel set close-on-exec. If a thread forked before a later call set
 /// the flag, its child would inherit the descriptors.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Piece> {
-    receive_vectored(socket, &mut [vector(buffer.as_mut_ptr(), buffer.len())])
+    // SAFETY: the vector is the buffer.
+    unsafe { receive_vectored(socket, &mut [vector(buffer.as_mut_ptr(), buffer.len())]) }
 }
 
 /// The space for received bytes.
@@ -312,7 +293,8 @@ pub(crate) fn receive_into(
     let mut vectors = [first.reserve(), second.reserve()];
     // If `first` has no space, pass only one vector to save work in the kernel.
     let unused = usize::from(first.max == 0);
-    let piece = receive_vectored(socket, &mut vectors[unused..])?;
+    // SAFETY: the vectors are the reserved spaces of the two buffers.
+    let piece = unsafe { receive_vectored(socket, &mut vectors[unused..]) }?;
     let in_first = piece.bytes.min(first.max);
     // SAFETY: the kernel fills the first vector before the second, so these bytes of the reserved
     // space are initialized.
@@ -330,8 +312,15 @@ fn vector(start: *mut u8, length: usize) -> libc::iovec {
     }
 }
 
-/// Receives into vectors that are valid for writes.
-fn receive_vectored(socket: BorrowedFd<'_>, vectors: &mut [libc::iovec]) -> io::Result<Piece> {
+/// Receives into vectors.
+///
+/// # Safety
+///
+/// The vectors must be valid for writes.
+unsafe fn receive_vectored(
+    socket: BorrowedFd<'_>,
+    vectors: &mut [libc::iovec],
+) -> io::Result<Piece> {
     // Set MSG_DONTWAIT, because another process that shares the socket may have cleared O_NONBLOCK.
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT | MSG_CMSG_CLOEXEC;
     // The space for the descriptors and a header, in elements of `u64`. This element type aligns
@@ -349,8 +338,8 @@ fn receive_vectored(socket: BorrowedFd<'_>, vectors: &mut [libc::iovec]) -> io::
     message.msg_control = control.as_mut_ptr().cast();
     let bytes = retry(|| {
         message.msg_controllen = space as _;
-        // SAFETY: the message points to live buffers that are valid for writes of the given
-        // lengths.
+        // SAFETY: the caller guarantees that the vectors are valid for writes, and the control buffer
+        // has the given length.
         let read = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, FLAGS) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     })?;
@@ -395,7 +384,9 @@ fn adopt_all(message: &libc::msghdr) -> Vec<NoLingerFd> {
             for _ in 0..length / size_of::<RawFd>() {
                 // SAFETY: the header's length includes this number, and the read allows an
                 // unaligned address.
-                let fd = super::fd::adopt(unsafe { data.read_unaligned() });
+                let number = unsafe { data.read_unaligned() };
+                // SAFETY: the kernel has opened the descriptor for this message.
+                let fd = unsafe { OwnedFd::from_raw_fd(number) };
                 if cmsg_type == libc::SCM_RIGHTS {
                     fds.push(fd.into());
                 }

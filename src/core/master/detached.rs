@@ -6,7 +6,7 @@
 use std::process::ExitStatus;
 
 use super::MasterCore;
-use crate::core::event::{Event, Level};
+use crate::core::master::event::{Event, Level};
 use crate::types::worker_id::WorkerId;
 
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! Draining, ending and closing listeners.
 
-use super::listener::{AcceptState, Stage};
+use super::listener::{AcceptState, Listener, Stage};
 use super::{Action, MasterCore};
 use crate::types::endpoint::Kind;
 use crate::types::handle::HandleId;
@@ -329,6 +329,17 @@ impl<C, F> MasterCore<C, F> {
         self.actions.push_back(Action::Unblock { handle, shard });
         for (_, worker) in departing.iter() {
             self.send_listener_closed(handle, worker, Rest::IsServed);
+        }
+    }
+
+    /// Removes a listener that has no members and does not stay open without workers.
+    pub(super) fn remove_if_unused(&mut self, handle: HandleId) {
+        let is_unused = |each: &&Listener<C>| each.members.is_empty() && !each.outlives_workers();
+        if let Some(listener) = self.listeners.get(&handle).filter(is_unused) {
+            if !listener.master_accepts() {
+                self.close_socket(handle);
+            }
+            self.listeners.remove(&handle);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use super::{HandOff, MasterCore, workers::WorkerEntry};
 use crate::core::dispatch::Dispatcher;
-use crate::core::event::{Event, Level};
+use crate::core::master::event::{Event, Level};
 use crate::types::handle::HandleId;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;

@@ -72,6 +72,6 @@ impl<C, F> MasterCore<C, F> {
         if !self.is_connected(worker) {
             self.close_held_by(worker);
         }
-        self.remove_if_abandoned(handle);
+        self.remove_if_unused(handle);
     }
 }

@@ -64,38 +64,6 @@ impl<C, F> MasterCore<C, F> {
         Ok(())
     }
 
-    /// Changes how the master treats the listener's connections while their clients send nothing.
-    pub(crate) fn set_parking(&mut self, handle: HandleId, parking: Parking) {
-        let Some(listener) = self.listeners.get_mut(&handle) else {
-            return;
-        };
-        let before = listener.parking.deferred_seconds();
-        listener.parking.update(parking);
-        if listener.parking.deferred_seconds() != before {
-            self.defer_accept(handle);
-            // With `wait_for_data`, the master may accept even if no worker is idle.
-            self.accept_if_possible(handle);
-        }
-    }
-
-    /// Updates how long the kernel holds back new connections until their first bytes arrive; 0
-    /// seconds ends this. Does nothing if the listener is not shared, or if a process outside the
-    /// cluster may have a copy of it.
-    pub(super) fn defer_accept(&mut self, handle: HandleId) {
-        let listener = self.listeners.get(&handle);
-        // Do not defer a shard's connections. The shard's worker holds them. When that worker
-        // disconnects, the connections that the kernel holds back would later enter the backlog of
-        // a shard without a worker.
-        let is_deferrable = |listener: &&Listener<C>| {
-            listener.policy == SchedulingPolicy::Shared && listener.is_sole()
-        };
-        if let Some(listener) = listener.filter(is_deferrable) {
-            let seconds = listener.parking.deferred_seconds();
-            self.actions
-                .push_back(Action::DeferAccept { handle, seconds });
-        }
-    }
-
     /// Processes a request for an address that already has a listener.
     fn join_existing(
         &mut self,

@@ -92,6 +92,7 @@ pub(super) enum Stage {
 /// any           another process shuts the listener down         BackingOff
 /// BackingOff    the back-off delay ends                         Ready
 /// any           a borrowed listener is returned                 Closed
+/// any           the listener closes                             Ready
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AcceptState {
@@ -311,11 +312,11 @@ impl<C> Listener<C> {
         self.stage != Stage::Pausing && self.members.excludes(parked_by)
     }
 
-    /// Returns whether the poller must not watch this Unix listener, because a drain has shut it down,
-    /// which cannot be undone, or is pausing it.
+    /// Returns whether the poller must not watch the listener, because it is a Unix listener that a
+    /// drain has shut down, which cannot be undone, or is pausing.
     pub(super) fn is_unwatchable(&self) -> bool {
-        let is_path = self.key.endpoint.kind == Kind::Unix && self.is_sole();
-        is_path && self.stage != Stage::Open
+        let is_sole_unix = self.key.endpoint.kind == Kind::Unix && self.is_sole();
+        is_sole_unix && self.stage != Stage::Open
     }
 
     pub(super) fn is_sole(&self) -> bool {

@@ -42,6 +42,7 @@ mod accept;
 mod action;
 mod detached;
 mod drain;
+pub(crate) mod event;
 mod frames;
 mod hand_off;
 mod leave;
@@ -60,7 +61,7 @@ mod workers;
 
 use std::collections::VecDeque;
 
-use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
+use crate::core::master::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 #[cfg(any(test, fuzzing))]
 use crate::types::connection_id::ConnectionId;

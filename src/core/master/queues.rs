@@ -1,7 +1,7 @@
 //! Dispatching connections to the workers' queues, and reclaiming them.
 
 use super::accept::RETRY_DELAY;
-use super::listener::{Listener, Stage};
+use super::listener::Stage;
 use super::{Action, HandOff, MasterCore};
 use crate::core::dispatch::{DispatchFailure, Dispatched, Sequenced, Undispatched};
 use crate::types::handle::HandleId;
@@ -34,7 +34,7 @@ impl<C, F> MasterCore<C, F> {
         connection: Sequenced<HandOff<C>>,
         failure: DispatchFailure,
     ) {
-        let still_waits = self.take_back(handle, &connection.connection, worker);
+        let still_waits = self.reclaim_hand_off(handle, &connection.connection, worker);
         let Some(listener) = self.listeners.get_mut(&handle) else {
             let waiting = still_waits.then_some(connection.connection);
             return self.drop_hand_offs(waiting.into_iter().collect());
@@ -54,7 +54,7 @@ impl<C, F> MasterCore<C, F> {
     /// Records that a client hung up before its connection reached the worker's queue.
     pub(crate) fn hung_up(&mut self, handle: HandleId, worker: WorkerId, connection: HandOff<C>) {
         self.ledger.closed_by_peer += 1;
-        if self.parked.take_back(&connection, worker) {
+        if self.parked.reclaim(&connection, worker) {
             self.close_hand_off(connection);
         }
         if let Some(listener) = self.listeners.get_mut(&handle) {
@@ -210,18 +210,6 @@ impl<C, F> MasterCore<C, F> {
             self.accept_if_possible(handle);
             self.rebalance(handle);
             self.check_backlog_if_draining(handle);
-        }
-    }
-
-    /// Removes a listener that has no members and does not stay open without workers.
-    pub(super) fn remove_if_abandoned(&mut self, handle: HandleId) {
-        let is_abandoned =
-            |each: &&Listener<C>| each.members.is_empty() && !each.outlives_workers();
-        if let Some(listener) = self.listeners.get(&handle).filter(is_abandoned) {
-            if !listener.master_accepts() {
-                self.close_socket(handle);
-            }
-            self.listeners.remove(&handle);
         }
     }
 }

@@ -160,7 +160,7 @@ impl<C, F> MasterCore<C, F> {
         if !listener.members.is_served() {
             let leaving = None;
             self.close_unserved(handle, leaving);
-            self.remove_if_abandoned(handle);
+            self.remove_if_unused(handle);
         } else if listener.stage == Stage::Pausing {
             listener.stage = Stage::Open;
             // During the pause, connections waited for the next worker of their user.

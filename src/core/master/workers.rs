@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::listener::Stage;
 use super::{Action, Attachment, MasterCore};
-use crate::core::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
+use crate::core::master::event::{EmittedEvent, Event, ExitReport, Level, WorkerState};
 use crate::error::Error;
 use crate::types::handle::HandleId;
 use crate::types::loads::WorkerLoad;

@@ -34,7 +34,7 @@ pub(crate) struct ListenerId(pub(crate) u32);
 /// | `Open` | the master ends and drains it, or the worker disconnects (private listeners) | `Draining`; `Closed` for datagrams |
 /// | `Open` | the master ends it, and no other worker serves the idle clients that have sent something | `ServingParked`; `Closed` if there are none |
 /// | `ServingParked` | the application has received the last of their connections | `Closed` |
-/// | `Open`, `Draining`, `ServingParked` | `close`, `forget`, or the master ends it, and other workers serve on | `Closed` |
+/// | `Open`, `Draining`, `ServingParked` | `close`, `forget`, or the master ends it, and other workers continue to serve | `Closed` |
 /// | all but `Failed` | the channel closes | `Closed` |
 ///
 /// The payload of `Open`, `Draining` and `ServingParked` is the master's handle of the listener.
@@ -435,7 +435,7 @@ impl<F> WorkerCore<F> {
         }
     }
 
-    /// Closes the listeners that other workers serve on. The shell calls this when it has processed
+    /// Closes the listeners that other workers continue to serve. The shell calls this when it has processed
     /// all frames that have arrived. If the worker was busy for a while, a later one of these frames
     /// may report that no other worker serves the listener any more.
     pub(crate) fn frames_processed(&mut self) {

@@ -132,7 +132,7 @@ pub(crate) struct WorkerCore<F> {
     empty_at_park: Option<ListenerId>,
     last_listener: u32,
     listeners: SortedMap<ListenerId, Entry>,
-    /// The listeners that other workers serve on, until `frames_processed` closes them.
+    /// The listeners that other workers continue to serve, until `frames_processed` closes them.
     ending: Vec<ListenerId>,
     /// The number of connections that the application holds, from any source.
     open_connections: u64,

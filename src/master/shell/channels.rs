@@ -271,7 +271,7 @@ impl MasterShell {
                 self.fault("master.before_park", worker);
                 core.set_time(self.start.elapsed());
                 for connection in fds {
-                    match sys::socket::is_connection(connection.as_fd()) {
+                    match sys::connection::is_connection(connection.as_fd()) {
                         true => {
                             self.check_surplus(&mut core);
                             core.park(worker, handle, connection, times_parked);

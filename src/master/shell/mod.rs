@@ -28,7 +28,7 @@ use std::os::unix::net::UnixStream;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 
-use crate::core::event::ExitReport;
+use crate::core::master::event::ExitReport;
 use crate::core::master::{Action, MasterCore};
 use crate::error::Error;
 use crate::runtime::backoff::Backoff;

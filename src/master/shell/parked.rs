@@ -9,7 +9,8 @@ use crate::core::master::HandOff;
 use crate::error::Error;
 use crate::runtime::token::Token;
 use crate::sys;
-use crate::sys::fd::{IdleEvent, NoLingerFd};
+use crate::sys::connection::IdleEvent;
+use crate::sys::fd::NoLingerFd;
 use crate::sys::poll::Registered;
 use crate::types::connection_id::{ConnectionId, ConnectionMap};
 use crate::types::handle::HandleId;
@@ -130,7 +131,9 @@ impl MasterShell {
     /// up. Returns `false` if the client has done neither.
     pub(super) fn check_client(&self, core: &mut Core, id: ConnectionId) -> bool {
         let held = self.held.borrow();
-        let event = held.get(id).map(|held| sys::fd::idle_event(held.as_fd()));
+        let event = held
+            .get(id)
+            .map(|held| sys::connection::idle_event(held.as_fd()));
         match event {
             None | Some(IdleEvent::Nothing) => return false,
             Some(IdleEvent::Data) => core.data_arrived(id),
@@ -152,13 +155,13 @@ impl MasterShell {
     /// Returns the address of the client of a connection on its way to a worker.
     pub(crate) fn peer_addr(&self, hand_off: &HandOff<NoLingerFd>) -> Option<SocketAddr> {
         let held = self.held.borrow();
-        descriptor_of(&held, hand_off).and_then(sys::listen::peer_addr)
+        descriptor_of(&held, hand_off).and_then(sys::connection::peer_addr)
     }
 
     /// Returns whether the client of a connection on its way to a worker is gone.
     pub(super) fn is_gone(&self, hand_off: &HandOff<NoLingerFd>) -> bool {
         let held = self.held.borrow();
         let descriptor = descriptor_of(&held, hand_off);
-        descriptor.is_none_or(sys::fd::is_closed_by_peer)
+        descriptor.is_none_or(sys::connection::is_closed_by_peer)
     }
 }

@@ -378,7 +378,7 @@ impl MasterShell {
         let mut histories = message.histories.iter();
         for connection in fds {
             match histories.next() {
-                Some(history) if sys::socket::is_connection(connection.as_fd()) => {
+                Some(history) if sys::connection::is_connection(connection.as_fd()) => {
                     let mut core = self.core_now();
                     self.check_surplus(&mut core);
                     core.receive_parked(handle, connection, *history);

@@ -3,7 +3,7 @@
 use super::process::{Detached, Life};
 use super::socket::{Held, Location, Port, QUEUE_CAPACITY};
 use super::{KNOWN, World};
-use crate::core::event::{EmittedEvent, Event, Level, WorkerState};
+use crate::core::master::event::{EmittedEvent, Event, Level, WorkerState};
 use crate::error::Error;
 use crate::sys::fd::NoLingerFd;
 use crate::types::handle::HandleId;

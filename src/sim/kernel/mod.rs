@@ -23,7 +23,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::rc::Rc;
 
-use crate::core::event::{EmittedEvent, Event};
+use crate::core::master::event::{EmittedEvent, Event};
 use crate::core::master::{HandOff, MasterCore};
 use crate::sys::fd::NoLingerFd;
 use crate::types::connection_id::ConnectionId;

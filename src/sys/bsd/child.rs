@@ -49,6 +49,10 @@ pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
 }
 
 /// Returns `false`, so the caller closes the descriptors one by one.
-pub(in crate::sys) fn close_range(_first: RawFd, _last: RawFd) -> bool {
+///
+/// # Safety
+///
+/// The call has no effect. It is unsafe on Linux.
+pub(in crate::sys) unsafe fn close_range(_first: RawFd, _last: RawFd) -> bool {
     false
 }

@@ -1,7 +1,7 @@
 //! Socket flags, `accept`, queue lengths and abstract addresses.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::SocketAddr;
 
 use super::system;
@@ -18,7 +18,9 @@ pub(in crate::sys) const SCM_PIDFD: libc::c_int = libc::SCM_RIGHTS;
 /// Accepts a connection, and makes it blocking and closed on exec. The flags are set explicitly,
 /// because the system copies the listener's flags.
 pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
-    let socket = fd::adopt(check(system::accept(listener))?);
+    let number = check(system::accept(listener))?;
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    let socket = unsafe { OwnedFd::from_raw_fd(number) };
     fd::close_on_exec(socket.as_raw_fd())?;
     fd::set_nonblocking(socket.as_fd(), false)?;
     Ok(socket)

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use super::MAX_SIGNAL;
+use crate::sys::process::child::Disposition;
 
 #[cfg(not(any(target_arch = "arm", target_arch = "x86")))]
 use libc::{SYS_setgroups, SYS_setresgid, SYS_setresuid};
@@ -24,9 +25,9 @@ pub(super) fn check(result: libc::c_long) -> io::Result<()> {
     }
 }
 
-/// Sets a signal's disposition, `SIG_DFL` or `SIG_IGN`. Bypasses the C library, because its
-/// function may wait for a lock that another thread held when this child was forked.
-pub(in crate::sys) fn set_disposition(signal: libc::c_int, disposition: libc::sighandler_t) {
+/// Sets a signal's disposition. Bypasses the C library, because its function may wait for a lock
+/// that another thread held when this child was forked.
+pub(in crate::sys) fn set_disposition(signal: libc::c_int, disposition: Disposition) {
     /// The index of the disposition in the kernel's structure. On MIPS, the flags come first.
     const DISPOSITION: usize = cfg!(any(target_arch = "mips", target_arch = "mips64")) as usize;
     /// The length of the kernel's signal set in bytes.
@@ -34,7 +35,7 @@ pub(in crate::sys) fn set_disposition(signal: libc::c_int, disposition: libc::si
     // The kernel's structure, without flags and with an empty mask. On every architecture, the
     // structure is shorter than this array.
     let mut action = [0usize; 16];
-    action[DISPOSITION] = disposition;
+    action[DISPOSITION] = disposition.value();
     let (new, old) = (action.as_ptr(), std::ptr::null_mut::<usize>());
     // SAFETY: the pointer is valid for reads of the new action, and the old action is not
     // requested.
@@ -104,7 +105,11 @@ pub(in crate::sys) fn drop_capabilities() -> io::Result<()> {
 
 /// Closes all descriptors from `first` to `last`. Returns `false` if the call fails, for instance
 /// because the kernel has no close_range(2) (before Linux 5.9).
-pub(in crate::sys) fn close_range(first: RawFd, last: RawFd) -> bool {
-    // SAFETY: this child no longer uses the descriptors.
+///
+/// # Safety
+///
+/// This process must no longer use the descriptors.
+pub(in crate::sys) unsafe fn close_range(first: RawFd, last: RawFd) -> bool {
+    // SAFETY: the caller guarantees that nothing uses the descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) == 0 }
 }

@@ -2,11 +2,10 @@
 //! memory.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
 
 use super::is_unavailable;
 use crate::sys::check;
-use crate::sys::fd::adopt;
 use crate::sys::process::child::{Child, ParentWait};
 use crate::sys::process::{Pid, Started};
 
@@ -72,7 +71,9 @@ fn try_clone(child: &Child<'_>) -> io::Result<Started> {
     let number = unsafe { libc::clone(exec, top.cast(), flags, argument, &raw mut process) };
     let pid = Pid::from_raw(check(number)?);
     // Linux before 5.2 ignores CLONE_PIDFD and leaves `process` at -1.
-    let process = (process >= 0).then(|| adopt(process));
+    let is_open = process >= 0;
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    let process = is_open.then(|| unsafe { OwnedFd::from_raw_fd(process) });
     Ok(Started {
         pid,
         process: process.or_else(|| pid.open()),

@@ -6,13 +6,13 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use polling::{Event, PollMode, Poller};
 
+use crate::sys::check;
 use crate::sys::poll::{MAX_EVENTS, Ready, ReadyList, timeout_millis};
-use crate::sys::{check, fd};
 
 /// Returns whether the kernel's events of this poller carry the descriptor's key.
 pub(in crate::sys) fn reports_keys(poller: &Poller) -> io::Result<bool> {
@@ -20,7 +20,9 @@ pub(in crate::sys) fn reports_keys(poller: &Poller) -> io::Result<bool> {
     const KEY: usize = 0x1234_5678;
     // Start the counter at 1, so that the descriptor is readable immediately.
     // SAFETY: eventfd accesses no memory of this process.
-    let readable = fd::adopt(check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?);
+    let number = check(unsafe { libc::eventfd(1, libc::EFD_CLOEXEC) })?;
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    let readable = unsafe { OwnedFd::from_raw_fd(number) };
     // SAFETY: the poller deletes the descriptor below, before the descriptor is closed.
     unsafe { poller.add_with_mode(readable.as_raw_fd(), Event::all(KEY), PollMode::Level)? };
     let mut ready = ReadyList::new();

@@ -3,10 +3,10 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
+use crate::sys::check;
 use crate::sys::file::{FileStatus, c_string, status_at};
-use crate::sys::{check, fd};
 
 /// The flag that opens a file without access to its contents. Opening with this flag needs no
 /// permission on the file.
@@ -34,7 +34,8 @@ pub(crate) fn change_mode_at(
     let flags = NAME_ONLY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: the name is zero-terminated and lives through the call.
     let number = check(unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), flags) })?;
-    let file = fd::adopt(number);
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    let file = unsafe { OwnedFd::from_raw_fd(number) };
     if status_at(&file, OsStr::new(""))? != status {
         return Err(io::Error::from_raw_os_error(libc::EEXIST));
     }

@@ -1,14 +1,14 @@
 //! Process descriptors (pidfd_open(2), since Linux 5.3).
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use super::is_unavailable;
 use super::wait::KernelUsage;
 use crate::sys::process::pid::{Exit, Usage};
-use crate::sys::{check, fd, retry};
+use crate::sys::{check, retry};
 
 /// Opens a process's descriptor, which becomes readable when the process exits. Returns `None` if
 /// the call fails.
@@ -17,7 +17,8 @@ pub(in crate::sys) fn open(number: libc::pid_t) -> Option<OwnedFd> {
     // SAFETY: pidfd_open accesses no memory of this process.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
     let fd = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-    Some(fd::adopt(fd))
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Waits for a process by its descriptor. Waiting by process id is not safe, because another child

@@ -3,13 +3,13 @@
 use std::io;
 #[cfg(target_os = "android")]
 use std::os::android::net::SocketAddrExt as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 #[cfg(target_os = "linux")]
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::SocketAddr;
 
 use super::uapi::TcpInfo;
-use crate::sys::{check, fd, option};
+use crate::sys::{check, option};
 
 pub(in crate::sys) use libc::{MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SOCK_CLOEXEC, SOCK_NONBLOCK};
 
@@ -25,8 +25,9 @@ pub(in crate::sys) const SCM_PIDFD: libc::c_int = 4;
 pub(in crate::sys) fn accept(listener: RawFd) -> io::Result<OwnedFd> {
     let (address, size) = (std::ptr::null_mut(), std::ptr::null_mut());
     // SAFETY: null pointers are allowed, and no address is written then.
-    let accepted = check(unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) });
-    accepted.map(fd::adopt)
+    let accepted = check(unsafe { libc::accept4(listener, address, size, SOCK_CLOEXEC) })?;
+    // SAFETY: the kernel has just opened the descriptor for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(accepted) })
 }
 
 /// Keeps the connections of a TCP listener out of its backlog until their clients have sent

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd, IntoRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, IntoRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -112,7 +112,8 @@ impl Child<'_> {
             Ok(main) => {
                 self.report(Report::Started);
                 self.wait_for_parent();
-                set_stop_handlers(libc::SIG_DFL, &self.ignored);
+                // SAFETY: SIG_DFL is always valid.
+                unsafe { set_stop_handlers(libc::SIG_DFL, &self.ignored) };
                 main()
             }
             Err((step, error)) => self.fail(step, &error),
@@ -177,7 +178,9 @@ impl Child<'_> {
         let Ok((own, parents)) = UnixStream::pair() else {
             return;
         };
-        let first = UnixStream::from(fd::adopt(self.reports.get()));
+        // SAFETY: this child owns the descriptor. It replaces the number below, or takes the number
+        // back out of the stream.
+        let first = UnixStream::from(unsafe { OwnedFd::from_raw_fd(self.reports.get()) });
         match socket::send_one(&first, &Report::Moved.encode(), parents.as_fd()) {
             Ok(_) => self.reports.set(own.into_raw_fd()),
             // Keep the first stream open for the later reports.
@@ -221,7 +224,7 @@ impl Child<'_> {
     /// Takes the steps that children with and without a program have in common.
     fn prepare(
         &self,
-        set_disposition: fn(libc::c_int, libc::sighandler_t),
+        set_disposition: fn(libc::c_int, Disposition),
         arrange_descriptors: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), StepFailure> {
         let at = |step| move |error| (step, error);
@@ -327,7 +330,12 @@ impl Child<'_> {
             (low + 1, high - 1),
             (high + 1, RawFd::MAX),
         ] {
-            if first <= last && !platform::close_range(first, last) {
+            if first > last {
+                continue;
+            }
+            // SAFETY: this child uses only its standard descriptors and the two that are left out.
+            let is_closed = unsafe { platform::close_range(first, last) };
+            if !is_closed {
                 close_one_by_one(first, last);
             }
         }
@@ -374,19 +382,20 @@ fn append_own_pid(variable: &Cell<PidVariable>) {
 /// signals by which a terminal stops a process receive a handler that does nothing (see
 /// [`set_stop_handlers`]).
 fn reset_signals(
-    set_disposition: fn(libc::c_int, libc::sighandler_t),
+    set_disposition: fn(libc::c_int, Disposition),
     ignored: &SignalSet,
 ) -> io::Result<()> {
     for signal in 1..=libc::c_int::from(MAX_SIGNAL) {
         let disposition = match ignored.contains(signal) {
-            true => libc::SIG_IGN,
-            false => libc::SIG_DFL,
+            true => Disposition::Ignore,
+            false => Disposition::Default,
         };
         set_disposition(signal, disposition);
     }
     extern "C" fn do_nothing(_: libc::c_int) {}
     let do_nothing = do_nothing as extern "C" fn(_) as libc::sighandler_t;
-    set_stop_handlers(do_nothing, ignored);
+    // SAFETY: the handler does nothing, so it may run at any time.
+    unsafe { set_stop_handlers(do_nothing, ignored) };
     let mask = SignalSet::empty();
     // SAFETY: the set is initialized, and the old mask is not requested.
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, mask.as_ptr(), std::ptr::null_mut()) })?;
@@ -401,26 +410,44 @@ fn reset_signals(
 ///
 /// A handler that does nothing prevents this without a gap, because `execve` resumes the parent
 /// before it resets the handlers. A child has its own table of handlers, even if it shares memory.
-fn set_stop_handlers(handler: libc::sighandler_t, ignored: &SignalSet) {
+///
+/// # Safety
+///
+/// The handler must be SIG_DFL, or a function that may run at any time.
+unsafe fn set_stop_handlers(handler: libc::sighandler_t, ignored: &SignalSet) {
     let signals = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
     for signal in signals
         .into_iter()
         .filter(|signal| !ignored.contains(*signal))
     {
-        // Use the C library, because it takes no lock for these signals (some C libraries do so for
-        // SIGABRT). SAFETY: the handler does nothing, or is the default.
+        // Use the C library, because it takes no lock for these signals. Some C libraries take one
+        // for SIGABRT.
+        // SAFETY: the caller guarantees that the handler is valid.
         unsafe { libc::signal(signal, handler) };
     }
 }
 
-/// Sets a signal's disposition, `SIG_DFL` or `SIG_IGN`, through the C library. The library rejects
-/// the signals that it uses itself, because it would not notice the loss of its own handlers.
-pub(in crate::sys) fn set_disposition_by_libc(
-    signal: libc::c_int,
-    disposition: libc::sighandler_t,
-) {
-    // SAFETY: the callers pass only `SIG_DFL` or `SIG_IGN`, which are always valid.
-    unsafe { libc::signal(signal, disposition) };
+/// What a signal does to a process that has no handler for it.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::sys) enum Disposition {
+    Default,
+    Ignore,
+}
+
+impl Disposition {
+    pub(in crate::sys) fn value(self) -> libc::sighandler_t {
+        match self {
+            Self::Default => libc::SIG_DFL,
+            Self::Ignore => libc::SIG_IGN,
+        }
+    }
+}
+
+/// Sets a signal's disposition through the C library. The library rejects the signals that it uses
+/// itself, because it would not notice the loss of its own handlers.
+pub(in crate::sys) fn set_disposition_by_libc(signal: libc::c_int, disposition: Disposition) {
+    // SAFETY: SIG_DFL and SIG_IGN are always valid.
+    unsafe { libc::signal(signal, disposition.value()) };
 }
 
 /// Closes the descriptors from `first` to `last` on systems without close_range(2). Stops at this

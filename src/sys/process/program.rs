@@ -200,8 +200,9 @@ impl Program {
         self.start(channel, unreaped, |child, parents_end| {
             // Use the C library's `fork`, because it makes the library's own locks usable in the
             // child.
-            // SAFETY: the child continues with a copy of this thread. The public documentation
-            // makes the application responsible for locks that other threads hold.
+            // SAFETY: the child continues with a copy of this thread. No other thread holds a lock:
+            // the master does not fork such a child if `has_other_threads` reports another thread.
+            // If the system does not report the number of threads, the application must ensure this.
             match check(unsafe { libc::fork() })? {
                 0 => child.run(parents_end.as_raw_fd(), abandon, begin),
                 number => {

@@ -9,7 +9,7 @@ use super::sockets::Socket;
 use crate::core::worker::{Held, Leaving, ListenerId};
 use crate::runtime::token::Token;
 use crate::sys;
-use crate::sys::fd::IdleEvent;
+use crate::sys::connection::IdleEvent;
 use crate::sys::interruptible_accept::InterruptibleAccept;
 use crate::types::connection_id::ConnectionId;
 use crate::types::handle::HandleId;
@@ -58,7 +58,7 @@ impl StreamOptions {
             // In a worker that accepts itself, these would be three of the seven system calls of a
             // request on a parked connection.
             Self::Unchanged => Ok(()),
-            Self::Unknown => sys::socket::reset_options(connection),
+            Self::Unknown => sys::connection::reset_options(connection),
         }
     }
 }
@@ -235,7 +235,7 @@ impl WorkerShell {
         if !self.core.borrow().holds_silent(listener) {
             return Some(fd);
         }
-        match sys::fd::idle_event(fd.as_fd()) {
+        match sys::connection::idle_event(fd.as_fd()) {
             IdleEvent::Data => Some(fd),
             IdleEvent::HangUp => None,
             IdleEvent::Nothing => {
@@ -358,7 +358,7 @@ impl WorkerShell {
     /// Checks whether the client of a parked connection has sent something or has hung up, and
     /// reports this to the core. Returns `None` if the connection is not idle.
     fn check_client(&self, id: ConnectionId) -> Option<Checked> {
-        let event = sys::fd::idle_event(self.parked.borrow().get(id)?.fd.as_fd());
+        let event = sys::connection::idle_event(self.parked.borrow().get(id)?.fd.as_fd());
         let mut core = self.core.borrow_mut();
         match event {
             IdleEvent::Data => core.data_arrived(id).map(Checked::Resumed),
@@ -378,7 +378,7 @@ impl WorkerShell {
             .parked
             .borrow()
             .get(id)
-            .map(|connection| sys::fd::idle_event(connection.fd.as_fd()));
+            .map(|connection| sys::connection::idle_event(connection.fd.as_fd()));
         if event == Some(IdleEvent::Data) {
             let mut core = self.core.borrow_mut();
             if let Some(listener) = core.data_arrived(id) {

@@ -8,7 +8,6 @@ use super::State;
 use crate::core::master::listener::{Listener, Stage};
 use crate::core::master::{Action, MasterCore};
 use crate::types::connection_id::ConnectionId;
-use crate::types::handle::HandleId;
 use crate::types::time::Time;
 
 impl<C, F> MasterCore<C, F> {
@@ -36,12 +35,6 @@ impl<C, F> MasterCore<C, F> {
         }
         let (_, first) = self.parked.expiries.first()?;
         self.is_stored(first).then_some(first)
-    }
-
-    /// Returns whether the master holds the next connection that it accepts from the listener until
-    /// the client sends something.
-    pub(crate) fn holds_new(&self, handle: HandleId) -> bool {
-        self.listeners.get(&handle).is_some_and(Listener::holds_new)
     }
 
     /// Returns whether the shell has already received the connection. Otherwise, the shell may

@@ -45,6 +45,7 @@ mod giving;
 mod last_check;
 mod passing;
 mod ready;
+mod settings;
 mod users;
 
 use std::ops::Bound;
@@ -188,10 +189,9 @@ impl ParkedTable {
         }
     }
 
-    /// Takes back a connection that the worker has not received, so that the connection waits
-    /// again. Returns `false` if the master must ignore the copy on its way to the worker, because
+    /// Reclaims a connection that the worker has not received, so that the connection waits again. Returns `false` if the master must ignore the copy on its way to the worker, because
     /// the worker has already reported the connection as parked or detached.
-    pub(super) fn take_back<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) -> bool {
+    pub(super) fn reclaim<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) -> bool {
         let HandOff::Held(Resumed { connection, .. }) = connection else {
             return true;
         };
@@ -259,12 +259,6 @@ impl ParkedTable {
 
 // Parking.
 impl<C, F> MasterCore<C, F> {
-    /// Sets the maximum number of connections that the master holds.
-    pub(crate) fn set_parked_limit(&mut self, limit: usize) {
-        self.parked.limit = limit.min(CONNECTIONS_MAX);
-        self.space_freed();
-    }
-
     /// Takes a connection that the worker parks for the first time, or that a worker with a copy of
     /// the listener can no longer hold. If the listener has closed, closes the connection. Kills a
     /// worker that has not sent `Online`, or that has never had the listener, unless the listener
@@ -606,6 +600,33 @@ impl<C, F> MasterCore<C, F> {
         passed
     }
 
+    /// Reclaims a connection that the worker has not received. Returns `false` if the connection
+    /// does not wait again, because the worker has already reported it as parked or detached, or
+    /// because no worker may receive it.
+    pub(in super::super) fn reclaim_hand_off(
+        &mut self,
+        handle: HandleId,
+        connection: &HandOff<C>,
+        worker: WorkerId,
+    ) -> bool {
+        if !self.parked.reclaim(connection, worker) {
+            return false;
+        }
+        // If another master takes over, it decides which of its workers may receive the connection.
+        let is_kept = self.parked.keeper == Keeper::ThisMaster;
+        let user = self.parked.parked_by(connection);
+        let listener = self.listeners.get(&handle);
+        let is_excluded =
+            is_kept && listener.is_some_and(|listener| listener.members.excludes(user));
+        match connection {
+            HandOff::Held(resumed) if is_excluded => {
+                self.close_held(resumed.connection);
+                false
+            }
+            HandOff::Held(_) | HandOff::New(_) => true,
+        }
+    }
+
     /// Returns those reclaimed connections that go to another worker. If a worker reported a
     /// connection as parked or detached while the connection was in its queue, this report counts,
     /// and the connection is left out. So is a connection that no worker may receive.
@@ -618,7 +639,7 @@ impl<C, F> MasterCore<C, F> {
         let count = connections.len();
         let mut kept = Vec::with_capacity(count);
         for connection in connections {
-            if self.take_back(handle, &connection.connection, worker) {
+            if self.reclaim_hand_off(handle, &connection.connection, worker) {
                 let user = self.parked.parked_by(&connection.connection);
                 kept.push(Undispatched { connection, user });
             }

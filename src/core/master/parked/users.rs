@@ -3,10 +3,8 @@
 
 use std::collections::VecDeque;
 
-use super::passing::Keeper;
 use crate::core::master::{HandOff, MasterCore};
 use crate::types::handle::HandleId;
-use crate::types::worker_id::WorkerId;
 
 impl<C, F> MasterCore<C, F> {
     /// Closes the connections that no worker may receive, because all workers that serve the listener
@@ -37,33 +35,6 @@ impl<C, F> MasterCore<C, F> {
         for connection in idle {
             self.ledger.idle_closed += 1;
             self.close_held(connection);
-        }
-    }
-
-    /// Takes back a connection that the worker has not received. Returns `false` if the connection
-    /// does not wait again, because the worker has already reported it as parked or detached, or
-    /// because no worker may receive it.
-    pub(in super::super) fn take_back(
-        &mut self,
-        handle: HandleId,
-        connection: &HandOff<C>,
-        worker: WorkerId,
-    ) -> bool {
-        if !self.parked.take_back(connection, worker) {
-            return false;
-        }
-        // If another master takes over, it decides which of its workers may receive the connection.
-        let is_kept = self.parked.keeper == Keeper::ThisMaster;
-        let user = self.parked.parked_by(connection);
-        let listener = self.listeners.get(&handle);
-        let is_excluded =
-            is_kept && listener.is_some_and(|listener| listener.members.excludes(user));
-        match connection {
-            HandOff::Held(resumed) if is_excluded => {
-                self.close_held(resumed.connection);
-                false
-            }
-            HandOff::Held(_) | HandOff::New(_) => true,
         }
     }
 }

@@ -19,15 +19,15 @@ mod timer;
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Instant;
 
+use crate::sys::check;
 use crate::sys::owner::Owner;
 use crate::sys::platform::{socket, uapi};
 use crate::sys::signal::{ReplacedHandler, address, chained_action, current_action, set_action};
 use crate::sys::signal_mask::SignalSet;
-use crate::sys::{check, fd};
 use timer::Timer;
 
 const SIGNAL: libc::c_int = libc::SIGURG;
@@ -95,7 +95,9 @@ impl InterruptibleAccept {
     /// Also returns an error if no descriptor is free.
     pub(crate) fn new() -> io::Result<Self> {
         // SAFETY: eventfd accesses no memory of this process.
-        let stub = fd::adopt(check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?);
+        let number = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?;
+        // SAFETY: the kernel has just opened the descriptor for this call.
+        let stub = unsafe { OwnedFd::from_raw_fd(number) };
         let slot = stub.try_clone()?;
         let order = Ordering::SeqCst;
         let claimed = THREAD.compare_exchange(0, own_thread(), order, order);

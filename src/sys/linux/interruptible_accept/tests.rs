@@ -468,7 +468,7 @@ fn drop_restores_the_previous_state() {
         drop(closed);
         let (here, _there) = UnixStream::pair().unwrap();
         assert_eq!(here.as_raw_fd(), number);
-        fd::set_status_flag(number, libc::O_ASYNC, true).unwrap();
+        crate::sys::fd::set_status_flag(number, libc::O_ASYNC, true).unwrap();
         let Fixture {
             interruptible,
             source,
