@@ -139,7 +139,7 @@ impl Pool {
             Action::TerminateNewMaster(new_master) => self.terminate_new_master(new_master),
             Action::MeasureWorkers => self.measure_workers(master),
             Action::GiveUp(failure) => master.give_up(failure),
-            Action::EmittedEvent(event) => self.notify(Notification::Event(event)),
+            Action::EmitEvent(event) => self.notify(Notification::Event(event)),
             Action::RequestDecision(failure) => {
                 self.notify(Notification::FailureLimitReached(failure));
             }

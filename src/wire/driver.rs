@@ -27,7 +27,7 @@ pub(crate) struct ChannelDriver<In, Out> {
 
 /// The shell's task after it has sent a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sent {
+pub(crate) enum AfterSend {
     /// The shell has nothing to do. `has_capacity` is `true` if the application may continue to
     /// send without a pause.
     Done { has_capacity: bool },
@@ -92,8 +92,8 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
 
     /// Returns the number of unwritten protocol frames that have a descriptor, or `None` if the
     /// channel is closed.
-    pub(crate) fn queued_fds(&self) -> Option<usize> {
-        self.with(|channel| channel.queued_fds())
+    pub(crate) fn frames_with_fd(&self) -> Option<usize> {
+        self.with(|channel| channel.frames_with_fd())
     }
 
     /// Sends the application's message, or queues what the socket does not accept.
@@ -102,7 +102,7 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
         message: &[u8],
         fds: Vec<OwnedFd>,
         receipt: Option<ReceiptId>,
-    ) -> Result<Sent, SendError> {
+    ) -> Result<AfterSend, SendError> {
         let sent = self.with(|channel| {
             let was_blocked = channel.is_blocked();
             channel.send(message, fds, receipt)?;
@@ -112,8 +112,8 @@ impl<In: Frame, Out: Frame> ChannelDriver<In, Out> {
             let stays_blocked = was_blocked && channel.is_blocked();
             let has_capacity = channel.has_capacity();
             Ok(match stays_blocked || channel.is_settled() {
-                true => Sent::Done { has_capacity },
-                false => Sent::FlushNeeded,
+                true => AfterSend::Done { has_capacity },
+                false => AfterSend::FlushNeeded,
             })
         });
         sent.unwrap_or(Err(SendError::ChannelClosed))

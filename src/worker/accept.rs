@@ -413,15 +413,15 @@ impl Worker {
             // Check the poller and deliver pending notifications first, because the attempt may
             // wait. Skip the check for newly parked connections while earlier ones are resumed,
             // because the earlier ones come first.
-            // Call `take_unchecked` last, because another listener may need the check otherwise.
-            let is_unchecked = !shell.has_resumed(listener)
+            // Call `take_newly_parked` last, because another listener may need the check otherwise.
+            let has_newly_parked = !shell.has_resumed(listener)
                 && shell.is_blocking(listener)
-                && shell.take_unchecked();
+                && shell.take_newly_parked();
             let must_check = wait_state.take_poller();
-            if must_check || is_unchecked || worker.time_left() == Some(Duration::ZERO) {
+            if must_check || has_newly_parked || worker.time_left() == Some(Duration::ZERO) {
                 worker.iterate(Some(Duration::ZERO))?;
             }
-            if is_unchecked && !must_check && shell.has_resumed(listener) {
+            if has_newly_parked && !must_check && shell.has_resumed(listener) {
                 wait_state.has_stale_interrupt.set(true);
             }
             let may_wait = match worker.attempt_after(&mut backoff, &mut attempt)? {

@@ -16,7 +16,7 @@ use crate::types::signal::Signal;
 use crate::types::worker_id::WorkerId;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
-use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
+use crate::wire::driver::{AfterFlush, AfterSend, Unprocessed};
 use crate::wire::frame::{ToMaster, ToWorker};
 use crate::wire::receipts::{Receipt, ReceiptId};
 
@@ -95,8 +95,8 @@ impl MasterShell {
         receipt: Option<ReceiptId>,
     ) -> Result<bool, SendError> {
         match worker.channel.send(message, fds, receipt)? {
-            Sent::Done { has_capacity } => Ok(has_capacity),
-            Sent::FlushNeeded => {
+            AfterSend::Done { has_capacity } => Ok(has_capacity),
+            AfterSend::FlushNeeded => {
                 self.unflushed.borrow_mut().push_back(worker.id);
                 self.act();
                 Ok(worker.channel.has_capacity())

@@ -55,7 +55,7 @@ use crate::wire::receipts::Receipt;
 use group::GroupState;
 use listeners::MasterSocket;
 use parked::HeldConnections;
-use passing::{Passed, Successor};
+use passing::{Successor, ToPass};
 
 pub(crate) type Core = MasterCore<NoLingerFd, Vec<NoLingerFd>>;
 
@@ -339,7 +339,7 @@ impl MasterShell {
                 history,
                 connection,
             } => self.pass(
-                Passed {
+                ToPass {
                     id,
                     handle,
                     history,

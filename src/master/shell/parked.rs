@@ -114,7 +114,7 @@ impl MasterShell {
     /// without the risk that the worker is disconnected.
     fn has_space_for_fd(&self, worker: WorkerId) -> bool {
         let worker_io = self.worker_io(worker);
-        let queued = worker_io.and_then(|worker_io| worker_io.channel.queued_fds());
+        let queued = worker_io.and_then(|worker_io| worker_io.channel.frames_with_fd());
         queued.is_some_and(|queued| queued < MAX_BATCH)
     }
 

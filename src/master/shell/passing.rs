@@ -47,7 +47,7 @@ const RECEIVE: &str = "receive connections from another master";
 
 /// A connection that waits until it is passed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Passed {
+pub(super) struct ToPass {
     pub(super) id: ConnectionId,
     pub(super) handle: HandleId,
     pub(super) history: ParkHistory,
@@ -86,7 +86,7 @@ pub(super) struct Successor {
     /// The identity of each listening socket. It stays here after the socket is closed, because
     /// workers park connections even then.
     socket_ids: SortedMap<HandleId, SocketId>,
-    queue: VecDeque<Passed>,
+    queue: VecDeque<ToPass>,
     message: Option<Message>,
     state: SendState,
     /// The time at which this master stops passing connections.
@@ -117,7 +117,7 @@ impl Successor {
     /// Sends the next message, or the rest of an incomplete one.
     fn send(&mut self, held: &HeldConnections) -> io::Result<Sent> {
         if self.message.is_none() {
-            let Some(&Passed { id, handle, .. }) = self.queue.front() else {
+            let Some(&ToPass { id, handle, .. }) = self.queue.front() else {
                 return Ok(Sent::Nothing);
             };
             let Some(&socket) = self.socket_ids.get(&handle) else {
@@ -202,7 +202,7 @@ impl MasterShell {
 
     /// Puts a connection into the queue to the successor. If the shell does not keep the connection
     /// yet, it is in `connection`.
-    pub(super) fn pass(&self, passed: Passed, connection: Option<NoLingerFd>) {
+    pub(super) fn pass(&self, passed: ToPass, connection: Option<NoLingerFd>) {
         if let Some(connection) = connection {
             let key = Token::Parked(passed.id.0).key();
             match self.poller.add(connection, key, None) {

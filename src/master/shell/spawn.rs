@@ -19,7 +19,7 @@ use crate::runtime::event_loop::EventLoop;
 use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::poll::{Interest, Registered};
-use crate::sys::process::{Failure, Pid, Program};
+use crate::sys::process::{Failure, ForkedProcess, Pid, Program};
 use crate::sys::shared_number::SharedNumber;
 use crate::systemd::{self, LISTEN_PID};
 use crate::types::errno;
@@ -75,10 +75,6 @@ struct OpenedChannel {
     worker_end: OwnedFd,
 }
 
-/// The pid of a process that has started, and its process descriptor. The descriptor is readable
-/// once the process has exited. The descriptor is `None` if the kernel has no process descriptors.
-pub(crate) type Started = (Pid, Option<OwnedFd>);
-
 impl MasterShell {
     /// Starts a worker or a detached process.
     ///
@@ -122,7 +118,7 @@ impl MasterShell {
             held_connections: opened.held_connections,
             worker_end: opened.worker_end,
         };
-        let (pid, process) = match settings.get_main() {
+        let ForkedProcess { pid, process } = match settings.get_main() {
             Some(main) => (main.start)(self, &mut new, main, event_loop)?,
             None => self.start_program(&mut new)?,
         };
@@ -214,7 +210,7 @@ impl MasterShell {
     }
 
     /// Spawns a process that executes a program.
-    fn start_program(&self, new: &mut NewProcess<'_>) -> Result<Started, Failure> {
+    fn start_program(&self, new: &mut NewProcess<'_>) -> Result<ForkedProcess, Failure> {
         let settings = new.settings;
         let number = new.worker_end.as_raw_fd();
         let env = environment(new, number).map_err(failed(ForkStep::Descriptors))?;
@@ -258,7 +254,7 @@ pub(crate) type StartMain = fn(
     &mut NewProcess<'_>,
     &WorkerMain,
     &EventLoop<Master>,
-) -> Result<Started, Failure>;
+) -> Result<ForkedProcess, Failure>;
 
 /// Forks a worker that runs a closure in a copy of the master's memory.
 pub(crate) fn start_main(
@@ -266,7 +262,7 @@ pub(crate) fn start_main(
     new: &mut NewProcess<'_>,
     main: &WorkerMain,
     event_loop: &EventLoop<Master>,
-) -> Result<Started, Failure> {
+) -> Result<ForkedProcess, Failure> {
     let settings = new.settings;
     let invalid = || io::ErrorKind::InvalidInput;
     if !settings.passed_fds().is_empty() || settings.is_detached() {

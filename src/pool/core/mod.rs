@@ -84,7 +84,7 @@ pub(super) enum Action {
     /// Makes `Master::run` return an error, because this failure has stopped the pool.
     GiveUp(WorkerFailure),
     /// Delivers an event to the application.
-    EmittedEvent(PoolEvent),
+    EmitEvent(PoolEvent),
 }
 
 /// Whether enough workers are ready.
@@ -225,7 +225,7 @@ impl Core {
     }
 
     fn emit(&mut self, event: PoolEvent) {
-        self.actions.push_back(Action::EmittedEvent(event));
+        self.actions.push_back(Action::EmitEvent(event));
     }
 
     /// Returns `value` increased by a random amount of at most `PoolOptions::jitter` percent.

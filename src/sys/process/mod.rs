@@ -18,4 +18,4 @@ pub(crate) use children::exited_children;
 pub use pid::Usage;
 pub(crate) use pid::{Exit, GroupSearch, Pid, Unreaped};
 pub(super) use program::Started;
-pub(crate) use program::{Failure, Program};
+pub(crate) use program::{Failure, ForkedProcess, Program};

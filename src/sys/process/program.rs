@@ -52,6 +52,15 @@ pub(crate) struct Program {
 /// The step that failed, and the system's reason.
 pub(crate) type Failure = (ForkStep, io::Error);
 
+/// A process that has started.
+#[derive(Debug)]
+pub(crate) struct ForkedProcess {
+    pub(crate) pid: Pid,
+    /// The process descriptor, which is readable once the process has exited, or `None` if the kernel
+    /// has no process descriptors.
+    pub(crate) process: Option<OwnedFd>,
+}
+
 /// A new child, which may not have executed its program yet.
 pub(in crate::sys) struct Started {
     pub(in crate::sys) pid: Pid,
@@ -173,7 +182,7 @@ impl Program {
         &self,
         channel: RawFd,
         unreaped: &Unreaped,
-    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+    ) -> Result<ForkedProcess, Failure> {
         self.start(channel, unreaped, |child, _| clone_or_fork(child))
     }
 
@@ -196,7 +205,7 @@ impl Program {
         unreaped: &Unreaped,
         abandon: impl FnOnce() -> io::Result<Vec<RawFd>>,
         begin: impl FnOnce() -> io::Result<M>,
-    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+    ) -> Result<ForkedProcess, Failure> {
         self.start(channel, unreaped, |child, parents_end| {
             // Use the C library's `fork`, because it makes the library's own locks usable in the
             // child.
@@ -224,7 +233,7 @@ impl Program {
         channel: RawFd,
         unreaped: &Unreaped,
         fork: impl FnOnce(&Child<'_>, &UnixStream) -> io::Result<Started>,
-    ) -> Result<(Pid, Option<OwnedFd>), Failure> {
+    ) -> Result<ForkedProcess, Failure> {
         let forking = |error| (ForkStep::MakeProcess, error);
         let pid_variables = self.pid_variables.iter().copied();
         let pid_variables: Vec<_> = pid_variables.map(pid_variable).map(Cell::new).collect();
@@ -276,7 +285,7 @@ impl Program {
             pid.discard(process, unreaped);
             return Err(failure);
         }
-        Ok((pid, process))
+        Ok(ForkedProcess { pid, process })
     }
 
     /// Returns the child's environment as a null-terminated array. The array begins with the

@@ -24,7 +24,7 @@
 //! | bytes that wait in this process, plus one more message | `HIGH_WATER` | `has_capacity` advises a pause |
 //! | bytes that wait in this process, plus the message to send | `HARD_LIMIT` | `send` fails |
 //! | bytes that wait in this process | `UNREAD_MAX` | the peer is disconnected |
-//! | protocol frames with a descriptor that wait in this process | `UNREAD_FDS_MAX` | the peer is disconnected |
+//! | protocol frames with a descriptor that wait in this process | `FRAMES_WITH_FD_MAX` | the peer is disconnected |
 //! | bytes in the body of a frame from the peer | `MAX_BODY` | the peer is disconnected |
 //! | descriptors that arrived before their frames | `inbox::MAX_EARLY_FDS` | the peer is disconnected |
 //!
@@ -170,7 +170,7 @@ pub(crate) struct Channel<In, Out> {
     last_message_length: usize,
     /// The limit of unwritten protocol frames with a descriptor. It is a field, so that both directions
     /// of the channel have equal code.
-    unread_fds_max: usize,
+    frames_with_fd_max: usize,
     direction: PhantomData<(In, Out)>,
 }
 
@@ -209,7 +209,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
             capacity: Capacity::Available,
             has_lost_frames: false,
             last_message_length: 0,
-            unread_fds_max: Out::UNREAD_FDS_MAX,
+            frames_with_fd_max: Out::FRAMES_WITH_FD_MAX,
             direction: PhantomData,
         })
     }
@@ -257,7 +257,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
         }
         let mut bytes = Vec::new();
         frame.encode(usize::from(fd.is_some()), &mut bytes);
-        self.outbox.push_own(&bytes, fd);
+        self.outbox.push_protocol_frame(&bytes, fd);
     }
 
     /// Sends the application's message. If no frame is queued and the message has no descriptors,
@@ -334,7 +334,7 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     /// # Errors
     ///
     /// Returns an error if the socket is broken, in which case the queued frames are lost. Returns
-    /// `OutOfMemory` if more than `UNREAD_MAX` bytes, or more than `UNREAD_FDS_MAX` protocol frames
+    /// `OutOfMemory` if more than `UNREAD_MAX` bytes, or more than `FRAMES_WITH_FD_MAX` protocol frames
     /// with a descriptor, are unwritten.
     ///
     /// If the peer has closed its end, `flush` returns no error. `receive` reports the end-of-file
@@ -379,12 +379,13 @@ impl<In: Frame, Out: Frame> Channel<In, Out> {
     }
 
     /// Returns the number of unwritten protocol frames that have a descriptor.
-    pub(crate) fn queued_fds(&self) -> usize {
-        self.outbox.own_fds()
+    pub(crate) fn frames_with_fd(&self) -> usize {
+        self.outbox.frames_with_fd()
     }
 
     fn check_length(&self) -> io::Result<()> {
-        if self.outbox.len() > UNREAD_MAX || self.outbox.own_fds() > self.unread_fds_max {
+        if self.outbox.len() > UNREAD_MAX || self.outbox.frames_with_fd() > self.frames_with_fd_max
+        {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         Ok(())

@@ -58,7 +58,7 @@ pub(super) struct Outbox {
     written: u64,
     fds: VecDeque<QueuedFd>,
     /// The offsets of the protocol frames that have a descriptor.
-    own_frames: VecDeque<u64>,
+    frames_with_fd: VecDeque<u64>,
     /// The offset of the end of the last batch that had descriptors. Later descriptors wait until
     /// all bytes up to this offset are written, so that the reader never holds descriptors of more
     /// than two batches.
@@ -81,8 +81,8 @@ impl Outbox {
     }
 
     /// Returns the number of unwritten protocol frames that have a descriptor.
-    pub(super) fn own_fds(&self) -> usize {
-        self.own_frames.len()
+    pub(super) fn frames_with_fd(&self) -> usize {
+        self.frames_with_fd.len()
     }
 
     /// Returns the offset of the end of the queued bytes.
@@ -106,9 +106,9 @@ impl Outbox {
     }
 
     /// Queues a protocol frame and its descriptor, if any.
-    pub(super) fn push_own(&mut self, frame: &[u8], fd: Option<Rc<NoLingerFd>>) {
+    pub(super) fn push_protocol_frame(&mut self, frame: &[u8], fd: Option<Rc<NoLingerFd>>) {
         if fd.is_some() {
-            self.own_frames.push_back(self.end());
+            self.frames_with_fd.push_back(self.end());
         }
         self.push([frame], fd);
     }
@@ -174,8 +174,12 @@ impl Outbox {
         }
         self.bytes.drain(..bytes);
         self.written += bytes as u64;
-        while self.own_frames.front().is_some_and(|at| *at < self.written) {
-            self.own_frames.pop_front();
+        while self
+            .frames_with_fd
+            .front()
+            .is_some_and(|at| *at < self.written)
+        {
+            self.frames_with_fd.pop_front();
         }
         if self.bytes.is_empty() {
             if self.bytes.capacity() > WRITE_SIZE {
@@ -217,7 +221,7 @@ impl Outbox {
     pub(super) fn clear(&mut self) {
         self.bytes = VecDeque::new();
         self.fds.clear();
-        self.own_frames.clear();
+        self.frames_with_fd.clear();
     }
 }
 

@@ -234,7 +234,7 @@ pub(crate) enum Rest {
 pub(crate) trait Frame: Sized {
     /// The number of unwritten protocol frames with a descriptor above which the peer is
     /// disconnected. A protocol frame is any frame that is not a message of the application.
-    const UNREAD_FDS_MAX: usize;
+    const FRAMES_WITH_FD_MAX: usize;
     /// Appends the frame to `out`, with a header that announces `fds` descriptors.
     fn encode(&self, fds: usize, out: &mut Vec<u8>);
     /// Decodes the body of a frame whose header announced `kind` and `fds` descriptors.
@@ -246,7 +246,7 @@ pub(crate) trait Frame: Sized {
 impl Frame for ToMaster {
     /// No limit. Each of these frames carries a connection that the worker had open before, so the
     /// frames do not increase the number of open descriptors.
-    const UNREAD_FDS_MAX: usize = usize::MAX;
+    const FRAMES_WITH_FD_MAX: usize = usize::MAX;
 
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         encode::to_master(self, fds, out);
@@ -271,7 +271,7 @@ impl ToMaster {
 impl Frame for ToWorker {
     /// Each of these frames keeps a descriptor open in the master. A well-behaved worker causes at
     /// most a few of them for each of the 64 listeners that it may have.
-    const UNREAD_FDS_MAX: usize = 256;
+    const FRAMES_WITH_FD_MAX: usize = 256;
 
     fn encode(&self, fds: usize, out: &mut Vec<u8>) {
         encode::to_worker(self, fds, out);

@@ -17,7 +17,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
 use crate::wire::channel::inbox::Arrival;
 use crate::wire::channel::{Channel, Received};
-use crate::wire::driver::{AfterFlush, Sent, Unprocessed};
+use crate::wire::driver::{AfterFlush, AfterSend, Unprocessed};
 use crate::wire::fault;
 use crate::wire::frame::ToWorker;
 use crate::wire::receipts::ReceiptId;
@@ -40,8 +40,8 @@ impl WorkerShell {
             reason,
         };
         match self.channel.send(message, fds, receipt).map_err(failed)? {
-            Sent::Done { has_capacity } => Ok(has_capacity),
-            Sent::FlushNeeded => {
+            AfterSend::Done { has_capacity } => Ok(has_capacity),
+            AfterSend::FlushNeeded => {
                 self.flush();
                 Ok(self.channel.has_capacity())
             }

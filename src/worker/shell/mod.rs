@@ -79,7 +79,7 @@ pub(crate) struct WorkerShell {
     std_sockets: RefCell<StdSockets>,
     /// Whether a connection was parked since the last check of the poller. Its data may have arrived
     /// before it could interrupt `accept`, so the worker checks the poller once more before it blocks.
-    is_unchecked: Cell<bool>,
+    has_newly_parked: Cell<bool>,
     /// Errors that no call of the application could return and that have not been delivered.
     errors: RefCell<VecDeque<Error>>,
     /// Receipts that have not been delivered to the application.
@@ -125,7 +125,7 @@ impl WorkerShell {
             lingering: RefCell::default(),
             turn: Cell::new(Turn::Parked),
             std_sockets: RefCell::default(),
-            is_unchecked: Cell::new(false),
+            has_newly_parked: Cell::new(false),
             errors: RefCell::default(),
             receipts: RefCell::default(),
             scratch: RefCell::default(),

@@ -307,7 +307,7 @@ impl WorkerShell {
         }
         let key = Token::Parked(id.0).key();
         self.poller.await_once(fd, key, was_awaited)?;
-        self.is_unchecked.set(true);
+        self.has_newly_parked.set(true);
         Ok(interrupts || interrupt.is_some())
     }
 
@@ -322,8 +322,8 @@ impl WorkerShell {
 
     /// Returns whether a connection was parked since the last call. The poller may then report
     /// data that interrupts no `accept`.
-    pub(crate) fn take_unchecked(&self) -> bool {
-        self.is_unchecked.take()
+    pub(crate) fn take_newly_parked(&self) -> bool {
+        self.has_newly_parked.take()
     }
 
     /// Handles a parked connection that the poller has reported. Returns its listener if the
@@ -490,7 +490,11 @@ impl WorkerShell {
     /// whether any connection was queued.
     pub(super) fn send_leaving(&self) -> bool {
         let mut has_queued = false;
-        while self.channel.queued_fds().is_some_and(|fds| fds < MAX_BATCH) {
+        while self
+            .channel
+            .frames_with_fd()
+            .is_some_and(|fds| fds < MAX_BATCH)
+        {
             let Some(leaving) = self.core.borrow_mut().next_leaving() else {
                 break;
             };

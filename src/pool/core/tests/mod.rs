@@ -139,7 +139,7 @@ impl World {
                 Action::MeasureWorkers => self.measurements += 1,
                 Action::RequestDecision(failure) => self.limits_reached.push(failure),
                 Action::GiveUp(failure) => self.gave_up.push(failure),
-                Action::EmittedEvent(event) => self.events.push(event),
+                Action::EmitEvent(event) => self.events.push(event),
             }
         }
     }
