@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, fmt_path};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind, abstract_name, fmt_path};
 use crate::types::errno;
 
 /// The longest path that the application may pass, in bytes. The value is Linux's `PATH_MAX`. A
@@ -164,26 +164,27 @@ impl BindRequest {
     }
 
     /// Returns the address for a port without a host. A UDP port stands for IPv4 addresses only.
-    fn port(&self, port: u16) -> Place {
+    fn port(&self, port: u16) -> BindAddress {
         match self.kind {
-            Kind::Udp => Place::Ip((Ipv4Addr::UNSPECIFIED, port).into()),
-            Kind::Tcp | Kind::Unix => Place::Port(port),
+            Kind::Udp => BindAddress::Ip((Ipv4Addr::UNSPECIFIED, port).into()),
+            Kind::Tcp | Kind::Unix => BindAddress::Port(port),
         }
     }
 
     pub(crate) fn resolve(&self) -> io::Result<Vec<Endpoint>> {
-        let all = |addresses: std::vec::IntoIter<SocketAddr>| addresses.map(Place::Ip).collect();
+        let all =
+            |addresses: std::vec::IntoIter<SocketAddr>| addresses.map(BindAddress::Ip).collect();
         let places: Vec<_> = match &self.target {
             Target::Port(number) => vec![self.port(*number)],
-            Target::Ip(address) => vec![Place::Ip(*address)],
-            Target::Fd(number) => vec![Place::Fd(*number)],
+            Target::Ip(address) => vec![BindAddress::Ip(*address)],
+            Target::Fd(number) => vec![BindAddress::Fd(*number)],
             Target::Path(path) if path.as_os_str().len() > MAX_PATH => {
                 return Err(io::Error::from_raw_os_error(errno::ENAMETOOLONG));
             }
             Target::Path(path) if abstract_name(path.as_os_str()).is_some() => {
-                vec![Place::Path(path.into())]
+                vec![BindAddress::Path(path.into())]
             }
-            Target::Path(path) => vec![Place::Path(std::path::absolute(path)?.into())],
+            Target::Path(path) => vec![BindAddress::Path(std::path::absolute(path)?.into())],
             Target::Host(host, port, resolve) => all(resolve(host, Some(*port))?),
             Target::Name(name, resolve) => match name.parse() {
                 Ok(number) => vec![self.port(number)],
@@ -193,7 +194,7 @@ impl BindRequest {
         };
         let endpoints = places.into_iter();
         Ok(endpoints
-            .map(|place| Endpoint::new(self.kind, place))
+            .map(|address| Endpoint::new(self.kind, address))
             .collect())
     }
 
@@ -215,12 +216,12 @@ impl BindRequest {
 /// Prints the requested address, for error messages.
 impl std::fmt::Display for BindRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let endpoint = |place| Endpoint::new(self.kind, place);
+        let endpoint = |address| Endpoint::new(self.kind, address);
         match &self.target {
             Target::Port(port) => endpoint(self.port(*port)).fmt(f),
             Target::Ip(address) => address.fmt(f),
             Target::Fd(number) if self.is_private() => write!(f, "descriptor {number}"),
-            Target::Fd(number) => endpoint(Place::Fd(*number)).fmt(f),
+            Target::Fd(number) => endpoint(BindAddress::Fd(*number)).fmt(f),
             Target::Path(path) => fmt_path(path.as_os_str(), f),
             Target::Name(name, _) => f.write_str(name),
             Target::Host(host, port, _) => write!(f, "{host}:{port}"),

@@ -13,7 +13,9 @@ use std::os::unix::net::UnixListener;
 use crate::sys;
 use crate::sys::listen::{Family, PortSharing};
 use crate::sys::socket_file::{self, SocketFile};
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place, abstract_name, abstract_path};
+use crate::types::endpoint::{
+    BindAddress, BindFlags, Endpoint, Kind, abstract_name, abstract_path,
+};
 use crate::types::errno;
 
 /// A listener, or a bound UDP socket. The socket is non-blocking.
@@ -35,11 +37,11 @@ pub(crate) fn bind(
 ) -> io::Result<BoundSocket> {
     let mut file = None;
     let reuse_port = sharing != PortSharing::Exclusive;
-    let socket = match (endpoint.kind, &endpoint.place) {
-        (kind, Place::Fd(number)) => duplicate(kind, *number, flags)?,
-        (Kind::Udp, Place::Ip(address)) => sys::listen::bind_udp(address, flags, reuse_port)?,
-        (Kind::Tcp, Place::Ip(address)) => sys::listen::listen_tcp(address, flags, sharing)?,
-        (Kind::Tcp, Place::Port(port)) => {
+    let socket = match (endpoint.kind, &endpoint.address) {
+        (kind, BindAddress::Fd(number)) => duplicate(kind, *number, flags)?,
+        (Kind::Udp, BindAddress::Ip(address)) => sys::listen::bind_udp(address, flags, reuse_port)?,
+        (Kind::Tcp, BindAddress::Ip(address)) => sys::listen::listen_tcp(address, flags, sharing)?,
+        (Kind::Tcp, BindAddress::Port(port)) => {
             let both = SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port));
             let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, *port));
             match sys::listen::listen_tcp(&both, flags, sharing) {
@@ -49,7 +51,7 @@ pub(crate) fn bind(
                 outcome => outcome?,
             }
         }
-        (Kind::Unix, Place::Path(path)) => match abstract_name(path) {
+        (Kind::Unix, BindAddress::Path(path)) => match abstract_name(path) {
             Some(name) => listen_abstract(name, flags)?,
             None => {
                 let (socket, socket_file) = socket_file::listen(path.as_ref(), flags)?;
@@ -57,7 +59,7 @@ pub(crate) fn bind(
                 socket
             }
         },
-        (Kind::Unix, _) | (_, Place::Path(_)) | (Kind::Udp, Place::Port(_)) => {
+        (Kind::Unix, _) | (_, BindAddress::Path(_)) | (Kind::Udp, BindAddress::Port(_)) => {
             return Err(io::Error::from_raw_os_error(errno::EINVAL));
         }
     };
@@ -106,14 +108,14 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
     check_kind(kind, socket.as_raw_fd())?;
     // Listen before reading the address, because listening on an unbound socket assigns its port.
     make_listen(socket, backlog)?;
-    let place = match kind {
-        Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(Place::Ip),
+    let address = match kind {
+        Kind::Tcp | Kind::Udp => sys::listen::local_addr(socket).map(BindAddress::Ip),
         Kind::Unix => {
             let address = UnixListener::from(socket.try_clone()?).local_addr()?;
             let path = address.as_pathname().map(socket_file::absolute);
             let path = path.transpose()?.map(OsString::from);
             let name = || sys::platform::socket::abstract_name(&address).map(abstract_path);
-            path.or_else(name).map(Place::Path)
+            path.or_else(name).map(BindAddress::Path)
         }
     };
     let unbound = || {
@@ -122,7 +124,7 @@ pub(crate) fn adopt_socket(kind: Kind, socket: &OwnedFd, backlog: u32) -> io::Re
             "the socket has no address or name",
         )
     };
-    Ok(Endpoint::new(kind, place.ok_or_else(unbound)?))
+    Ok(Endpoint::new(kind, address.ok_or_else(unbound)?))
 }
 
 /// Makes an open socket non-blocking, and makes a stream socket listen.

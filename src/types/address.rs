@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use crate::types::endpoint::{Endpoint, Kind, Place, fmt_path};
+use crate::types::endpoint::{BindAddress, Endpoint, Kind, fmt_path};
 
 /// The address that a worker listens on.
 ///
@@ -62,8 +62,8 @@ impl Address {
     /// system bound the socket. `bound` is `None` for a Unix socket.
     pub(crate) fn new(requested: &Endpoint, bound: Option<SocketAddr>) -> Self {
         let is_udp = requested.kind == Kind::Udp;
-        match &requested.place {
-            Place::Port(port) => {
+        match &requested.address {
+            BindAddress::Port(port) => {
                 let bound = bound.unwrap_or((Ipv6Addr::UNSPECIFIED, *port).into());
                 if is_udp {
                     Self::Udp(bound)
@@ -71,7 +71,7 @@ impl Address {
                     Self::TcpPort(bound)
                 }
             }
-            Place::Ip(address) => {
+            BindAddress::Ip(address) => {
                 let mut address = *address;
                 if let Some(bound) = bound {
                     address.set_port(bound.port());
@@ -82,8 +82,8 @@ impl Address {
                     Self::Tcp(address)
                 }
             }
-            Place::Path(path) => Self::Unix(path.into()),
-            Place::Fd(number) => Self::Fd {
+            BindAddress::Path(path) => Self::Unix(path.into()),
+            BindAddress::Fd(number) => Self::Fd {
                 number: *number,
                 is_udp,
                 address: bound,
@@ -169,41 +169,41 @@ impl std::fmt::Display for Address {
 mod tests {
     use super::*;
 
-    fn address(kind: Kind, place: Place, bound: Option<&str>) -> Address {
+    fn bound(kind: Kind, address: BindAddress, bound: Option<&str>) -> Address {
         let bound = bound.map(|bound| bound.parse().unwrap());
-        Address::new(&Endpoint::new(kind, place), bound)
+        Address::new(&Endpoint::new(kind, address), bound)
     }
 
     #[test]
     fn address_prints_as_it_was_requested() {
         for text in ["127.0.0.1:80", "[::1]:8000"] {
-            let place = Place::Ip(text.parse().unwrap());
-            assert_eq!(address(Kind::Tcp, place, Some(text)).to_string(), text);
+            let address = BindAddress::Ip(text.parse().unwrap());
+            assert_eq!(bound(Kind::Tcp, address, Some(text)).to_string(), text);
         }
-        let port = address(Kind::Tcp, Place::Port(0), Some("[::]:80"));
+        let port = bound(Kind::Tcp, BindAddress::Port(0), Some("[::]:80"));
         assert_eq!(port.to_string(), "*:80");
         assert_eq!(port, Address::TcpPort("[::]:80".parse().unwrap()));
-        let path = address(Kind::Unix, Place::Path("/run/a".into()), None);
+        let path = bound(Kind::Unix, BindAddress::Path("/run/a".into()), None);
         assert_eq!(path.to_string(), "/run/a");
-        let path = address(Kind::Unix, Place::Path("\0a b\n".into()), None);
+        let path = bound(Kind::Unix, BindAddress::Path("\0a b\n".into()), None);
         assert_eq!(path.to_string(), "@a b\\n");
-        let fd = address(Kind::Tcp, Place::Fd(3), Some("127.0.0.1:80"));
+        let fd = bound(Kind::Tcp, BindAddress::Fd(3), Some("127.0.0.1:80"));
         assert_eq!(fd.to_string(), "127.0.0.1:80");
-        let fd = address(Kind::Unix, Place::Fd(3), None);
+        let fd = bound(Kind::Unix, BindAddress::Fd(3), None);
         assert_eq!(fd.to_string(), "descriptor 3");
     }
 
     #[test]
     fn address_has_the_requested_ip_and_the_bound_port() {
-        let any = Place::Ip("127.0.0.1:0".parse().unwrap());
+        let any = BindAddress::Ip("127.0.0.1:0".parse().unwrap());
         for kind in [Kind::Tcp, Kind::Udp] {
-            let address = address(kind, any.clone(), Some("127.0.0.1:7"));
+            let address = bound(kind, any.clone(), Some("127.0.0.1:7"));
             assert_eq!(address.socket_addr(), "127.0.0.1:7".parse().ok());
             assert_eq!((address.port(), address.path()), (Some(7), None));
         }
-        let path = address(Kind::Unix, Place::Path("/run/a".into()), None);
+        let path = bound(Kind::Unix, BindAddress::Path("/run/a".into()), None);
         assert_eq!((path.port(), path.path()), (None, Some("/run/a".as_ref())));
-        let fd = address(Kind::Udp, Place::Fd(3), Some("127.0.0.1:7"));
+        let fd = bound(Kind::Udp, BindAddress::Fd(3), Some("127.0.0.1:7"));
         let Address::Fd {
             number: 3,
             is_udp: true,

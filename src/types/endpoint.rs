@@ -21,7 +21,7 @@ pub(crate) enum Kind {
 
 /// The address that a socket is bound to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Place {
+pub(crate) enum BindAddress {
     /// A port on all addresses of the machine, both IPv4 and IPv6 if the machine has both.
     Port(u16),
     Ip(SocketAddr),
@@ -36,7 +36,7 @@ pub(crate) enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Endpoint {
     pub(crate) kind: Kind,
-    pub(crate) place: Place,
+    pub(crate) address: BindAddress,
 }
 
 /// The default of [`ListenOptions::idle_timeout`](crate::ListenOptions::idle_timeout), in seconds.
@@ -130,29 +130,30 @@ impl Default for BindFlags {
 }
 
 impl Endpoint {
-    pub(crate) fn new(kind: Kind, place: Place) -> Self {
-        Self { kind, place }
+    pub(crate) fn new(kind: Kind, address: BindAddress) -> Self {
+        Self { kind, address }
     }
 
     /// Returns the requested IP address and port, or `None` for a path or a descriptor. If only a
     /// port was requested, the IP address is `::`.
-    pub(crate) fn address(&self) -> Option<SocketAddr> {
-        match self.place {
-            Place::Ip(address) => Some(address),
-            Place::Port(port) => Some((Ipv6Addr::UNSPECIFIED, port).into()),
-            Place::Path(_) | Place::Fd(_) => None,
+    pub(crate) fn socket_addr(&self) -> Option<SocketAddr> {
+        match self.address {
+            BindAddress::Ip(address) => Some(address),
+            BindAddress::Port(port) => Some((Ipv6Addr::UNSPECIFIED, port).into()),
+            BindAddress::Path(_) | BindAddress::Fd(_) => None,
         }
     }
 
     /// Returns whether the system chooses the port.
     pub(crate) fn is_any_port(&self) -> bool {
-        self.address().is_some_and(|address| address.port() == 0)
+        self.socket_addr()
+            .is_some_and(|address| address.port() == 0)
     }
 
     /// Returns whether the endpoint is a descriptor of the master's application. The application
     /// keeps the socket when the listener closes.
     pub(crate) fn is_borrowed(&self) -> bool {
-        matches!(self.place, Place::Fd(_))
+        matches!(self.address, BindAddress::Fd(_))
     }
 }
 
@@ -177,11 +178,11 @@ pub(crate) fn fmt_path(path: &OsStr, f: &mut std::fmt::Formatter<'_>) -> std::fm
 
 impl std::fmt::Display for Endpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.place {
-            Place::Port(port) => write!(f, "*:{port}"),
-            Place::Ip(address) => address.fmt(f),
-            Place::Path(path) => fmt_path(path, f),
-            Place::Fd(number) => write!(f, "the master's descriptor {number}"),
+        match &self.address {
+            BindAddress::Port(port) => write!(f, "*:{port}"),
+            BindAddress::Ip(address) => address.fmt(f),
+            BindAddress::Path(path) => fmt_path(path, f),
+            BindAddress::Fd(number) => write!(f, "the master's descriptor {number}"),
         }
     }
 }
@@ -192,10 +193,10 @@ mod tests {
 
     #[test]
     fn abstract_names_differ_in_each_byte() {
-        let place = |name: &[u8]| Place::Path(abstract_path(name));
-        assert_ne!(place(b"a/b"), place(b"a//b"));
+        let address = |name: &[u8]| BindAddress::Path(abstract_path(name));
+        assert_ne!(address(b"a/b"), address(b"a//b"));
         assert_ne!(
-            place(b"a/b").cmp(&place(b"a//b")),
+            address(b"a/b").cmp(&address(b"a//b")),
             std::cmp::Ordering::Equal
         );
     }

@@ -18,7 +18,7 @@ use crate::types::user::ParkHistory;
 /// `cargo bench -- connections` measures the cost.
 pub(crate) const ACCEPT_BATCH: u64 = 64;
 
-/// The delay before the next attempt after a failure to accept, dispatch or give a connection. Also
+/// The delay before the next attempt after a failure to accept, dispatch or move a connection. Also
 /// the delay after another process has shut the listener down.
 ///
 /// Without a delay, the event loop would spin while the listener stays readable, for example while

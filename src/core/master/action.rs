@@ -53,11 +53,11 @@ pub(crate) enum Action<C> {
     CloseHeld {
         id: ConnectionId,
     },
-    /// Sends `Adopt` to a worker, with a connection that another worker parked. If the worker has
-    /// not read the earlier connections that were sent to it, the shell calls `not_adopted`
+    /// Sends `MoveParked` to a worker, with a connection that another worker parked. If the worker has
+    /// not read the earlier connections that were sent to it, the shell calls `not_moved`
     /// instead. If the shell holds the connection, it removes the connection from those that it
     /// holds.
-    Adopt {
+    MoveParked {
         handle: HandleId,
         worker: WorkerId,
         connection: HandOff<C>,

@@ -7,7 +7,7 @@ use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::Rest;
+use crate::wire::frame::Unreceived;
 
 /// The time between keeping new connections out of a backlog and treating the empty backlog as
 /// final. It applies to draining listeners that may have served connections, and to the shards of
@@ -117,7 +117,7 @@ impl<C, F> MasterCore<C, F> {
                 self.unbind_if_drained(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                self.end_for_all(handle, Rest::ParkedIsServed);
+                self.end_for_all(handle, Unreceived::ParkedAreServed);
                 self.unbind(handle);
             }
         }
@@ -143,7 +143,7 @@ impl<C, F> MasterCore<C, F> {
                 let shard = None;
                 self.actions.push_back(Action::Unblock { handle, shard });
                 for worker in self.serving(handle) {
-                    self.send_listener_closed(handle, worker, Rest::IsServed);
+                    self.send_listener_closed(handle, worker, Unreceived::AreServed);
                 }
             }
         }
@@ -212,36 +212,36 @@ impl<C, F> MasterCore<C, F> {
 // Ending a listener for its workers.
 impl<C, F> MasterCore<C, F> {
     /// Ends the listener for all workers that serve it.
-    pub(super) fn end_for_all(&mut self, handle: HandleId, rest: Rest) {
+    pub(super) fn end_for_all(&mut self, handle: HandleId, unreceived: Unreceived) {
         for worker in self.serving(handle) {
-            self.end_for(handle, worker, rest);
+            self.end_for(handle, worker, unreceived);
         }
     }
 
-    /// Ends the listener for one worker that serves it. `rest` is what becomes of the connections
+    /// Ends the listener for one worker that serves it. `unreceived` is what becomes of the connections
     /// that its application has not received.
-    pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
+    pub(super) fn end_for(&mut self, handle: HandleId, worker: WorkerId, unreceived: Unreceived) {
         let Some(listener) = self.listeners.get_mut(&handle) else {
             return;
         };
         if !listener.members.end(worker) {
             return;
         }
-        match (listener.policy, rest) {
+        match (listener.policy, unreceived) {
             // Delay the end until handshakes in flight have completed, because only this worker can
             // accept the connections in its shard's backlog.
-            (SchedulingPolicy::Sharded, Rest::GoesToOthers) => {
+            (SchedulingPolicy::Sharded, Unreceived::GoToOthers) => {
                 let time = self.now.saturating_add(DRAIN_GRACE);
                 listener.departing.insert((time, worker));
                 return self.select_shards(handle);
             }
-            (SchedulingPolicy::RoundRobin, Rest::GoesToOthers) => {
+            (SchedulingPolicy::RoundRobin, Unreceived::GoToOthers) => {
                 listener.dispatcher.end(worker);
                 self.reclaim_all(handle, worker);
             }
             _ => listener.dispatcher.end(worker),
         }
-        self.send_listener_closed(handle, worker, rest);
+        self.send_listener_closed(handle, worker, unreceived);
     }
 
     /// Notifies the workers for which the listener has already ended that no other worker will serve
@@ -259,7 +259,7 @@ impl<C, F> MasterCore<C, F> {
         let busy = listener.members.ended();
         let busy: Vec<_> = busy.filter(|worker| !serves_shard(worker)).collect();
         for worker in busy {
-            self.send_listener_closed(handle, worker, Rest::ParkedIsServed);
+            self.send_listener_closed(handle, worker, Unreceived::ParkedAreServed);
         }
     }
 }
@@ -269,7 +269,7 @@ impl<C, F> MasterCore<C, F> {
     /// Closes the listener. Workers remain its members until they release it.
     pub(super) fn unbind(&mut self, handle: HandleId) {
         self.end_for_busy(handle);
-        self.end_for_all(handle, Rest::IsServed);
+        self.end_for_all(handle, Unreceived::AreServed);
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.stage != Stage::Unbound {
                 listener.stage = Stage::Unbound;
@@ -328,7 +328,7 @@ impl<C, F> MasterCore<C, F> {
         let shard = None;
         self.actions.push_back(Action::Unblock { handle, shard });
         for (_, worker) in departing.iter() {
-            self.send_listener_closed(handle, worker, Rest::IsServed);
+            self.send_listener_closed(handle, worker, Unreceived::AreServed);
         }
     }
 

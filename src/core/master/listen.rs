@@ -15,7 +15,7 @@ use crate::types::poll_number::next_poll_number;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, Rest};
+use crate::wire::frame::{Bound, Unreceived};
 
 /// The maximum number of listeners of one worker. The limit bounds the descriptors and the memory
 /// that a broken worker can cost the master. Well-behaved workers use only a few.
@@ -195,7 +195,7 @@ impl<C, F> MasterCore<C, F> {
     }
 
     fn occupant(&self, endpoint: &Endpoint) -> Option<&Listener<C>> {
-        let address = endpoint.address()?;
+        let address = endpoint.socket_addr()?;
         let overlaps = |bound: SocketAddr| {
             let is_any = bound.ip().is_unspecified() || address.ip().is_unspecified();
             bound.port() == address.port() && (is_any || bound.ip() == address.ip())
@@ -256,7 +256,7 @@ impl<C, F> MasterCore<C, F> {
             entry.joined(handle, |other| listeners.contains_key(&other));
         }
         for worker in relieved {
-            self.end_for(handle, worker, Rest::GoesToOthers);
+            self.end_for(handle, worker, Unreceived::GoToOthers);
         }
         self.close_excluded(handle);
         let attachment = match bound.policy {
@@ -268,7 +268,7 @@ impl<C, F> MasterCore<C, F> {
         };
         self.reply(worker, request, Ok(bound), attachment);
         self.select_shards(handle);
-        self.give_held(handle);
+        self.move_held(handle);
     }
 
     /// Opens the listener to new connections if all workers that serve it are disconnecting.

@@ -151,11 +151,11 @@ pub(super) struct Listener<C> {
     pub(super) parking: Parking,
     /// The worker that last received an idle connection of another worker. Only for listeners whose
     /// workers accept.
-    pub(super) last_adopter: Option<WorkerId>,
+    pub(super) last_receiver: Option<WorkerId>,
     /// Whether the master has ever accepted a connection from the listener.
     pub(super) has_accepted: bool,
     /// The time of the next attempt to dispatch, after the system lacked a resource. If workers
-    /// accept, the time of the next attempt to give them the idle connections of other workers.
+    /// accept, the time of the next attempt to move to them the idle connections of other workers.
     pub(super) dispatch_from: Option<Time>,
     /// The time at which clients of waiting connections were last checked for a hang-up.
     pub(super) swept_at: Time,
@@ -205,7 +205,7 @@ impl<C> Listener<C> {
             dispatcher: Dispatcher::new(),
             ready: ReadyQueue::new(),
             parking: Parking::default(),
-            last_adopter: None,
+            last_receiver: None,
             has_accepted: false,
             dispatch_from: None,
             swept_at: Time::ZERO,

@@ -73,7 +73,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::sorted_map::SortedMap;
 use crate::types::time::{Time, earlier};
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Bound, Rest, ToWorker};
+use crate::wire::frame::{Bound, ToWorker, Unreceived};
 pub(crate) use accept::ACCEPT_BATCH;
 pub(crate) use action::{Action, Attachment};
 use detached::DetachedEntry;
@@ -195,10 +195,10 @@ impl<C, F> MasterCore<C, F> {
         self.reply(worker, request, Err(errno), Attachment::None);
     }
 
-    /// Notifies a worker that it receives no new connections from a listener. `rest` is what becomes
+    /// Notifies a worker that it receives no new connections from a listener. `unreceived` is what becomes
     /// of the connections that its application has not received.
-    fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, rest: Rest) {
-        let frame = ToWorker::ListenerClosed { handle, rest };
+    fn send_listener_closed(&mut self, handle: HandleId, worker: WorkerId, unreceived: Unreceived) {
+        let frame = ToWorker::ListenerClosed { handle, unreceived };
         self.send(worker, frame, Attachment::None);
     }
 
@@ -355,7 +355,7 @@ impl<C, F> MasterCore<C, F> {
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.dispatch_from.is_some_and(|time| time <= self.now) {
                 listener.dispatch_from = None;
-                self.give_held(handle);
+                self.move_held(handle);
                 self.dispatch_waiting(handle);
                 self.accept_if_possible(handle);
             }

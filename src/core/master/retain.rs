@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use super::MasterCore;
 use super::listener::{AcceptState, Ownership, Stage};
 use crate::types::address::Address;
-use crate::types::endpoint::{Endpoint, Kind, Place, abstract_name};
+use crate::types::endpoint::{BindAddress, Endpoint, Kind, abstract_name};
 use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
-use crate::wire::frame::Rest;
+use crate::wire::frame::Unreceived;
 
 impl<C, F> MasterCore<C, F> {
     /// Retains an existing listener on this endpoint, and returns it.
@@ -104,11 +104,11 @@ impl<C, F> MasterCore<C, F> {
             listener.ownership = Ownership::Joint;
             listener.is_requested = false;
         }
-        // Add a second key for a listener on all addresses, because a worker that gives no host
+        // Add a second key for a listener on all addresses, because a worker that names no host
         // requests only the port.
         let unspecified = address.filter(|address| address.ip().is_unspecified());
         if let Some(address) = unspecified.filter(|_| has_fixed_tcp_port) {
-            let endpoint = Endpoint::new(Kind::Tcp, Place::Port(address.port()));
+            let endpoint = Endpoint::new(Kind::Tcp, BindAddress::Port(address.port()));
             let key = HandleKey { endpoint, index: 0 };
             self.keys.get_or_insert_with(key, || handle);
         }
@@ -134,9 +134,12 @@ impl<C, F> MasterCore<C, F> {
 
     /// Returns the path of a Unix socket's file, or `None` if the socket has no file.
     pub(crate) fn path_of(&self, handle: HandleId) -> Option<PathBuf> {
-        match &self.listeners.get(&handle)?.key.endpoint.place {
-            Place::Path(path) if abstract_name(path).is_none() => Some(path.into()),
-            Place::Path(_) | Place::Ip(_) | Place::Port(_) | Place::Fd(_) => None,
+        match &self.listeners.get(&handle)?.key.endpoint.address {
+            BindAddress::Path(path) if abstract_name(path).is_none() => Some(path.into()),
+            BindAddress::Path(_)
+            | BindAddress::Ip(_)
+            | BindAddress::Port(_)
+            | BindAddress::Fd(_) => None,
         }
     }
 
@@ -186,7 +189,7 @@ impl<C, F> MasterCore<C, F> {
                 self.resume_if_served(handle);
             }
             SchedulingPolicy::Shared | SchedulingPolicy::Sharded => {
-                self.end_for_all(handle, Rest::GoesToOthers);
+                self.end_for_all(handle, Unreceived::GoToOthers);
             }
         }
     }
@@ -203,7 +206,7 @@ impl<C, F> MasterCore<C, F> {
         }
         if listener.dispatcher.in_flight() == 0 {
             listener.stage = Stage::Open;
-            self.end_for_all(handle, Rest::IsServed);
+            self.end_for_all(handle, Unreceived::AreServed);
         } else {
             self.count_queues(handle);
         }

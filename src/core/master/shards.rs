@@ -8,7 +8,7 @@ use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::time::Time;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::Rest;
+use crate::wire::frame::Unreceived;
 
 impl<C, F> MasterCore<C, F> {
     /// Assigns a free shard to the worker. Returns `false` if another shard must be bound first.
@@ -127,7 +127,7 @@ impl<C, F> MasterCore<C, F> {
         listener.spare_shard = Some(spare);
         if let Some(worker) = listener.shards[spare].take() {
             listener.departing.retain(|(_, other)| other != worker);
-            self.send_listener_closed(handle, worker, Rest::GoesToOthers);
+            self.send_listener_closed(handle, worker, Unreceived::GoToOthers);
         }
     }
 
@@ -145,7 +145,7 @@ impl<C, F> MasterCore<C, F> {
             listener.departing.remove((time, worker));
             let shard = Some(self.shard_index(handle, worker));
             self.actions.push_back(Action::Unblock { handle, shard });
-            self.send_listener_closed(handle, worker, Rest::IsServed);
+            self.send_listener_closed(handle, worker, Unreceived::AreServed);
         }
     }
 

@@ -15,7 +15,7 @@ use crate::types::signal::Signal;
 use crate::types::time::Time;
 use crate::types::user::User;
 use crate::types::worker_id::WorkerId;
-use crate::wire::frame::{Rest, ToWorker};
+use crate::wire::frame::{ToWorker, Unreceived};
 
 /// The maximum number of errors that are delivered for a process after its channel has closed.
 ///
@@ -456,7 +456,7 @@ impl<C, F> MasterCore<C, F> {
                 self.begin_drain(handle);
             } else {
                 for worker in disconnecting.iter() {
-                    self.end_for(handle, worker, Rest::GoesToOthers);
+                    self.end_for(handle, worker, Unreceived::GoToOthers);
                 }
                 self.close_excluded(handle);
             }

@@ -14,7 +14,7 @@ use crate::types::policy::SchedulingPolicy;
 use crate::types::poll_number::next_poll_number;
 use crate::types::protocol::FrameError;
 use crate::types::protocol::Violation;
-use crate::wire::frame::{Bound, Rest, ToMaster};
+use crate::wire::frame::{Bound, ToMaster, Unreceived};
 
 /// Identifies a listener of this worker. The number is reused only after the listener's entry has
 /// been removed.
@@ -423,15 +423,15 @@ impl<F> WorkerCore<F> {
     }
 
     /// Processes the master's report that the listener has ended for this worker.
-    pub(super) fn ended(&mut self, handle: HandleId, rest: Rest) {
+    pub(super) fn ended(&mut self, handle: HandleId, unreceived: Unreceived) {
         let Some(listener) = self.by_handle(handle) else {
             return;
         };
         self.ending.retain(|other| *other != listener);
-        match rest {
-            Rest::GoesToOthers => self.ending.push(listener),
-            Rest::IsServed => self.drain(listener),
-            Rest::ParkedIsServed => self.serve_parked(listener),
+        match unreceived {
+            Unreceived::GoToOthers => self.ending.push(listener),
+            Unreceived::AreServed => self.drain(listener),
+            Unreceived::ParkedAreServed => self.serve_parked(listener),
         }
     }
 

@@ -346,7 +346,7 @@ impl<F> WorkerCore<F> {
     }
 
     /// Processes a frame from the master. For a message, the shell calls `message` instead. For a
-    /// connection that another worker parked, it calls `adopt`.
+    /// connection that another worker parked, it calls `hold_moved`.
     ///
     /// Returns the listener to which the frame's descriptor belongs, or `None` if the frame has no
     /// descriptor.
@@ -359,12 +359,12 @@ impl<F> WorkerCore<F> {
             ToWorker::Reply { request, result } => {
                 return self.replied(ListenerId(request), result);
             }
-            ToWorker::ListenerClosed { handle, rest } => self.ended(handle, rest),
+            ToWorker::ListenerClosed { handle, unreceived } => self.ended(handle, unreceived),
             ToWorker::Disconnect => self.disconnect_received(),
             // The connection did not arrive, because this process had no free descriptor. The
-            // kernel has closed it, which disconnected the client. (For an `Adopt` with its
-            // descriptor, the shell calls `adopt`.)
-            ToWorker::Adopt { .. } => {}
+            // kernel has closed it, which disconnected the client. (For an `MoveParked` with its
+            // descriptor, the shell calls `hold_moved`.)
+            ToWorker::MoveParked { .. } => {}
             // Does not occur, because the shell calls `message`.
             ToWorker::Message(_) => {}
         }

@@ -1,10 +1,10 @@
 use super::*;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind, Parking};
 use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::poll_number::POLL_NUMBER_MAX;
-use crate::wire::frame::{Bound, Rest};
+use crate::wire::frame::{Bound, Unreceived};
 
 type Core = WorkerCore<()>;
 
@@ -14,7 +14,7 @@ const PAUSE: ToMaster = ToMaster::Pause { handle: HANDLE };
 /// Opens a listener with the master's `handle`, and sets a callback for it.
 fn listener(core: &mut Core, handle: HandleId) -> ListenerId {
     let address = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = Endpoint::new(Kind::Tcp, Place::Ip(address));
+    let endpoint = Endpoint::new(Kind::Tcp, BindAddress::Ip(address));
     let listener = core.listen(endpoint, BindFlags::default());
     let result = Ok(Bound {
         handle,
@@ -174,7 +174,7 @@ fn callbacks_leave_some_descriptors_to_the_application() {
 #[test]
 fn listener_without_its_descriptor_is_released() {
     let mut core = Core::new();
-    let path = Place::Path("/path".into());
+    let path = BindAddress::Path("/path".into());
     let listener = core.listen(Endpoint::new(Kind::Unix, path), BindFlags::default());
     sent(&mut core);
     core.listener_fd_lost(listener.0, HANDLE).unwrap();
@@ -197,7 +197,7 @@ fn replies() -> [Result<Bound, i32>; 2] {
 /// listener has ended.
 fn abandoned(result: Result<Bound, i32>, abandon: impl Fn(&mut Core, ListenerId)) -> Core {
     let mut core = Core::new();
-    let path = Place::Path("/path".into());
+    let path = BindAddress::Path("/path".into());
     let listener = core.listen(Endpoint::new(Kind::Unix, path), BindFlags::default());
     abandon(&mut core, listener);
     let request = listener.0;
@@ -234,8 +234,8 @@ fn disconnecting_worker_ignores_its_connection_limit() {
     assert!(!accepts(&mut core, listener));
     core.frame(ToWorker::Disconnect).unwrap();
     assert!(accepts(&mut core, listener));
-    let (handle, rest) = (HANDLE, Rest::IsServed);
-    core.frame(ToWorker::ListenerClosed { handle, rest })
+    let (handle, unreceived) = (HANDLE, Unreceived::AreServed);
+    core.frame(ToWorker::ListenerClosed { handle, unreceived })
         .unwrap();
     assert!(accepts(&mut core, listener), "for the last connections");
     assert!(!core.has_ended(listener));
@@ -294,8 +294,8 @@ fn park_that_finds_the_queue_empty_replaces_the_next_attempt_unless_the_queue_dr
     assert!(core.take_empty_at_park(id));
     assert!(!core.take_empty_at_park(id), "only once");
     core.found_empty_at_park(id);
-    let (handle, rest) = (HANDLE, Rest::IsServed);
-    let closed = ToWorker::ListenerClosed { handle, rest };
+    let (handle, unreceived) = (HANDLE, Unreceived::AreServed);
+    let closed = ToWorker::ListenerClosed { handle, unreceived };
     core.frame(closed).unwrap();
     assert!(!core.take_empty_at_park(id), "draining");
 }

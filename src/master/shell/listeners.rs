@@ -16,7 +16,7 @@ use crate::sys::listen::PortSharing;
 use crate::sys::poll::{Interest, Registered};
 use crate::sys::socket_file::SocketFile;
 use crate::types::address::Address;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind};
 use crate::types::errno;
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
@@ -99,7 +99,7 @@ impl MasterShell {
         flags: &BindFlags,
         policy: SchedulingPolicy,
     ) -> io::Result<Option<SocketAddr>> {
-        if let Place::Fd(number) = endpoint.place {
+        if let BindAddress::Fd(number) = endpoint.address {
             let listeners = self.sockets.borrow();
             let mut sockets = listeners.values().flat_map(|own| &own.sockets);
             if sockets.any(|own| own.as_fd().as_raw_fd() == number) {
@@ -226,7 +226,7 @@ impl MasterShell {
         drop(core);
         let bound = BoundSocket {
             file: None,
-            address: endpoint.address(),
+            address: endpoint.socket_addr(),
             socket,
         };
         let endpoint = passed_name::requested(name.as_deref(), endpoint);

@@ -347,12 +347,12 @@ impl MasterShell {
                 connection,
             ),
             Action::CloseHeld { id } => self.close_held(id),
-            Action::Adopt {
+            Action::MoveParked {
                 handle,
                 worker,
                 connection,
                 history,
-            } => self.give(handle, worker, connection, history),
+            } => self.move_parked(handle, worker, connection, history),
             Action::Reclaim {
                 handle,
                 worker,

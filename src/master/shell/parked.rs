@@ -70,9 +70,9 @@ impl MasterShell {
         self.held.borrow_mut().remove(id);
     }
 
-    /// Gives an idle connection to a worker. If the worker has not read the earlier connections
+    /// Sends an idle connection to a worker. If the worker has not read the earlier connections
     /// that were sent to it, returns the connection to the core.
-    pub(super) fn give(
+    pub(super) fn move_parked(
         &self,
         handle: HandleId,
         worker: WorkerId,
@@ -98,7 +98,7 @@ impl MasterShell {
         let worker_io = self.worker_io(worker).filter(|_| has_space);
         match worker_io {
             Some(worker_io) => {
-                let frame = ToWorker::Adopt {
+                let frame = ToWorker::MoveParked {
                     handle,
                     times_parked: history.times,
                 };
@@ -106,7 +106,7 @@ impl MasterShell {
                 worker_io.channel.queue(&frame, Some(fd));
                 self.unflushed.borrow_mut().push_back(worker);
             }
-            None => self.core_now().not_adopted(handle, connection, history),
+            None => self.core_now().not_moved(handle, connection, history),
         }
     }
 

@@ -170,10 +170,10 @@ pub(crate) struct World {
     /// The number of connections that have closed although no worker received them.
     lost: u64,
     /// The number of connections that workers have received from queues, or that the master has
-    /// given to workers (`Action::Adopt`).
+    /// moved to workers (`Action::MoveParked`).
     received: u64,
-    /// The number of connections that the master has given to workers that had already exited.
-    pub(crate) given_to_exited: usize,
+    /// The number of connections that the master has moved to workers that had already exited.
+    pub(crate) moved_to_exited: usize,
     /// Whether a worker has reported more connections than it received, so that the ledger may be
     /// wrong.
     pub(crate) has_false_claims: bool,

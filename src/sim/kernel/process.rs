@@ -40,7 +40,7 @@ pub(crate) struct Received {
 pub(crate) struct Parcel<F> {
     pub(crate) frame: Result<F, FrameError>,
     pub(crate) attachment: Attachment,
-    /// The connection that a worker parks with this frame, or that the master gives to a worker.
+    /// The connection that a worker parks with this frame, or that the master moves to a worker.
     pub(crate) connection: Option<Client>,
     /// Whether the kernel dropped the attached descriptor, because the receiver's descriptors were
     /// exhausted.

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use crate::core::dispatch::Sequenced;
 use crate::core::master::{HandOff, Resumed};
-use crate::types::endpoint::{Endpoint, Kind, Place};
+use crate::types::endpoint::{BindAddress, Endpoint, Kind};
 use crate::types::handle::HandleId;
 use crate::types::time::Time;
 use crate::types::user::User;
@@ -206,13 +206,13 @@ pub(crate) struct Queue {
 /// endpoint's port, path or descriptor depends on `number` divided by 8.
 pub(crate) fn endpoint(number: u32) -> Endpoint {
     let port = u16::try_from(number / 8).unwrap_or(u16::MAX);
-    let ip = Place::Ip(SocketAddr::from(([127, 0, 0, 1], port)));
+    let ip = BindAddress::Ip(SocketAddr::from(([127, 0, 0, 1], port)));
     match number % 8 {
         0..=2 => Endpoint::new(Kind::Tcp, ip),
-        3 => Endpoint::new(Kind::Tcp, Place::Port(port)),
-        4 => Endpoint::new(Kind::Unix, Place::Path(format!("/{port}").into())),
-        5 => Endpoint::new(Kind::Tcp, Place::Fd(port.into())),
-        6 => Endpoint::new(Kind::Unix, Place::Fd(port.into())),
+        3 => Endpoint::new(Kind::Tcp, BindAddress::Port(port)),
+        4 => Endpoint::new(Kind::Unix, BindAddress::Path(format!("/{port}").into())),
+        5 => Endpoint::new(Kind::Tcp, BindAddress::Fd(port.into())),
+        6 => Endpoint::new(Kind::Unix, BindAddress::Fd(port.into())),
         _ => Endpoint::new(Kind::Udp, ip),
     }
 }

@@ -62,10 +62,10 @@ fn advance(schedule: &mut Schedule, rng: &mut Rng, listen: u8) {
 /// parked in the master is lost only if its frame has not been written.
 fn count_with(schedule: &Schedule, worker: WorkerId) -> usize {
     let process = &schedule.world.processes[&worker];
-    let given = process.down.parcels();
-    let given = given.filter(|parcel| parcel.connection.is_some()).count();
+    let moved = process.down.parcels();
+    let moved = moved.filter(|parcel| parcel.connection.is_some()).count();
     let unwritten = process.actions.len() + process.up.outbox.len();
-    process.held.len() + process.parked.len() + given + unwritten
+    process.held.len() + process.parked.len() + moved + unwritten
 }
 
 /// Returns whether a client waits for the answer to a request.
@@ -90,7 +90,7 @@ fn answer_all(schedule: &mut Schedule, rng: &mut Rng, listen: u8, seed: u64) {
 /// Checks that parked connections outlive the workers that have served or held them, and that all
 /// requests are answered. Clients send many requests on each connection, and workers are forked and
 /// disconnected at random. With half of the seeds, workers are also killed. A kill may close only
-/// the connections that the killed worker has, and those that the master gives to it after its
+/// the connections that the killed worker has, and those that the master moves to it after its
 /// exit.
 #[test]
 fn idle_connections_outlive_their_workers() {
@@ -101,7 +101,7 @@ fn idle_connections_outlive_their_workers() {
 
 fn outlive_their_workers(policy: SchedulingPolicy) {
     let steps = super::number("CLUSTER_SIMULATION_STEPS").unwrap_or(0);
-    let mut given = 0;
+    let mut moved = 0;
     for seed in 0..100 + steps / 2_000_000 {
         let mut rng = Rng::with_seed(seed);
         let (kills, waits) = (seed % 2 == 1, seed % 4 < 2);
@@ -132,7 +132,7 @@ fn outlive_their_workers(policy: SchedulingPolicy) {
         let world = &schedule.world;
         let ledger = world.master.ledger();
         let closed = world.fates.iter().filter(|fate| fate.is_closed).count();
-        let killed_with = killed_with + world.given_to_exited;
+        let killed_with = killed_with + world.moved_to_exited;
         let is_explained = closed <= killed_with;
         assert!(
             is_explained,
@@ -143,10 +143,10 @@ fn outlive_their_workers(policy: SchedulingPolicy) {
         // Workers of a shared listener park connections in the master only when they disconnect.
         let is_enough = ledger.resumed > 10 || policy == SchedulingPolicy::Shared;
         assert!(is_enough, "seed {seed}: {ledger:?}");
-        given += ledger.received;
+        moved += ledger.received;
         schedule.world.end(Ending::Stop);
     }
-    assert!(given > 1000, "{policy:?}: {given} connections");
+    assert!(moved > 1000, "{policy:?}: {moved} connections");
 }
 
 /// Checks that parked connections go only to workers of the user whose worker parked them (the

@@ -4,9 +4,9 @@ use std::ffi::OsStr;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::unix::ffi::OsStrExt as _;
 
-use super::{Bound, Rest, ToMaster, ToWorker, kind};
+use super::{Bound, ToMaster, ToWorker, Unreceived, kind};
 use crate::types::connection_id::ConnectionId;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind, Parking};
 use crate::types::handle::{HandleId, HandleKey};
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::FrameError;
@@ -74,9 +74,9 @@ pub(super) fn to_worker(kind: u8, fds: usize, body: &[u8]) -> Result<ToWorker, F
         kind::REPLY => decode_reply(&mut body),
         kind::LISTENER_CLOSED => decode_listener_closed(&mut body),
         kind::DISCONNECT => Some(ToWorker::Disconnect),
-        kind::ADOPT => {
+        kind::MOVE_PARKED => {
             let parked = body.parked();
-            parked.map(|(handle, times_parked)| ToWorker::Adopt {
+            parked.map(|(handle, times_parked)| ToWorker::MoveParked {
                 handle,
                 times_parked,
             })
@@ -107,7 +107,7 @@ fn decode_reply(body: &mut Body<'_>) -> Option<ToWorker> {
 fn decode_listener_closed(body: &mut Body<'_>) -> Option<ToWorker> {
     Some(ToWorker::ListenerClosed {
         handle: body.handle()?,
-        rest: body.rest()?,
+        unreceived: body.unreceived()?,
     })
 }
 
@@ -169,24 +169,24 @@ impl Body<'_> {
             2 => Kind::Udp,
             _ => return None,
         };
-        let place = match self.u8()? {
-            1 => Place::Port(self.u16()?),
-            2 => Place::Fd(self.array().map(i32::from_le_bytes)?),
+        let address = match self.u8()? {
+            1 => BindAddress::Port(self.u16()?),
+            2 => BindAddress::Fd(self.array().map(i32::from_le_bytes)?),
             3 => {
                 let length = self.u16()?;
                 let (path, rest) = self.0.split_at_checked(length.into())?;
                 self.0 = rest;
-                Place::Path(OsStr::from_bytes(path).into())
+                BindAddress::Path(OsStr::from_bytes(path).into())
             }
-            family => Place::Ip(self.ip(family)?),
+            family => BindAddress::Ip(self.ip(family)?),
         };
-        let possible = match (kind, &place) {
-            (_, Place::Fd(_)) => true,
-            (Kind::Unix, place) => matches!(place, Place::Path(_)),
-            (Kind::Tcp, place) => !matches!(place, Place::Path(_)),
-            (Kind::Udp, place) => matches!(place, Place::Ip(_)),
+        let possible = match (kind, &address) {
+            (_, BindAddress::Fd(_)) => true,
+            (Kind::Unix, address) => matches!(address, BindAddress::Path(_)),
+            (Kind::Tcp, address) => !matches!(address, BindAddress::Path(_)),
+            (Kind::Udp, address) => matches!(address, BindAddress::Ip(_)),
         };
-        possible.then_some(Endpoint { kind, place })
+        possible.then_some(Endpoint { kind, address })
     }
     fn flags(&mut self) -> Option<BindFlags> {
         let backlog = self.u32()?;
@@ -213,11 +213,11 @@ impl Body<'_> {
     fn parked(&mut self) -> Option<(HandleId, u32)> {
         Some((self.handle()?, self.u32()?))
     }
-    fn rest(&mut self) -> Option<Rest> {
+    fn unreceived(&mut self) -> Option<Unreceived> {
         match self.u8()? {
-            0 => Some(Rest::GoesToOthers),
-            1 => Some(Rest::IsServed),
-            2 => Some(Rest::ParkedIsServed),
+            0 => Some(Unreceived::GoToOthers),
+            1 => Some(Unreceived::AreServed),
+            2 => Some(Unreceived::ParkedAreServed),
             _ => None,
         }
     }

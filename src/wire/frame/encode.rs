@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::header::HEADER;
-use super::{Rest, ToMaster, ToWorker, kind};
+use super::{ToMaster, ToWorker, Unreceived, kind};
 use crate::types::connection_id::ConnectionId;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind};
 use crate::types::handle::HandleId;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::protocol::{MAX_FDS, VERSION};
@@ -67,22 +67,22 @@ pub(super) fn to_worker(frame: &ToWorker, fds: usize, out: &mut Vec<u8>) {
                 Err(errno) => out.extend_from_slice(&errno.to_le_bytes()),
             }
         }),
-        ToWorker::ListenerClosed { handle, rest } => {
+        ToWorker::ListenerClosed { handle, unreceived } => {
             put_frame(out, kind::LISTENER_CLOSED, fds, |out| {
                 put_handle(out, *handle);
-                out.push(match rest {
-                    Rest::GoesToOthers => 0,
-                    Rest::IsServed => 1,
-                    Rest::ParkedIsServed => 2,
+                out.push(match unreceived {
+                    Unreceived::GoToOthers => 0,
+                    Unreceived::AreServed => 1,
+                    Unreceived::ParkedAreServed => 2,
                 });
             });
         }
         ToWorker::Disconnect => put_frame(out, kind::DISCONNECT, fds, |_| {}),
-        ToWorker::Adopt {
+        ToWorker::MoveParked {
             handle,
             times_parked,
         } => {
-            put_parked_frame(out, kind::ADOPT, fds, *handle, *times_parked);
+            put_parked_frame(out, kind::MOVE_PARKED, fds, *handle, *times_parked);
         }
         ToWorker::Message(bytes) => put_message(out, fds, bytes),
     }
@@ -153,17 +153,17 @@ fn put_endpoint(out: &mut Vec<u8>, endpoint: &Endpoint) {
         Kind::Unix => 1,
         Kind::Udp => 2,
     });
-    match &endpoint.place {
-        Place::Ip(address) => put_address(out, Some(address)),
-        Place::Port(port) => {
+    match &endpoint.address {
+        BindAddress::Ip(address) => put_address(out, Some(address)),
+        BindAddress::Port(port) => {
             out.push(1);
             out.extend_from_slice(&port.to_le_bytes());
         }
-        Place::Fd(number) => {
+        BindAddress::Fd(number) => {
             out.push(2);
             out.extend_from_slice(&number.to_le_bytes());
         }
-        Place::Path(path) => {
+        BindAddress::Path(path) => {
             out.push(3);
             let path = path.as_bytes();
             // A path of 64 KiB or more gets a saturated length, so the reader rejects the frame. No

@@ -41,7 +41,7 @@
 //!                            backlog 4, flags 1,
 //!                            idle seconds 4,
 //!                            first data seconds 4,
-//!                            socket type 1, place     0
+//!                            socket type 1, address   0
 //!   3   Listening            handle 4                 0
 //!   4   Idle                 handle 4, received 8,
 //!                            open 4                   0
@@ -57,17 +57,17 @@
 //!  64   preamble             worker id 4              1
 //!  65   Reply, success       request 4, zero 4,
 //!                            handle 4, policy 1,
-//!                            address                  1
+//!                            IP address               1
 //!  65   Reply, failure       request 4, errno 4       0
-//!  66   ListenerClosed       handle 4, rest 1         0
+//!  66   ListenerClosed       handle 4, unreceived 1   0
 //!  67   Disconnect                                    0
-//!  68   Adopt                handle 4, parked 4       1
+//!  68   MoveParked           handle 4, parked 4       1
 //! 127   Message              application's bytes      0 to 16
 //!
-//! address:     family 1 (4 or 6), port 2, IP 4 or 16;
+//! IP address:  family 1 (4 or 6), port 2, IP 4 or 16;
 //!              after an IPv6 address also flow 4, scope 4;
 //!              or only the byte 0 if there is no address
-//! place:       an address, or the byte 1 and port 2,
+//! address:     an IP address, or the byte 1 and port 2,
 //!              or the byte 2 and descriptor number 4,
 //!              or the byte 3, length 2 and path
 //! socket type: 0 TCP, 1 Unix, 2 UDP
@@ -122,7 +122,7 @@ mod kind {
     pub(super) const REPLY: u8 = 65;
     pub(super) const LISTENER_CLOSED: u8 = 66;
     pub(super) const DISCONNECT: u8 = 67;
-    pub(super) const ADOPT: u8 = 68;
+    pub(super) const MOVE_PARKED: u8 = 68;
     // Frames in both directions.
     pub(super) const MESSAGE: u8 = 127;
 }
@@ -170,8 +170,8 @@ pub(crate) enum ToMaster {
     Pause {
         handle: HandleId,
     },
-    /// Gives an idle connection to the master. With round robin, the master holds the connection
-    /// until its client sends something. With the other policies, the master gives the connection
+    /// Returns an idle connection to the master. With round robin, the master holds the connection
+    /// until its client sends something. With the other policies, the master moves the connection
     /// to another worker, or holds it until another worker serves the listener. The frame carries
     /// the connection's descriptor.
     Park {
@@ -202,13 +202,13 @@ pub(crate) enum ToWorker {
     /// Reports that the listener yields no new connections to the worker.
     ListenerClosed {
         handle: HandleId,
-        rest: Rest,
+        unreceived: Unreceived,
     },
     /// Requests that the worker disconnect once all its listeners and their connections are closed.
     Disconnect,
-    /// Gives the worker an idle connection that another worker parked. The frame carries the
+    /// Moves an idle connection that another worker parked to this worker. The frame carries the
     /// connection's descriptor.
-    Adopt {
+    MoveParked {
         handle: HandleId,
         /// The number of times that the connection has been parked.
         times_parked: u32,
@@ -219,15 +219,15 @@ pub(crate) enum ToWorker {
 /// The fate of a listener's connections that the worker's application has not received, when the
 /// listener ends for the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rest {
+pub(crate) enum Unreceived {
     /// Other workers serve the listener. The worker's parked connections go to them.
-    GoesToOthers,
+    GoToOthers,
     /// The worker serves all of them, because no other worker can: those in its backlog or queue,
     /// and the parked ones whose clients have sent something.
-    IsServed,
+    AreServed,
     /// The worker serves only the parked ones whose clients have sent something. No other worker
     /// will serve the listener, but the backlog is not the worker's concern.
-    ParkedIsServed,
+    ParkedAreServed,
 }
 
 /// A frame type for one direction of a channel.
@@ -290,6 +290,9 @@ impl ToWorker {
     /// Returns whether the frame must carry the descriptor of a listener, a UDP socket, a queue or
     /// a connection.
     fn carries_fd(&self) -> bool {
-        matches!(self, Self::Reply { result: Ok(_), .. } | Self::Adopt { .. })
+        matches!(
+            self,
+            Self::Reply { result: Ok(_), .. } | Self::MoveParked { .. }
+        )
     }
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::header::{BATCH_OFFSET, HEADER, Header};
 use super::preamble::{PREAMBLE_LENGTH, preamble, preamble_version};
 use super::*;
-use crate::types::endpoint::{Endpoint, Kind, Parking, Place};
+use crate::types::endpoint::{BindAddress, Endpoint, Kind, Parking};
 use crate::types::protocol::{MAX_BODY, VERSION};
 use crate::types::worker_id::WorkerId;
 
@@ -26,8 +26,8 @@ fn decode<F: Frame>(bytes: &[u8]) -> Result<F, FrameError> {
 
 const H: HandleId = HandleId(0x0102_0304);
 
-fn listen(kind: Kind, place: Place) -> ToMaster {
-    let endpoint = Endpoint { kind, place };
+fn listen(kind: Kind, address: BindAddress) -> ToMaster {
+    let endpoint = Endpoint { kind, address };
     ToMaster::Listen {
         request: 5,
         key: HandleKey { endpoint, index: 1 },
@@ -51,7 +51,7 @@ const LISTEN: [u8; 25] = [
 ];
 
 fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
-    let ip = |text: &str| Place::Ip(text.parse().unwrap());
+    let ip = |text: &str| BindAddress::Ip(text.parse().unwrap());
     let mut v6 = vec![0, 6, 64, 31];
     v6.extend([0; 15]);
     v6.push(1);
@@ -63,18 +63,18 @@ fn to_master() -> Vec<(ToMaster, Vec<u8>)> {
             vec![0, 4, 64, 31, 127, 0, 0, 1],
         ),
         (Kind::Tcp, ip("[::1]:8000"), v6),
-        (Kind::Tcp, Place::Port(8000), vec![0, 1, 64, 31]),
+        (Kind::Tcp, BindAddress::Port(8000), vec![0, 1, 64, 31]),
         (
             Kind::Unix,
-            Place::Path("/a".into()),
+            BindAddress::Path("/a".into()),
             vec![1, 3, 2, 0, b'/', b'a'],
         ),
-        (Kind::Udp, Place::Fd(3), vec![2, 2, 3, 0, 0, 0]),
+        (Kind::Udp, BindAddress::Fd(3), vec![2, 2, 3, 0, 0, 0]),
     ];
-    let listens = listens.map(|(kind, place, end)| {
+    let listens = listens.map(|(kind, address, end)| {
         let length = u8::try_from(LISTEN.len() - 4 + end.len()).unwrap();
         let golden = [&[length, 0, 0, 0], &LISTEN[..], &end].concat();
-        (listen(kind, place), golden)
+        (listen(kind, address), golden)
     });
     let mut all = Vec::from(listens);
     all.extend(simple_to_master());
@@ -154,7 +154,7 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
         (
             ToWorker::ListenerClosed {
                 handle: H,
-                rest: Rest::IsServed,
+                unreceived: Unreceived::AreServed,
             },
             0,
             vec![5, 0, 0, 0, 3, 66, 0, 0, 4, 3, 2, 1, 1],
@@ -162,14 +162,14 @@ fn to_worker() -> Vec<(ToWorker, usize, Vec<u8>)> {
         (
             ToWorker::ListenerClosed {
                 handle: H,
-                rest: Rest::ParkedIsServed,
+                unreceived: Unreceived::ParkedAreServed,
             },
             0,
             vec![5, 0, 0, 0, 3, 66, 0, 0, 4, 3, 2, 1, 2],
         ),
         (ToWorker::Disconnect, 0, vec![0, 0, 0, 0, 3, 67, 0, 0]),
         (
-            ToWorker::Adopt {
+            ToWorker::MoveParked {
                 handle: H,
                 times_parked: 3,
             },

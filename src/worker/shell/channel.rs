@@ -171,13 +171,13 @@ impl WorkerShell {
         }
         match frame {
             ToWorker::Message(bytes) => core.message(bytes, fds),
-            ToWorker::Adopt {
+            ToWorker::MoveParked {
                 handle,
                 times_parked,
             } if !fds.is_empty() => {
                 drop(core);
                 for connection in fds {
-                    self.adopt(handle, connection.into_owned_fd(), times_parked);
+                    self.hold_moved(handle, connection.into_owned_fd(), times_parked);
                 }
             }
             ToWorker::Reply { ref result, .. } => {
@@ -202,7 +202,7 @@ impl WorkerShell {
                 self.check_before_leaving();
                 self.core.borrow_mut().frame(frame)?;
             }
-            ToWorker::Adopt { .. } => {
+            ToWorker::MoveParked { .. } => {
                 core.frame(frame)?;
             }
         }

@@ -1,4 +1,4 @@
-//! Parked connections: giving them back to the master, or holding them in this worker.
+//! Parked connections: returning them to the master, or holding them in this worker.
 
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
@@ -136,7 +136,7 @@ impl WorkerShell {
         has_holder && self.core.borrow().is_writable() && self.poller.is_own()
     }
 
-    /// Holds a connection until its client sends something, or gives the connection to the master,
+    /// Holds a connection until its client sends something, or returns the connection to the master,
     /// which then holds it.
     pub(crate) fn park(&self, fd: OwnedFd, origin: &Origin, options: StreamOptions) {
         self.fault("worker.before_park");
@@ -256,12 +256,12 @@ impl WorkerShell {
     }
 
     /// Holds a connection that another worker parked.
-    pub(super) fn adopt(&self, handle: HandleId, fd: OwnedFd, times_parked: u32) {
+    pub(super) fn hold_moved(&self, handle: HandleId, fd: OwnedFd, times_parked: u32) {
         self.check_surplus();
         let held = self
             .core
             .borrow_mut()
-            .adopt(handle, times_parked, self.now());
+            .hold_moved(handle, times_parked, self.now());
         self.keep(held, fd, None);
     }
 

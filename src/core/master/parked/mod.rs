@@ -12,24 +12,24 @@
 //! sends something. While the listener drains, new connections go to a worker at once.
 //!
 //! ```text
-//! from       event                                                        to
-//! ---------  -----------------------------------------------------------  ---------
-//! (none)     a worker parks a connection for the first time               Idle
-//! (none)     a connection is accepted on a listener with `wait_for_data`  Idle
-//! Idle       the client sends something                                   Ready
-//! Ready      the dispatcher chooses a worker                              With
-//! With       the connection is reclaimed from the worker's queue          Ready
-//! With       the worker parks the connection again                        Idle
-//! With       the worker keeps the connection, or its channel closes       (removed)
-//! Ready      the client hangs up before a worker receives the connection  (removed)
-//! Idle       the client hangs up or is silent for too long, the master    (removed)
-//!            holds too many connections, or the listener closes
+//! from        event                                                        to
+//! ----------  -----------------------------------------------------------  ----------
+//! (none)      a worker parks a connection for the first time               Idle
+//! (none)      a connection is accepted on a listener with `wait_for_data`  Idle
+//! Idle        the client sends something                                   Ready
+//! Ready       the dispatcher chooses a worker                              Dispatched
+//! Dispatched  the connection is reclaimed from the worker's queue          Ready
+//! Dispatched  the worker parks the connection again                        Idle
+//! Dispatched  the worker keeps the connection, or its channel closes       (removed)
+//! Ready       the client hangs up before a worker receives the connection  (removed)
+//! Idle        the client hangs up or is silent for too long, the master    (removed)
+//!             holds too many connections, or the listener closes
 //! ```
 //!
 //! If another master takes over (see `passing`), the connections go to it.
 //!
 //! With the other policies, the workers hold idle connections themselves. When a listener ends for a
-//! worker, the worker parks them in the master, which gives them to another worker that serves the
+//! worker, the worker parks them in the master, which moves them to another worker that serves the
 //! listener. While no other worker does, the connections are `Idle` here, and the next worker
 //! receives them. They close if the listener ends for all workers. The connections that another
 //! master has passed go to workers in the same way.
@@ -41,8 +41,8 @@
 //! The master never shuts a connection down. It only closes its copy, so that a process which has
 //! another copy can go on.
 
-mod giving;
 mod last_check;
+mod moving;
 mod passing;
 mod ready;
 mod settings;
@@ -80,7 +80,7 @@ enum State {
     /// The client has sent something, and the connection waits for a worker.
     Ready,
     /// The connection is in the worker's queue, or the worker serves it.
-    With(WorkerId),
+    Dispatched(WorkerId),
     /// The connection waits until the shell has passed it to the other master.
     Passing,
 }
@@ -92,7 +92,7 @@ pub(super) struct ParkedTable {
     /// The idle connections.
     expiries: Expiries,
     /// The connections that workers have, by worker.
-    with: OrderedSet<(WorkerId, ConnectionId)>,
+    dispatched: OrderedSet<(WorkerId, ConnectionId)>,
     /// The connections that wait until the shell has passed them to the other master.
     passing: OrderedSet<ConnectionId>,
     keeper: Keeper,
@@ -108,7 +108,7 @@ impl ParkedTable {
         Self {
             entries: Slab::new(),
             expiries: Expiries::new(),
-            with: OrderedSet::new(),
+            dispatched: OrderedSet::new(),
             passing: OrderedSet::new(),
             keeper: Keeper::ThisMaster,
             limit: CONNECTIONS_MAX,
@@ -153,7 +153,7 @@ impl ParkedTable {
         match state {
             State::Idle(expiry) => self.expiries.insert(expiry, connection),
             State::Ready => {}
-            State::With(worker) => self.with.insert((worker, connection)),
+            State::Dispatched(worker) => self.dispatched.insert((worker, connection)),
             State::Passing => self.passing.insert(connection),
         }
     }
@@ -162,7 +162,7 @@ impl ParkedTable {
         match state {
             State::Idle(expiry) => self.expiries.remove(expiry, connection),
             State::Ready => {}
-            State::With(worker) => drop(self.with.remove((worker, connection))),
+            State::Dispatched(worker) => drop(self.dispatched.remove((worker, connection))),
             State::Passing => drop(self.passing.remove(connection)),
         }
     }
@@ -185,7 +185,7 @@ impl ParkedTable {
     /// Records that a connection is dispatched to the worker.
     pub(super) fn dispatched<C>(&mut self, connection: &HandOff<C>, worker: WorkerId) {
         if let HandOff::Held(resumed) = connection {
-            self.set(resumed.connection, State::With(worker));
+            self.set(resumed.connection, State::Dispatched(worker));
         }
     }
 
@@ -195,11 +195,11 @@ impl ParkedTable {
         let HandOff::Held(Resumed { connection, .. }) = connection else {
             return true;
         };
-        let is_with = self.state(*connection) == Some(State::With(worker));
-        if is_with {
+        let is_dispatched = self.state(*connection) == Some(State::Dispatched(worker));
+        if is_dispatched {
             self.set(*connection, State::Ready);
         }
-        is_with
+        is_dispatched
     }
 
     /// Returns the user to whose workers a connection is restricted, if any.
@@ -227,7 +227,7 @@ impl ParkedTable {
         let from = (worker, ConnectionId(0));
         let to = (worker, ConnectionId(u32::MAX));
         let all = self
-            .with
+            .dispatched
             .range((Bound::Included(from), Bound::Included(to)));
         all.map(|(_, connection)| connection).collect()
     }
@@ -290,7 +290,7 @@ impl<C, F> MasterCore<C, F> {
         self.give_or_hold(handle, Some(worker), connection, history);
     }
 
-    /// Gives an idle connection to a worker other than `from`, if the listener's workers hold idle
+    /// Moves an idle connection to a worker other than `from`, if the listener's workers hold idle
     /// connections. Otherwise holds the connection.
     fn give_or_hold(
         &mut self,
@@ -301,7 +301,7 @@ impl<C, F> MasterCore<C, F> {
     ) {
         let listener = self.listeners.get(&handle);
         match listener.is_some_and(|own| !own.master_accepts()) {
-            true => self.give(handle, from, HandOff::New(connection), history),
+            true => self.move_parked(handle, from, HandOff::New(connection), history),
             false => self.hold(handle, connection, history),
         }
     }
@@ -359,7 +359,7 @@ impl<C, F> MasterCore<C, F> {
         worker: WorkerId,
         connection: ConnectionId,
     ) -> Result<(), FrameError> {
-        if self.parked.state(connection) != Some(State::With(worker)) {
+        if self.parked.state(connection) != Some(State::Dispatched(worker)) {
             return Err(FrameError::Violation(Violation::UnknownConnection));
         }
         self.ledger.parked += 1;
@@ -411,7 +411,7 @@ impl<C, F> MasterCore<C, F> {
         worker: WorkerId,
         connection: ConnectionId,
     ) -> Result<(), FrameError> {
-        if self.parked.state(connection) != Some(State::With(worker)) {
+        if self.parked.state(connection) != Some(State::Dispatched(worker)) {
             return Err(FrameError::Violation(Violation::UnknownConnection));
         }
         self.close_held(connection);

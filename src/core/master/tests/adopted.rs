@@ -68,7 +68,7 @@ fn adopted_socket_is_requested_only_after_a_worker_or_the_application_requests_i
 
 #[test]
 fn adopted_udp_socket_is_shared_and_has_one_key() {
-    let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:53".parse().unwrap()));
+    let udp = Endpoint::new(Kind::Udp, BindAddress::Ip("0.0.0.0:53".parse().unwrap()));
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let handle = core.next_handle();
     core.adopted(handle, udp.clone(), "0.0.0.0:53".parse().ok());
@@ -85,7 +85,7 @@ fn retain_all_retains_open_sockets_except_borrowed_descriptors() {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
     let own = listen(&mut core, worker, 1);
-    let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(9));
+    let borrowed = Endpoint::new(Kind::Tcp, BindAddress::Fd(9));
     request(&mut core, worker, borrowed);
     core.bound(HandleId(own.0 + 1), Ok(None));
     assert_eq!(core.retain_all(), [own]);
@@ -120,7 +120,7 @@ fn error_names_the_masters_own_socket_that_occupies_the_port() {
         "{errors:?}"
     );
     assert_eq!(core.occupant_address(&ip("0.0.0.0:81")), None);
-    let udp = Endpoint::new(Kind::Udp, Place::Ip("0.0.0.0:80".parse().unwrap()));
+    let udp = Endpoint::new(Kind::Udp, BindAddress::Ip("0.0.0.0:80".parse().unwrap()));
     assert_eq!(core.occupant_address(&udp), None);
     let local = core.next_handle();
     core.adopted(local, ip("127.0.0.1:82"), "127.0.0.1:82".parse().ok());

@@ -11,7 +11,7 @@ use super::*;
 fn with_waiting_client() -> Core {
     let mut core = Core::new(SchedulingPolicy::RoundRobin);
     let worker = online(&mut core);
-    let borrowed = Endpoint::new(Kind::Tcp, Place::Fd(3));
+    let borrowed = Endpoint::new(Kind::Tcp, BindAddress::Fd(3));
     let requested = request(&mut core, worker, borrowed);
     let is_bind = matches!(requested[..], [Action::Bind { .. }]);
     assert!(is_bind, "{requested:?}");

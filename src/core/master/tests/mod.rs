@@ -13,7 +13,7 @@ mod users;
 use std::os::unix::process::ExitStatusExt;
 
 use super::*;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind};
 use crate::types::errno;
 use crate::types::poll_number::POLL_NUMBER_MAX;
 use crate::types::user::{ParkHistory, User};
@@ -24,7 +24,7 @@ type Core = MasterCore<u32, ()>;
 
 /// Makes a worker listen on a port that has no listener. Returns the new listener's handle.
 fn listen(core: &mut Core, worker: WorkerId, port: u16) -> HandleId {
-    let endpoint = Endpoint::new(Kind::Tcp, Place::Port(port));
+    let endpoint = Endpoint::new(Kind::Tcp, BindAddress::Port(port));
     let listen = ToMaster::Listen {
         request: 1,
         key: HandleKey { endpoint, index: 0 },
@@ -61,11 +61,11 @@ fn parked_by_default(times: u32) -> ParkHistory {
 }
 
 fn port(port: u16) -> Endpoint {
-    Endpoint::new(Kind::Tcp, Place::Port(port))
+    Endpoint::new(Kind::Tcp, BindAddress::Port(port))
 }
 
 fn ip(text: &str) -> Endpoint {
-    Endpoint::new(Kind::Tcp, Place::Ip(text.parse().unwrap()))
+    Endpoint::new(Kind::Tcp, BindAddress::Ip(text.parse().unwrap()))
 }
 
 /// Opens a listener that the application retains. Returns the listener's handle.
@@ -94,11 +94,11 @@ fn actions(core: &mut Core) -> Vec<Action<u32>> {
 }
 
 /// Returns the worker, the connection, and the number of times that the connection has been parked,
-/// of each `Adopt` action. A connection that the master already held is returned as `u32::MAX`.
-fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
+/// of each `MoveParked` action. A connection that the master already held is returned as `u32::MAX`.
+fn moved(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
     let all = actions(core).into_iter();
-    let adopted = all.filter_map(|action| match action {
-        Action::Adopt {
+    let moved = all.filter_map(|action| match action {
+        Action::MoveParked {
             worker,
             connection,
             history,
@@ -106,11 +106,11 @@ fn adopted(core: &mut Core) -> Vec<(WorkerId, u32, u32)> {
         } => Some((worker, connection, history.times)),
         _ => None,
     });
-    let adopted = adopted.map(|(worker, connection, times_parked)| match connection {
+    let moved = moved.map(|(worker, connection, times_parked)| match connection {
         HandOff::New(connection) => (worker, connection, times_parked),
         HandOff::Held(_) => (worker, u32::MAX, times_parked),
     });
-    adopted.collect()
+    moved.collect()
 }
 
 /// Returns a core with a retained shared listener and three workers that serve it.

@@ -569,7 +569,7 @@ fn drain_dispatches_what_is_readable_and_closes_the_rest() {
         let mut core = Core::new(SchedulingPolicy::RoundRobin);
         let worker = online(&mut core);
         let endpoint = match kind {
-            Kind::Unix => Endpoint::new(Kind::Unix, Place::Path("/s".into())),
+            Kind::Unix => Endpoint::new(Kind::Unix, BindAddress::Path("/s".into())),
             _ => port(1),
         };
         request(&mut core, worker, endpoint);

@@ -44,7 +44,7 @@ fn worker_that_joins_in_an_upgrade_receives_no_connection_that_is_being_passed()
     assert_eq!(passed(&actions(&mut core)).len(), 1);
     let worker = online(&mut core);
     core.frame(worker, listen_frame(port(80)));
-    assert_eq!(adopted(&mut core), []);
+    assert_eq!(moved(&mut core), []);
     assert_eq!(core.ledger().in_flight(), 1);
 }
 
@@ -58,7 +58,7 @@ fn workers_receive_the_connections_that_could_not_be_passed() {
     actions(&mut core);
     core.end_passing();
     let expected = [(second, u32::MAX, 5), (third, u32::MAX, 6)];
-    assert_eq!(adopted(&mut core), expected);
+    assert_eq!(moved(&mut core), expected);
     let ledger = core.ledger();
     assert_eq!((ledger.received, ledger.in_flight()), (2, 0));
 }
@@ -70,7 +70,7 @@ fn passed_connections_go_to_the_workers_in_turn() {
         core.receive_parked(Some(handle), client, parked_by_default(5));
     }
     let expected = [(first, 0, 5), (second, 1, 5), (third, 2, 5), (first, 3, 5)];
-    assert_eq!(adopted(&mut core), expected);
+    assert_eq!(moved(&mut core), expected);
     let ledger = core.ledger();
     assert_eq!((ledger.parked, ledger.received), (4, 4));
     assert_eq!(ledger.in_flight(), 0);
@@ -89,7 +89,7 @@ fn passed_connections_wait_for_the_first_worker_within_the_limit() {
     actions(&mut core);
     let worker = online(&mut core);
     core.frame(worker, listen_frame(port(80)));
-    assert_eq!(adopted(&mut core), [(worker, u32::MAX, 5); 2]);
+    assert_eq!(moved(&mut core), [(worker, u32::MAX, 5); 2]);
     assert_eq!(core.ledger().in_flight(), 0);
 }
 

@@ -1,4 +1,4 @@
-//! Tests of idle connections that a worker of a shared listener gives to the master.
+//! Tests of idle connections that a worker of a shared listener parks in the master.
 
 use super::*;
 
@@ -10,11 +10,11 @@ fn remaining_workers_take_turns_with_the_idle_connections_of_another() {
         core.park(leaving, handle, connection, 5);
     }
     let expected = [(second, 0, 5), (third, 1, 5), (second, 2, 5)];
-    assert_eq!(adopted(&mut core), expected);
+    assert_eq!(moved(&mut core), expected);
     // A worker that closes its listener parks its connections before the master knows of the close.
     // It does not get them back.
     core.park(third, handle, 3, 1);
-    assert_eq!(adopted(&mut core), [(second, 3, 1)]);
+    assert_eq!(moved(&mut core), [(second, 3, 1)]);
     let ledger = core.ledger();
     assert_eq!((ledger.parked, ledger.received), (4, 4));
     assert_eq!(ledger.in_flight(), 0);
@@ -42,7 +42,7 @@ fn idle_connections_wait_in_the_master_while_no_worker_serves() {
     assert_eq!(core.ledger().closed_by_peer, 1);
     let next = online(&mut core);
     core.frame(next, listen_frame(port(80)));
-    assert_eq!(adopted(&mut core), [(next, u32::MAX, 5)]);
+    assert_eq!(moved(&mut core), [(next, u32::MAX, 5)]);
     assert_eq!(core.ledger().in_flight(), 0);
 }
 
@@ -54,11 +54,11 @@ fn last_worker_receives_idle_connections_until_the_grace_period_ends() {
         core.disconnect(worker);
     }
     core.park(first, handle, 0, 5);
-    assert_eq!(adopted(&mut core), [(last, 0, 5)]);
+    assert_eq!(moved(&mut core), [(last, 0, 5)]);
     let end = core.deadline().unwrap();
     core.tick(end);
     core.park(second, handle, 1, 6);
-    assert_eq!(adopted(&mut core), []);
+    assert_eq!(moved(&mut core), []);
     // The client learns at once that it must connect again.
     let ledger = core.ledger();
     assert_eq!((ledger.idle_closed, ledger.in_flight()), (1, 0));
@@ -71,7 +71,7 @@ fn workers_that_disconnect_together_drain_together() {
     core.disconnect_workers(&workers);
     let end_frame = ToWorker::ListenerClosed {
         handle,
-        rest: Rest::IsServed,
+        unreceived: Unreceived::AreServed,
     };
     let ends = |core: &mut Core| {
         let mut sent = actions(core);
@@ -87,8 +87,8 @@ fn workers_that_disconnect_together_drain_together() {
 /// Returns the workers to which the master reports that they serve their parked connections although
 /// their listener has ended.
 fn serving_parked(core: &mut Core, handle: HandleId) -> Vec<WorkerId> {
-    let rest = Rest::ParkedIsServed;
-    let expected = ToWorker::ListenerClosed { handle, rest };
+    let unreceived = Unreceived::ParkedAreServed;
+    let expected = ToWorker::ListenerClosed { handle, unreceived };
     let sent = actions(core).into_iter().filter_map(|action| match action {
         Action::Send { worker, frame, .. } if frame == expected => Some(worker),
         _ => None,
@@ -135,7 +135,11 @@ fn worker_that_was_busy_during_a_stop_serves_its_parked_connections() {
 fn workers_of_a_borrowed_listener_serve_their_parked_connections() {
     let mut core = Core::new(SchedulingPolicy::Shared);
     let worker = online(&mut core);
-    request(&mut core, worker, Endpoint::new(Kind::Tcp, Place::Fd(3)));
+    request(
+        &mut core,
+        worker,
+        Endpoint::new(Kind::Tcp, BindAddress::Fd(3)),
+    );
     let handle = HandleId(1);
     core.bound(handle, Ok(None));
     core.disconnect(worker);
@@ -146,12 +150,12 @@ fn workers_of_a_borrowed_listener_serve_their_parked_connections() {
 fn connection_for_a_worker_that_does_not_read_is_offered_again() {
     let (mut core, handle, [leaving, second, _]) = shared_by_three();
     core.park(leaving, handle, 0, 5);
-    assert_eq!(adopted(&mut core), [(second, 0, 5)]);
-    core.not_adopted(handle, 0, parked_by_default(5));
+    assert_eq!(moved(&mut core), [(second, 0, 5)]);
+    core.not_moved(handle, 0, parked_by_default(5));
     assert_eq!(core.ledger().in_flight(), 1);
     let retry = core.deadline().unwrap();
     core.tick(retry);
-    assert_eq!(adopted(&mut core).len(), 1);
+    assert_eq!(moved(&mut core).len(), 1);
     assert_eq!((core.ledger().received, core.ledger().in_flight()), (1, 0));
 }
 
@@ -180,14 +184,14 @@ fn worker_that_listens_again_receives_what_it_parked_if_it_is_the_only_one() {
     }
     for is_listening in [true, false] {
         core.park(only, handle, 0, 5);
-        assert_eq!(adopted(&mut core), []);
+        assert_eq!(moved(&mut core), []);
         if !is_listening {
             core.disconnect(only);
         }
         let retry = core.deadline().unwrap();
         core.tick(retry);
         let expected = is_listening.then_some((only, u32::MAX, 5));
-        assert_eq!(adopted(&mut core), Vec::from_iter(expected));
+        assert_eq!(moved(&mut core), Vec::from_iter(expected));
         assert_eq!(core.ledger().in_flight(), u64::from(!is_listening));
     }
 }

@@ -324,8 +324,8 @@ fn worker_that_accepts_receives_only_connections_of_its_user() {
     core.park(own, handle, 1, 1);
     core.receive_parked(Some(handle), 2, by(OTHER));
     core.receive_parked(Some(handle), 3, by(User { uid: 9, gid: 9 }));
-    let adopted = adopted(&mut core);
-    assert_eq!(adopted, [(second, 1, 1), (other, 2, 1)]);
+    let moved = moved(&mut core);
+    assert_eq!(moved, [(second, 1, 1), (other, 2, 1)]);
     assert_eq!(core.ledger().idle_closed, 1);
     check(&core);
 }
@@ -334,7 +334,7 @@ fn worker_that_accepts_receives_only_connections_of_its_user() {
 fn connections_that_no_worker_may_receive_do_not_delay_others() {
     let mut core = Core::new(SchedulingPolicy::Shared);
     let handle = retain(&mut core, port(1));
-    // More connections than are given at once.
+    // More connections than are moved at once.
     for (count, user) in [(1500, User::default()), (3, OTHER)] {
         for client in 0..count {
             let history = ParkHistory {
@@ -347,8 +347,8 @@ fn connections_that_no_worker_may_receive_do_not_delay_others() {
     actions(&mut core);
     let other = online_as(&mut core, OTHER);
     core.frame(other, listen_frame(port(1)));
-    let adopted = adopted(&mut core);
-    assert_eq!(adopted.len(), 3);
+    let moved = moved(&mut core);
+    assert_eq!(moved.len(), 3);
     assert_eq!(core.ledger().idle_closed, 1500);
     assert_eq!(core.deadline(), None);
     check(&core);

@@ -9,14 +9,14 @@
 //! (none)       the application parks a connection                             Idle
 //! (none)       a client connects to a listener with `wait_for_data`, and has  Idle
 //!              sent nothing yet
-//! (none)       the master gives the worker a connection of another worker     Idle
-//! (none)       the application parks a connection, or the master gives one,   Leaving
+//! (none)       the master moves another worker's connection to this worker    Idle
+//! (none)       the application parks a connection, or the master moves one,   Leaving
 //!              but the listener receives no more connections
 //! Idle         the client sends something                                     Ready
 //! Ready        the application receives the connection                        (removed)
 //! Idle         the client hangs up or is silent for too long, or the worker   (removed)
 //!              holds too many connections
-//! Idle         the listener drains, or serves only parked connections          Leaving
+//! Idle         the listener drains, or serves only parked connections         Leaving
 //! Idle, Ready  the listener closes                                            Leaving
 //! Leaving      the shell sends the connection to the master                   (removed)
 //! any          the channel closes                                             (removed)
@@ -242,7 +242,7 @@ impl<F> WorkerCore<F> {
     /// Holds a connection that the master has sent. A connection of a listener that receives no
     /// more goes back to the master. If other code accepts on the listener, the connection closes,
     /// because that code cannot receive it, and the master might send it again and again.
-    pub(crate) fn adopt(&mut self, handle: HandleId, times_parked: u32, now: Time) -> Held {
+    pub(crate) fn hold_moved(&mut self, handle: HandleId, times_parked: u32, now: Time) -> Held {
         let listener = self.by_handle(handle).unwrap_or(NO_LISTENER);
         match self.is_datagram(listener) || self.is_std(listener) {
             true => Held::Closed,

@@ -1,7 +1,7 @@
 use super::*;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Parking, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind, Parking};
 use crate::types::policy::SchedulingPolicy;
-use crate::wire::frame::{Bound, Rest, ToMaster, ToWorker};
+use crate::wire::frame::{Bound, ToMaster, ToWorker, Unreceived};
 
 type Core = WorkerCore<()>;
 
@@ -22,7 +22,7 @@ fn shared_with(parking: Parking) -> (Core, ListenerId) {
         parking,
         ..BindFlags::default()
     };
-    let path = Place::Path("/path".into());
+    let path = BindAddress::Path("/path".into());
     let listener = core.listen(Endpoint::new(Kind::Unix, path), flags);
     let result = Ok(Bound {
         handle: HANDLE,
@@ -132,7 +132,7 @@ fn silent_clients_are_held_only_while_the_listener_is_open() {
     let (mut core, listener) = shared_with(parking);
     core.frame(ToWorker::Disconnect).unwrap();
     assert!(core.holds_silent(listener), "a silent client delays others");
-    listener_closed(&mut core, &[Rest::IsServed]);
+    listener_closed(&mut core, &[Unreceived::AreServed]);
     assert!(!core.holds_silent(listener));
     let (core, listener) = shared_with(Parking::default());
     assert!(!core.holds_silent(listener));
@@ -185,10 +185,10 @@ fn connections_are_checked_before_they_close() {
 }
 
 /// Lets the worker process a `ListenerClosed` frame for each of `rests` at a time.
-fn listener_closed(core: &mut Core, rests: &[Rest]) {
-    for &rest in rests {
+fn listener_closed(core: &mut Core, all: &[Unreceived]) {
+    for &unreceived in all {
         let handle = HANDLE;
-        let frame = ToWorker::ListenerClosed { handle, rest };
+        let frame = ToWorker::ListenerClosed { handle, unreceived };
         core.frame(frame).unwrap();
     }
     core.frames_processed();
@@ -208,7 +208,7 @@ fn disconnecting_worker_holds_connections_until_their_listener_ends() {
     let again = idle(&mut core, listener, 3);
     // No other worker serves the listener, so this worker serves the client that has asked.
     core.data_arrived(resumed);
-    listener_closed(&mut core, &[Rest::IsServed]);
+    listener_closed(&mut core, &[Unreceived::AreServed]);
     assert!(actions(&mut core).contains(&Action::SendLeaving));
     let left = leaving(&mut core);
     assert!(
@@ -233,7 +233,7 @@ fn all_connections_leave_for_the_workers_that_serve_on() {
     let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
     core.frame(ToWorker::Disconnect).unwrap();
     core.data_arrived(resumed);
-    listener_closed(&mut core, &[Rest::GoesToOthers]);
+    listener_closed(&mut core, &[Unreceived::GoToOthers]);
     assert_eq!(leaving(&mut core), [(resumed, 1), (other, 2)]);
 }
 
@@ -243,7 +243,10 @@ fn worker_that_was_busy_serves_the_clients_that_no_other_worker_will_serve() {
     let [resumed, other] = [1, 2].map(|parked| idle(&mut core, listener, parked));
     core.frame(ToWorker::Disconnect).unwrap();
     core.data_arrived(resumed);
-    listener_closed(&mut core, &[Rest::GoesToOthers, Rest::ParkedIsServed]);
+    listener_closed(
+        &mut core,
+        &[Unreceived::GoToOthers, Unreceived::ParkedAreServed],
+    );
     assert_eq!(leaving(&mut core), [(other, 2)]);
     assert!(core.is_serving_parked(listener) && !core.has_ended(listener));
     core.close_if_served(listener);
@@ -262,8 +265,8 @@ fn worker_that_was_busy_serves_the_clients_that_no_other_worker_will_serve() {
 #[test]
 fn listener_without_waiting_clients_closes_at_once() {
     for rests in [
-        &[Rest::ParkedIsServed][..],
-        &[Rest::GoesToOthers, Rest::ParkedIsServed],
+        &[Unreceived::ParkedAreServed][..],
+        &[Unreceived::GoToOthers, Unreceived::ParkedAreServed],
     ] {
         let (mut core, listener) = shared(60);
         let idle_one = idle(&mut core, listener, 1);
@@ -278,7 +281,10 @@ fn listener_without_waiting_clients_closes_at_once() {
 fn draining_listener_goes_on_when_no_other_worker_serves_it() {
     let (mut core, listener) = shared(60);
     core.frame(ToWorker::Disconnect).unwrap();
-    listener_closed(&mut core, &[Rest::IsServed, Rest::ParkedIsServed]);
+    listener_closed(
+        &mut core,
+        &[Unreceived::AreServed, Unreceived::ParkedAreServed],
+    );
     assert!(core.is_draining(listener));
 }
 
@@ -290,7 +296,7 @@ fn connections_leave_a_listener_on_which_other_code_accepts() {
     core.use_std(listener);
     assert_eq!(leaving(&mut core), [(resumed, 1), (other, 2)]);
     assert!(!core.holds_silent(listener));
-    assert_eq!(core.adopt(HANDLE, 1, NOW), Held::Closed);
+    assert_eq!(core.hold_moved(HANDLE, 1, NOW), Held::Closed);
 }
 
 #[test]
@@ -309,15 +315,15 @@ fn all_connections_of_a_closed_listener_leave_before_its_release() {
 }
 
 #[test]
-fn adopted_connection_is_idle_or_returns_to_the_master() {
+fn moved_connection_is_idle_or_returns_to_the_master() {
     let (mut core, listener) = shared(60);
-    let Held::Idle(id) = core.adopt(HANDLE, 4, NOW) else {
+    let Held::Idle(id) = core.hold_moved(HANDLE, 4, NOW) else {
         panic!("not held");
     };
     assert_eq!(core.data_arrived(id), Some(listener));
     assert_eq!(core.next_resumed(listener), Some((id, 4)));
     core.close(listener);
-    let held = core.adopt(HANDLE, 4, NOW);
+    let held = core.hold_moved(HANDLE, 4, NOW);
     assert!(matches!(held, Held::Leaving(_)), "{held:?}");
     assert_eq!(leaving(&mut core).len(), 1);
 }

@@ -36,7 +36,7 @@ impl World {
         assert!(handle.0 > self.last_port, "bound twice");
         self.last_port = handle.0;
         self.ports.insert(handle, Port::new(endpoint.clone()));
-        Ok(endpoint.address())
+        Ok(endpoint.socket_addr())
     }
 
     pub(super) fn unbind(&mut self, handle: HandleId) {

@@ -68,12 +68,12 @@ impl World {
             Action::Hold { id, connection } => self.hold_connection(id, connection),
             Action::AwaitData { id } => self.await_data(id),
             Action::CloseHeld { id } => self.close_held(id),
-            Action::Adopt {
+            Action::MoveParked {
                 handle,
                 worker,
                 connection,
                 history,
-            } => self.give(handle, worker, connection, history),
+            } => self.move_parked(handle, worker, connection, history),
             Action::Reclaim {
                 handle,
                 worker,

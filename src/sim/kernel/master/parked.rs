@@ -1,4 +1,4 @@
-//! Simulates the idle connections that the master holds, gives to workers, or passes to the next
+//! Simulates the idle connections that the master holds, moves to workers, or passes to the next
 //! master.
 
 use crate::core::master::{HandOff, Resumed};
@@ -38,7 +38,7 @@ impl World {
         assert!(self.held.len() <= self.parked_limit_max, "holds too many");
         if is_failing {
             // Allow for one unexplained close (see `check_closing`). If the master has accepted
-            // more connections at once than it may hold, it may already have given this number to
+            // more connections at once than it may hold, it may already have assigned this number to
             // another connection, and `not_held` closes that one.
             self.failed_holds += 1;
             self.report(|core| core.not_held(id));
@@ -139,9 +139,9 @@ impl World {
         }
     }
 
-    /// Gives an idle connection to a worker. If `failing` contains `Send`, the worker's channel has
+    /// Moves an idle connection to a worker. If `failing` contains `Send`, the worker's channel has
     /// no space for the connection.
-    pub(super) fn give(
+    pub(super) fn move_parked(
         &mut self,
         handle: HandleId,
         worker: WorkerId,
@@ -159,16 +159,16 @@ impl World {
         let process = self.processes.get_mut(&worker).expect(KNOWN);
         match client {
             Some(client) if is_full || !process.master_end => {
-                self.report(|core| core.not_adopted(handle, client, history));
+                self.report(|core| core.not_moved(handle, client, history));
             }
             Some(client) => {
                 self.fates[client.client as usize].is_in_worker = true;
-                let frame = ToWorker::Adopt {
+                let frame = ToWorker::MoveParked {
                     handle,
                     times_parked: history.times,
                 };
                 process.down.queue_connection(frame, client);
-                self.given_to_exited += usize::from(!process.worker_end);
+                self.moved_to_exited += usize::from(!process.worker_end);
                 self.unflushed.insert(worker);
                 self.received += 1;
             }

@@ -91,14 +91,14 @@ impl World {
             return process.core.message(bytes, ());
         }
         if let (
-            ToWorker::Adopt {
+            ToWorker::MoveParked {
                 handle,
                 times_parked,
             },
             Some(client),
         ) = (&frame, parcel.connection)
         {
-            let held = process.core.adopt(*handle, *times_parked, now);
+            let held = process.core.hold_moved(*handle, *times_parked, now);
             return self.keep(worker, held, client);
         }
         let handle = match parcel.attachment {

@@ -9,7 +9,7 @@ use crate::types::worker_id::WorkerId;
 use crate::wire::frame::ToMaster;
 
 impl World {
-    /// Keeps a connection that the application has parked, or that the master has given to the
+    /// Keeps a connection that the application has parked, or that the master has moved to the
     /// worker.
     pub(super) fn keep(&mut self, worker: WorkerId, held: Held, client: Client) {
         self.fates[client.client as usize].is_in_worker = true;

@@ -170,7 +170,7 @@ impl<C, F> MasterCore<C, F> {
             self.hold_again(connection);
         }
         for handle in self.listeners.ids() {
-            self.give_held(handle);
+            self.move_held(handle);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::super::Resumed;
 use super::*;
 use crate::core::dispatch::Sequenced;
 use crate::core::master::QueueState;
-use crate::types::endpoint::{BindFlags, Endpoint, Kind, Place};
+use crate::types::endpoint::{BindAddress, BindFlags, Endpoint, Kind};
 use crate::types::handle::HandleKey;
 use crate::types::policy::SchedulingPolicy;
 use crate::types::user::User;
@@ -63,7 +63,7 @@ impl World {
         self.core.forked(worker, User::default());
         self.core.frame(worker, ToMaster::Online);
         self.workers.insert(worker, Worker::default());
-        let endpoint = Endpoint::new(Kind::Tcp, Place::Port(1));
+        let endpoint = Endpoint::new(Kind::Tcp, BindAddress::Port(1));
         let listen = ToMaster::Listen {
             request: 1,
             key: HandleKey { endpoint, index: 0 },
