@@ -41,7 +41,7 @@ impl Master {
             };
             let peer = self.shell.peer_addr(connection);
             let mut candidates = core.candidates(handle, sequence);
-            self.shell.add_held(&mut candidates);
+            self.shell.add_in_service(&mut candidates);
             drop(core);
             // If the scheduler is already running, it cannot be called again. The connection then
             // goes to the next worker by round robin.

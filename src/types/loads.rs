@@ -21,7 +21,7 @@ pub struct Loads {
 /// The load of one worker, in connections that the master dispatched to the worker.
 ///
 /// With a policy other than round robin, the workers accept connections themselves, and all
-/// counters except `held` stay at 0.
+/// counters except `in_service` stay at 0.
 ///
 /// Node has no counterpart. See [`Master::set_scheduler`](crate::Master::set_scheduler) for an
 /// example.
@@ -44,13 +44,13 @@ pub struct WorkerLoad {
     /// The connections in `dispatched` that returned to the master because the worker had not
     /// received them.
     pub returned: u64,
-    /// The connections that the worker's application holds at the moment, with any policy. Parked
+    /// The connections that the worker's application has open at the moment, with any policy. Parked
     /// connections do not count, so the value is 0 while the application serves no client.
     ///
     /// The value is `None` before the worker has called [`init`](crate::init()), if its program
     /// does not use this crate, and outside Linux. The worker writes the number into memory that it
     /// shares with the master, so a faulty worker can write any number.
-    pub held: Option<u64>,
+    pub in_service: Option<u64>,
 }
 
 impl WorkerLoad {
@@ -61,7 +61,7 @@ impl WorkerLoad {
             received: 0,
             open: 0,
             returned: 0,
-            held: None,
+            in_service: None,
         }
     }
 

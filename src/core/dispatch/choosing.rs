@@ -75,7 +75,7 @@ impl<C> Dispatcher<C> {
     }
 
     /// Returns whether a connection with this restriction has to wait although a worker is idle.
-    pub(crate) fn is_held_up(&self, user: Option<User>) -> bool {
+    pub(crate) fn must_wait(&self, user: Option<User>) -> bool {
         !self.idle.is_empty() && self.first_idle(user).is_none()
     }
 

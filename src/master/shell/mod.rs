@@ -78,7 +78,7 @@ pub(crate) struct WorkerIo {
     disconnect_notifier: RefCell<Option<UnixStream>>,
     /// One more than the number of connections that the worker's application holds. 0 until the
     /// worker has called `init`. `None` if the system does not support shared numbers.
-    held_connections: Option<SharedNumber>,
+    in_service: Option<SharedNumber>,
     /// The process descriptor. It is readable once the process has exited. `None` if the kernel has
     /// no process descriptors, or after the process has been reaped. While the process has exited
     /// but cannot be reaped, the descriptor is not watched.
@@ -94,9 +94,9 @@ pub(crate) struct WorkerIo {
 }
 
 impl WorkerIo {
-    /// Returns the number of connections that the worker's application holds, if it is known.
-    pub(crate) fn held_connections(&self) -> Option<u64> {
-        let value = self.held_connections.as_ref()?.get();
+    /// Returns the number of connections that the worker's application has open, if it is known.
+    pub(crate) fn in_service(&self) -> Option<u64> {
+        let value = self.in_service.as_ref()?.get();
         value.checked_sub(1).map(u64::from)
     }
 

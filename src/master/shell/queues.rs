@@ -179,7 +179,7 @@ impl MasterShell {
     pub(crate) fn loads(&self) -> Loads {
         self.count_all();
         let (mut workers, listeners) = self.core.borrow().loads();
-        self.add_held(&mut workers);
+        self.add_in_service(&mut workers);
         let own = self.sockets.borrow();
         let counted = listeners.into_iter().map(|(handle, mut load)| {
             let sockets = own.get(&handle).map_or(&[][..], |own| &own.sockets);
@@ -195,12 +195,12 @@ impl MasterShell {
         }
     }
 
-    /// Sets `held` in each load: the number of connections that the worker's application holds.
-    pub(crate) fn add_held(&self, loads: &mut [WorkerLoad]) {
+    /// Sets `in_service` in each load.
+    pub(crate) fn add_in_service(&self, loads: &mut [WorkerLoad]) {
         let workers = self.workers.borrow();
         for load in loads {
             let worker_io = workers.get(&load.worker);
-            load.held = worker_io.and_then(|worker_io| worker_io.held_connections());
+            load.in_service = worker_io.and_then(|worker_io| worker_io.in_service());
         }
     }
 }

@@ -60,7 +60,7 @@ pub(crate) struct NewProcess<'a> {
     channel: Channel<ToMaster, ToWorker>,
     /// The master's end of the worker's disconnect token.
     disconnect_notifier: UnixStream,
-    held_connections: Option<SharedNumber>,
+    in_service: Option<SharedNumber>,
     /// The worker's end of the channel. Its descriptor number is higher than those that `stdio`
     /// will have in the worker.
     worker_end: OwnedFd,
@@ -71,7 +71,7 @@ pub(crate) struct NewProcess<'a> {
 struct OpenedChannel {
     channel: Channel<ToMaster, ToWorker>,
     disconnect_notifier: UnixStream,
-    held_connections: Option<SharedNumber>,
+    in_service: Option<SharedNumber>,
     worker_end: OwnedFd,
 }
 
@@ -115,7 +115,7 @@ impl MasterShell {
             stdio,
             channel: opened.channel,
             disconnect_notifier: opened.disconnect_notifier,
-            held_connections: opened.held_connections,
+            in_service: opened.in_service,
             worker_end: opened.worker_end,
         };
         let ForkedProcess { pid, process } = match settings.get_main() {
@@ -166,7 +166,7 @@ impl MasterShell {
             pid,
             channel: ChannelDriver::new(Some(id), channel),
             disconnect_notifier: RefCell::new(disconnect_notifier),
-            held_connections: new.held_connections,
+            in_service: new.in_service,
             process: RefCell::new(process),
             stdio: RefCell::new(new.stdio.master),
             usage: Cell::new(None),
@@ -192,7 +192,7 @@ impl MasterShell {
         let _ = sys::socket::enable_oob_inline(&master_end);
         let (notifier, token) = UnixStream::pair()?;
         token.set_nonblocking(true)?;
-        let (held_connections, file) = SharedNumber::create().unzip();
+        let (in_service, file) = SharedNumber::create().unzip();
         let file = file.as_ref().map(OwnedFd::as_fd);
         let fds: Vec<_> = [token.as_fd()].into_iter().chain(file).collect();
         // One call suffices, because an empty socket has space for the whole preamble.
@@ -204,7 +204,7 @@ impl MasterShell {
         Ok(OpenedChannel {
             channel,
             disconnect_notifier: notifier,
-            held_connections,
+            in_service,
             worker_end,
         })
     }

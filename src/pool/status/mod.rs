@@ -245,8 +245,8 @@ impl WorkerStatus {
             phase: worker.phase(),
             age: now.saturating_sub(worker.forked_at),
             received: load.map_or(0, |load| load.received),
-            open: load.map_or(0, |load| load.held.unwrap_or(load.open)),
-            is_busy: load.and_then(|load| load.held).map(|held| held > 0),
+            open: load.map_or(0, |load| load.in_service.unwrap_or(load.open)),
+            is_busy: load.and_then(|load| load.in_service).map(|count| count > 0),
         })
     }
 }

@@ -165,7 +165,7 @@ impl WorkerShell {
             self.count_descriptors(&mut core, &fd);
         }
         drop(core);
-        self.publish_held();
+        self.publish_in_service();
         self.act();
         Accepted {
             fd,
@@ -286,25 +286,21 @@ impl WorkerShell {
     /// Records that the application no longer has a connection.
     pub(crate) fn connection_closed(&self, listener: Option<ListenerId>) {
         self.core.borrow_mut().connection_closed(listener);
-        self.publish_held();
+        self.publish_in_service();
     }
 
     /// Records that the application has a connection that comes from no listener.
     pub(crate) fn connection_adopted(&self) {
         self.core.borrow_mut().connection_adopted();
-        self.publish_held();
+        self.publish_in_service();
     }
 
-    /// Shows the master how many connections the application holds. The value is one more than this
+    /// Shows the master how many connections the application has open. The value is one more than this
     /// number, because a worker that does not use this crate leaves the value at 0.
-    pub(super) fn publish_held(&self) {
-        if let Some(number) = self
-            .held_connections
-            .as_ref()
-            .filter(|_| self.poller.is_own())
-        {
-            let held = self.core.borrow().open_connections();
-            number.set(u32::try_from(held).unwrap_or(u32::MAX).saturating_add(1));
+    pub(super) fn publish_in_service(&self) {
+        if let Some(number) = self.in_service.as_ref().filter(|_| self.poller.is_own()) {
+            let open = self.core.borrow().open_connections();
+            number.set(u32::try_from(open).unwrap_or(u32::MAX).saturating_add(1));
         }
     }
 }

@@ -57,9 +57,9 @@ pub(crate) struct WorkerShell {
     poller: Poller,
     channel: ChannelDriver<ToWorker, ToMaster>,
     pub(crate) disconnect_token: DisconnectToken,
-    /// The number that shows the master how many connections the application holds (see
-    /// `publish_held`). `None` if the system does not support such a number.
-    held_connections: Option<Writer>,
+    /// The number that shows the master how many connections the application has open (see
+    /// `publish_in_service`). `None` if the system does not support such a number.
+    in_service: Option<Writer>,
     sockets: RefCell<SortedMap<ListenerId, SocketEntry>>,
     /// The process's descriptor limit when the application last set a callback. Before the first
     /// callback, the value is `u64::MAX`, so that descriptors never count as scarce.
@@ -114,7 +114,7 @@ impl WorkerShell {
             poller,
             channel: ChannelDriver::new(None, Some(channel)),
             disconnect_token: DisconnectToken::new(token.into()),
-            held_connections: shared_number.and_then(Writer::new),
+            in_service: shared_number.and_then(Writer::new),
             sockets: RefCell::default(),
             fd_limit: Cell::new(u64::MAX),
             is_out_of_fds: Cell::new(false),
@@ -131,7 +131,7 @@ impl WorkerShell {
             scratch: RefCell::default(),
             datagram: RefCell::default(),
         };
-        shell.publish_held();
+        shell.publish_in_service();
         shell.act();
         Ok(shell)
     }

@@ -191,7 +191,7 @@ impl WorkerShell {
             core.found_empty_at_park(listener);
         }
         drop(core);
-        self.publish_held();
+        self.publish_in_service();
         self.act();
         self.flush_channel();
     }
@@ -224,7 +224,7 @@ impl WorkerShell {
             Err(_) => Held::Closed,
         };
         drop(core);
-        self.publish_held();
+        self.publish_in_service();
         self.keep(held, fd, origin.registration);
         self.act();
     }

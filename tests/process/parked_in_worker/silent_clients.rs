@@ -198,7 +198,7 @@ fn held_client_that_has_sent_is_served_before_a_disconnect() {
         (held, busy)
     };
     let then = |master: &Master, (mut held, mut busy): (Client, Client)| {
-        let is_busy = |master: &Master| master.loads().workers[0].held == Some(1);
+        let is_busy = |master: &Master| master.loads().workers[0].in_service == Some(1);
         when(master, is_busy, move |master| {
             held.send(CLOSE);
             master.disconnect();
@@ -244,7 +244,7 @@ fn held_client_of_a_private_listener_that_has_sent_is_served_before_a_disconnect
         (held, busy)
     };
     let then = |master: &Master, (mut held, mut busy): (UnixStream, UnixStream)| {
-        let is_busy = |master: &Master| master.loads().workers[0].held == Some(1);
+        let is_busy = |master: &Master| master.loads().workers[0].in_service == Some(1);
         when(master, is_busy, move |master| {
             held.write_all(&[CLOSE]).unwrap();
             master.disconnect();

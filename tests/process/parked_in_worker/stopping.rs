@@ -64,7 +64,7 @@ fn stop_busy_workers(master: &Master, clients: Clients, stop: impl FnOnce(&Maste
             .loads()
             .workers
             .iter()
-            .all(|load| load.held == Some(1))
+            .all(|load| load.in_service == Some(1))
     };
     when(master, are_busy, move |master| {
         stop(master);

@@ -37,7 +37,7 @@ fn slow_request_does_not_delay_other_clients() {
                 // client's connection to the other worker.
                 let is_received = |master: &Master| {
                     let workers = master.loads().workers;
-                    workers.iter().any(|worker| worker.held != Some(0))
+                    workers.iter().any(|worker| worker.in_service != Some(0))
                 };
                 when(master, is_received, move |master| {
                     in_background(master, work, move |master, by_other| {

@@ -593,7 +593,7 @@ impl<C, F> MasterCore<C, F> {
             };
             let connection = HandOff::Held(resumed);
             let user = self.parked.parked_by(&connection);
-            passed += u64::from(!listener.dispatcher.is_held_up(user));
+            passed += u64::from(!listener.dispatcher.must_wait(user));
             listener.dispatcher.push_resumed(connection, user);
         }
         self.dispatch_waiting(handle);
