@@ -21,7 +21,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Node: the `Error` objects with a `code`.
 ///
 /// An error's text contains its reason. Therefore [`source`](std::error::Error::source) is `None`,
-/// and programs that print the chain of sources print the reason once.
+/// and programs that print the chain of sources print the reason once. [`Debug`](std::fmt::Debug)
+/// prints the same text as [`Display`](std::fmt::Display), because a `main` that returns an error
+/// prints it in this way.
 /// [`raw_os_error`](Self::raw_os_error) returns the system's error number. An event such as the
 /// exit of a worker is not an error.
 ///
@@ -38,7 +40,6 @@ pub type Result<T> = std::result::Result<T, Error>;
 ///     }
 /// }
 /// ```
-#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// An environment variable has an invalid value.
@@ -492,6 +493,12 @@ fn fmt_shut_down(
     }
 }
 
+impl std::fmt::Debug for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -603,6 +610,7 @@ mod tests {
             error.to_string(),
             "cannot send to worker 3: too many bytes are waiting to be sent"
         );
+        assert_eq!(format!("{error:?}"), error.to_string());
         assert!(error.source().is_none() && reason.source().is_none());
         let error = Error::Fork {
             program: "./a".into(),

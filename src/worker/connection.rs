@@ -13,7 +13,7 @@ use crate::worker::guard::ConnectionGuard;
 use crate::worker::shell::{Origin, Registration, StreamOptions};
 use crate::worker::{Inner, finish};
 
-/// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker counts.
+/// A connection to a client: a [`TcpStream`] or [`UnixStream`] that the worker tracks.
 ///
 /// Node: `net.Socket`.
 ///
@@ -29,7 +29,7 @@ use crate::worker::{Inner, finish};
 /// system then resets the connection, and the client may lose the answer.
 /// [`finish`](Self::finish) prevents this loss.
 ///
-/// A connection is not `Send`, because the worker counts it on its own thread. To serve the stream
+/// A connection is not `Send`, because the worker tracks it on its own thread. To serve the stream
 /// on another thread, use [`into_parts`](Self::into_parts). To use it for longer than the worker
 /// exists, take it out with [`into_stream`](Self::into_stream).
 ///

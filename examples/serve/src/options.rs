@@ -42,7 +42,8 @@ The processes:
   --group GROUP        name or number
 
 Stopping:
-  --stop-delay TIME    serves on for this time after TERM, while /health answers 503 [default: 0s]
+  --stop-delay TIME    continues to serve for this time after TERM, while /health
+                       answers 503 [default: 0s]
   --drain TIME         a process that has not exited this long after TERM is killed [default: 30s]
 
 Operation:
