@@ -18,8 +18,8 @@ use crate::types::worker_id::WorkerId;
 /// Maximum number of reads from an exited worker's channel before the worker is reaped.
 ///
 /// A full socket buffer usually needs fewer reads. The limit ends the reads if a process continues
-/// to write: a child that the exited worker has left behind, or a worker without a process
-/// descriptor that has not exited. Frames beyond the limit are not lost, because `close_channel`
+/// to write: a child that the exited worker has left behind, or a worker of which the system does
+/// not tell whether it has exited. Frames beyond the limit are not lost, because `close_channel`
 /// processes them.
 const FINAL_READS_MAX: u32 = 64;
 /// Interval between two checks for exits that the system does not report.
@@ -417,7 +417,13 @@ impl Master {
         let Some(worker_io) = self.shell.worker_io(worker) else {
             return;
         };
-        for _ in 0..FINAL_READS_MAX {
+        // After SIGCHLD, most workers without a process descriptor are still running. Their frames
+        // wait for `read`, which limits the number of frames in an iteration.
+        let final_reads = match self.shell.is_running(&worker_io) {
+            true => 0,
+            false => FINAL_READS_MAX,
+        };
+        for _ in 0..final_reads {
             while self.shell.process_frame(&worker_io) != Processed::Nothing {
                 self.settle();
             }

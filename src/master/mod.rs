@@ -507,7 +507,8 @@ impl Master {
     /// # }
     /// ```
     pub fn set_max_parked(&self, connections: usize) {
-        self.shell.core.borrow_mut().set_parked_limit(connections);
+        self.shell.core_now().set_parked_limit(connections);
+        self.shell.act();
     }
 
     /// Sets a closure that chooses the worker for each connection that the master accepts. The
@@ -540,9 +541,10 @@ impl Master {
         &self,
         choose: impl FnMut(Option<SocketAddr>, &[WorkerLoad]) -> Option<WorkerId> + 'static,
     ) {
-        self.shell.core.borrow_mut().use_scheduler();
         let replaced = self.scheduler.replace(Some(Rc::new(RefCell::new(choose))));
         drop(replaced);
+        self.shell.core_now().use_scheduler();
+        self.shell.act();
     }
 }
 

@@ -296,6 +296,14 @@ impl<F> WorkerCore<F> {
         self.killed = true;
         self.disconnect();
         if self.disconnect == Disconnect::Received {
+            self.release_parked();
+            self.close_if_killed();
+        }
+    }
+
+    /// Closes the channel of a killed worker after the last parked connection has left.
+    pub(super) fn close_if_killed(&mut self) {
+        if self.killed && self.disconnect == Disconnect::Received && !self.has_leaving() {
             self.close_channel();
         }
     }
@@ -403,7 +411,7 @@ impl<F> WorkerCore<F> {
             // Let the connections leave before the channel closes, because the listeners do not end
             // before that.
             self.release_parked();
-            self.close_channel();
+            self.close_if_killed();
         }
     }
 

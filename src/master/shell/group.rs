@@ -19,7 +19,7 @@
 //! because the loop could not wait for their end before it reaps the leader.
 
 use super::{MasterShell, WorkerIo};
-use crate::sys::process::{GroupSearch, Pid};
+use crate::sys::process::{ChildState, GroupSearch, Pid};
 use crate::types::signal::Signal;
 
 /// The state of a worker's process group.
@@ -107,7 +107,7 @@ impl MasterShell {
         if state == GroupState::None {
             return Reap::Now;
         }
-        if !worker_io.pid.has_exited(process.as_deref()) {
+        if worker_io.pid.child_state(process.as_deref()) != ChildState::Exited {
             // Without a process descriptor, do not let the caller reap a process that exits only
             // now, because its members could no longer be killed. SIGCHLD will report the exit.
             // Signal 0 fails if other code has already reaped the process. In that case, let the

@@ -5,7 +5,7 @@ use super::{MasterShell, WorkerIo};
 use crate::error::Error;
 use crate::sys;
 use crate::sys::poll::Interest;
-use crate::sys::process::{Exit, Pid, exited_children};
+use crate::sys::process::{ChildState, Exit, Pid, exited_children};
 use crate::types::ordered_set::OrderedSet;
 use crate::types::worker_id::WorkerId;
 
@@ -41,6 +41,12 @@ impl MasterShell {
         self.sigchld_only.borrow_mut().remove(worker);
         worker_io.usage.set(end.usage);
         self.core_now().exited(worker, end.status);
+    }
+
+    /// Returns whether a worker's process is known to be running.
+    pub(crate) fn is_running(&self, worker_io: &WorkerIo) -> bool {
+        let process = worker_io.process.borrow();
+        worker_io.pid.child_state(process.as_deref()) == ChildState::Running
     }
 
     /// Stops watching a process that cannot be reaped yet, and schedules a retry. The descriptor of

@@ -1,6 +1,6 @@
 //! Lists the children of this process that have exited.
 
-use super::pid::Pid;
+use super::pid::{ChildState, Pid};
 use crate::sys::{check, platform, retry};
 
 /// Returns the children that have exited and have not been reaped, except those for which `is_own`
@@ -13,7 +13,7 @@ pub(crate) fn exited_children(is_own: impl Fn(Pid) -> bool) -> Vec<Pid> {
     let no_process: Option<&std::os::fd::OwnedFd> = None;
     let children = children.into_iter().map(Pid::from_raw);
     children
-        .filter(|child| !is_own(*child) && child.has_exited(no_process))
+        .filter(|child| !is_own(*child) && child.child_state(no_process) == ChildState::Exited)
         .collect()
 }
 

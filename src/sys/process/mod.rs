@@ -16,6 +16,6 @@ pub(crate) mod user;
 
 pub(crate) use children::exited_children;
 pub use pid::Usage;
-pub(crate) use pid::{Exit, GroupSearch, Pid, Unreaped};
+pub(crate) use pid::{ChildState, Exit, GroupSearch, Pid, Unreaped};
 pub(super) use program::Started;
 pub(crate) use program::{Failure, ForkedProcess, Program};

@@ -42,6 +42,16 @@ pub struct Usage {
     pub max_rss: u64,
 }
 
+/// Whether a child has exited and has not been reaped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChildState {
+    Running,
+    Exited,
+    /// The process is not a child, for instance because other code has reaped it, or the system does
+    /// not tell.
+    Unknown,
+}
+
 /// The exit status of a process, and its usage if the crate itself has waited for the process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Exit {
@@ -130,21 +140,26 @@ impl Pid {
         })
     }
 
-    /// Returns whether the child has exited and has not been reaped. Also returns `false` if the
-    /// process is not a child, for instance because other code has reaped it.
-    pub(crate) fn has_exited(self, process: Option<&impl AsFd>) -> bool {
+    /// Returns the child's state without reaping the child.
+    pub(crate) fn child_state(self, process: Option<&impl AsFd>) -> ChildState {
         let options = libc::WNOHANG | libc::WNOWAIT;
-        match process.and_then(|process| pidfd::wait(process.as_fd(), options)) {
-            Some(waited) => matches!(waited, Ok(Some(_))),
-            None => match self.wait_without_reaping() {
-                Ok(has_exited) => has_exited,
-                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => false,
-                // A sandbox rejects waitid(2). The descriptor is readable once the child has exited.
-                Err(_) => process.is_some_and(|process| {
-                    let ready = poll::wait_readable([process.as_fd()], Some(Duration::ZERO));
-                    matches!(ready, Ok([true]))
-                }),
-            },
+        let has_exited = match process.and_then(|process| pidfd::wait(process.as_fd(), options)) {
+            Some(waited) => waited.map(|exit| exit.is_some()),
+            None => self.wait_without_reaping(),
+        };
+        match (has_exited, process) {
+            (Ok(true), _) => ChildState::Exited,
+            (Ok(false), _) => ChildState::Running,
+            (Err(error), _) if error.raw_os_error() == Some(libc::ECHILD) => ChildState::Unknown,
+            // A sandbox rejects waitid(2). The descriptor is readable once the child has exited.
+            (Err(_), Some(process)) => {
+                match poll::wait_readable([process.as_fd()], Some(Duration::ZERO)) {
+                    Ok([true]) => ChildState::Exited,
+                    Ok([false]) => ChildState::Running,
+                    Err(_) => ChildState::Unknown,
+                }
+            }
+            (Err(_), None) => ChildState::Unknown,
         }
     }
 

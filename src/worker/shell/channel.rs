@@ -64,9 +64,11 @@ impl WorkerShell {
             self.flush_once();
             // Send the connections for which the channel had no space before.
             if !self.core.borrow().has_leaving() || !self.send_leaving() {
-                return;
+                break;
             }
         }
+        // The channel of a killed worker closes once the last of them is queued.
+        self.act();
     }
 
     fn flush_once(&self) {

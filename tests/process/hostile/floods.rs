@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use cluster::Signal;
+use nix::libc;
 
 use super::attacker::{
     ATTACKER, Attacker, DISCONNECT_REQUEST, LISTENING, OTHER_INDEX, OWN_INDEX, PAUSE, RELEASE,
@@ -13,9 +14,11 @@ use super::{
     Case, FDS_OUT, FDS_PER_LISTENER, FDS_PER_WORKER, FDS_WITH_TWO_LISTENERS, LISTENERS, Outcome,
     attack_beside_honest_worker,
 };
+use crate::refused::refuse_calls;
 
 crate::scenarios! {
     dispatch_processes_at_most_64_messages_of_a_worker
+    exits_without_pidfds_do_not_lift_the_limit_of_64_messages
     flood_of_messages_does_not_delay_other_workers
     flood_of_longer_messages_does_not_delay_other_workers
     flood_of_empty_frames_does_not_delay_other_workers
@@ -55,19 +58,44 @@ fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
 /// an iteration. An iteration therefore often ends with pending frames, while the channel is
 /// readable again.
 fn dispatch_processes_at_most_64_messages_of_a_worker() {
+    count_messages_in_an_iteration(0);
+}
+
+/// Without process descriptors, the master checks all workers after SIGCHLD.
+fn exits_without_pidfds_do_not_lift_the_limit_of_64_messages() {
+    refuse_calls(&[libc::SYS_clone3, libc::SYS_pidfd_open], libc::ENOSYS);
+    count_messages_in_an_iteration(20);
+}
+
+/// Runs a worker that floods the master until at least 20,000 messages have arrived and `others`
+/// workers have exited, one after another. Checks the number of messages in each iteration.
+fn count_messages_in_an_iteration(others: u32) {
     if let Some(attacker) = Attacker::of_this_process() {
         attacker.send(&online());
         attacker.flood(&message(&[b'x'; 1032]));
     }
-    let cluster::Role::Master(master) = cluster::init().unwrap() else {
-        unreachable!("the attacker does not call `init`");
+    let master = match cluster::init().unwrap() {
+        cluster::Role::Master(master) => master,
+        // This worker is one of the others.
+        cluster::Role::Worker(_) => std::process::exit(0),
     };
     let attacker = master.fork_with([(ATTACKER, "1")]).unwrap();
     let messages = Rc::new(Cell::new(0));
     let counter = Rc::clone(&messages);
     attacker.on_message(move |_, _, _| counter.set(counter.get() + 1));
+    let left = Rc::new(Cell::new(others));
+    if others > 0 {
+        master.fork().unwrap();
+    }
+    let uncounted = Rc::clone(&left);
+    master.on_exit(move |master, _, _| {
+        uncounted.set(uncounted.get().saturating_sub(1));
+        if uncounted.get() > 0 {
+            master.fork().unwrap();
+        }
+    });
     let (mut total, mut most) = (0, 0);
-    while total < 20_000 {
+    while total < 20_000 || left.get() > 0 {
         master.dispatch(None).unwrap();
         let count = messages.take();
         total += count;

@@ -8,7 +8,9 @@ use cluster::pool::Pool;
 use cluster::{ListenOptions, Master, WorkerProcess};
 
 use super::{BUSY, KILL, disconnect, only, serve_slowly, serve_slowly_on};
-use crate::harness::{cluster, for_all_policies, in_background, when, when_listening};
+use crate::harness::{
+    cluster, for_all_policies, in_background, share_listeners, when, when_listening,
+};
 use crate::parked::{CLOSE, Client, PARK, with_clients};
 use crate::pool::quick;
 
@@ -18,6 +20,7 @@ crate::scenarios! {
     worker_that_was_busy_when_the_last_others_disconnected_serves_its_clients
     workers_of_a_borrowed_descriptor_serve_requests_that_have_arrived
     idle_connections_of_a_worker_that_kills_itself_stay_open
+    many_idle_connections_of_a_worker_that_kills_itself_stay_open
 }
 
 const WORKERS: u32 = 3;
@@ -185,4 +188,40 @@ fn idle_connections_of_a_worker_that_kills_itself_stay_open() {
             serve_slowly,
         )
     });
+}
+
+/// The worker has more idle connections than its channel queues at a time (`MAX_BATCH`).
+fn many_idle_connections_of_a_worker_that_kills_itself_stay_open() {
+    const CLIENTS: usize = 200;
+    cluster(
+        |master| {
+            share_listeners(master);
+            let retained = master.listen("127.0.0.1:0").unwrap();
+            when_listening(master, 1, move |master, address| {
+                let connect = move || {
+                    let connect = |_| Client::connect(address);
+                    let mut all: Vec<_> = (0..CLIENTS).map(connect).collect();
+                    all.iter_mut().for_each(|client| drop(client.ask(PARK)));
+                    all.pop().unwrap().ask(KILL);
+                    all
+                };
+                in_background(master, connect, move |master, mut all| {
+                    let has_exited = |master: &Master| master.workers().is_empty();
+                    when(master, has_exited, move |master| {
+                        master.fork().unwrap();
+                        let ask = move || {
+                            let asked = all.iter_mut().map(|client| client.ask(PARK));
+                            assert!(asked.into_iter().all(|answer| answer == (2, 2)));
+                        };
+                        in_background(master, ask, move |master, ()| {
+                            drop(retained);
+                            master.disconnect();
+                        });
+                    });
+                });
+            });
+            master.fork().unwrap();
+        },
+        serve_slowly,
+    );
 }

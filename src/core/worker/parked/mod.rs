@@ -140,6 +140,22 @@ impl ParkedTable {
         Some(id)
     }
 
+    /// Removes the next connection that leaves.
+    fn next_leaving(&mut self) -> Option<Leaving> {
+        loop {
+            let id = self.leaving.pop_front()?;
+            let removed = self.remove(id);
+            let handle = removed.as_ref().and_then(|entry| entry.handle);
+            if let (Some(Entry { times_parked, .. }), Some(handle)) = (removed, handle) {
+                return Some(Leaving {
+                    id,
+                    handle,
+                    times_parked,
+                });
+            }
+        }
+    }
+
     /// Changes the state of a connection that is not leaving.
     fn set(&mut self, id: ConnectionId, state: State) {
         if let Some(entry) = self.entries.get_mut(id) {
@@ -339,18 +355,9 @@ impl<F> WorkerCore<F> {
 
     /// Removes and returns the next connection that the shell sends to the master.
     pub(crate) fn next_leaving(&mut self) -> Option<Leaving> {
-        loop {
-            let id = self.parked.leaving.pop_front()?;
-            let removed = self.parked.remove(id);
-            let handle = removed.as_ref().and_then(|entry| entry.handle);
-            if let (Some(Entry { times_parked, .. }), Some(handle)) = (removed, handle) {
-                return Some(Leaving {
-                    id,
-                    handle,
-                    times_parked,
-                });
-            }
-        }
+        let leaving = self.parked.next_leaving();
+        self.close_if_killed();
+        leaving
     }
 
     pub(crate) fn has_leaving(&self) -> bool {

@@ -340,3 +340,23 @@ fn closed_channel_closes_all_connections() {
     assert!(core.parked.is_empty() && core.parked_deadline().is_none());
     assert_eq!(core.hold(listener, Some(HANDLE), 1, NOW), Held::Closed);
 }
+
+#[test]
+fn channel_of_a_killed_worker_closes_after_the_last_idle_connection_has_left() {
+    for is_killed_late in [false, true] {
+        let (mut core, listener) = shared(60);
+        let all = [1, 2].map(|parked| idle(&mut core, listener, parked));
+        if !is_killed_late {
+            core.kill();
+        }
+        core.frame(ToWorker::Disconnect).unwrap();
+        if is_killed_late {
+            core.kill();
+        }
+        assert!(!actions(&mut core).contains(&Action::CloseChannel));
+        assert_eq!(core.next_leaving().unwrap().id, all[0]);
+        assert!(!actions(&mut core).contains(&Action::CloseChannel));
+        assert_eq!(core.next_leaving().unwrap().id, all[1]);
+        assert!(actions(&mut core).contains(&Action::CloseChannel));
+    }
+}
