@@ -93,6 +93,16 @@ pub(crate) fn is_closed_by_peer(fd: BorrowedFd<'_>) -> bool {
     }
 }
 
+/// Discards the first message of a socket's error queue, if there is one. The application may have
+/// requested such messages (`SO_TIMESTAMPING`, `MSG_ZEROCOPY`, `IP_RECVERR`). While the queue is not
+/// empty, poll(2) reports the socket as ready, although reading returns `WouldBlock`. A process that
+/// waits for the socket would spin.
+pub(crate) fn discard_socket_error(socket: BorrowedFd<'_>) {
+    if poll_now(socket, 0) & libc::POLLERR != 0 {
+        platform::discard_socket_error(socket.as_raw_fd());
+    }
+}
+
 /// Returns which of the events, and of POLLHUP and POLLERR, a descriptor reports at this moment.
 fn poll_now(fd: BorrowedFd<'_>, events: libc::c_short) -> libc::c_short {
     let mut poll = libc::pollfd {

@@ -74,10 +74,11 @@ fn wait_for_end(
         // A signal may end the wait early, so check the time again.
         let [is_readable] = sys::poll::wait_readable([connection], Some(left))?;
         if is_readable {
-            if discard(connection, bytes_left) == Discarded::Last {
-                return Ok(false);
+            match discard(connection, bytes_left) {
+                Discarded::Bytes => silence_end = Instant::now() + silence_max,
+                Discarded::Nothing => {}
+                Discarded::Last => return Ok(false),
             }
-            silence_end = Instant::now() + silence_max;
         }
     }
 }
@@ -102,7 +103,10 @@ pub(super) fn discard(connection: BorrowedFd<'_>, bytes_left: &mut usize) -> Dis
                 false => Discarded::Last,
             }
         }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Discarded::Nothing,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            sys::connection::discard_socket_error(connection);
+            Discarded::Nothing
+        }
         Err(_) => Discarded::Last,
     }
 }
@@ -140,5 +144,24 @@ mod tests {
         let start = Instant::now();
         wait(here.as_fd());
         assert!(start.elapsed() < SILENCE_MAX);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn message_in_the_error_queue_does_not_keep_a_finished_connection_ready() {
+        use nix::sys::socket::{TimestampingFlag, setsockopt, sockopt};
+        use std::net::{TcpListener, TcpStream};
+
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut here, _) = listener.accept().unwrap();
+        let flags = TimestampingFlag::SOF_TIMESTAMPING_TX_SOFTWARE
+            | TimestampingFlag::SOF_TIMESTAMPING_SOFTWARE;
+        setsockopt(&here, sockopt::Timestamping, &flags).unwrap();
+        here.write_all(b"answer").unwrap();
+        let ready = |time| sys::poll::wait_readable([here.as_fd()], time).unwrap();
+        assert_eq!(ready(None), [true], "no message");
+        assert_eq!(discard(here.as_fd(), &mut 100), Discarded::Nothing);
+        assert_eq!(ready(Some(Duration::ZERO)), [false]);
     }
 }

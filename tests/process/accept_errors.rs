@@ -6,10 +6,12 @@
 use std::cell::Cell;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use cluster::{Error, Master, SchedulingPolicy, Worker};
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::exhaustion::{connect_some, leave_free, read_all};
@@ -26,6 +28,7 @@ crate::scenarios! {
     refused_accepts_are_reported_and_repeated
     refused_receives_are_reported_and_repeated
     errors_of_earlier_datagrams_do_not_end_recv_from
+    errors_of_earlier_datagrams_do_not_keep_a_worker_busy
 }
 
 /// Serves one client before the shortage. With the policies `none` and `sharded`, the first call of
@@ -248,4 +251,36 @@ fn errors_of_earlier_datagrams_do_not_end_recv_from() {
         },
     );
     assert_eq!(entries.take(), ["1 served"]);
+}
+
+/// Checks that the poller does not report a UDP socket again and again if only its error queue
+/// contains a message.
+fn errors_of_earlier_datagrams_do_not_keep_a_worker_busy() {
+    cluster(
+        |master| {
+            assert_success(master);
+            master.fork().unwrap();
+        },
+        |worker| {
+            let socket = worker.bind("127.0.0.1:0").unwrap();
+            setsockopt(&socket.try_clone().unwrap(), sockopt::Ipv4RecvErr, &true).unwrap();
+            socket.set_message_callback(|_, _, _, _| panic!("no datagram has been sent"));
+            let unused = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let nowhere = unused.local_addr().unwrap();
+            drop(unused);
+            worker.dispatch(Some(Duration::ZERO)).unwrap();
+            let is_ready = |timeout| {
+                let mut fds = [PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, timeout).unwrap() == 1
+            };
+            assert!(!is_ready(PollTimeout::ZERO), "there is no error yet");
+            socket.send_to(b"lost", nowhere).unwrap();
+            assert!(is_ready(PollTimeout::NONE));
+            // The kernel reports the error twice: as the socket's error, and in the queue.
+            for _ in 0..3 {
+                worker.dispatch(Some(Duration::ZERO)).unwrap();
+            }
+            assert!(!is_ready(PollTimeout::ZERO), "the error queue is not empty");
+        },
+    );
 }

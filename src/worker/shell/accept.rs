@@ -401,7 +401,10 @@ impl WorkerShell {
         loop {
             match socket.recv_from(buffer) {
                 Ok(received) => return Ok(Some(received)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    sys::connection::discard_socket_error(socket.as_fd());
+                    return Ok(None);
+                }
                 Err(error) if sys::listen::is_datagram_error(&error) => {}
                 Err(reason) => {
                     let attempt = "receive a datagram";
