@@ -37,6 +37,15 @@ pub(crate) struct ShardGroup {
     order: Vec<Member>,
 }
 
+/// The result of [`ShardGroup::reset`].
+#[derive(Debug, Default)]
+pub(crate) struct Reset {
+    /// The number of connections that were closed or that failed while they were accepted.
+    pub(crate) count: u64,
+    /// The reason why accepting failed. More connections may wait in this case.
+    pub(crate) failure: Option<io::Error>,
+}
+
 impl ShardGroup {
     /// Creates the group of the first shard, adds the selector, and locks the first shard.
     pub(crate) fn new(
@@ -107,23 +116,26 @@ impl ShardGroup {
     }
 
     /// Accepts and closes at most `at_most` connections that have reached the selector. The kernel
-    /// resets those whose clients have already sent something. Returns the number of connections
-    /// that were closed or that failed while they were accepted.
-    pub(crate) fn reset(&self, at_most: u64) -> u64 {
-        for count in 0..at_most {
+    /// resets those whose clients have already sent something.
+    ///
+    /// If accepting fails, for instance because no descriptor is free, the selector is no longer
+    /// watched until `select`, because it stays readable and would keep the loop busy.
+    pub(crate) fn reset(&self, at_most: u64) -> Reset {
+        let mut reset = Reset::default();
+        while reset.count < at_most {
             match sys::listen::accept(&*self.selector) {
                 Ok(connection) => drop(connection),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if sys::listen::is_connection_error(&error) => {}
-                Err(_) => {
-                    // Accepting failed, for instance because no descriptor is free. Stop watching
-                    // the selector, because it stays readable and would keep the loop busy.
+                Err(error) => {
                     let _ = self.selector.set_interest(None);
-                    return count;
+                    reset.failure = Some(error);
+                    break;
                 }
             }
+            reset.count += 1;
         }
-        at_most
+        reset
     }
 }
 

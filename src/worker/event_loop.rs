@@ -209,7 +209,8 @@ impl Worker {
     pub fn time_left(&self) -> Option<Duration> {
         let shell = &self.inner.shell;
         let core = shell.core.borrow();
-        if core.has_events() || core.is_drained() || shell.has_notifications() {
+        let is_deferring = !self.inner.deferred.borrow().is_empty();
+        if is_deferring || core.has_events() || core.is_drained() || shell.has_notifications() {
             return Some(Duration::ZERO);
         }
         self.inner.event_loop.time_left(shell.deadline())
@@ -239,6 +240,7 @@ impl Worker {
         // so the iteration does not wait after the delivery. A limit from after the delivery could
         // be `None`, and the poller would wait although the caller may now have something to do.
         let limit = self.time_left();
+        self.serve_deferred();
         // Settle only if there is a limit, because `None` means that no event is pending.
         if limit.is_some() {
             self.settle();
@@ -381,10 +383,27 @@ impl Worker {
         }
     }
 
+    /// Lets the listeners accept that had a full batch in the previous iteration.
+    fn serve_deferred(&self) {
+        let deferred = &self.inner.deferred;
+        let count = deferred.borrow().len();
+        for _ in 0..count {
+            // Remove the listeners one by one, so that the remaining ones stay in the list if a
+            // callback panics.
+            let listener = deferred.borrow_mut().remove(0);
+            self.call_ready(listener);
+        }
+    }
+
     /// Accepts up to `ACCEPT_BATCH` waiting connections of a listener with a callback. Parked
-    /// connections whose clients have sent something count too.
+    /// connections whose clients have sent something count too. Does nothing if the listener has had
+    /// a full batch in this iteration, because timers, signals and messages would otherwise wait as
+    /// long as clients keep coming.
     pub(super) fn accept_all(&self, listener: ListenerId) {
         let shell = &self.inner.shell;
+        if self.inner.deferred.borrow().contains(&listener) {
+            return;
+        }
         for _ in 0..ACCEPT_BATCH {
             // Check each time, because a callback may have removed itself.
             if !self.inner.has_callback(listener) {
@@ -400,13 +419,9 @@ impl Worker {
             }
         }
         // The batch may have emptied the listener or queue, which the poller then does not report
-        // again. Schedule another attempt. If that attempt finds no connection, it closes a
-        // draining listener, or reports to the master that the queue is empty.
-        let mut core = shell.core.borrow_mut();
-        let has_more = core.has_queue(listener) || core.has_resumed(listener);
-        if core.is_draining(listener) || has_more {
-            core.notify_ready(listener);
-        }
+        // again. Make another attempt in the next iteration. If that attempt finds no connection, it
+        // closes a draining listener, or reports to the master that the queue is empty.
+        self.inner.deferred.borrow_mut().push(listener);
     }
 
     /// Receives up to `ACCEPT_BATCH` datagrams. If a callback closes the socket or removes itself,

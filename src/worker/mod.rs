@@ -94,6 +94,9 @@ pub(crate) struct Inner {
     callbacks: WorkerCallbacks,
     dropped_guards: DroppedGuards,
     listener_callbacks: RefCell<SortedMap<ListenerId, ListenerCallbacks>>,
+    /// The listeners that have had a full batch of connections in this iteration of the loop. The next
+    /// iteration serves them again.
+    deferred: RefCell<Vec<ListenerId>>,
     /// The callbacks of `SendOptions::on_written`.
     receipts: ReceiptCallbacks<Written<Worker>>,
 }
@@ -127,6 +130,7 @@ impl Worker {
             callbacks: WorkerCallbacks::default(),
             dropped_guards: DroppedGuards::default(),
             listener_callbacks: RefCell::default(),
+            deferred: RefCell::default(),
             receipts: ReceiptCallbacks::default(),
         };
         Ok(Self {

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use cluster::{Error, ListenOptions, Role, SendOptions, Signal};
 use nix::libc::{EMFILE, ENAMETOOLONG};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -30,6 +31,7 @@ crate::scenarios! {
     dropping_the_master_disconnects_its_workers
     listen_beyond_the_limit_is_an_error
     backlog_of_a_workers_own_listener_is_served_at_disconnect
+    backlog_of_a_disconnecting_worker_is_served_in_batches
     disconnecting_worker_leaves_a_shared_listener_open
     on_drop_callback_cannot_run_the_loop
     exclusive_listener_of_a_disconnected_worker_accepts_nothing
@@ -313,6 +315,48 @@ fn backlog_of_a_workers_own_listener_is_served_at_disconnect() {
 
 /// Checks that a disconnecting worker does not shut down a listener that it shares with another
 /// worker. Both workers receive the listener by message, and one aborts during its disconnect.
+/// Checks that a worker with a callback serves the backlog of a closing listener in several
+/// iterations, so that its timers, signals and messages do not wait for the end of the backlog.
+fn backlog_of_a_disconnecting_worker_is_served_in_batches() {
+    const CLIENTS: u32 = 400;
+    cluster(
+        |master| {
+            master.on_message(|_, worker, _| {
+                worker.disconnect();
+            });
+            let worker = master.fork().unwrap();
+            worker.on_exit(|_, _, status| assert!(status.success(), "{status}"));
+        },
+        |worker| {
+            let options = ListenOptions::from("127.0.0.1:0").exclusive(true);
+            let listener = worker.listen(options).unwrap();
+            let address = listener.local_addr().unwrap();
+            let clients = (0..CLIENTS).map(|_| TcpStream::connect(address).unwrap());
+            let _clients: Vec<_> = clients.collect();
+            let served = Rc::new(Cell::new(0));
+            let counter = Rc::clone(&served);
+            listener.set_connection_callback(move |worker, _| {
+                if counter.get() == 0 {
+                    // The first callback returns when the master has disconnected this worker.
+                    let token = worker.disconnect_token();
+                    let mut fds = [PollFd::new(token.as_fd(), PollFlags::POLLIN)];
+                    poll(&mut fds, PollTimeout::NONE).unwrap();
+                }
+                counter.set(counter.get() + 1);
+            });
+            let _ = worker.send(b"disconnect this worker").unwrap();
+            let mut most = 0;
+            while served.get() < CLIENTS {
+                let before = served.get();
+                worker.dispatch(None).unwrap();
+                most = most.max(served.get() - before);
+            }
+            assert!(most < 2 * 16, "{most} connections in one iteration");
+            worker.run().unwrap();
+        },
+    );
+}
+
 fn disconnecting_worker_leaves_a_shared_listener_open() {
     let listener_of_master = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener_of_master.local_addr().unwrap();

@@ -8,17 +8,19 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use cluster::{Master, MasterListener, SchedulingPolicy, Worker};
+use cluster::{Error, Master, MasterListener, SchedulingPolicy, Worker};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 use nix::unistd::Pid;
 
+use crate::exhaustion::leave_free;
 use crate::harness::{Log, cluster, for_both_policies, in_background, scaled, talk, wait_until};
 
 crate::scenarios! {
@@ -32,6 +34,7 @@ crate::scenarios! {
     stopped_port_refuses_clients_despite_a_copy_in_a_child_of_a_worker_sharded
     worker_cannot_change_shard_selection
     shard_selection_is_restored_when_a_worker_detaches_it
+    shard_selection_is_restored_after_a_shortage_of_descriptors
     listener_listens_again_when_a_worker_shuts_it_down_none
     listener_listens_again_when_a_worker_shuts_it_down_sharded
     listener_listens_again_when_another_owner_shuts_it_down_rr
@@ -412,6 +415,53 @@ fn shard_selection_is_restored_when_a_worker_detaches_it() {
             });
         },
         |worker| serve(&worker, ANY_PORT, interfere),
+    );
+}
+
+/// Like [`interfere`], or connects 100 clients to the address in the message.
+fn interfere_or_connect(message: &[u8]) -> String {
+    let Ok(address) = String::from_utf8_lossy(message).parse::<SocketAddr>() else {
+        return interfere(message);
+    };
+    (0..100).for_each(|_| std::mem::forget(connect(address).unwrap()));
+    String::new()
+}
+
+/// Checks that the master accepts the connections that have reached no shard once it has free
+/// descriptors again. The clients are in a worker, because the master has no descriptor for them.
+fn shard_selection_is_restored_after_a_shortage_of_descriptors() {
+    cluster(
+        |master| {
+            let (listener, address) = listen(master, SHARDED);
+            let restore = Rc::new(Cell::new(None::<Box<dyn Fn()>>));
+            let (own, mut listener) = (Rc::clone(&restore), Some(listener));
+            master.on_error(move |master, _, error| match error {
+                Error::Accept { .. } => own.take().into_iter().for_each(|restore| restore()),
+                Error::Misdirected { .. } => {
+                    let Some(listener) = listener.take() else {
+                        return;
+                    };
+                    in_background(
+                        master,
+                        move || shares(address),
+                        move |master, shares| {
+                            assert_even(&shares);
+                            drop(listener);
+                            master.disconnect();
+                        },
+                    );
+                }
+                error => panic!("{error}"),
+            });
+            fork(master, 3, move |master| {
+                ask(master, 2, "detach", move |master, answer| {
+                    assert_eq!(answer, "Ok(())");
+                    restore.set(Some(Box::new(leave_free(0))));
+                    ask(master, 1, &address.to_string(), |_, _| {});
+                });
+            });
+        },
+        |worker| serve(&worker, ANY_PORT, interfere_or_connect),
     );
 }
 

@@ -163,6 +163,8 @@ pub(super) struct Listener<C> {
     /// shut the listener down. `None` if no such time is set. Only for listeners whose workers
     /// accept.
     pub(super) hang_up_from: Option<Time>,
+    /// The time of the next attempt to select the shards, after the system lacked a resource.
+    pub(super) select_from: Option<Time>,
     /// The number of the application's `MasterListener`s for this listener.
     pub(super) retained_by: u32,
     /// Whether a worker or the application has requested the listener's address. `false` only for a
@@ -210,6 +212,7 @@ impl<C> Listener<C> {
             dispatch_from: None,
             swept_at: Time::ZERO,
             hang_up_from: None,
+            select_from: None,
             retained_by: 0,
             is_requested: true,
             shards: Vec::new(),
@@ -246,6 +249,7 @@ impl<C> Listener<C> {
             departing,
             self.dispatch_from,
             self.hang_up_from,
+            self.select_from,
             rebalance,
             sweep,
         ];

@@ -352,6 +352,7 @@ impl<C, F> MasterCore<C, F> {
         }
         self.end_departing(handle);
         self.watch_hang_up_if_due(handle);
+        self.select_if_due(handle);
         if let Some(listener) = self.listeners.get_mut(&handle) {
             if listener.dispatch_from.is_some_and(|time| time <= self.now) {
                 listener.dispatch_from = None;

@@ -1,5 +1,8 @@
 //! The shards of a sharded listener: one listening socket per worker, on the same port.
 
+use std::io;
+
+use super::accept::RETRY_DELAY;
 use super::listener::{Listener, Stage};
 use super::{Action, MasterCore};
 use crate::error::Error;
@@ -78,6 +81,35 @@ impl<C, F> MasterCore<C, F> {
         if count > 0 && listener.stage == Stage::Open {
             let address = listener.public_address().to_string();
             self.error(None, Error::Misdirected { address, count });
+            self.select_shards(handle);
+        }
+    }
+
+    /// Reports that the shell could not accept the connections that have reached no shard. The shell
+    /// watches the selector again when the shards are selected again.
+    pub(crate) fn selector_failed(&mut self, handle: HandleId, reason: io::Error) {
+        let Some(listener) = self.listeners.get(&handle) else {
+            return;
+        };
+        let address = listener.public_address().to_string();
+        self.error(None, Error::Accept { address, reason });
+        self.select_later(handle);
+    }
+
+    /// Selects the shards again after `RETRY_DELAY`, because the system lacked a resource.
+    pub(crate) fn select_later(&mut self, handle: HandleId) {
+        if let Some(listener) = self.listeners.get_mut(&handle) {
+            listener.select_from = Some(self.now.saturating_add(RETRY_DELAY));
+        }
+    }
+
+    /// Selects the shards again once the delay after a failure has passed.
+    pub(super) fn select_if_due(&mut self, handle: HandleId) {
+        let Some(listener) = self.listeners.get_mut(&handle) else {
+            return;
+        };
+        if listener.select_from.is_some_and(|time| time <= self.now) {
+            listener.select_from = None;
             self.select_shards(handle);
         }
     }

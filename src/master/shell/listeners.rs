@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::MasterShell;
 use crate::core::master::{ACCEPT_BATCH, Ownership};
 use crate::master::passed_name;
-use crate::master::shard_group::ShardGroup;
+use crate::master::shard_group::{Reset, ShardGroup};
 use crate::runtime::token::Token;
 use crate::sys;
 use crate::sys::bind::{BoundSocket, adopt_socket, bind};
@@ -397,9 +397,15 @@ impl MasterShell {
     pub(crate) fn selector_ready(&self, handle: HandleId) {
         let sockets = self.sockets.borrow();
         let group = sockets.get(&handle).and_then(|own| own.group.as_ref());
-        let count = group.map_or(0, |group| group.reset(ACCEPT_BATCH));
+        let reset = group.map(|group| group.reset(ACCEPT_BATCH));
         drop(sockets);
-        self.core_now().misdirected(handle, count);
+        let Reset { count, failure } = reset.unwrap_or_default();
+        let mut core = self.core_now();
+        core.misdirected(handle, count);
+        if let Some(reason) = failure {
+            core.selector_failed(handle, reason);
+        }
+        drop(core);
         self.act();
     }
 
@@ -497,6 +503,9 @@ impl MasterShell {
                 .and_then(|own| sys::filter::select_sockets(own, shards)),
         };
         if let Err(source) = selected {
+            if sys::socket::is_exhaustion(&source) {
+                self.core_now().select_later(handle);
+            }
             self.report_io("select the shards for new connections", source);
         }
     }

@@ -201,7 +201,9 @@ fn many_idle_connections_of_a_worker_that_kills_itself_stay_open() {
                 let connect = move || {
                     let connect = |_| Client::connect(address);
                     let mut all: Vec<_> = (0..CLIENTS).map(connect).collect();
-                    all.iter_mut().for_each(|client| drop(client.ask(PARK)));
+                    for client in &mut all {
+                        client.ask(PARK);
+                    }
                     all.pop().unwrap().ask(KILL);
                     all
                 };
