@@ -621,5 +621,8 @@ fn descriptors_beyond_the_users_limit_wait() {
     );
     let mut seen = entries.take();
     seen.sort();
-    assert_eq!(seen, ["1 backs off", "2 backs off", "all 8", "all 8"]);
+    // On a busy machine, the master may try again, and report the shortage again, before the reader
+    // continues.
+    seen.dedup();
+    assert_eq!(seen, ["1 backs off", "2 backs off", "all 8"]);
 }
