@@ -429,7 +429,7 @@ impl Pool {
 
 // Scaling and replacing workers.
 impl Pool {
-    /// Changes the number of slots.
+    /// Changes the number of slots, to at most 65,536.
     ///
     /// The pool forks workers for new slots immediately. If the number decreases, the pool removes
     /// the last slots and disconnects their workers. If the pool has given up all remaining slots,

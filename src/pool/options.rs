@@ -149,7 +149,7 @@ macro_rules! accessors {
 }
 
 accessors! {
-    /// Sets the number of slots. Each slot has one worker. The default is
+    /// Sets the number of slots, at most 65,536. Each slot has one worker. The default is
     /// [`available_parallelism`](cluster::available_parallelism). See [`PoolOptions`] for an
     /// example.
     workers,

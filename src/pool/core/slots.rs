@@ -12,6 +12,10 @@ use super::super::options::PoolOptions;
 use super::worker::{Worker, WorkerState};
 use super::{Action, Core, MIN_PAUSE, Quorum, Time};
 
+/// The maximum number of slots. A system has fewer processes by default (`kernel.pid_max` is 32,768 on
+/// small machines). Without a maximum, a wrong number would use up the memory.
+pub(super) const SLOTS_MAX: usize = 1 << 16;
+
 /// A slot. The pool keeps one worker running for each slot.
 #[derive(Debug)]
 pub(in super::super) struct Slot {
@@ -200,6 +204,7 @@ impl Core {
         if !self.keeps_workers() {
             return;
         }
+        let workers = workers.min(SLOTS_MAX);
         while self.slots.len() < workers {
             let (slot, generation) = (self.slots.len(), self.generation);
             let share = match self.quorum {

@@ -1,5 +1,6 @@
 //! Tests of changes of the number of slots, and of the quorum during such changes.
 
+use super::super::slots::SLOTS_MAX;
 use super::*;
 
 impl World {
@@ -108,4 +109,11 @@ fn scaling_down_cancels_forks_that_have_not_begun() {
     let actions = std::iter::from_fn(|| core.next_action());
     let (slot, generation) = (0, 0);
     assert!(actions.eq([Action::Fork { slot, generation }]));
+}
+
+#[test]
+fn number_of_slots_has_a_maximum() {
+    let mut world = World::serving(options(1));
+    world.input(|core, now| core.scale(usize::MAX, now));
+    assert_eq!(world.slot_workers().len(), SLOTS_MAX);
 }
