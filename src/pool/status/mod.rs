@@ -114,12 +114,12 @@ pub struct WorkerStatus {
     /// The number of connections that the worker has received from the master. The value is 0 if
     /// workers accept connections themselves.
     pub received: u64,
-    /// The number of connections that the worker's application holds. With the policies in which
+    /// The number of connections that the worker's application has open. With the policies in which
     /// workers accept connections themselves, the value is 0 if it is unknown (see
-    /// [`WorkerLoad::held`]). With round robin, an unknown value is replaced by the approximate
+    /// [`WorkerLoad::in_service`]). With round robin, an unknown value is replaced by the approximate
     /// [`WorkerLoad::open`].
     pub open: u64,
-    /// Whether the worker's application holds a connection, or `None` if this is unknown.
+    /// Whether the worker's application has a connection open, or `None` if this is unknown.
     pub is_busy: Option<bool>,
 }
 

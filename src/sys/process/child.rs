@@ -427,7 +427,7 @@ unsafe fn set_stop_handlers(handler: libc::sighandler_t, ignored: &SignalSet) {
     }
 }
 
-/// What a signal does to a process that has no handler for it.
+/// The effect of a signal on a process that has no handler for it.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::sys) enum Disposition {
     Default,
