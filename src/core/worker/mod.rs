@@ -370,7 +370,7 @@ impl<F> WorkerCore<F> {
             ToWorker::ListenerClosed { handle, unreceived } => self.ended(handle, unreceived),
             ToWorker::Disconnect => self.disconnect_received(),
             // The connection did not arrive, because this process had no free descriptor. The
-            // kernel has closed it, which disconnected the client. (For an `MoveParked` with its
+            // kernel has closed it, which disconnected the client. (For a `MoveParked` with its
             // descriptor, the shell calls `hold_moved`.)
             ToWorker::MoveParked { .. } => {}
             // Does not occur, because the shell calls `message`.
