@@ -54,9 +54,8 @@ fn flood_and_read(attacker: &Attacker, next: impl Fn(u32) -> Vec<u8>) -> ! {
     }
 }
 
-/// Messages of this length do not fit into one read in the number of which the master processes in
-/// an iteration. An iteration therefore often ends with pending frames, while the channel is
-/// readable again.
+/// A read returns fewer messages of this length than the master processes in an iteration. The
+/// master therefore reads twice, and often leaves frames pending while the channel is readable.
 fn dispatch_processes_at_most_64_messages_of_a_worker() {
     count_messages_in_an_iteration(0);
 }
